@@ -1,0 +1,261 @@
+"""The continuous normalizing flow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from flows.base import StandardNormal
+from flows.distribution import FlowDistribution
+from flows.divergence import Analytic, DivergenceEstimator, Exact
+from flows.dynamics import AugmentedDynamics, StateDynamics, standard_error
+from flows.fields import bind
+from flows.solvers import ODESolver, Solution, SolverStatistics
+from flows.transforms import Identity, Transform
+
+
+@dataclass(frozen=True)
+class LogProbEstimate:
+    """log p(x) in nats, with what is known of its errors. Shapes are those of the batch."""
+
+    value: Tensor  # (*batch), the mean over probes
+    standard_error: Tensor  # (*batch), from the spread of the probes; 0 if exact, NaN if one probe hides it
+    solver_error: Tensor | None  # (*batch), |value − value at 100 times tighter tolerances|, if asked for
+    nfe: int  # evaluations of the field for the value (not for its solver error)
+    statistics: SolverStatistics  # of the same solve; its backward count grows with the gradient
+
+
+@dataclass(frozen=True)
+class Transported:
+    """Points of flow space carried along the ODE."""
+
+    x: Tensor  # (T, *batch, *event) if several times were asked for, else (*batch, *event)
+    log_density_change: Tensor | None  # (T, *batch) or (*batch): log p at x minus log p at the start
+    statistics: SolverStatistics
+
+
+class CNF(nn.Module):
+    r"""A flow that carries a standard normal at t = 0 to the data at t = 1 along dx/dt = v(t, x).
+
+    log p(x) = log N(z; 0, I) + ∫₀¹ −div v(t, x_t) dt + log|det ∂y/∂x| with y = transform(x) and z reached from
+    y at t = 1 by solving back to t = 0. Everything public speaks data space, except :meth:`transport`.
+
+    Batches may have any number of leading dimensions; one solve serves the whole batch, so its step sizes do
+    too. [Chen et al. 2018, arXiv:1806.07366; Grathwohl et al. 2019, arXiv:1810.01367]
+
+    Args:
+        field: a :class:`flows.fields.Field`, or any module with ``forward(t, x)`` or ``forward(t, x, context)``.
+        divergence: the estimator; by default ``Analytic()`` for a field that knows its divergence and
+            ``Exact()`` for any other. May be replaced at any time, it holds no parameters.
+        solver: settings of the solve; may be replaced at any time.
+        transform: data space to flow space, ``Identity()`` by default.
+        event_shape: shape of a point; needed if ``field`` does not state one.
+    """
+
+    def __init__(
+        self,
+        field: nn.Module,
+        divergence: DivergenceEstimator | None = None,
+        solver: ODESolver | None = None,
+        transform: Transform | None = None,
+        event_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        stated = getattr(field, "event_shape", None)
+        if event_shape is None and stated is None:
+            raise ValueError(
+                f"{type(field).__name__} does not state its event_shape; pass CNF(field, event_shape=(2,)) or the like"
+            )
+        self.event_shape = tuple(stated if event_shape is None else event_shape)
+        if stated is not None and tuple(stated) != self.event_shape:
+            raise ValueError(
+                f"the field's event_shape is {tuple(stated)}, and CNF was given {self.event_shape}"
+            )
+        self.field = field
+        if divergence is None:
+            divergence = Analytic() if hasattr(field, "value_and_divergence") else Exact()
+        self.divergence = divergence
+        self.solver = ODESolver() if solver is None else solver
+        self.transform = Identity() if transform is None else transform
+        self.base = StandardNormal(self.event_shape)
+
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        """The distribution over data space, given the context: ``flow(context).log_prob(x)``."""
+        return FlowDistribution(self, context)
+
+    def log_prob(
+        self,
+        x: Tensor,  # (*batch, *event), data space
+        context: Tensor | None = None,  # (*batch, *context), or fewer batch dimensions to broadcast
+        generator: torch.Generator | None = None,  # of the probes
+    ) -> Tensor:  # (*batch), nats
+        """log p(x), the mean over the probes where the estimator is stochastic.
+
+        Raises:
+            ValueError: ``x`` has another event shape, or holds NaN or infinite values.
+            SolverError: the solve cannot go on.
+        """
+        return self.estimate_log_prob(x, context, generator, solver_error=False).value
+
+    def estimate_log_prob(
+        self,
+        x: Tensor,  # (*batch, *event), data space
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        solver_error: bool = True,
+    ) -> LogProbEstimate:
+        """log p(x) with its standard error from the probes and its solver error.
+
+        The solver error compares with a second solve from the same probes, at tolerances 100 times tighter (or
+        steps half as long), which costs more than the value itself.
+        """
+        points, batch_shape = self._flatten(x)
+        context = self._flatten_context(context, batch_shape)
+        y, log_det = self.transform(points)
+        probes = self.divergence.draw_probes(y, generator)
+        value, estimates, statistics = self._log_prob(y, context, probes, self.solver)
+        error = None
+        if solver_error:
+            with torch.no_grad():
+                reference, *_ = self._log_prob(y, context, probes, _tighter(self.solver))
+            error = (value.detach() - reference).abs().reshape(batch_shape)
+        exact = self.divergence.is_exact(self.event_shape, self.field)
+        return LogProbEstimate(
+            value=(value + log_det).reshape(batch_shape),
+            standard_error=standard_error(estimates.detach(), exact).reshape(batch_shape),
+            solver_error=error,
+            nfe=statistics.nfe_forward,
+            statistics=statistics,
+        )
+
+    def sample(
+        self,
+        shape: Sequence[int] = (),
+        context: Tensor | None = None,  # (*batch, *context)
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # (*shape, *event), or (*shape, *batch, *event) with a context
+        """Draw from the flow; differentiable where autograd records. Costs no divergence."""
+        z, context, full_shape = self._draw(shape, context, generator)
+        y = self._solve(StateDynamics(self._bind(context)), z, (0.0, 1.0), context, None).end[0]
+        return self.transform.inverse(y)[0].reshape(*full_shape, *self.event_shape)
+
+    def sample_and_log_prob(
+        self,
+        shape: Sequence[int] = (),
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw from the flow together with the log-density of each draw, in one solve."""
+        z, context, full_shape = self._draw(shape, context, generator)
+        probes = self.divergence.draw_probes(z, generator)
+        dynamics = AugmentedDynamics(self._bind(context), self.divergence, probes)
+        y, change = self._solve(dynamics, z, (0.0, 1.0), context, probes).end
+        x, log_det = self.transform.inverse(y)
+        log_prob = self.base.log_prob(z) + change.mean(0) - log_det
+        return x.reshape(*full_shape, *self.event_shape), log_prob.reshape(full_shape)
+
+    def transport(
+        self,
+        x: Tensor,  # (*batch, *event), flow space
+        times: Sequence[float] = (1.0, 0.0),
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        log_density: bool = True,
+    ) -> Transported:
+        """Carry points of flow space along the ODE from ``times[0]`` to the last of ``times``.
+
+        Two times give the end alone; more give the state at every time, the first included. The transform is
+        not applied: a data point ``x`` has its latent at ``transport(flow.transform(x)[0]).x``.
+        """
+        points, batch_shape = self._flatten(x)
+        context = self._flatten_context(context, batch_shape)
+        probes = self.divergence.draw_probes(points, generator) if log_density else None
+        bound = self._bind(context)
+        dynamics = AugmentedDynamics(bound, self.divergence, probes) if log_density else StateDynamics(bound)
+        solution = self._solve(dynamics, points, times, context, probes)
+        pick = (lambda states: states[-1]) if len(times) == 2 else (lambda states: states)
+        leading = () if len(times) == 2 else (len(times),)
+        moved = pick(solution.states[0]).reshape(*leading, *batch_shape, *self.event_shape)
+        change = None
+        if log_density:
+            change = pick(solution.states[1].mean(1)).reshape(*leading, *batch_shape)
+        return Transported(moved, change, solution.statistics)
+
+    def _log_prob(
+        self, y: Tensor, context: Tensor | None, probes: Tensor | None, solver: ODESolver
+    ) -> tuple[Tensor, Tensor, SolverStatistics]:
+        """Mean and the K estimates of log p of flow-space points (B, *event)."""
+        dynamics = AugmentedDynamics(self._bind(context), self.divergence, probes)
+        solution = self._solve(dynamics, y, (1.0, 0.0), context, probes, solver)
+        z, change = solution.end  # change: log p(z) − log p(y)
+        estimates = self.base.log_prob(z) - change
+        return estimates.mean(0), estimates, solution.statistics
+
+    def _bind(self, context: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        return bind(self.field, context, precompute=self.solver.gradient != "adjoint")
+
+    def _solve(
+        self,
+        dynamics: AugmentedDynamics | StateDynamics,
+        x: Tensor,
+        times: Sequence[float],
+        context: Tensor | None,
+        probes: Tensor | None,
+        solver: ODESolver | None = None,
+    ) -> Solution:
+        extra = [tensor for tensor in (context, probes) if tensor is not None]
+        parameters = [*self.field.parameters(), *extra]
+        return (solver or self.solver).solve(dynamics, dynamics.initial_state(x), times, parameters)
+
+    def _draw(
+        self, shape: Sequence[int], context: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+        """Base points (n, *event), the context of each, and the full batch shape of the draw."""
+        full_shape = tuple(shape)
+        if context is not None:
+            full_shape += tuple(context.shape[: context.ndim - self._context_ndim(context)])
+        z = self.base.sample((math.prod(full_shape),), generator)
+        return z, self._flatten_context(context, full_shape), full_shape
+
+    def _flatten(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Points (B, *event) and the batch shape."""
+        event_ndim = len(self.event_shape)
+        batch_shape = tuple(x.shape[: x.ndim - event_ndim])
+        if x.ndim < event_ndim or tuple(x.shape[len(batch_shape) :]) != self.event_shape:
+            raise ValueError(
+                f"expected points of shape (*batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}"
+            )
+        points = x.reshape(-1, *self.event_shape)
+        bad = (~points.isfinite()).flatten(1).any(1).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} of {len(points)} points hold NaN or infinite values, the first at index "
+                f"{bad[0].item()}; remove or repair them"
+            )
+        return points, batch_shape
+
+    def _flatten_context(self, context: Tensor | None, batch_shape: tuple[int, ...]) -> Tensor | None:
+        if context is None:
+            return None
+        own = context.shape[context.ndim - self._context_ndim(context) :]
+        try:
+            return context.expand(*batch_shape, *own).reshape(-1, *own)
+        except RuntimeError:
+            raise ValueError(
+                f"a context of shape {tuple(context.shape)} does not broadcast to one of shape {tuple(own)} for each "
+                f"point of a batch of shape {batch_shape}"
+            ) from None
+
+    def _context_ndim(self, context: Tensor) -> int:
+        stated = getattr(self.field, "context_shape", None)
+        return min(1, context.ndim) if stated is None else len(stated)
+
+
+def _tighter(solver: ODESolver) -> ODESolver:
+    if solver.is_fixed_step:
+        return replace(solver, step_size=solver.step_size / 2)
+    return replace(solver, rtol=solver.rtol / 100, atol=solver.atol / 100, max_steps=10 * solver.max_steps)

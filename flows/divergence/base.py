@@ -1,0 +1,95 @@
+"""The contract of a divergence estimator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+VectorField = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> v, with v shaped like x
+
+
+@dataclass(frozen=True)
+class FieldSample:
+    """A vector field at one point in time, with the estimates of its divergence there.
+
+    One evaluation of the field serves both.
+    """
+
+    value: Tensor  # (B, *event), v(t, x)
+    estimates: Tensor  # (K, B), independent estimates of +div v; K = 1 when the estimator is deterministic
+
+    @property
+    def divergence(self) -> Tensor:  # (B,)
+        """The mean of the K estimates."""
+        return self.estimates.mean(0)
+
+
+class DivergenceEstimator(ABC):
+    """Estimates div v(x) = tr ∂v/∂x beside the value of a vector field v.
+
+    An estimator is a frozen set of options. What is random about it, its *probes*, is drawn once a solve by
+    :meth:`draw_probes` and handed to every evaluation, so that the right-hand side of the ODE is a fixed,
+    smooth function.
+
+    All tensors have exactly one batch dimension, ``x: (B, *event)`` with any event shape; callers flatten
+    theirs (:func:`flows.divergence.divergence` and :class:`flows.CNF` do).
+
+    To add one: subclass it, and add a yaml with its ``_target_`` to ``conf/divergence``.
+    """
+
+    @abstractmethod
+    def draw_probes(
+        self,
+        x: Tensor,  # (B, *event); gives shape, dtype and device
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:
+        """Draw the randomness of one solve; ``None`` for a deterministic estimator."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        field: VectorField,
+        t: Tensor,  # 0-d or (B,)
+        x: Tensor,  # (B, *event)
+        probes: Tensor | None,
+    ) -> FieldSample:
+        """Evaluate ``field`` at ``(t, x)`` together with the estimates of its divergence.
+
+        Differentiable with respect to ``x`` and the parameters where autograd records, without a
+        second-order graph where it does not.
+        """
+
+    @property
+    def num_estimates(self) -> int:
+        """K: how many independent estimates a call returns."""
+        return 1
+
+    @abstractmethod
+    def num_products(self, event_shape: tuple[int, ...]) -> int:
+        """The cost of a call beyond one field evaluation, in products of a vector with the Jacobian."""
+
+    def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
+        """Whether the estimates of ``field`` on this event shape carry no sampling error.
+
+        ``field`` is only looked at by estimators whose exactness depends on its structure.
+        """
+        return False
+
+
+def checked_value(
+    value: Tensor,  # what the field returned
+    x: Tensor,  # (B, *event)
+) -> Tensor:
+    """Return ``value`` if it is a velocity for ``x``; raise ``ValueError`` on another shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a vector field must return a tensor, got {type(value).__name__}")
+    if value.shape != x.shape:
+        raise ValueError(
+            f"a vector field must return one velocity a point, of shape {tuple(x.shape)}, "
+            f"got {tuple(value.shape)}"
+        )
+    return value

@@ -1,0 +1,69 @@
+"""The divergence of any function, without time and without a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flows.divergence.base import DivergenceEstimator
+from flows.divergence.exact import Exact
+
+
+def divergence(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,  # (*batch, *event)
+    event_ndim: int = 1,
+    estimator: DivergenceEstimator | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # (*batch)
+    r"""div f(x) = Σᵢ ∂fᵢ/∂xᵢ of a function that maps each point of a batch to a vector of the same shape.
+
+    ``f`` is called on tensors of exactly the shape of ``x`` and must treat the points of a batch
+    independently of each other. The result is differentiable where autograd records.
+
+    ::
+
+        divergence(f, x)                                   # points (B, d)
+        divergence(f, x, event_ndim=2)                     # point sets (B, N, 3): one number a set
+        divergence(f, x, event_ndim=3)                     # images (B, C, H, W)
+        divergence(f, x, estimator=Hutchinson(num_probes=8))
+
+    Args:
+        f: ``(*batch, *event) -> (*batch, *event)``.
+        x: the points.
+        event_ndim: how many trailing dimensions of ``x`` make one point.
+        estimator: defaults to :class:`Exact`.
+        generator: source of the probes of a stochastic estimator.
+
+    Raises:
+        ValueError: ``event_ndim`` does not fit ``x``, or ``f`` returns another shape.
+    """
+    if not 1 <= event_ndim <= x.ndim:
+        raise ValueError(
+            f"event_ndim must be between 1 and x.ndim = {x.ndim}, got {event_ndim}; it counts the trailing "
+            "dimensions of x that make one point"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    batch_shape, event_shape = x.shape[: x.ndim - event_ndim], x.shape[x.ndim - event_ndim :]
+    estimator = Exact() if estimator is None else estimator
+    field = _TimelessField(f, x.shape)
+    points = x.reshape(-1, *event_shape)
+    sample = estimator(field, x.new_zeros(()), points, estimator.draw_probes(points, generator))
+    return sample.divergence.reshape(batch_shape)
+
+
+class _TimelessField:
+    """``f(x)`` as a field of one batch dimension; what else ``f`` offers, such as its closed form, stays."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor], shape: torch.Size) -> None:
+        self.field = f
+        self.shape = shape
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        value = self.field(x.reshape(self.shape))
+        if isinstance(value, Tensor) and value.shape == self.shape:
+            return value.reshape(x.shape)
+        return value

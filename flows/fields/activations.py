@@ -1,0 +1,85 @@
+"""Activations that give their slope along with their value."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Activation(nn.Module, ABC):
+    """An elementwise function σ with its derivative σ′, which the closed-form divergences need.
+
+    To add one: subclass it; fields take an instance or the lower-case class name.
+    """
+
+    @abstractmethod
+    def forward(self, z: Tensor) -> Tensor:
+        """σ(z)."""
+
+    @abstractmethod
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(σ(z), σ′(z)), sharing what the two have in common."""
+
+
+class Tanh(Activation):
+    """σ = tanh, σ′ = 1 − σ²."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.tanh()
+
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        value = z.tanh()
+        return value, 1 - value.square()
+
+
+class SiLU(Activation):
+    """σ = z s(z) with the logistic function s; σ′ = s + σ (1 − s)."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return functional.silu(z)
+
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        logistic = z.sigmoid()
+        value = z * logistic
+        return value, logistic + value * (1 - logistic)
+
+
+class Softplus(Activation):
+    """σ = log(1 + eᶻ), σ′ = the logistic function."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return functional.softplus(z)
+
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.softplus(z), z.sigmoid()
+
+
+class Sine(Activation):
+    """σ = sin, σ′ = cos."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.sin()
+
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z.sin(), z.cos()
+
+
+class Elementwise(Activation):
+    """Any elementwise module, its slope taken by forward-mode differentiation.
+
+    Args:
+        module: such as ``torch.nn.GELU()``; must map each entry on its own.
+    """
+
+    def __init__(self, module: nn.Module = nn.GELU()) -> None:  # noqa: B008 (stateless)
+        super().__init__()
+        self.module = module
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.module(z)
+
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(self.module, (z,), (torch.ones_like(z),))

@@ -1,0 +1,100 @@
+"""The contract of a vector field, and a field bound to its context for one solve."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+class Field(nn.Module, ABC):
+    """A vector field v(t, x), or v(t, x; context), on points of a fixed event shape.
+
+    Any module with the same ``forward`` is a field as it is; this base class only adds what CNF would
+    otherwise have to be told. A field that knows its divergence also has
+
+    ``value_and_divergence(t, x, context=None) -> (value (B, *event), divergence (B,))``,
+
+    which the estimator ``Analytic`` uses. One whose closed form has parts that stay the same during a solve
+    overrides :meth:`bind` to compute them once.
+
+    Args:
+        event_shape: the shape of one point.
+        context_shape: the shape of one sample's context, ``None`` for an unconditional field.
+    """
+
+    def __init__(
+        self, event_shape: tuple[int, ...] | list[int], context_shape: tuple[int, ...] | list[int] | None
+    ) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.context_shape = None if context_shape is None else tuple(context_shape)
+        if not self.event_shape or min(self.event_shape) < 1:
+            raise ValueError(f"event_shape must hold positive sizes, such as (2,), got {self.event_shape}")
+
+    @abstractmethod
+    def forward(
+        self,
+        t: Tensor,  # 0-d or (B,)
+        x: Tensor,  # (B, *event)
+        context: Tensor | None = None,  # (B, *context)
+    ) -> Tensor:  # (B, *event)
+        """The velocity at time t."""
+
+    def bind(self, context: Tensor | None = None) -> BoundField:
+        """Fix the context for one solve."""
+        return BoundField.of(self, context)
+
+    def check_context(self, context: Tensor | None) -> None:
+        """Raise ``ValueError`` if a context is missing, unexpected or of another shape."""
+        if self.context_shape is None:
+            if context is not None:
+                raise ValueError(
+                    f"{type(self).__name__} is unconditional and got a context of shape "
+                    f"{tuple(context.shape)}; build it with context_shape={tuple(context.shape[1:])}"
+                )
+        elif context is None:
+            raise ValueError(f"{type(self).__name__} needs a context of shape (B, *{self.context_shape})")
+        elif tuple(context.shape[1:]) != self.context_shape:
+            raise ValueError(
+                f"{type(self).__name__} expects a context of shape (B, *{self.context_shape}), "
+                f"got {tuple(context.shape)}"
+            )
+
+
+class BoundField:
+    """A field with its context fixed: a plain function ``(t, x) -> velocity``."""
+
+    def __init__(self, field: Callable[..., Tensor], context: Tensor | None = None) -> None:
+        self.field = field
+        self.context = context
+
+    @staticmethod
+    def of(field: Callable[..., Tensor], context: Tensor | None = None) -> BoundField:
+        """Bind ``field``, keeping its closed form where it has one."""
+        kind = ClosedFormField if hasattr(field, "value_and_divergence") else BoundField
+        return kind(field, context)
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.field(t, x) if self.context is None else self.field(t, x, self.context)
+
+
+class ClosedFormField(BoundField):
+    """A bound field that knows its divergence."""
+
+    def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.context is None:
+            return self.field.value_and_divergence(t, x)
+        return self.field.value_and_divergence(t, x, self.context)
+
+
+def bind(field: Callable[..., Tensor], context: Tensor | None = None, precompute: bool = True) -> BoundField:
+    """Bind any callable field to a context for one solve.
+
+    With ``precompute=False`` nothing is computed ahead, so that every gradient passes through the evaluations
+    themselves, as the adjoint method needs.
+    """
+    if precompute and hasattr(field, "bind"):
+        return field.bind(context)
+    return BoundField.of(field, context)

@@ -1,0 +1,93 @@
+"""FFJORD's concat-squash perceptron."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flows.fields.activations import Activation
+from flows.fields.base import Field
+from flows.fields.trace import PerceptronTrace
+from flows.naming import by_name
+
+
+class ConcatSquashMLP(Field):
+    r"""Layers (W h + b) ∘ sigmoid(A c + a) + B c with c = (t, context), activations between them.
+
+    The field of FFJORD's toy and tabular experiments (Grathwohl et al. 2019, arXiv:1810.01367, and its
+    published settings), here with its divergence in closed form: the sigmoid gates fold into the slopes.
+
+    Args:
+        event_shape: shape of a point; it is flattened for the layers.
+        hidden: widths of the hidden layers, at least one.
+        activation: an :class:`Activation` or its lower-case name.
+        context_shape: shape of the context, ``None`` for an unconditional field.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        hidden: Sequence[int] = (64, 64, 64),
+        activation: Activation | str = "tanh",
+        context_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(event_shape, context_shape)
+        if not hidden or min(hidden) < 1:
+            raise ValueError(
+                f"hidden must hold the width of at least one hidden layer, such as (64, 64), got {tuple(hidden)}"
+            )
+        dimension = math.prod(self.event_shape)
+        widths = (dimension, *hidden, dimension)
+        condition = 1 + math.prod(self.context_shape or (0,))
+        self.layers = nn.ModuleList(
+            _ConcatSquash(a, b, condition) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.activation = by_name(Activation, activation)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        condition = self._condition(t, context)
+        h = x.flatten(1)
+        for layer in self.layers[:-1]:
+            h = self.activation(layer(h, condition)[0])
+        return self.layers[-1](h, condition)[0].view_as(x)
+
+    def value_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """v (B, *event) and div v (B,)."""
+        condition = self._condition(t, context)
+        h = x.flatten(1)
+        slopes = []
+        for layer in self.layers[:-1]:
+            z, gate = layer(h, condition)
+            h, slope = self.activation.value_and_slope(z)
+            slopes.append(slope * gate)
+        value, gate = self.layers[-1](h, condition)
+        weights = [layer.linear.weight for layer in self.layers]
+        if len(gate) == 1:
+            divergence = PerceptronTrace(weights, gate)(slopes)
+        else:
+            divergence = PerceptronTrace(weights, gate_per_sample=True)(slopes, gate)
+        return value.view_as(x), divergence
+
+    def _condition(self, t: Tensor, context: Tensor | None) -> Tensor:  # (1 or B, 1 + context)
+        self.check_context(context)
+        condition = t.reshape(-1, 1)
+        if context is None:
+            return condition
+        return torch.cat([condition.expand(len(context), -1), context.flatten(1)], dim=1)
+
+
+class _ConcatSquash(nn.Module):
+    def __init__(self, width_in: int, width_out: int, num_conditions: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width_in, width_out)
+        self.gate = nn.Linear(num_conditions, width_out)
+        self.shift = nn.Linear(num_conditions, width_out, bias=False)
+
+    def forward(self, h: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        gate = self.gate(condition).sigmoid()
+        return torch.addcmul(self.shift(condition), self.linear(h), gate), gate

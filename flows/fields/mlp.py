@@ -1,0 +1,141 @@
+"""A multilayer perceptron modulated by time, with its divergence in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flows.fields.activations import Activation, Sine
+from flows.fields.base import BoundField, Field
+from flows.fields.time import SinusoidalTime
+from flows.fields.trace import PerceptronTrace
+from flows.naming import by_name
+
+
+class MLP(Field):
+    r"""v(t, x) = W_out h_L + b_out(t),  h_l = σ(g_l(t) ∘ (W_l h_{l−1} + b_l) + s_l(t)),  h_0 = x.
+
+    Scales g_l, shifts s_l and the output's offset are affine functions of sinusoidal features of t, passed
+    through one hidden layer together with the context where there is one. They fold into the slopes of the
+    activations, a_l = σ′ ∘ g_l, so that the divergence
+
+        div v = tr(W_out diag(a_L) W_L ··· diag(a_1) W_1)
+
+    is exact and cheap (:class:`flows.fields.trace.PerceptronTrace`): with two hidden layers
+    a_2ᵀ [W_2 ∘ (W_1 W_out)ᵀ] a_1, whose bracket is computed once a solve.
+
+    Args:
+        event_shape: shape of a point; it is flattened for the layers.
+        hidden: widths of the hidden layers, at least one.
+        activation: an :class:`Activation` or its lower-case name.
+        sine_frequency: if set, the first layer is sin(·) with weights drawn from N(0, sine_frequency²), which
+            resolves sharp structure in low dimensions; meant for data of about unit scale.
+        num_frequencies: of the time features, see :class:`SinusoidalTime`.
+        context_shape: shape of the context, ``None`` for an unconditional field.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        hidden: Sequence[int] = (128, 128),
+        activation: Activation | str = "silu",
+        sine_frequency: float | None = None,
+        num_frequencies: int = 8,
+        context_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(event_shape, context_shape)
+        if not hidden or min(hidden) < 1:
+            raise ValueError(
+                f"hidden must hold the width of at least one hidden layer, such as (128, 128), got {tuple(hidden)}"
+            )
+        dimension = math.prod(self.event_shape)
+        self.hidden = tuple(hidden)
+        widths = (dimension, *self.hidden)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.out = nn.Linear(widths[-1], dimension)
+        shared = by_name(Activation, activation)
+        self.activations = nn.ModuleList([shared] * len(self.hidden))
+        if sine_frequency is not None:
+            if sine_frequency <= 0:
+                raise ValueError(
+                    f"sine_frequency must be > 0, or None for no sine layer, got {sine_frequency}"
+                )
+            self.activations[0] = Sine()
+            nn.init.normal_(self.layers[0].weight, std=sine_frequency)
+            nn.init.uniform_(self.layers[0].bias, -math.pi, math.pi)
+        self.time = SinusoidalTime(num_frequencies)
+        self.modulation = _Modulation(
+            self.time.num_features + math.prod(self.context_shape or (0,)), self.hidden, dimension
+        )
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        scales, shifts, offset = self._modulate(t, context)
+        h = x.flatten(1)
+        for layer, activation, scale, shift in zip(
+            self.layers, self.activations, scales, shifts, strict=True
+        ):
+            h = activation(torch.addcmul(shift, layer(h), scale))
+        return (self.out(h) + offset).view_as(x)
+
+    def value_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None, trace: PerceptronTrace | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """v (B, *event) and div v (B,); ``trace`` holds what :meth:`bind` has precomputed."""
+        scales, shifts, offset = self._modulate(t, context)
+        trace = self._trace() if trace is None else trace
+        h = x.flatten(1)
+        slopes = []
+        for layer, activation, scale, shift in zip(
+            self.layers, self.activations, scales, shifts, strict=True
+        ):
+            h, slope = activation.value_and_slope(torch.addcmul(shift, layer(h), scale))
+            slopes.append(slope * scale)
+        return (self.out(h) + offset).view_as(x), trace(slopes)
+
+    def bind(self, context: Tensor | None = None) -> BoundField:
+        return _BoundMLP(self, context)
+
+    def _trace(self) -> PerceptronTrace:
+        return PerceptronTrace([layer.weight for layer in self.layers] + [self.out.weight])
+
+    def _modulate(self, t: Tensor, context: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        self.check_context(context)
+        features = self.time(t)
+        if context is not None:
+            features = torch.cat([features.expand(len(context), -1), context.flatten(1)], dim=1)
+        return self.modulation(features)
+
+
+class _Modulation(nn.Module):
+    """Features (B or 1, F) to a scale and a shift for each hidden layer and an offset for the output."""
+
+    def __init__(self, num_features: int, hidden: tuple[int, ...], dimension: int) -> None:
+        super().__init__()
+        self.sizes = [*hidden, *hidden, dimension]
+        self.embed = nn.Linear(num_features, 32)
+        self.heads = nn.Linear(32, sum(self.sizes))
+        with torch.no_grad():
+            self.heads.weight.mul_(0.1)
+            self.heads.bias.zero_()
+
+    def forward(self, features: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        *parts, offset = self.heads(functional.silu(self.embed(features))).split(self.sizes, dim=1)
+        half = len(parts) // 2
+        return [1 + scale for scale in parts[:half]], parts[half:], offset
+
+
+class _BoundMLP(BoundField):
+    """An MLP bound for a solve: the weights' part of the divergence is computed at its first use, once."""
+
+    def __init__(self, field: MLP, context: Tensor | None) -> None:
+        super().__init__(field, context)
+        self._cached: PerceptronTrace | None = None
+
+    def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self._cached is None:
+            self._cached = self.field._trace()
+        return self.field.value_and_divergence(t, x, self.context, self._cached)

@@ -1,0 +1,34 @@
+"""Features of time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class SinusoidalTime(nn.Module):
+    r"""t ↦ (cos πkt, sin πkt) for k = 1, ..., K: smooth, bounded, and not periodic on [0, 1].
+
+    Args:
+        num_frequencies: K >= 1; the features number 2K.
+    """
+
+    def __init__(self, num_frequencies: int = 8) -> None:
+        super().__init__()
+        if num_frequencies < 1:
+            raise ValueError(f"num_frequencies must be >= 1, got {num_frequencies}")
+        self.num_features = 2 * num_frequencies
+        self.register_buffer(
+            "frequencies",
+            math.pi * torch.arange(1, num_frequencies + 1).to(torch.get_default_dtype()),
+            persistent=False,
+        )
+
+    def forward(
+        self,
+        t: Tensor,  # 0-d or (B,)
+    ) -> Tensor:  # (1, 2K) or (B, 2K)
+        phase = t.reshape(-1, 1) * self.frequencies
+        return torch.cat([phase.cos(), phase.sin()], dim=1)

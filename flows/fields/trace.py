@@ -1,0 +1,100 @@
+"""The trace of a product of matrices around a cycle, for networks whose Jacobian is such a product."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class CycleTrace:
+    r"""tr(D_N W_N ··· D_2 W_2 D_1 W_1) with W_n shared by the batch and D_n = diag(slopes of node n).
+
+    The Jacobian of a multilayer perceptron is W_out D_L W_L ··· D_1 W_1 with the slopes of its activations in
+    D, so by tr AB = tr BA its trace runs around the cycle of hidden layers, with W_1 W_out as the edge that
+    closes it. What depends on the weights alone is computed here, once; each call costs
+
+    * one node: Σ_i a_i (W_1)_ii;
+    * two nodes: bᵀ (W_2 ∘ W_1ᵀ) a, one matrix product a batch;
+    * more: the tangents of one node are pushed around the cycle. The node is the one that makes it cheapest,
+      usually the narrowest: (its width) × (the other widths), never the dimension of the event as such.
+
+    Args:
+        weights: W_1 (w_1 × w_N), W_2 (w_2 × w_1), ..., W_N (w_N × w_{N−1}).
+    """
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        self.count = len(weights)
+        if self.count == 1:
+            self.constant = weights[0].diagonal()
+        elif self.count == 2:
+            self.constant = weights[1] * weights[0].T
+        else:
+            start = min(range(self.count), key=lambda node: _cost([len(w) for w in weights], node))
+            self.start = start
+            self.weights = [weights[(start + 1 + k) % self.count] for k in range(self.count)]
+
+    def __call__(
+        self,
+        slopes: list[Tensor],  # N tensors (B, w_n) or (1, w_n)
+    ) -> Tensor:  # (B,)
+        """The trace for each sample."""
+        if self.count == 1:
+            return slopes[0] @ self.constant
+        if self.count == 2:
+            return ((slopes[0] @ self.constant.T) * slopes[1]).sum(-1)
+        nodes = [slopes[(self.start + 1 + k) % self.count] for k in range(self.count)]
+        first, *middle, last = self.weights
+        tangents = nodes[0].unsqueeze(-1) * first  # (B, w, w_start)
+        for weight, slope in zip(middle, nodes[1:-1], strict=True):
+            tangents = slope.unsqueeze(-1) * (weight @ tangents)
+        closing = (tangents * last.T).sum(-2)  # (B, w_start), the diagonal of last @ tangents
+        return (closing * nodes[-1]).sum(-1)
+
+
+def _cost(widths: list[int], start: int) -> int:
+    """Multiplications of the matrix products when the tangents of node ``start`` are pushed around."""
+    order = [widths[(start + 1 + k) % len(widths)] for k in range(len(widths))]
+    return order[-1] * sum(a * b for a, b in zip(order[:-2], order[1:-1], strict=True))
+
+
+class PerceptronTrace:
+    r"""div of x ↦ diag(g) W_out σ_L(W_L ··· σ_1(W_1 x)) from the slopes of its activations and the gate g.
+
+    The cycle of :class:`CycleTrace` either skips the event space, through the edge W_1 diag(g) W_out, or, where
+    that is cheaper (a narrow event between three or more wide layers), counts it as one more node.
+
+    Args:
+        weights: W_1, ..., W_L, W_out.
+        gate: g, shared by the batch, of shape (1, d); ``None`` for ones.
+        gate_per_sample: the gate differs between samples and is given with the slopes instead.
+    """
+
+    def __init__(
+        self, weights: list[Tensor], gate: Tensor | None = None, gate_per_sample: bool = False
+    ) -> None:
+        *hidden, out = weights
+        widths = [len(weight) for weight in hidden]
+        through_event = [*widths, len(out)]
+        self.visits_event = gate_per_sample or (
+            len(hidden) > 2 and _least_cost(through_event) < _least_cost(widths)
+        )
+        if gate is not None:
+            out = gate.T * out
+        self.ones = None if gate_per_sample else out.new_ones(1, len(out))
+        if self.visits_event:
+            self.cycle = CycleTrace([*hidden, out])
+        else:
+            self.cycle = CycleTrace([hidden[0] @ out, *hidden[1:]])
+
+    def __call__(
+        self,
+        slopes: list[Tensor],  # L tensors (B, w_l) or (1, w_l)
+        gate: Tensor | None = None,  # (B, d), only with gate_per_sample
+    ) -> Tensor:  # (B,)
+        """The divergence of each sample."""
+        if self.visits_event:
+            slopes = [*slopes, self.ones if gate is None else gate]
+        return self.cycle(slopes)
+
+
+def _least_cost(widths: list[int]) -> int:
+    return min(_cost(widths, node) for node in range(len(widths)))

@@ -1,0 +1,39 @@
+"""Objects that a setting may also give by their lower-case class name."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def by_name(family: type[T], value: T | str) -> T:
+    """Return ``value`` if it is a ``family``, else a default instance of the subclass that it names.
+
+    Names are the lower-case names of the subclasses that have been imported, so a new subclass needs no
+    registration.
+
+    Raises:
+        ValueError: no subclass has that name; the message lists those that there are.
+        TypeError: neither a name nor an instance of the family.
+    """
+    if isinstance(value, family):
+        return value
+    choices = {cls.__name__.lower(): cls for cls in _concrete_subclasses(family)}
+    if isinstance(value, str):
+        if value.lower() in choices:
+            return choices[value.lower()]()
+        raise ValueError(f"unknown {family.__name__} {value!r}; expected one of {', '.join(sorted(choices))}")
+    raise TypeError(
+        f"expected a {family.__name__} or one of the names {', '.join(sorted(choices))}, "
+        f"got {type(value).__name__}"
+    )
+
+
+def _concrete_subclasses(family: type) -> list[type]:
+    found = []
+    for cls in family.__subclasses__():
+        if not getattr(cls, "__abstractmethods__", None):
+            found.append(cls)
+        found.extend(_concrete_subclasses(cls))
+    return found
