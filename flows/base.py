@@ -25,9 +25,7 @@ class StandardNormal(nn.Module):
         """Draw points of shape (*shape, *event), on the generator's device first where one is given."""
         device = self._zero.device if generator is None else generator.device
         size = (*shape, *self.event_shape)
-        return torch.randn(size, generator=generator, dtype=self._zero.dtype, device=device).to(
-            self._zero.device
-        )
+        return torch.randn(size, generator=generator, dtype=self._zero.dtype, device=device).to(self._zero.device)
 
     def log_prob(
         self,

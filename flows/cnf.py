@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flows.base import StandardNormal
 from flows.distribution import FlowDistribution
 from flows.divergence import Analytic, DivergenceEstimator, Exact
-from flows.dynamics import AugmentedDynamics, StateDynamics, standard_error
+from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.fields import bind
 from flows.solvers import ODESolver, Solution, SolverStatistics
 from flows.transforms import Identity, Transform
@@ -72,9 +72,7 @@ class CNF(nn.Module):
             )
         self.event_shape = tuple(stated if event_shape is None else event_shape)
         if stated is not None and tuple(stated) != self.event_shape:
-            raise ValueError(
-                f"the field's event_shape is {tuple(stated)}, and CNF was given {self.event_shape}"
-            )
+            raise ValueError(f"the field's event_shape is {tuple(stated)}, and CNF was given {self.event_shape}")
         self.field = field
         if divergence is None:
             divergence = Analytic() if hasattr(field, "value_and_divergence") else Exact()
@@ -123,10 +121,10 @@ class CNF(nn.Module):
             with torch.no_grad():
                 reference, *_ = self._log_prob(y, context, probes, _tighter(self.solver))
             error = (value.detach() - reference).abs().reshape(batch_shape)
-        exact = self.divergence.is_exact(self.event_shape, self.field)
+        standard_error = self.divergence.standard_error(estimates.detach(), self.event_shape, self.field)
         return LogProbEstimate(
             value=(value + log_det).reshape(batch_shape),
-            standard_error=standard_error(estimates.detach(), exact).reshape(batch_shape),
+            standard_error=standard_error.reshape(batch_shape),
             solver_error=error,
             nfe=statistics.nfe_forward,
             statistics=statistics,

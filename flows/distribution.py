@@ -27,9 +27,7 @@ class FlowDistribution(Distribution):
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (the base class's form)
     has_rsample = True
 
-    def __init__(
-        self, flow: CNF, context: Tensor | None = None, batch_shape: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, flow: CNF, context: Tensor | None = None, batch_shape: Sequence[int] | None = None) -> None:
         self.flow = flow
         self.context = context
         if batch_shape is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flows.divergence import DivergenceEstimator, VectorField
@@ -54,15 +53,3 @@ class StateDynamics:
 
     def __call__(self, t: Tensor, state: State) -> State:
         return (checked_value(self.field(t, state[0]), state[0]),)
-
-
-def standard_error(
-    estimates: Tensor,  # (K, B)
-    exact: bool,
-) -> Tensor:  # (B,)
-    """The standard error of the mean of K independent estimates: 0 if exact, NaN if K = 1 leaves it unknown."""
-    if exact:
-        return estimates.new_zeros(estimates.shape[1])
-    if len(estimates) < 2:
-        return torch.full_like(estimates[0], torch.nan)
-    return estimates.std(0) / len(estimates) ** 0.5

@@ -25,8 +25,7 @@ def by_name(family: type[T], value: T | str) -> T:
             return choices[value.lower()]()
         raise ValueError(f"unknown {family.__name__} {value!r}; expected one of {', '.join(sorted(choices))}")
     raise TypeError(
-        f"expected a {family.__name__} or one of the names {', '.join(sorted(choices))}, "
-        f"got {type(value).__name__}"
+        f"expected a {family.__name__} or one of the names {', '.join(sorted(choices))}, got {type(value).__name__}"
     )
 
 

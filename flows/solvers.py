@@ -145,9 +145,7 @@ class ODESolver:
                 "adjoint_options": self._adjoint_options(),
                 "adjoint_params": tuple(p for p in parameters if p.requires_grad),
             }
-        states = (odeint_adjoint if self.gradient == "adjoint" else odeint)(
-            monitor, state, times, **arguments
-        )
+        states = (odeint_adjoint if self.gradient == "adjoint" else odeint)(monitor, state, times, **arguments)
         monitor.forward_is_done(times, states)
         return Solution(times, states, monitor.statistics)
 
@@ -168,9 +166,7 @@ def _grid(times: Tensor, step_size: float) -> Tensor:
     pieces = [times[:1]]
     for start, end in zip(times[:-1], times[1:], strict=True):
         steps = max(1, math.ceil(float((end - start).abs()) / step_size - 1e-3))  # forgive rounding of times
-        pieces.append(
-            torch.linspace(float(start), float(end), steps + 1, dtype=times.dtype, device=times.device)[1:]
-        )
+        pieces.append(torch.linspace(float(start), float(end), steps + 1, dtype=times.dtype, device=times.device)[1:])
         pieces[-1][-1] = end
     return torch.cat(pieces)
 

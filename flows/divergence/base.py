@@ -20,7 +20,7 @@ class FieldSample:
     """
 
     value: Tensor  # (B, *event), v(t, x)
-    estimates: Tensor  # (K, B), independent estimates of +div v; K = 1 when the estimator is deterministic
+    estimates: Tensor  # (K, B), exchangeable estimates of +div v; K = 1 when the estimator is deterministic
 
     @property
     def divergence(self) -> Tensor:  # (B,)
@@ -65,7 +65,7 @@ class DivergenceEstimator(ABC):
 
     @property
     def num_estimates(self) -> int:
-        """K: how many independent estimates a call returns."""
+        """K: how many estimates a call returns."""
         return 1
 
     @abstractmethod
@@ -79,6 +79,19 @@ class DivergenceEstimator(ABC):
         """
         return False
 
+    def standard_error(
+        self,
+        estimates: Tensor,  # (K, B); of the divergence, or of its integral over a solve
+        event_shape: tuple[int, ...],
+        field: object | None = None,
+    ) -> Tensor:  # (B,)
+        """The standard error of the mean of the K estimates: 0 if exact, NaN where K = 1 leaves it unknown."""
+        if self.is_exact(event_shape, field):
+            return estimates.new_zeros(estimates.shape[1])
+        if len(estimates) < 2:
+            return torch.full_like(estimates[0], torch.nan)
+        return estimates.std(0) / len(estimates) ** 0.5
+
 
 def checked_value(
     value: Tensor,  # what the field returned
@@ -89,7 +102,6 @@ def checked_value(
         raise TypeError(f"a vector field must return a tensor, got {type(value).__name__}")
     if value.shape != x.shape:
         raise ValueError(
-            f"a vector field must return one velocity a point, of shape {tuple(x.shape)}, "
-            f"got {tuple(value.shape)}"
+            f"a vector field must return one velocity a point, of shape {tuple(x.shape)}, got {tuple(value.shape)}"
         )
     return value

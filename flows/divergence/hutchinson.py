@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,7 @@ class Hutchinson(DivergenceEstimator):
 
     def __post_init__(self) -> None:
         if self.num_probes < 1:
-            raise ValueError(
-                f"num_probes must be >= 1, got {self.num_probes}; for no sampling noise use Exact()"
-            )
+            raise ValueError(f"num_probes must be >= 1, got {self.num_probes}; for no sampling noise use Exact()")
         check_mode(self.mode, self.chunk_size)
         object.__setattr__(self, "probes", by_name(ProbeFamily, self.probes))
 
@@ -55,3 +54,10 @@ class Hutchinson(DivergenceEstimator):
 
     def num_products(self, event_shape: tuple[int, ...]) -> int:
         return self.num_probes
+
+    def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
+        return self.probes.spread_factor(self.num_probes, math.prod(event_shape)) == 0
+
+    def standard_error(self, estimates: Tensor, event_shape: tuple[int, ...], field: object | None = None) -> Tensor:
+        factor = self.probes.spread_factor(self.num_probes, math.prod(event_shape))
+        return super().standard_error(estimates, event_shape, field) * factor

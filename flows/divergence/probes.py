@@ -36,6 +36,13 @@ class ProbeFamily(ABC):
     ) -> Tensor:  # (...)
         """The variance of mean_k ε_kᵀ J ε_k."""
 
+    def spread_factor(self, num_probes: int, dimension: int) -> float:
+        """What (spread of the K estimates)/√K is to be multiplied by to be the standard error of their mean.
+
+        1 for independent probes, less for probes that exclude each other, and 0 where they exhaust the space.
+        """
+        return 1.0
+
 
 class Rademacher(ProbeFamily):
     """Independent signs. Variance 2(‖S‖²_F − Σᵢ J_ii²)/K: no noise where S is diagonal. [Hutchinson 1990]"""

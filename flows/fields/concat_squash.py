@@ -54,9 +54,7 @@ class ConcatSquashMLP(Field):
             h = self.activation(layer(h, condition)[0])
         return self.layers[-1](h, condition)[0].view_as(x)
 
-    def value_and_divergence(
-        self, t: Tensor, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def value_and_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """v (B, *event) and div v (B,)."""
         condition = self._condition(t, context)
         h = x.flatten(1)

@@ -45,8 +45,6 @@ class Linear(Field):
         self.check_context(context)
         return torch.addmm(self.offset, x.flatten(1), self.matrix.T).view_as(x)
 
-    def value_and_divergence(
-        self, t: Tensor, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def value_and_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """v (B, *event) and div v (B,)."""
         return self(t, x, context), self.matrix.trace().expand(len(x))

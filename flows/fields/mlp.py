@@ -61,9 +61,7 @@ class MLP(Field):
         self.activations = nn.ModuleList([shared] * len(self.hidden))
         if sine_frequency is not None:
             if sine_frequency <= 0:
-                raise ValueError(
-                    f"sine_frequency must be > 0, or None for no sine layer, got {sine_frequency}"
-                )
+                raise ValueError(f"sine_frequency must be > 0, or None for no sine layer, got {sine_frequency}")
             self.activations[0] = Sine()
             nn.init.normal_(self.layers[0].weight, std=sine_frequency)
             nn.init.uniform_(self.layers[0].bias, -math.pi, math.pi)
@@ -75,9 +73,7 @@ class MLP(Field):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         scales, shifts, offset = self._modulate(t, context)
         h = x.flatten(1)
-        for layer, activation, scale, shift in zip(
-            self.layers, self.activations, scales, shifts, strict=True
-        ):
+        for layer, activation, scale, shift in zip(self.layers, self.activations, scales, shifts, strict=True):
             h = activation(torch.addcmul(shift, layer(h), scale))
         return (self.out(h) + offset).view_as(x)
 
@@ -89,9 +85,7 @@ class MLP(Field):
         trace = self._trace() if trace is None else trace
         h = x.flatten(1)
         slopes = []
-        for layer, activation, scale, shift in zip(
-            self.layers, self.activations, scales, shifts, strict=True
-        ):
+        for layer, activation, scale, shift in zip(self.layers, self.activations, scales, shifts, strict=True):
             h, slope = activation.value_and_slope(torch.addcmul(shift, layer(h), scale))
             slopes.append(slope * scale)
         return (self.out(h) + offset).view_as(x), trace(slopes)

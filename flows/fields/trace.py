@@ -68,15 +68,11 @@ class PerceptronTrace:
         gate_per_sample: the gate differs between samples and is given with the slopes instead.
     """
 
-    def __init__(
-        self, weights: list[Tensor], gate: Tensor | None = None, gate_per_sample: bool = False
-    ) -> None:
+    def __init__(self, weights: list[Tensor], gate: Tensor | None = None, gate_per_sample: bool = False) -> None:
         *hidden, out = weights
         widths = [len(weight) for weight in hidden]
         through_event = [*widths, len(out)]
-        self.visits_event = gate_per_sample or (
-            len(hidden) > 2 and _least_cost(through_event) < _least_cost(widths)
-        )
+        self.visits_event = gate_per_sample or (len(hidden) > 2 and _least_cost(through_event) < _least_cost(widths))
         if gate is not None:
             out = gate.T * out
         self.ones = None if gate_per_sample else out.new_ones(1, len(out))
