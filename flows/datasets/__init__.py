@@ -1,0 +1,28 @@
+"""Data sets: toy densities with known entropy, pictures as densities, and tables of numbers."""
+
+from flows.datasets.base import Batch, BatchStream, Dataset
+from flows.datasets.curves import Moons, Pinwheel, SwissRoll, TwoSpirals
+from flows.datasets.density import Density
+from flows.datasets.image_density import ImageDensity
+from flows.datasets.tabular import BreastCancer, Table, Tabular
+from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
+
+__all__ = [
+    "Batch",
+    "BatchStream",
+    "BreastCancer",
+    "Checkerboard",
+    "Circles",
+    "Dataset",
+    "Density",
+    "EightGaussians",
+    "Gaussian",
+    "ImageDensity",
+    "Moons",
+    "Pinwheel",
+    "Rings",
+    "SwissRoll",
+    "Table",
+    "Tabular",
+    "TwoSpirals",
+]

@@ -1,0 +1,181 @@
+"""Toy densities in the plane with a closed-form log-density, and a Gaussian of any dimension.
+
+The recipes are those of the FFJORD code (Grathwohl et al. 2019, arXiv:1810.01367), with independent,
+continuous draws throughout: components, angles and noise all come from the generator that is passed in.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flows.datasets.density import Density, check_points
+
+
+class EightGaussians(Density):
+    """Eight round Gaussians on a circle.
+
+    x = (4 (cos, sin)(k pi / 4) + 0.5 z) / 1.414 with k uniform on 0..7 and z ~ N(0, I). Entropy 2.83188 nats.
+    """
+
+    name = "8gaussians"
+    entropy = 2.83188
+    radius: ClassVar[float] = 4 / 1.414
+    sd: ClassVar[float] = 0.5 / 1.414
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        angle = torch.randint(8, (n,), generator=generator) * (math.pi / 4)
+        return self.radius * _direction(angle) + self.sd * torch.randn(n, 2, generator=generator)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        centres = self.radius * _direction(torch.arange(8, dtype=x.dtype, device=x.device) * (math.pi / 4))
+        squared = (check_points(x).unsqueeze(-2) - centres).square().sum(-1)
+        norm = math.log(8 * 2 * math.pi * self.sd**2)
+        return torch.logsumexp(squared / (-2 * self.sd**2), -1) - norm
+
+
+class Checkerboard(Density):
+    """The eight dark squares of a 4 x 4 board on [-4, 4]^2; uniform.
+
+    u1 ~ U(-2, 2), u2 = U(0, 1) - 2 B + (floor(u1) mod 2) with B ~ Bernoulli(1/2); x = 2 u.
+    Entropy log 32 nats.
+    """
+
+    name = "checkerboard"
+    entropy = math.log(32)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        u1 = 4 * torch.rand(n, generator=generator) - 2
+        row = torch.floor(u1) % 2 - 2 * torch.randint(2, (n,), generator=generator)
+        return 2 * torch.stack([u1, torch.rand(n, generator=generator) + row], -1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        u = check_points(x) / 2
+        cell = torch.floor(u)
+        # Edges count as inside: rounding can put a sample on one, and every edge borders a dark square.
+        dark = (cell.sum(-1) % 2 == 0) | (u == cell).any(-1)
+        inside = dark & (u.abs() <= 2).all(-1)
+        # The zero keeps the result in the graph (with a zero gradient), as callers who differentiate expect.
+        return torch.where(inside, 0 * x.sum(-1) - self.entropy, -math.inf)
+
+
+class _NoisyCircles(Density):
+    """x = R (cos, sin)(a) + sd z with R uniform on `radii`, a ~ U(0, 2 pi), z ~ N(0, I).
+
+    The angle integrates out to a Bessel function, with r = |x|:
+    p(x) = mean_R exp(-(r^2 + R^2) / (2 sd^2)) I0(r R / sd^2) / (2 pi sd^2).
+    """
+
+    radii: ClassVar[tuple[float, ...]]
+    sd: ClassVar[float]
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        component = torch.randint(len(self.radii), (n, 1), generator=generator)
+        angle = 2 * math.pi * torch.rand(n, generator=generator)
+        return torch.tensor(self.radii)[component] * _direction(angle) + self.sd * torch.randn(
+            n, 2, generator=generator
+        )
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        radii = torch.tensor(self.radii, dtype=x.dtype, device=x.device)
+        r = torch.linalg.vector_norm(check_points(x), dim=-1, keepdim=True)
+        # i0e(a) = exp(-a) I0(a) turns the exponent into -(r - R)^2, which cannot overflow.
+        bessel = torch.log(torch.special.i0e(r * radii / self.sd**2))
+        norm = math.log(len(self.radii) * 2 * math.pi * self.sd**2)
+        return torch.logsumexp(bessel - (r - radii).square() / (2 * self.sd**2), -1) - norm
+
+
+class Rings(_NoisyCircles):
+    """Four concentric rings of equal mass.
+
+    x = R (cos, sin)(a) + 0.08 z with R uniform on 3 (1, 3/4, 1/2, 1/4), a ~ U(0, 2 pi), z ~ N(0, I).
+    Entropy 2.62318 nats.
+    """
+
+    name = "rings"
+    entropy = 2.62318
+    radii = (3.0, 2.25, 1.5, 0.75)
+    sd = 0.08
+
+
+class Circles(_NoisyCircles):
+    """Two concentric circles of equal mass.
+
+    x = R (cos, sin)(a) + 0.24 z with R uniform on (3, 1.5), a ~ U(0, 2 pi), z ~ N(0, I).
+    Entropy 3.26814 nats.
+    """
+
+    name = "circles"
+    entropy = 3.26814
+    radii = (3.0, 1.5)
+    sd = 0.24
+
+
+class Gaussian(Density):
+    """x ~ N(mean, covariance) in any dimension d; entropy log det(2 pi e covariance) / 2 nats.
+
+    Args:
+        mean: d numbers.
+        covariance: d x d numbers, symmetric and positive definite.
+        num_validation, num_test, num_reference: see `Density`.
+
+    Raises:
+        ValueError: where the shapes disagree or the covariance is not one.
+    """
+
+    name = "gaussian"
+
+    def __init__(
+        self,
+        mean: Sequence[float] | Tensor,
+        covariance: Sequence[Sequence[float]] | Tensor,
+        num_validation: int = 10_000,
+        num_test: int = 100_000,
+        num_reference: int = 10_000,
+    ):
+        super().__init__(num_validation, num_test, num_reference)
+        try:
+            # float by float, as a config's lists are no Python lists
+            self.mean = torch.tensor([float(v) for v in mean], dtype=torch.float64)
+            rows = [[float(v) for v in row] for row in covariance]
+            self.covariance = torch.tensor(rows, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"mean must be d numbers and covariance d rows of d numbers, got {mean} and {covariance}"
+            ) from error
+        d = len(self.mean)
+        if d == 0 or self.covariance.shape != (d, d):
+            raise ValueError(
+                f"covariance must be {d} x {d} for a mean of {d} numbers, got {tuple(self.covariance.shape)}"
+            )
+        if not torch.isfinite(self.mean).all() or not torch.isfinite(self.covariance).all():
+            raise ValueError(f"mean and covariance must be finite, got {mean} and {covariance}")
+        if not torch.allclose(self.covariance, self.covariance.T, rtol=1e-6):
+            raise ValueError(f"covariance must be symmetric, got {covariance}")
+        self.cholesky, failed = torch.linalg.cholesky_ex(self.covariance)
+        if failed:
+            smallest = torch.linalg.eigvalsh(self.covariance)[0].item()
+            raise ValueError(
+                f"covariance must be positive definite, its smallest eigenvalue is {smallest:.3g}; for a "
+                "standard deviation s the entry on the diagonal is s^2, and |cov_ij| < s_i s_j"
+            )
+        self.event_shape = (d,)
+        self.entropy = d / 2 * math.log(2 * math.pi * math.e) + self.cholesky.diagonal().log().sum().item()
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        z = torch.randn(n, *self.event_shape, generator=generator)
+        return self.mean.to(z) + z @ self.cholesky.to(z).T
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        d = self.event_shape[0]
+        centred = (check_points(x, d) - self.mean.to(x)).unsqueeze(-1)
+        z = torch.linalg.solve_triangular(self.cholesky.to(x), centred, upper=False).squeeze(-1)
+        log_det = self.cholesky.diagonal().log().sum().item()
+        return -z.square().sum(-1) / 2 - d / 2 * math.log(2 * math.pi) - log_det
+
+
+def _direction(angle: Tensor) -> Tensor:
+    """(cos, sin) of angles: (*batch,) -> (*batch, 2)."""
+    return torch.stack([angle.cos(), angle.sin()], -1)
