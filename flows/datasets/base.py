@@ -117,9 +117,7 @@ def check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
 
 
-def convert(
-    points: Tensor, device: torch.device | str | None, dtype: torch.dtype | None, dataset: str
-) -> Tensor:
+def convert(points: Tensor, device: torch.device | str | None, dtype: torch.dtype | None, dataset: str) -> Tensor:
     """Copy `points` to a device and dtype (default: torch's), or raise ValueError where one is not finite."""
     converted = points.to(device=device, dtype=dtype or torch.get_default_dtype(), copy=True)
     finite = torch.isfinite(converted)

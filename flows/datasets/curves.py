@@ -99,9 +99,7 @@ class TwoSpirals(Density):
         weight = weight * angle / (9 * math.pi**2)  # p(a) = 2 a / (3 pi)^2, halved for each arm
         middle = self._arm(angle) + self.width / 2
         middle, weight = torch.cat([middle, -middle]), torch.cat([weight, weight])
-        return _in_chunks(lambda part: self._log_mixture(part, middle, weight), check_points(x).double()).to(
-            x
-        )
+        return _in_chunks(lambda part: self._log_mixture(part, middle, weight), check_points(x).double()).to(x)
 
     def _log_mixture(self, x: Tensor, middle: Tensor, weight: Tensor) -> Tensor:
         """log of sum_j weight_j prod_i [Phi(b_ij) - Phi(a_ij)] / width, a and b the ends of the interval.

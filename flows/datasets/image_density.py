@@ -110,9 +110,7 @@ def _shades(path: str | Path | None, resolution: int, empty: int) -> np.ndarray:
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file.convert("RGBA"))
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(
-                f"{path} is not a picture that Pillow can read ({error}); use a .png or .jpg"
-            ) from error
+            raise ValueError(f"{path} is not a picture that Pillow can read ({error}); use a .png or .jpg") from error
         background = Image.new("RGBA", picture.size, (empty, empty, empty, 255))
         picture = Image.alpha_composite(background, picture)
     picture = picture.convert("L")

@@ -52,9 +52,7 @@ def read_csv(
         raise ValueError(f"{path} is empty; expected one row of numbers a line")
     if len(top[0]) == 1 and any(mark in top[0][0] for mark in ",;\t"):
         mark = next(mark for mark in ",;\t" if mark in top[0][0])
-        raise ValueError(
-            f"{path} has no {delimiter!r} in its first line but {mark!r}; set delimiter={mark!r}"
-        )
+        raise ValueError(f"{path} has no {delimiter!r} in its first line but {mark!r}; set delimiter={mark!r}")
     if header is None:
         header = _is_header(*top) if len(top) == 2 else any(_is_text(field) for field in top[0])
     names = [field.strip() for field in top[0]] if header else [str(i) for i in range(len(top[0]))]
@@ -84,9 +82,7 @@ def read_npy(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]
     try:
         values = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a whole .npy file of numbers ({error}); write it with numpy.save"
-        ) from error
+        raise ValueError(f"{path} is not a whole .npy file of numbers ({error}); write it with numpy.save") from error
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
         found = getattr(values, "dtype", type(values).__name__)
         raise ValueError(f"{path} must hold real numbers, got {found}; convert with array.astype(float)")
@@ -152,14 +148,10 @@ def choose_columns(columns: Columns, names: Sequence[str], source: str | Path) -
 def _csv_rows(path: Path, delimiter: str) -> Iterator[list[str]]:
     """Yield the rows of a text file as lists of fields, blank lines left out."""
     with open(path, newline="", encoding="utf-8-sig") as file:
-        yield from (
-            row for row in csv.reader(file, delimiter=delimiter) if len(row) > 1 or "".join(row).strip()
-        )
+        yield from (row for row in csv.reader(file, delimiter=delimiter) if len(row) > 1 or "".join(row).strip())
 
 
-def _explain(
-    path: Path, rows: Iterable[list[str]], names: Sequence[str], chosen: Sequence[int]
-) -> str | None:
+def _bad_value(rows: Iterable[list[str]], names: Sequence[str], chosen: Sequence[int]) -> str | None:
     """Say which value of a text file is no number."""
     for number, row in enumerate(rows, start=1):
         if len(row) != len(names):

@@ -205,9 +205,7 @@ def _as_table(values: ArrayLike | Tensor, source: str) -> Tensor:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} must hold real numbers only: {error}") from error
     if table.ndim != 2 or table.shape[1] == 0:
-        raise ValueError(
-            f"{source} must be a table (rows, columns), got an array of shape {tuple(table.shape)}"
-        )
+        raise ValueError(f"{source} must be a table (rows, columns), got an array of shape {tuple(table.shape)}")
     return table
 
 
