@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,7 +165,7 @@ class ODESolver:
 def _grid(times: Tensor, step_size: float) -> Tensor:
     """The times themselves, with equal steps of at most ``step_size`` between them."""
     pieces = [times[:1]]
-    for start, end in zip(times[:-1], times[1:], strict=True):
+    for start, end in itertools.pairwise(times):
         steps = max(1, math.ceil(float((end - start).abs()) / step_size - 1e-3))  # forgive rounding of times
         pieces.append(torch.linspace(float(start), float(end), steps + 1, dtype=times.dtype, device=times.device)[1:])
         pieces[-1][-1] = end

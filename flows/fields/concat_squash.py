@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -43,7 +44,7 @@ class ConcatSquashMLP(Field):
         widths = (dimension, *hidden, dimension)
         condition = 1 + math.prod(self.context_shape or (0,))
         self.layers = nn.ModuleList(
-            _ConcatSquash(a, b, condition) for a, b in zip(widths[:-1], widths[1:], strict=True)
+            _ConcatSquash(a, b, condition) for a, b in itertools.pairwise(widths)
         )
         self.activation = by_name(Activation, activation)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -55,7 +56,7 @@ class MLP(Field):
         dimension = math.prod(self.event_shape)
         self.hidden = tuple(hidden)
         widths = (dimension, *self.hidden)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.out = nn.Linear(widths[-1], dimension)
         shared = by_name(Activation, activation)
         self.activations = nn.ModuleList([shared] * len(self.hidden))

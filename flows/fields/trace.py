@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 
 
@@ -53,7 +55,7 @@ class CycleTrace:
 def _cost(widths: list[int], start: int) -> int:
     """Multiplications of the matrix products when the tangents of node ``start`` are pushed around."""
     order = [widths[(start + 1 + k) % len(widths)] for k in range(len(widths))]
-    return order[-1] * sum(a * b for a, b in zip(order[:-2], order[1:-1], strict=True))
+    return order[-1] * sum(a * b for a, b in itertools.pairwise(order))
 
 
 class PerceptronTrace:

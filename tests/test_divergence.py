@@ -1,0 +1,179 @@
+"""The divergence of any function, and what the estimators say when they cannot give it."""
+
+import pytest
+import torch
+from torch import nn
+
+from flows.divergence import Analytic, Exact, Gaussian, Hutchinson, ProbeFamily, Rademacher, divergence
+from flows.fields import MLP, Linear
+
+
+class Mixing(nn.Module):
+    """A function whose Jacobian is neither diagonal nor symmetric, on points of any shape."""
+
+    def __init__(self, event_shape):
+        super().__init__()
+        d = torch.Size(event_shape).numel()
+        self.ndim = len(event_shape)
+        self.matrix = nn.Parameter(torch.randn(d, d))
+
+    def forward(self, x):
+        flat = x.flatten(-self.ndim)
+        return ((flat @ self.matrix.T).sin() * flat.cos()).view_as(x)
+
+
+def dense_divergence(f, x, event_ndim):
+    """The trace of the d × d Jacobian of one point at a time."""
+    batch_shape = x.shape[: x.ndim - event_ndim]
+    points = x.reshape(-1, *x.shape[x.ndim - event_ndim :])
+    d = points[0].numel()
+    traces = [torch.func.jacrev(lambda p: f(p[None])[0])(point).reshape(d, d).trace() for point in points]
+    return torch.stack(traces).reshape(batch_shape)
+
+
+EVENTS = [((5,), (4,)), ((5,), (6, 3)), ((2, 3), (4,)), ((3,), (2, 3, 3))]
+
+
+@pytest.mark.parametrize(("batch_shape", "event_shape"), EVENTS)
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 100])
+def test_exact_is_the_dense_trace(batch_shape, event_shape, mode, chunk_size):
+    f = Mixing(event_shape)
+    x = torch.randn(*batch_shape, *event_shape)
+    value = divergence(f, x, len(event_shape), Exact(mode, chunk_size))
+    assert value.shape == batch_shape
+    torch.testing.assert_close(value, dense_divergence(f, x, len(event_shape)), rtol=0, atol=1e-12)
+
+
+def test_summing_the_gradient_of_ones_is_not_the_divergence():
+    """The popular answer sums all entries of the Jacobian; only for a diagonal one is that the trace."""
+
+    def popular(f, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(f(x), x, torch.ones_like(x))[0].sum(-1)
+
+    x = torch.randn(5, 4)
+    mixing = Mixing((4,))
+    truth = dense_divergence(mixing, x, 1)
+    assert (popular(mixing, x) - truth).abs().min() > 0.01
+    torch.testing.assert_close(divergence(mixing, x), truth)
+    torch.testing.assert_close(popular(torch.sin, x), divergence(torch.sin, x))
+
+
+def test_unbatched_point_of_a_function_that_takes_only_that():
+    matrix = torch.randn(3, 3)
+    torch.testing.assert_close(divergence(lambda x: matrix.mv(x), torch.randn(3)), matrix.trace())
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_gradients_are_those_of_the_dense_trace(mode):
+    f = Mixing((3,))
+    x = torch.randn(4, 3, requires_grad=True)
+    ours = torch.autograd.grad(divergence(f, x, estimator=Exact(mode)).square().sum(), [x, f.matrix])
+    dense = torch.autograd.grad(dense_divergence(f, x, 1).square().sum(), [x, f.matrix])
+    torch.testing.assert_close(ours, dense)
+
+
+@pytest.mark.parametrize("estimator", [Exact(), Exact("forward"), Hutchinson(2), Hutchinson(2, mode="forward")])
+def test_no_grad_gives_the_value_without_a_graph(estimator):
+    f = Mixing((3,))
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        value = divergence(f, x, estimator=estimator, generator=torch.Generator().manual_seed(1))
+    assert not value.requires_grad
+    torch.testing.assert_close(
+        value, divergence(f, x, estimator=estimator, generator=torch.Generator().manual_seed(1)).detach()
+    )
+
+
+def test_a_field_is_evaluated_once_for_value_and_divergence():
+    calls = []
+    f = Mixing((3,))
+
+    def counting(t, x):
+        calls.append(1)
+        return f(x)
+
+    x = torch.randn(4, 3)
+    sample = Exact()(counting, torch.zeros(()), x, None)
+    torch.testing.assert_close(sample.value, f(x))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("probes", ["rademacher", "gaussian"])
+def test_hutchinson_is_unbiased_with_the_stated_variance(probes):
+    f = Mixing((4,))
+    x = torch.randn(1, 4)
+    n = 40_000
+    estimator = Hutchinson(2, probes)
+    draws = divergence(f, x.expand(n, 4), estimator=estimator, generator=torch.Generator().manual_seed(3)).detach()
+    jacobian = torch.func.jacrev(lambda p: f(p[None])[0])(x[0])
+    variance = estimator.probes.variance(jacobian, 2)
+    assert abs(draws.mean() - jacobian.trace()) < 4 * (variance / n).sqrt()
+    kurtosis = ((draws - draws.mean()) ** 4).mean() / draws.var() ** 2
+    assert abs(draws.var() / variance - 1) < 4 * ((kurtosis - 1) / n).sqrt()
+
+
+def test_rademacher_has_no_noise_on_a_diagonal_jacobian():
+    x = torch.randn(6, 5)
+    torch.testing.assert_close(divergence(torch.sin, x, estimator=Hutchinson()), x.cos().sum(-1))
+
+
+def test_probe_families_by_name_and_object():
+    assert isinstance(Hutchinson(probes="Gaussian").probes, Gaussian)
+    assert isinstance(Hutchinson(probes=Rademacher()).probes, Rademacher)
+    with pytest.raises(ValueError, match=r"unknown ProbeFamily 'uniform'; expected one of .*gaussian.*rademacher"):
+        Hutchinson(probes="uniform")
+    with pytest.raises(TypeError, match="expected a ProbeFamily or one of the names"):
+        Hutchinson(probes=3)
+
+
+def test_a_new_probe_family_is_one_class():
+    class Scaled(ProbeFamily):
+        def draw(self, num_probes, x, generator=None):
+            return Rademacher().draw(num_probes, x, generator)
+
+        def variance(self, jacobian, num_probes):
+            return Rademacher().variance(jacobian, num_probes)
+
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(divergence(torch.sin, x, estimator=Hutchinson(probes="scaled")), x.cos().sum(-1))
+
+
+def test_errors_say_what_came_and_what_to_do():
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match=r"num_probes must be >= 1, got 0; for no sampling noise use Exact\(\)"):
+        Hutchinson(0)
+    with pytest.raises(ValueError, match="mode must be 'reverse' or 'forward', got 'backward'"):
+        Exact("backward")
+    with pytest.raises(ValueError, match="chunk_size must be >= 1, or None for one product at a time, got 0"):
+        Exact(chunk_size=0)
+    with pytest.raises(ValueError, match=r"event_ndim must be between 1 and x.ndim = 2, got 3"):
+        divergence(torch.sin, x, event_ndim=3)
+    with pytest.raises(ValueError, match=r"x must be a floating point tensor, got torch.int64"):
+        divergence(torch.sin, torch.ones(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"one velocity a point, of shape \(3, 4\), got \(3, 1\)"):
+        divergence(lambda x: x.sum(-1, keepdim=True), x)
+    with pytest.raises(TypeError, match="must return a tensor, got tuple"):
+        divergence(lambda x: (x, x), x)
+    with pytest.raises(ValueError, match="autograd cannot trace the field's value to x"):
+        divergence(lambda x: x.detach() * 2, x)
+    with pytest.raises(TypeError, match=r"Analytic\(\) needs a field with value_and_divergence.*, and Mixing has none"):
+        divergence(Mixing((4,)), x, estimator=Analytic())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
+        divergence(torch.sin, x)
+
+
+def test_analytic_works_in_inference_mode():
+    field = MLP((3,), (8, 8))
+    x = torch.randn(4, 3)
+    with torch.inference_mode():
+        sample = Analytic()(field.bind(), torch.zeros(()), x, None)
+    torch.testing.assert_close(sample.divergence, divergence(lambda x: field(torch.zeros(()), x), x).detach())
+
+
+def test_linear_field_has_the_trace_of_its_matrix():
+    field = Linear((2, 3))
+    x = torch.randn(4, 2, 3)
+    value = divergence(lambda x: field(torch.zeros(()), x), x, event_ndim=2)
+    torch.testing.assert_close(value, field.matrix.trace().expand(4))

@@ -1,0 +1,169 @@
+"""Fields: closed forms against dense traces, gradients, contexts, adapters."""
+
+import pytest
+import torch
+from torch import nn
+
+from flows.divergence import divergence
+from flows.fields import MLP, Activation, Adapter, ConcatSquashMLP, Elementwise, Linear, SinusoidalTime, bind
+
+WIDTHS = [(7,), (7, 5), (7, 5, 6), (3, 6, 2, 5), (9, 8, 7, 6, 5)]
+EVENTS = [(3,), (2, 4)]
+
+
+def randomised(field):
+    """Away from special initial values, such as gates that do not depend on time yet."""
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return field
+
+
+def build(kind, event_shape, hidden, context_shape):
+    if kind == "mlp":
+        return MLP(event_shape, hidden, context_shape=context_shape)
+    if kind == "sine":
+        return MLP(event_shape, hidden, "tanh", sine_frequency=2.0, context_shape=context_shape)
+    return ConcatSquashMLP(event_shape, hidden, context_shape=context_shape)
+
+
+@pytest.mark.parametrize("event_shape", EVENTS)
+@pytest.mark.parametrize("hidden", WIDTHS)
+@pytest.mark.parametrize("kind", ["mlp", "sine", "concat_squash"])
+@pytest.mark.parametrize("context_shape", [None, (2,)])
+@pytest.mark.parametrize("per_sample_time", [False, True])
+def test_closed_form_is_the_dense_trace(event_shape, hidden, kind, context_shape, per_sample_time):
+    field = randomised(build(kind, event_shape, hidden, context_shape))
+    x = torch.randn(4, *event_shape)
+    context = None if context_shape is None else torch.randn(4, *context_shape)
+    t = torch.rand(4) if per_sample_time else torch.tensor(0.3)
+    bound = bind(field, context)
+    value, ours = bound.value_and_divergence(t, x)
+    dense = divergence(lambda x: bound(t, x), x, len(event_shape))
+    torch.testing.assert_close(value, bound(t, x))
+    torch.testing.assert_close(ours, dense, rtol=0, atol=1e-10)
+    parameters = list(field.parameters())
+    ours, dense = (torch.autograd.grad(d.sin().sum(), parameters, allow_unused=True) for d in (ours, dense))
+    for a, b in zip(ours, dense, strict=True):
+        torch.testing.assert_close(*(torch.zeros(()) if g is None else g for g in (a, b)))
+
+
+@pytest.mark.parametrize("name", ["tanh", "silu", "softplus", "sine", "elementwise"])
+def test_slopes_are_the_derivatives(name):
+    activation = MLP((1,), (1,), name).activations[0]
+    z = torch.linspace(-4, 4, 41, requires_grad=True)
+    value, slope = activation.value_and_slope(z)
+    torch.testing.assert_close(value, activation(z))
+    torch.testing.assert_close(slope, torch.autograd.grad(activation(z).sum(), z)[0])
+
+
+def test_a_new_activation_is_one_class():
+    class Cubic(Activation):
+        def forward(self, z):
+            return z**3
+
+        def value_and_slope(self, z):
+            return z**3, 3 * z**2
+
+    field = MLP((2,), (4, 4), "cubic")
+    x = torch.randn(3, 2)
+    t = torch.tensor(0.5)
+    torch.testing.assert_close(
+        field.value_and_divergence(t, x)[1], divergence(lambda x: field(t, x), x), rtol=0, atol=1e-10
+    )
+
+
+def test_any_torch_activation_has_a_closed_form_through_elementwise():
+    field = MLP((2,), (4, 4), Elementwise(nn.Mish()))
+    x = torch.randn(3, 2)
+    t = torch.tensor(0.5)
+    torch.testing.assert_close(field.value_and_divergence(t, x)[1], divergence(lambda x: field(t, x), x))
+
+
+@pytest.mark.parametrize("field", [MLP((2,), (5, 4), context_shape=(3,)), ConcatSquashMLP((2,), context_shape=(3,))])
+def test_every_parameter_gets_a_gradient(field):
+    field = field.double()
+    value, trace = field.value_and_divergence(torch.tensor(0.4), torch.randn(6, 2), torch.randn(6, 3))
+    (value.sin().sum() + trace.sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in field.parameters())
+
+
+def test_time_matters_and_may_differ_between_samples():
+    field = randomised(MLP((2,), (8,)))
+    x = torch.randn(3, 2)
+    t = torch.tensor([0.0, 0.5, 1.0])
+    together = field(t, x)
+    apart = torch.cat([field(time, point[None]) for time, point in zip(t, x, strict=True)])
+    torch.testing.assert_close(together, apart)
+    assert (field(torch.tensor(0.0), x) - field(torch.tensor(1.0), x)).abs().min() > 0
+
+
+def test_what_is_computed_once_a_solve_is_computed_once(monkeypatch):
+    field = MLP((3,), (8, 8))
+    built = []
+    original = field._trace
+    monkeypatch.setattr(field, "_trace", lambda: built.append(1) or original())
+    bound = bind(field)
+    x = torch.randn(2, 3)
+    for t in torch.linspace(0, 1, 5):
+        bound.value_and_divergence(t, x)
+    assert len(built) == 1
+
+
+class Positional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+
+    def forward(self, sample, timestep):
+        return self.net(torch.cat([sample, timestep.reshape(len(sample), 1)], 1))
+
+
+@pytest.mark.parametrize("time", ["batch", "column"])
+@pytest.mark.parametrize("arguments", [("x", "t"), {"t": "timestep", "x": "sample"}])
+def test_adapter_takes_arguments_in_any_order(arguments, time):
+    net = Positional()
+    field = Adapter(net, (2,), arguments, time)
+    x = torch.randn(5, 2)
+    expected = net(x, torch.full((5,), 0.3))
+    torch.testing.assert_close(field(torch.tensor(0.3), x), expected)
+    torch.testing.assert_close(Adapter(net.net, (2,), ("x_and_t",))(torch.tensor(0.3), x), expected)
+    assert {id(p) for p in field.parameters()} == {id(p) for p in net.parameters()}
+
+
+def test_adapter_for_autonomous_and_conditional_networks():
+    x, context = torch.randn(5, 2), torch.randn(5, 3)
+    torch.testing.assert_close(Adapter(nn.Tanh(), (2,), ("x",))(torch.tensor(0.3), x), x.tanh())
+    bilinear = nn.Bilinear(2, 3, 2)
+    field = Adapter(bilinear, (2,), ("x", "context"), context_shape=(3,))
+    torch.testing.assert_close(field(torch.tensor(0.3), x, context), bilinear(x, context))
+
+
+def test_errors_say_what_came_and_what_to_do():
+    x = torch.randn(3, 2)
+    with pytest.raises(ValueError, match=r"hidden must hold the width of at least one hidden layer.*got \(\)"):
+        MLP((2,), ())
+    with pytest.raises(ValueError, match=r"hidden must hold the width.*got \(\)"):
+        ConcatSquashMLP((2,), ())
+    with pytest.raises(ValueError, match=r"unknown Activation 'relu6'; expected one of .*silu.*tanh"):
+        MLP((2,), (4,), "relu6")
+    with pytest.raises(ValueError, match="sine_frequency must be > 0, or None for no sine layer, got -1"):
+        MLP((2,), (4,), sine_frequency=-1)
+    with pytest.raises(ValueError, match=r"event_shape must hold positive sizes, such as \(2,\), got \(\)"):
+        MLP((), (4,))
+    with pytest.raises(ValueError, match="num_frequencies must be >= 1, got 0"):
+        SinusoidalTime(0)
+    with pytest.raises(ValueError, match=r"MLP is unconditional and got a context of shape \(3, 5\); build it with"):
+        MLP((2,), (4,))(torch.zeros(()), x, torch.randn(3, 5))
+    with pytest.raises(ValueError, match=r"MLP needs a context of shape \(B, \*\(5,\)\)"):
+        MLP((2,), (4,), context_shape=(5,))(torch.zeros(()), x)
+    with pytest.raises(ValueError, match=r"expects a context of shape \(B, \*\(5,\)\), got \(3, 4\)"):
+        MLP((2,), (4,), context_shape=(5,))(torch.zeros(()), x, torch.randn(3, 4))
+    with pytest.raises(ValueError, match=r"a matrix of shape \(2, 2\) and an offset of shape \(2,\), got \(3, 3\)"):
+        Linear((2,), torch.eye(3))
+    with pytest.raises(ValueError, match="arguments must be made of t, x, context, x_and_t, got"):
+        Adapter(nn.Tanh(), (2,), ("y",))
+    with pytest.raises(ValueError, match="time must be one of scalar, batch, column, got 'row'"):
+        Adapter(nn.Tanh(), (2,), ("x",), "row")
+    with pytest.raises(ValueError, match="context_shape goes with 'context' among the arguments"):
+        Adapter(nn.Tanh(), (2,), ("x", "context"))
