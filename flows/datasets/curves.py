@@ -41,7 +41,7 @@ class Moons(Density):
     def log_prob(self, x: Tensor) -> Tensor:
         angle, weight = _nodes(0, math.pi, like=x)
         arcs = [self._arc(angle, torch.full_like(angle, flag, dtype=torch.bool)) for flag in (False, True)]
-        centres = 2 * torch.cat(arcs) + torch.tensor(self.shift).to(x)
+        centres = 2 * torch.cat(arcs) + torch.tensor(self.shift, dtype=x.dtype, device=x.device)
         return _noisy_curve_log_prob(x, centres, torch.cat([weight, weight]) / (2 * math.pi), sd=0.2)
 
     @staticmethod
@@ -187,7 +187,7 @@ class Pinwheel(Density):
         angle = self._angle(grid, torch.arange(5, dtype=z.dtype, device=z.device)[:, None])  # (5, grid)
         above = z[:, 0, None, None] * angle.cos() + z[:, 1, None, None] * angle.sin() > grid
         point, k, cell = torch.nonzero(above[..., 1:] != above[..., :-1], as_tuple=True)
-        low, high, low_above = grid[cell], grid[cell + 1], above[point, k, cell]
+        low, high, low_above, k = grid[cell], grid[cell + 1], above[point, k, cell], k.to(z)
         for _ in range(20 if z.dtype == torch.float64 else 10):
             middle = (low + high) / 2
             same = (self._unrotate(z[point], middle, k)[0] > middle) == low_above

@@ -36,7 +36,10 @@ def read_table(path: str | Path, columns: Columns = None, **csv_settings) -> tup
         )
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {path}; path is read from {Path.cwd()} unless absolute")
-    return reader(path, columns, **(csv_settings if reader is read_csv else {}))
+    try:
+        return reader(path, columns, **(csv_settings if reader is read_csv else {}))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from error
 
 
 def read_csv(
@@ -59,13 +62,18 @@ def read_csv(
     if len(top) == 1 and header:
         raise ValueError(f"{path} has a line of names and no row of numbers below it")
     chosen = choose_columns(columns, names, path)
+    rows = islice(_csv_rows(path, delimiter), int(header), None)
+    # Of a few columns loadtxt reads no more than those, and would not notice a row that is shifted.
+    shifted = columns is not None and _bad_width(rows, len(names))
+    if shifted:
+        raise ValueError(f"cannot read {path}: {shifted}")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = (line for line in file if line.strip())
             values = np.loadtxt(
                 islice(lines, int(header), None),
                 delimiter=delimiter,
-                usecols=chosen,
+                usecols=None if columns is None else chosen,
                 ndmin=2,
                 comments=None,
                 quotechar='"',
@@ -74,6 +82,8 @@ def read_csv(
         rows = islice(_csv_rows(path, delimiter), int(header), None)
         found = _bad_value(rows, names, chosen) or str(error)
         raise ValueError(f"cannot read {path}: {found}") from error
+    if values.shape[1] != len(chosen):
+        raise ValueError(f"{path} has {len(names)} names in its first line, but rows of {values.shape[1]} fields")
     return values, [names[i] for i in chosen]
 
 
@@ -151,11 +161,19 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[list[str]]:
         yield from (row for row in csv.reader(file, delimiter=delimiter) if len(row) > 1 or "".join(row).strip())
 
 
+def _bad_width(rows: Iterable[list[str]], width: int, first: int = 1) -> str | None:
+    """Say which row does not have `width` fields."""
+    for number, row in enumerate(rows, start=first):
+        if len(row) != width:
+            return f"row {number} (the first data row is row 1) has {len(row)} fields, expected {width}; correct it"
+    return None
+
+
 def _bad_value(rows: Iterable[list[str]], names: Sequence[str], chosen: Sequence[int]) -> str | None:
-    """Say which value of a text file is no number."""
+    """Say which row of a text file is too short or long, or which value is no number."""
     for number, row in enumerate(rows, start=1):
-        if len(row) != len(names):
-            return f"row {number} has {len(row)} fields, expected {len(names)}; complete or remove it"
+        if wrong := _bad_width([row], len(names), number):
+            return wrong
         for i in chosen:
             if _is_number(row[i]):
                 continue

@@ -142,12 +142,12 @@ class BreastCancer(Table):
         chosen = choose_columns(columns, names, "breast_cancer")
         super().__init__(
             data.data[:, chosen],
-            [names[i] for i in chosen],
-            "breast_cancer",
-            validation_fraction,
-            test_fraction,
-            split_seed,
-            "breast_cancer",
+            columns=[names[i] for i in chosen],
+            name="breast_cancer",
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            split_seed=split_seed,
+            source="breast_cancer",
         )
 
 

@@ -1,0 +1,315 @@
+"""Densities: every yaml in conf/data that names one is tested here, so that a new one is tested by being there."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+from scipy.spatial import cKDTree
+from scipy.special import digamma, logsumexp
+
+from flows import datasets
+from flows.datasets import Density
+
+CONFIGS = {path.stem: OmegaConf.load(path) for path in sorted(Path(__file__).parents[1].glob("conf/data/*.yaml"))}
+DENSITIES = [name for name, config in CONFIGS.items() if issubclass(get_class(config._target_), Density)]
+SMOOTH = [name for name in DENSITIES if name not in ("checkerboard", "image_density")]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def build(name: str, **changes) -> Density:
+    return instantiate(CONFIGS[name], **changes)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def grid(density: Density, step: float) -> torch.Tensor:
+    """Centres of squares that cover the density, (n, 2)."""
+    x = density.reference()
+    low, high = torch.floor(x.min(0).values - 1.5), torch.ceil(x.max(0).values + 1.5)
+    axes = [torch.arange(a + step / 2, b, step) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+    return torch.cartesian_prod(*axes)
+
+
+def nearest_neighbour_entropy(x: np.ndarray, k: int = 4) -> float:
+    """Kozachenko-Leonenko: psi(n) - psi(k) + log(pi) + 2 mean log(distance to the k-th neighbour), in the plane."""
+    distance = cKDTree(x).query(x, k + 1)[0][:, -1]
+    return digamma(len(x)) - digamma(k) + math.log(math.pi) + 2 * np.log(distance).mean()
+
+
+def test_there_is_a_yaml_for_every_density():
+    assert {
+        "8gaussians",
+        "checkerboard",
+        "rings",
+        "circles",
+        "moons",
+        "pinwheel",
+        "2spirals",
+        "swissroll",
+        "gaussian",
+        "image_density",
+    } <= set(DENSITIES)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_log_prob_is_a_density_with_the_stated_entropy(name):
+    density = build(name)
+    assert density.name == name
+    assert density.has_log_prob
+    step = density.pixel if name == "image_density" else 1 / 16
+    log_p = density.log_prob(grid(density, step))
+    assert not log_p.isnan().any()
+    p = log_p.exp() * step**2
+    torch.testing.assert_close(p.sum().item(), 1.0, rtol=0, atol=1e-6)
+    entropy = -torch.where(p > 0, p * log_p, 0).sum().item()
+    torch.testing.assert_close(entropy, density.entropy, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_samples_come_from_log_prob(name):
+    density = build(name)
+    nll = -density.log_prob(density.sample(20_000, rng(1)))
+    error = 4 * nll.std().item() / math.sqrt(len(nll)) + 1e-9
+    assert abs(nll.mean().item() - density.entropy) < error
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_entropy_agrees_with_an_estimate_from_neighbours(name):
+    if name == "image_density":  # neighbours do not resolve 10,000 pixels
+        pytest.skip("closed form, checked on its own grid")
+    density = build(name)
+    estimate = nearest_neighbour_entropy(density.sample(50_000, rng(2)).numpy())
+    assert abs(estimate - density.entropy) < 0.03
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_log_prob_is_differentiable(name):
+    density = build(name)
+    x = density.sample(4, rng(3)) + torch.tensor([[0.0, 0.0], [0.3, -0.2], [1.5, 1.0], [-0.5, 0.4]])
+    assert torch.autograd.gradcheck(density.log_prob, x.requires_grad_())
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_log_prob_keeps_shape_and_dtype(name):
+    density = build(name)
+    x = density.sample(12, rng(4)).reshape(3, 4, 2)
+    expected = density.log_prob(x)
+    single = density.log_prob(x.float())
+    assert expected.shape == (3, 4)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-3)
+    torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(density.log_prob(x), expected, rtol=1e-14, atol=1e-14)
+    with pytest.raises(ValueError, match=r"expects points of shape \(\*batch, 2\), got \(5, 3\)"):
+        density.log_prob(torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_the_generator_is_the_only_randomness(name):
+    density = build(name)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, again, other = (density.sample(64, rng(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert len(torch.unique(torch.cat([first, other]), dim=0)) == 128
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stream_resumes_bit_for_bit(name, dtype, tmp_path):
+    stream = build(name).train_stream(7, rng(7), dtype=dtype)
+    stream.next()
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    expected = [next(stream).x for _ in range(3)]
+    resumed = build(name).train_stream(7, rng(99), dtype=dtype)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert all(torch.equal(resumed.next().x, x) for x in expected)
+    assert expected[0].shape == (7, 2)
+    assert expected[0].dtype == dtype
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_fixed_parts(name):
+    density = build(name, num_validation=25, num_test=40, num_reference=30)
+    parts = [
+        torch.cat([batch.x for batch in density.validation_batches(10)]),
+        torch.cat([batch.x for batch in density.test_batches(15)]),
+        density.reference(),
+    ]
+    assert [len(part) for part in parts] == [25, 40, 30]
+    assert len(torch.unique(torch.cat(parts), dim=0)) == 95
+    assert torch.equal(torch.cat([batch.x for batch in density.test_batches(40)]), parts[1])
+    next(density.test_batches(40)).x.zero_()
+    density.reference().zero_()
+    assert torch.equal(torch.cat([batch.x for batch in build(name, num_test=40).test_batches(3)]), parts[1])
+    assert torch.equal(density.reference(), parts[2])
+    assert next(density.validation_batches(5, dtype=torch.float32)).x.dtype == torch.float32
+
+
+def test_two_spirals_far_away():
+    """Against a plain quadrature over all three uniforms, in the middle and in the tails."""
+    x = torch.tensor([[0.1, 0.2], [2.0, 0.0], [3.5, -3.5], [-1.0, 2.6], [8.0, 1.0]])
+    a = 3 * np.pi * np.sqrt((np.arange(40_000) + 0.5) / 40_000)
+    node, weight = np.polynomial.legendre.leggauss(24)
+    log_p = []
+    for point in x.numpy():
+        arms = []
+        for sign in (1, -1):
+            arm = np.stack([-a * np.cos(a), a * np.sin(a)]) / 3
+            offset = sign * point[:, None] - arm  # (2, a)
+            z = (offset[..., None] - (node + 1) / 12) / 0.1
+            kernel = logsumexp(-(z**2) / 2, axis=-1, b=weight / 2) - math.log(0.1 * math.sqrt(2 * math.pi))
+            arms.append(kernel.sum(0))
+        log_p.append(logsumexp(np.concatenate(arms)) - math.log(2 * len(a)))
+    expected = torch.tensor(np.array(log_p))
+    assert expected.min() < -1000
+    torch.testing.assert_close(datasets.TwoSpirals().log_prob(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_checkerboard_support():
+    board = datasets.Checkerboard()
+    inside, light, outside = [1.0, 1.0], [1.0, -1.0], [5.0, 5.0]
+    log_p = board.log_prob(torch.tensor([inside, light, outside, [4.0, 4.0]]))
+    assert log_p.tolist() == [-math.log(32), -math.inf, -math.inf, -math.log(32)]
+
+
+def test_gaussian_of_any_dimension():
+    torch.manual_seed(0)
+    root = torch.randn(5, 5)
+    mean, covariance = torch.randn(5), root @ root.T + torch.eye(5)
+    density = datasets.Gaussian(mean, covariance)
+    exact = torch.distributions.MultivariateNormal(mean, covariance)
+    x = density.sample(50_000, rng())
+    torch.testing.assert_close(density.entropy, exact.entropy().item())
+    torch.testing.assert_close(density.log_prob(x[:100]), exact.log_prob(x[:100]))
+    torch.testing.assert_close(torch.cov(x.T), covariance, rtol=0.05, atol=0.2)
+    torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=0.08)
+    assert next(density.train_stream(3, rng())).x.shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "message"),
+    [
+        ([0, 0], [[1, 0, 0]] * 3, r"covariance must be 2 x 2 for a mean of 2 numbers, got \(3, 3\)"),
+        ([0, 0], [[1, 0.5], [0, 1]], "covariance must be symmetric"),
+        ([0, 0], [[1, 2], [2, 1]], "positive definite, its smallest eigenvalue is -1"),
+        ([0, math.nan], [[1, 0], [0, 1]], "must be finite"),
+        ([0, 0], [[1, 0], [0]], "covariance d rows of d numbers, got"),
+        (0.0, 1.0, "mean must be d numbers"),
+    ],
+)
+def test_gaussian_refuses(mean, covariance, message):
+    with pytest.raises(ValueError, match=message):
+        datasets.Gaussian(mean, covariance)
+
+
+def test_picture_with_known_answer(tmp_path):
+    """Three quarters of the mass in the lower left pixel of 2 x 1, a quarter in the upper left, none at the right."""
+    shades = np.array([[170, 255], [0, 255]], dtype=np.uint8)
+    Image.fromarray(shades).save(tmp_path / "squares.png")
+    density = datasets.ImageDensity(tmp_path / "squares.png", contrast=1.0)
+    log_p = density.log_prob(torch.tensor([[-1.0, 1.0], [-1.0, -1.0], [1.0, 1.0], [3.0, 0.0]]))
+    torch.testing.assert_close(log_p.exp(), torch.tensor([0.25, 0.75, 0, 0]) / 4)
+    torch.testing.assert_close(density.entropy, math.log(4) - 0.25 * math.log(0.25) - 0.75 * math.log(0.75))
+    x = density.sample(4000, rng())
+    assert (x[:, 0] < 0).all()
+    assert abs((x[:, 1] > 0).double().mean().item() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 4000)
+    bright = datasets.ImageDensity(tmp_path / "squares.png", dense="bright", contrast=1.0)
+    assert bright.log_prob(torch.tensor([-1.0, -1.0])) == -math.inf
+    assert bright.log_prob(torch.tensor([1.0, 1.0])) == bright.log_prob(torch.tensor([1.0, -1.0]))
+
+
+def test_picture_keeps_its_shape_and_transparency(tmp_path):
+    picture = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    picture.paste((0, 0, 0, 255), (0, 0, 20, 20))
+    picture.save(tmp_path / "half.png")
+    x = datasets.ImageDensity(tmp_path / "half.png").sample(2000, rng())
+    assert -2 <= x[:, 0].min() < -1.9
+    assert -0.1 < x[:, 0].max() <= 0
+    assert 0.9 < x[:, 1].max() <= 1
+
+
+def test_single_precision_samples_stay_in_the_support():
+    torch.set_default_dtype(torch.float32)
+    for name in ("checkerboard", "image_density"):
+        density = build(name)
+        assert density.log_prob(density.sample(300_000, rng(8))).isfinite().all()
+
+
+def test_picture_errors(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (8, 8), 128).save(tmp_path / "grey.png")
+    with pytest.raises(FileNotFoundError, match=r"no picture at .*missing\.png; path is read from"):
+        datasets.ImageDensity(tmp_path / "missing.png")
+    with pytest.raises(ValueError, match=r"text\.png is not a picture that Pillow can read .* use a \.png or \.jpg"):
+        datasets.ImageDensity(tmp_path / "text.png")
+    with pytest.raises(ValueError, match=r"grey\.png has a single shade at 8 x 8 pixels"):
+        datasets.ImageDensity(tmp_path / "grey.png")
+    with pytest.raises(ValueError, match="dense must be 'dark' or 'bright', got 'grey'"):
+        datasets.ImageDensity(dense="grey")
+    with pytest.raises(ValueError, match="contrast must be positive, got 0"):
+        datasets.ImageDensity(contrast=0)
+    with pytest.raises(ValueError, match="resolution must be a whole number of pixels >= 1, got 0"):
+        datasets.ImageDensity(resolution=0)
+
+
+class Uniform(Density):
+    """What a user writes at the least."""
+
+    name = "uniform"
+
+    def sample(self, n, generator):
+        return torch.rand(n, 2, generator=generator)
+
+
+def test_a_density_needs_only_sample():
+    density = Uniform()
+    assert density.entropy is None
+    assert not density.has_log_prob
+    assert density.train_stream(4, rng()).next().x.shape == (4, 2)
+    assert density.reference().shape == (10_000, 2)
+    with pytest.raises(NotImplementedError, match="Uniform has no log_prob; ask has_log_prob first"):
+        density.log_prob(torch.zeros(1, 2))
+
+
+def test_bad_samples_of_a_user(monkeypatch):
+    density = Uniform()
+    stream = density.train_stream(4, rng())
+    monkeypatch.setattr(Uniform, "sample", lambda self, n, generator: torch.zeros(n, 3))
+    with pytest.raises(ValueError, match=r"Uniform.sample\(4, generator\) must return .* \(4, 2\), got shape \(4, 3\)"):
+        stream.next()
+    monkeypatch.setattr(Uniform, "sample", lambda self, n, generator: np.zeros((n, 2)))
+    with pytest.raises(ValueError, match="got ndarray"):
+        density.reference()
+    monkeypatch.setattr(Uniform, "sample", lambda self, n, generator: torch.tensor([[0.0, 1.0], [2.0, math.inf]] * 2))
+    with pytest.raises(ValueError, match=r"'uniform': 2 of 8 values are NaN or infinite .* inf, at index \(1, 1\)"):
+        stream.next()
+
+
+def test_bad_settings():
+    density = datasets.Moons()
+    with pytest.raises(ValueError, match="num_test must be a whole number >= 1, got 0"):
+        datasets.Moons(num_test=0)
+    with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0"):
+        density.train_stream(0, rng())
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number >= 1, got 2\.5"):
+        density.test_batches(2.5)
+    with pytest.raises(ValueError, match=r"a torch.Generator on the cpu, got int; pass torch.Generator"):
+        density.train_stream(1, 0)
+    state = datasets.Rings().train_stream(1, rng()).state_dict()
+    with pytest.raises(ValueError, match="belongs to the data set 'rings', this one is 'moons'"):
+        density.train_stream(1, rng()).load_state_dict(state)

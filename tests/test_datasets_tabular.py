@@ -1,0 +1,245 @@
+"""Tables of numbers: reading, splitting, streaming, and what a bad file is told."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from sklearn.datasets import load_breast_cancer
+
+from flows.datasets import BreastCancer, Table, Tabular
+
+CONF = Path(__file__).parents[1] / "conf/data"
+VALUES = np.random.default_rng(0).normal(size=(50, 3)).round(6)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def all_rows(dataset: Table) -> np.ndarray:
+    """Every row of the three parts, sorted by the first column."""
+    fixed = [batch.x for batches in (dataset.validation_batches, dataset.test_batches) for batch in batches(4)]
+    rows = torch.cat([*fixed, dataset.reference()]).numpy()
+    return rows[np.argsort(rows[:, 0])]
+
+
+def sort(values: np.ndarray) -> np.ndarray:
+    return values[np.argsort(values[:, 0])]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def csv(values: np.ndarray, header: str = "", delimiter: str = ",") -> str:
+    return header + "".join(delimiter.join(map(str, row)) + "\n" for row in values.tolist())
+
+
+@pytest.mark.parametrize("kind", ["csv", "header.csv", "npy", "parquet"])
+def test_every_format_gives_every_row_once(kind, tmp_path):
+    path = tmp_path / f"table.{kind}"
+    if kind == "npy":
+        np.save(path, VALUES)
+    elif kind == "parquet":
+        pq.write_table(pa.table(dict(zip("abc", VALUES.T, strict=True))), path)
+    else:
+        write(path, csv(VALUES, "a,b,c\n" if "header" in kind else ""))
+    dataset = Tabular(path)
+    assert dataset.event_shape == (3,)
+    assert dataset.columns == (["a", "b", "c"] if kind in ("parquet", "header.csv") else ["0", "1", "2"])
+    assert (dataset.num_validation, dataset.num_test, len(dataset.reference())) == (5, 5, 40)
+    np.testing.assert_array_equal(all_rows(dataset), sort(VALUES))
+    order = torch.cat(list(dataset.split.values())).sort().values
+    assert torch.equal(order, torch.arange(50))
+    again = Tabular(path)
+    assert torch.equal(again.reference(), dataset.reference())
+    assert not torch.equal(Tabular(path, split_seed=1).reference(), dataset.reference())
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_columns_are_chosen_by_name_and_position(suffix, tmp_path):
+    path = tmp_path / f"table.{suffix}"
+    words = [f"word {i}" for i in range(50)]
+    if suffix == "csv":
+        lines = "".join(f"{w},{a},{b},{c}\n" for w, (a, b, c) in zip(words, VALUES.tolist(), strict=True))
+        write(path, "id,a,b,c\n" + lines)
+    else:
+        pq.write_table(pa.table({"id": words, **dict(zip("abc", VALUES.T, strict=True))}), path)
+    dataset = Tabular(path, columns=["c", 1])
+    assert dataset.columns == ["c", "a"]
+    np.testing.assert_array_equal(all_rows(dataset), sort(VALUES[:, [2, 0]]))
+    with pytest.raises(ValueError, match=r"has no column 'd'; it has 'id', 'a', 'b', 'c'"):
+        Tabular(path, columns=["d"])
+    with pytest.raises(ValueError, match="at least one column and none twice, got \\['a', 1\\]"):
+        Tabular(path, columns=["a", 1])
+    with pytest.raises(ValueError, match=r"columns must be a list, got 'a'; write \[a\]"):
+        Tabular(path, columns="a")
+
+
+def test_csv_dialects(tmp_path):
+    spaced = csv(VALUES, '"height, cm";b;c\n\n', ";").replace("\n", "\r\n")
+    path = tmp_path / "table.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + spaced.encode())
+    dataset = Tabular(path, delimiter=";")
+    assert dataset.columns == ["height, cm", "b", "c"]
+    np.testing.assert_array_equal(all_rows(dataset), sort(VALUES))
+    with pytest.raises(ValueError, match=r"has no ',' in its first line but ';'; set delimiter=';'"):
+        Tabular(write(tmp_path / "other.csv", csv(VALUES, "", ";")))
+
+
+def test_headers_are_recognised(tmp_path):
+    years = write(tmp_path / "years.csv", csv(VALUES, "mean,2019,2020\n"))
+    assert Tabular(years).columns == ["mean", "2019", "2020"]
+    numbered = write(tmp_path / "numbered.csv", csv(VALUES, "0,1,2\n"))
+    assert len(all_rows(Tabular(numbered))) == 51
+    assert len(all_rows(Tabular(numbered, header=True))) == 50
+    flowers = write(tmp_path / "flowers.csv", "".join(f"{a},{b},rose\n" for a, b, _ in VALUES.tolist()))
+    assert len(all_rows(Tabular(flowers, columns=[0, 1]))) == 50
+
+
+BAD_CSV = {
+    "a,b\n1,2\n3,x\n": r"bad\.csv: row 2 \(the first data row is row 1\), column 'b' is 'x', not a number; correct it",
+    "a,b\n1,2\n3,\n": r"row 2 .* column 'b' is missing \(''\); fill it in",
+    "1,2\n3,NA\n": r"row 2 .* column '1' is missing \('NA'\)",
+    "1,2\n3,4,5\n": r"row 2 \(the first data row is row 1\) has 3 fields, expected 2",
+    "a,b\n1,nan\n2,inf\n3,4\n": r"bad\.csv: 2 values in 2 of 3 rows are NaN or infinite; the first is nan in row 1",
+    "": "is empty",
+    "a,b\n": "a line of names and no row of numbers",
+    "1,2\n2,3\n3,4\n": "has 3 rows, too few for the split: 3 training, 0 validation and 0 test rows",
+    "a,b\n" + "".join(f"{i},7\n" for i in range(20)): r"column 'b' is constant \(7\) .* leave it out: columns=\['a'\]",
+}
+
+
+@pytest.mark.parametrize("text", BAD_CSV)
+def test_bad_csv(text, tmp_path):
+    with pytest.raises(ValueError, match=BAD_CSV[text]):
+        Tabular(write(tmp_path / "bad.csv", text))
+
+
+def test_shifted_rows_are_noticed_in_a_selection_of_columns(tmp_path):
+    lines = csv(VALUES, "a,b,c\n").splitlines()
+    lines[7] = "0.1,0.2,0.3,0.4"
+    with pytest.raises(ValueError, match=r"row 7 .* has 4 fields, expected 3"):
+        Tabular(write(tmp_path / "table.csv", "\n".join(lines)), columns=["a"])
+    with pytest.raises(ValueError, match="has 2 names in its first line, but rows of 3 fields"):
+        Tabular(write(tmp_path / "names.csv", csv(VALUES, "a,b\n")))
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "latin.csv").write_bytes("größe,b\n1,2\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.csv is not text in UTF-8"):
+        Tabular(tmp_path / "latin.csv")
+    with pytest.raises(FileNotFoundError, match=r"no data file at .*none\.csv; path is read from"):
+        Tabular(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match=r"suffix is '\.xlsx', expected one of \.csv, \.npy, \.parquet; convert"):
+        Tabular(tmp_path / "table.xlsx")
+    np.save(tmp_path / "flat.npy", np.arange(10.0))
+    with pytest.raises(ValueError, match=r"must be a table .* got an array of shape \(10,\); reshape"):
+        Tabular(tmp_path / "flat.npy")
+    np.save(tmp_path / "words.npy", np.array([["a", "b"]]))
+    with pytest.raises(ValueError, match="must hold real numbers, got <U1; convert"):
+        Tabular(tmp_path / "words.npy")
+    np.save(tmp_path / "objects.npy", np.array([[object()]]), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"objects\.npy is not a whole \.npy file of numbers"):
+        Tabular(tmp_path / "objects.npy")
+    np.save(tmp_path / "cut.npy", VALUES)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"cut\.npy is not a whole \.npy file"):
+        Tabular(tmp_path / "cut.npy")
+    with pytest.raises(ValueError, match=r"text\.parquet is not a whole Parquet file"):
+        Tabular(write(tmp_path / "text.parquet", "no table"))
+
+
+def test_bad_parquet_columns(tmp_path):
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"n": pa.array(range(50)), "word": ["a"] * 50}), path)
+    with pytest.raises(ValueError, match=r"column 'word' is string, not numbers \(row 1 is 'a'\)"):
+        Tabular(path)
+    pq.write_table(pa.table({"n": pa.array([None, *range(49)]), "flag": [True, False] * 25}), path)
+    with pytest.raises(ValueError, match=r"1 values in 1 of 50 rows .* nan in row 1 .* column 'n'"):
+        Tabular(path)
+    assert Tabular(path, columns=["flag"]).reference().unique().tolist() == [0, 1]
+
+
+def test_bad_tables():
+    with pytest.raises(ValueError, match=r"must be a table \(rows, columns\), got an array of shape \(4, 3, 2\)"):
+        Table(np.zeros((4, 3, 2)))
+    with pytest.raises(ValueError, match="the table must hold real numbers only: its type is <U1"):
+        Table([["1", "2"]])
+    with pytest.raises(ValueError, match="test_fraction must be between 0 and 1, both excluded, got 0"):
+        Table(VALUES, test_fraction=0)
+    with pytest.raises(ValueError, match=r"must leave a training part, got 0\.5 \+ 0\.5"):
+        Table(VALUES, validation_fraction=0.5, test_fraction=0.5)
+    with pytest.raises(ValueError, match="has 3 columns, got 2 names"):
+        Table(VALUES, columns=["a", "b"])
+    huge = VALUES.copy()
+    huge[Table(VALUES).split["train"][0], 0] = 1e40
+    with pytest.raises(ValueError, match=r"1 of 120 values are NaN or infinite as torch.float32, the first, 1e\+40"):
+        Table(huge).train_stream(4, rng(), dtype=torch.float32)
+
+
+def test_a_pass_visits_each_row_at_most_once():
+    train = Table(VALUES).reference()
+    stream = Table(VALUES).train_stream(16, rng())
+    seen = torch.cat([stream.next().x for _ in range(2)])
+    assert len(torch.unique(seen, dim=0)) == 32  # of 40; eight wait for the next pass
+    counts = torch.zeros(40)
+    for _ in range(500):
+        counts += (train[:, None] == stream.next().x).all(-1).any(1)
+    assert counts.sum() == 500 * 16
+    assert (counts - 200).abs().max() < 60
+
+
+@pytest.mark.parametrize("batch_size", [40, 1000])
+def test_batch_of_the_whole_table(batch_size):
+    dataset = Table(VALUES)
+    stream = dataset.train_stream(batch_size, rng())
+    first, second = stream.next().x.numpy(), stream.next().x.numpy()
+    assert not np.array_equal(first, second)
+    for epoch in (first, second):
+        np.testing.assert_array_equal(sort(epoch), sort(dataset.reference().numpy()))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 5])
+def test_stream_resumes_in_the_middle_of_a_pass(steps, tmp_path):
+    stream = Table(VALUES).train_stream(8, rng(1))
+    for _ in range(steps):
+        stream.next()
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    expected = [stream.next().x for _ in range(12)]
+    resumed = Table(VALUES).train_stream(8, rng(2))
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert all(torch.equal(resumed.next().x, x) for x in expected)
+    with pytest.raises(ValueError, match="belongs to 40 training rows, 'table' now has 30; resume with the file"):
+        Table(VALUES, test_fraction=0.3).train_stream(8, rng()).load_state_dict(stream.state_dict())
+
+
+def test_breast_cancer():
+    dataset = instantiate(OmegaConf.load(CONF / "breast_cancer.yaml"))
+    assert dataset.name == "breast_cancer"
+    assert dataset.entropy is None
+    assert dataset.event_shape == (30,)
+    np.testing.assert_array_equal(all_rows(dataset)[:, 0], np.sort(load_breast_cancer().data[:, 0]))
+    assert BreastCancer(columns=["mean area", 0]).columns == ["mean area", "mean radius"]
+
+
+def test_yaml_of_a_file(tmp_path):
+    config = OmegaConf.load(CONF / "tabular.yaml")
+    config.path = str(write(tmp_path / "table.csv", csv(VALUES, "a,b,c\n")))
+    config.columns = ["a", "c"]
+    dataset = instantiate(config)
+    assert dataset.name == "tabular"
+    assert next(dataset.train_stream(5, rng())).x.shape == (5, 2)
