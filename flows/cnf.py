@@ -114,7 +114,7 @@ class CNF(nn.Module):
         points, batch_shape = self._flatten(x)
         context = self._flatten_context(context, batch_shape)
         y, log_det = self.transform(points)
-        probes = self.divergence.draw_probes(y, generator)
+        probes = self.divergence.draw_probes(y, generator, self.field)
         value, estimates, statistics = self._log_prob(y, context, probes, self.solver)
         error = None
         if solver_error:
@@ -149,7 +149,7 @@ class CNF(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Draw from the flow together with the log-density of each draw, in one solve."""
         z, context, full_shape = self._draw(shape, context, generator)
-        probes = self.divergence.draw_probes(z, generator)
+        probes = self.divergence.draw_probes(z, generator, self.field)
         dynamics = AugmentedDynamics(self._bind(context), self.divergence, probes)
         y, change = self._solve(dynamics, z, (0.0, 1.0), context, probes).end
         x, log_det = self.transform.inverse(y)
@@ -171,7 +171,7 @@ class CNF(nn.Module):
         """
         points, batch_shape = self._flatten(x)
         context = self._flatten_context(context, batch_shape)
-        probes = self.divergence.draw_probes(points, generator) if log_density else None
+        probes = self.divergence.draw_probes(points, generator, self.field) if log_density else None
         bound = self._bind(context)
         dynamics = AugmentedDynamics(bound, self.divergence, probes) if log_density else StateDynamics(bound)
         solution = self._solve(dynamics, points, times, context, probes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField, checked_value
+from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField, checked_value, field_name
 
 
 @dataclass(frozen=True)
@@ -20,27 +20,22 @@ class Analytic(DivergenceEstimator):
         TypeError: the field has no closed form; the message names what to choose instead.
     """
 
-    def draw_probes(self, x: Tensor, generator: torch.Generator | None = None) -> None:
+    def draw_probes(self, x: Tensor, generator: torch.Generator | None = None, field: object | None = None) -> None:
         return None
 
     def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:
         closed_form = getattr(field, "value_and_divergence", None)
         if closed_form is None:
             raise TypeError(
-                f"Analytic() needs a field with value_and_divergence(t, x), and {_name(field)} has none; choose "
+                f"Analytic() needs a field with value_and_divergence(t, x), and {field_name(field)} has none; choose "
                 "Exact() for no sampling error at one Jacobian product a dimension, or "
                 "Hutchinson(num_probes=...) for noise at a few"
             )
         value, divergence = closed_form(t, x)
         return FieldSample(checked_value(value, x), divergence.unsqueeze(0))
 
-    def num_products(self, event_shape: tuple[int, ...]) -> int:
+    def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
         return 0
 
     def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
         return True
-
-
-def _name(field: object) -> str:
-    inner = getattr(field, "field", field)  # a field bound to its context holds the one that the user knows
-    return getattr(inner, "__name__", type(inner).__name__)

@@ -46,6 +46,7 @@ class DivergenceEstimator(ABC):
         self,
         x: Tensor,  # (B, *event); gives shape, dtype and device
         generator: torch.Generator | None = None,
+        field: object | None = None,  # the field of the solve, where the shape of the probes depends on it
     ) -> Tensor | None:
         """Draw the randomness of one solve; ``None`` for a deterministic estimator."""
 
@@ -69,14 +70,14 @@ class DivergenceEstimator(ABC):
         return 1
 
     @abstractmethod
-    def num_products(self, event_shape: tuple[int, ...]) -> int:
-        """The cost of a call beyond one field evaluation, in products of a vector with the Jacobian."""
+    def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
+        """The cost of a call beyond one field evaluation, in products of a vector with the Jacobian.
+
+        Like everywhere below, ``field`` is only looked at by estimators that use its structure.
+        """
 
     def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
-        """Whether the estimates of ``field`` on this event shape carry no sampling error.
-
-        ``field`` is only looked at by estimators whose exactness depends on its structure.
-        """
+        """Whether the estimates of ``field`` on this event shape carry no sampling error."""
         return False
 
     def standard_error(
@@ -105,3 +106,20 @@ def checked_value(
             f"a vector field must return one velocity a point, of shape {tuple(x.shape)}, got {tuple(value.shape)}"
         )
     return value
+
+
+def declared(field: object | None, name: str) -> object | None:
+    """What a field states about itself under ``name``, seen through wrappers that hold it as ``.field``."""
+    while field is not None:
+        value = getattr(field, name, None)
+        if value is not None:
+            return value
+        field = getattr(field, "field", None)
+    return None
+
+
+def field_name(field: object) -> str:
+    """The name by which the user knows a field, wrapped or not."""
+    while hasattr(field, "field"):
+        field = field.field
+    return getattr(field, "__name__", type(field).__name__)

@@ -51,12 +51,12 @@ def divergence(
     estimator = Exact() if estimator is None else estimator
     field = _TimelessField(f, x.shape)
     points = x.reshape(-1, *event_shape)
-    sample = estimator(field, x.new_zeros(()), points, estimator.draw_probes(points, generator))
+    sample = estimator(field, x.new_zeros(()), points, estimator.draw_probes(points, generator, f))
     return sample.divergence.reshape(batch_shape)
 
 
 class _TimelessField:
-    """``f(x)`` as a field of one batch dimension; what else ``f`` offers, such as its closed form, stays."""
+    """``f(x)`` as a field of one batch dimension; what ``f`` states about itself is found under ``.field``."""
 
     def __init__(self, f: Callable[[Tensor], Tensor], shape: torch.Size) -> None:
         self.field = f

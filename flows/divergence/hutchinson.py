@@ -41,7 +41,7 @@ class Hutchinson(DivergenceEstimator):
         check_mode(self.mode, self.chunk_size)
         object.__setattr__(self, "probes", by_name(ProbeFamily, self.probes))
 
-    def draw_probes(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw_probes(self, x: Tensor, generator: torch.Generator | None = None, field: object | None = None) -> Tensor:
         return self.probes.draw(self.num_probes, x, generator)
 
     def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor) -> FieldSample:
@@ -52,7 +52,7 @@ class Hutchinson(DivergenceEstimator):
     def num_estimates(self) -> int:
         return self.num_probes
 
-    def num_products(self, event_shape: tuple[int, ...]) -> int:
+    def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
         return self.num_probes
 
     def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:

@@ -33,10 +33,10 @@ def linearise(
 
     With J = ∂v/∂x of each sample, ``products(u)`` is Jᵀu in reverse mode and Ju in forward mode; uᵀJu, and
     with it every trace estimate, is the same for both. ``u`` stacks n directions for every sample of the
-    batch, and may be an expanded (stride 0) tensor.
+    batch, and may be an expanded (stride 0) tensor. Products taken under ``torch.no_grad()`` are constants.
 
     ``chunk_size`` products run as one vectorised call, which takes that many times the memory; ``None``
-    loops over single products, which is the fastest choice for small networks on a CPU.
+    loops over single products.
 
     Cost: one field evaluation; each product then costs about one backward pass in reverse mode (the graph is
     shared) and about two evaluations in forward mode (no graph is kept).
@@ -44,13 +44,25 @@ def linearise(
     Raises:
         ValueError: the field returns another shape than that of ``x``, or, in reverse mode, a value that
             autograd cannot trace to ``x``.
+        RuntimeError: reverse mode under ``torch.inference_mode()``.
     """
+    return linearise_map(lambda y: checked_value(field(t, y), y), x, mode, chunk_size)
+
+
+def linearise_map(
+    function: Callable[[Tensor], Tensor],  # (B, *event) -> (B, *out)
+    x: Tensor,  # (B, *event)
+    mode: Mode = "reverse",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Products]:
+    """:func:`linearise` between spaces of different shape: products are (n, B, *event) -> (n, B, *out) forward,
+    and (n, B, *out) -> (n, B, *event) in reverse."""
     if mode == "reverse":
-        return _reverse(field, t, x, chunk_size)
-    return _forward(field, t, x, chunk_size)
+        return _reverse(function, x, chunk_size)
+    return _forward(function, x, chunk_size)
 
 
-def _reverse(field: VectorField, t: Tensor, x: Tensor, chunk_size: int | None) -> tuple[Tensor, Products]:
+def _reverse(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None) -> tuple[Tensor, Products]:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "reverse-mode products need autograd, which torch.inference_mode() forbids; use torch.no_grad(), "
@@ -60,7 +72,7 @@ def _reverse(field: VectorField, t: Tensor, x: Tensor, chunk_size: int | None) -
     if not (differentiable and x.requires_grad):
         x = x.detach().requires_grad_()
     with torch.enable_grad():
-        value = checked_value(field(t, x), x)
+        value = function(x)
     if not value.requires_grad:
         raise ValueError(
             "autograd cannot trace the field's value to x: it was computed under torch.no_grad(), detached, or "
@@ -68,10 +80,7 @@ def _reverse(field: VectorField, t: Tensor, x: Tensor, chunk_size: int | None) -
         )
 
     def products(directions: Tensor) -> Tensor:
-        size = chunk_size or 1
-        with torch.enable_grad():
-            chunks = [vjp(chunk) for chunk in directions.split(size)]
-        return torch.cat(chunks)
+        return torch.cat([vjp(chunk) for chunk in directions.split(chunk_size or 1)])
 
     def vjp(directions: Tensor) -> Tensor:
         batched = len(directions) > 1
@@ -79,7 +88,7 @@ def _reverse(field: VectorField, t: Tensor, x: Tensor, chunk_size: int | None) -
             value,
             x,
             grad_outputs=directions if batched else directions[0],
-            create_graph=differentiable,
+            create_graph=differentiable and torch.is_grad_enabled(),
             retain_graph=True,
             is_grads_batched=batched,
             materialize_grads=True,
@@ -89,11 +98,11 @@ def _reverse(field: VectorField, t: Tensor, x: Tensor, chunk_size: int | None) -
     return (value if differentiable else value.detach()), products
 
 
-def _forward(field: VectorField, t: Tensor, x: Tensor, chunk_size: int | None) -> tuple[Tensor, Products]:
-    value = checked_value(field(t, x), x)
+def _forward(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None) -> tuple[Tensor, Products]:
+    value = function(x)
 
     def jvp(direction: Tensor) -> Tensor:
-        return torch.func.jvp(lambda y: field(t, y), (x,), (direction,))[1]
+        return torch.func.jvp(function, (x,), (direction,))[1]
 
     def products(directions: Tensor) -> Tensor:
         if chunk_size is None or len(directions) == 1:
