@@ -40,6 +40,9 @@ class ProbeFamily(ABC):
         """What (spread of the K estimates)/√K is to be multiplied by to be the standard error of their mean.
 
         1 for independent probes, less for probes that exclude each other, and 0 where they exhaust the space.
+
+        Raises:
+            ValueError: a family cannot have so many probes in that dimension.
         """
         return 1.0
 
@@ -58,6 +61,22 @@ class Rademacher(ProbeFamily):
         return 2 * (symmetric_norm2(jacobian) - diagonal) / num_probes
 
 
+class Sphere(ProbeFamily):
+    """Uniform on the sphere of radius √d. Variance (2d/(d+2)) (‖S‖²_F − tr²/d)/K: no noise where S = cI.
+
+    A normal probe without the noise of its length. [Marsaglia 1972; Epperly, Tropp & Webber 2024]
+    """
+
+    def draw(self, num_probes: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        normal = draw_like(torch.randn, num_probes, x, generator).flatten(2)
+        length = torch.linalg.vector_norm(normal, dim=2, keepdim=True)
+        return (normal / length * normal.shape[2] ** 0.5).view(num_probes, *x.shape)
+
+    def variance(self, jacobian: Tensor, num_probes: int) -> Tensor:
+        d = jacobian.shape[-1]
+        return 2 * d / (d + 2) * deviatoric_norm2(jacobian) / num_probes
+
+
 class Gaussian(ProbeFamily):
     """Independent standard normals. Variance 2‖S‖²_F/K: never below that of the signs. [Skilling 1989]"""
 
@@ -73,6 +92,14 @@ def symmetric_norm2(
 ) -> Tensor:  # (...)
     """‖S‖²_F of the symmetric part S = (J + Jᵀ)/2."""
     return (0.5 * (jacobian + jacobian.mT)).square().sum((-2, -1))
+
+
+def deviatoric_norm2(
+    jacobian: Tensor,  # (..., d, d)
+) -> Tensor:  # (...)
+    """‖S − (tr S/d) I‖²_F = ‖S‖²_F − tr²/d: what of S is not a multiple of the identity."""
+    trace = jacobian.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return symmetric_norm2(jacobian) - trace.square() / jacobian.shape[-1]
 
 
 def draw_like(
