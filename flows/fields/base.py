@@ -19,10 +19,19 @@ class Field(nn.Module, ABC):
     which the estimator ``Analytic`` uses. One whose closed form has parts that stay the same during a solve
     overrides :meth:`bind` to compute them once.
 
+    A field that is decode ∘ encode through a narrower space ℝᴴ can offer ``encode(t, x, context=None) -> (B, H)``,
+    ``decode(t, h, context=None) -> (B, *event)`` and ``bottleneck_width = H`` to the estimator ``Bottleneck``.
+
     Args:
         event_shape: the shape of one point.
         context_shape: the shape of one sample's context, ``None`` for an unconditional field.
+
+    A field on a grid (the axes of an event after the first) says by ``receptive_radius`` how many sites away,
+    along any axis, a velocity can depend on x, and by ``periodic`` whether the grid wraps around.
     """
+
+    receptive_radius: int | None = None  # None: on all of x
+    periodic: bool = False
 
     def __init__(
         self, event_shape: tuple[int, ...] | list[int], context_shape: tuple[int, ...] | list[int] | None
@@ -77,16 +86,26 @@ class BoundField:
         return kind(field, context)
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.field(t, x) if self.context is None else self.field(t, x, self.context)
+        return self.field(t, x, *self._given)
+
+    def encode(self, t: Tensor, x: Tensor) -> Tensor:
+        """The first half of a field with a bottleneck."""
+        return self.field.encode(t, x, *self._given)
+
+    def decode(self, t: Tensor, h: Tensor) -> Tensor:
+        """The second half of a field with a bottleneck."""
+        return self.field.decode(t, h, *self._given)
+
+    @property
+    def _given(self) -> tuple[Tensor, ...]:
+        return () if self.context is None else (self.context,)
 
 
 class ClosedFormField(BoundField):
     """A bound field that knows its divergence."""
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.context is None:
-            return self.field.value_and_divergence(t, x)
-        return self.field.value_and_divergence(t, x, self.context)
+        return self.field.value_and_divergence(t, x, *self._given)
 
 
 def bind(field: Callable[..., Tensor], context: Tensor | None = None, precompute: bool = True) -> BoundField:

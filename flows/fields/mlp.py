@@ -73,10 +73,34 @@ class MLP(Field):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         scales, shifts, offset = self._modulate(t, context)
-        h = x.flatten(1)
-        for layer, activation, scale, shift in zip(self.layers, self.activations, scales, shifts, strict=True):
-            h = activation(torch.addcmul(shift, layer(h), scale))
+        h = self._hidden(x.flatten(1), scales, shifts, slice(None))
         return (self.out(h) + offset).view_as(x)
+
+    @property
+    def bottleneck_width(self) -> int:
+        """H, the width of the narrowest hidden layer, where the field is cut into :meth:`decode` ∘ :meth:`encode`."""
+        return min(self.hidden)
+
+    def encode(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:  # (B, H)
+        """The activations of the narrowest hidden layer."""
+        scales, shifts, _ = self._modulate(t, context)
+        return self._hidden(x.flatten(1), scales, shifts, slice(self._cut))
+
+    def decode(self, t: Tensor, h: Tensor, context: Tensor | None = None) -> Tensor:  # (B, *event)
+        """The velocity from the activations ``h`` (B, H) of the narrowest hidden layer."""
+        scales, shifts, offset = self._modulate(t, context)
+        h = self._hidden(h, scales, shifts, slice(self._cut, None))
+        return (self.out(h) + offset).view(-1, *self.event_shape)
+
+    @property
+    def _cut(self) -> int:
+        return self.hidden.index(min(self.hidden)) + 1
+
+    def _hidden(self, h: Tensor, scales: list[Tensor], shifts: list[Tensor], part: slice) -> Tensor:
+        layers = zip(self.layers[part], self.activations[part], scales[part], shifts[part], strict=True)
+        for layer, activation, scale, shift in layers:
+            h = activation(torch.addcmul(shift, layer(h), scale))
+        return h
 
     def value_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None, trace: PerceptronTrace | None = None
