@@ -2,22 +2,34 @@
 
 from flows.divergence.analytic import Analytic
 from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField
+from flows.divergence.bottleneck import Bottleneck
+from flows.divergence.dependent_probes import Coordinates, Orthonormal
 from flows.divergence.exact import Exact
 from flows.divergence.function import divergence
 from flows.divergence.hutchinson import Hutchinson
-from flows.divergence.probes import Gaussian, ProbeFamily, Rademacher
+from flows.divergence.hutchpp import HutchPlusPlus
+from flows.divergence.probes import Gaussian, ProbeFamily, Rademacher, Sphere
+from flows.divergence.probing import Probing
 from flows.divergence.products import linearise
+from flows.divergence.xtrace import XTrace
 
 __all__ = [
     "Analytic",
+    "Bottleneck",
+    "Coordinates",
     "DivergenceEstimator",
     "Exact",
     "FieldSample",
     "Gaussian",
+    "HutchPlusPlus",
     "Hutchinson",
+    "Orthonormal",
     "ProbeFamily",
+    "Probing",
     "Rademacher",
+    "Sphere",
     "VectorField",
+    "XTrace",
     "divergence",
     "linearise",
 ]
