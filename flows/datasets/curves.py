@@ -104,22 +104,22 @@ class TwoSpirals(Density):
     def _log_mixture(self, x: Tensor, middle: Tensor, weight: Tensor) -> Tensor:
         """log of sum_j weight_j prod_i [Phi(b_ij) - Phi(a_ij)] / width, a and b the ends of the interval.
 
-        The plain difference is quick and, where p is not tiny, accurate; elsewhere logarithms take over.
+        Each factor is even around the middle of its interval. Taken on the upper side, as a difference of erfc, it
+        has all its digits until it underflows, nearly four units away; from there on logarithms take over.
         """
         plain = 1.0
         for i in range(2):
-            high = (x[:, i, None] - (middle[:, i] - self.width / 2)) / (math.sqrt(2) * self.sd)
-            low = high - self.width / (math.sqrt(2) * self.sd)
-            plain = plain * (torch.erf(high) - torch.erf(low)) / (2 * self.width)
+            distance = (x[:, i, None] - middle[:, i]).abs() / (math.sqrt(2) * self.sd)
+            half = self.width / 2 / (math.sqrt(2) * self.sd)
+            plain = plain * (torch.erfc(distance - half) - torch.erfc(distance + half)) / (2 * self.width)
         density = plain @ weight
-        floor = 1e-9
+        floor = 1e-250
         log_p = density.clamp_min(floor).log()
         tail = torch.nonzero(density.detach() < floor).squeeze(-1)
         if len(tail) == 0:
             return log_p
         log_terms = weight.log()
         for i in range(2):
-            # The density is even around the middle of the interval; on the far side Phi keeps its digits.
             distance = (x[tail, i, None] - middle[:, i]).abs()
             upper = torch.special.log_ndtr((self.width / 2 - distance) / self.sd)
             lower = torch.special.log_ndtr((-self.width / 2 - distance) / self.sd)
