@@ -22,10 +22,13 @@ SMOOTH = [name for name in DENSITIES if name not in ("checkerboard", "image_dens
 
 
 @pytest.fixture(autouse=True)
-def _float64():
+def _float64_in_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine several wait for one another
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
 
 
 def build(name: str, **changes) -> Density:
