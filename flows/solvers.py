@@ -58,7 +58,7 @@ class ODESolver:
 
     The step size of an adaptive method is shared by the batch: a step is accepted when, for each component
     of the state (position, log-density change), the root mean square over the batch of error/tolerance is
-    at most one, with tolerance ``atol + rtol · |component|``.
+    at most one, with tolerance ``atol + rtol · |component|``. A NaN in any component rejects the step.
 
     Args:
         method: any method of torchdiffeq.
@@ -151,7 +151,9 @@ class ODESolver:
         return Solution(times, states, monitor.statistics)
 
     def _options(self) -> dict[str, Any]:
-        options = dict(self.options)
+        options = {"norm": _largest_rms} | dict(self.options)
+        if self.method == "explicit_adams":
+            options.setdefault("max_order", 4)  # torchdiffeq's 12 is unstable beyond steps of about 0.001/|λ|
         if self.is_fixed_step:
             options["grid_constructor"] = lambda function, state, t: _grid(t, self.step_size)
         return options
@@ -160,6 +162,11 @@ class ODESolver:
         # The gradients of the parameters are integrals that feed nothing back: with the seminorm they do not
         # limit the step size. [Kidger et al. 2021, "Hey, that's not an ODE"]
         return self._options() | {"norm": "seminorm"}
+
+
+def _largest_rms(components: State) -> Tensor:
+    """The largest root mean square of a component; NaN if any holds one, unlike Python's max."""
+    return torch.stack([component.square().mean().sqrt() for component in components]).amax()
 
 
 def _grid(times: Tensor, step_size: float) -> Tensor:
@@ -181,6 +188,7 @@ class _Monitor:
         self.statistics = SolverStatistics()
         self.forward = True
         self.attempts = 0
+        self.last: tuple[Tensor, State] | None = None  # the latest state that was finite
         method = SOLVERS[solver.method]
         if issubclass(method, RKAdaptiveStepsizeODESolver):
             self.callback_step = self.callback_step_adjoint = self._attempt
@@ -214,7 +222,7 @@ class _Monitor:
         self.statistics.rejected += 1
 
     def _attempt(self, t: Tensor, state: State, dt: Tensor) -> None:
-        where, size = float(t), float(dt)
+        where, size = float(t.detach()), float(dt.detach())
         direction = "forward" if self.forward else "adjoint"
         self.attempts += 1
         if self.attempts > self.solver.max_steps:
@@ -225,17 +233,21 @@ class _Monitor:
                 where,
                 size,
             )
-        if where + size == where or where - size == where:
+        finite = all(bool(component.isfinite().all()) for component in state)
+        if not finite or where + size == where or where - size == where:
             raise SolverError(
-                f"the step size of the {direction} solve underflowed at t = {where:.6g}, dt = {size:.2g}: "
-                f"{self._diagnosis(t, state)}",
+                f"the {direction} solve {'underflowed' if finite else 'failed'} at t = {where:.6g}, dt = {size:.2g}: "
+                f"{self._diagnosis(t, state, finite)}",
                 where,
                 size,
             )
+        self.last = t, state
 
-    def _diagnosis(self, t: Tensor, state: State) -> str:
-        if not all(bool(component.isfinite().all()) for component in state):
-            return "the state holds NaN or infinite values. Check the input and the field for overflow"
+    def _diagnosis(self, t: Tensor, state: State, finite: bool) -> str:
+        if not finite:
+            if self.last is None:
+                return "the state holds NaN or infinite values from the start. Check the input"
+            t, state = self.last
         if self.forward:
             with torch.no_grad():
                 derivatives = self.dynamics(t.to(state[0].dtype), state)
@@ -247,8 +259,10 @@ class _Monitor:
                         f"{name} has {bad} NaN or infinite values there. Look for a division, a logarithm or an "
                         "overflow in the field, or a training run that has diverged"
                     )
+        if not finite:
+            return "the step before it ended in NaN or infinite values. Check the field for overflow"
         return (
-            f"no step meets rtol = {self.solver.rtol:g} and atol = {self.solver.atol:g}. Try larger tolerances (float32 "
-            "resolves about 1e-6), float64, or a fixed-step method such as rk4; a field with jumps in t or x "
+            f"no step meets rtol = {self.solver.rtol:g} and atol = {self.solver.atol:g}. Try larger tolerances "
+            "(float32 resolves about 1e-6), float64, or a fixed-step method such as rk4; a field with jumps in t or x "
             "cannot be solved adaptively"
         )

@@ -1,0 +1,160 @@
+"""The solver against closed-form solutions, its statistics, and how it fails."""
+
+import math
+
+import pytest
+import torch
+from torchdiffeq._impl.odeint import SOLVERS
+
+from flows.solvers import ODESolver, SolverError
+
+FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": 3, "implicit_adams": 4}
+ADAPTIVE = ["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
+
+
+def rotation(t, state):
+    """x' = Ax with A = [[-0.5, 2], [-2, -0.5]]: a spiral, e^{-t/2} times a rotation by 2t."""
+    (x,) = state
+    return (x @ torch.tensor([[-0.5, 2.0], [-2.0, -0.5]], dtype=x.dtype).T,)
+
+
+def spiral(x, t):
+    c, s = math.cos(2 * t), math.sin(2 * t)
+    return math.exp(-0.5 * t) * x @ torch.tensor([[c, s], [-s, c]]).T
+
+
+def build(method, **settings):
+    if method in FIXED or method == "fixed_adams":
+        settings.setdefault("step_size", 0.01)
+    return ODESolver(method, **settings)
+
+
+@pytest.mark.parametrize("method", sorted(SOLVERS))
+@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (1.0, 0.0)])
+def test_every_method_solves_a_spiral_both_ways(method, start, end):
+    x = torch.randn(4, 2)
+    with torch.no_grad():
+        (moved,) = build(method).solve(rotation, (x,), (start, end)).end
+    tolerance = {"euler": 0.1, "fehlberg2": 0.02}.get(method, 2e-3)
+    torch.testing.assert_close(moved, spiral(x, end - start), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("method", "order"), sorted(FIXED.items()))
+def test_fixed_step_methods_converge_at_their_order(method, order):
+    x = torch.randn(4, 2)
+    options = {"max_order": 4} if "adams" in method else {}
+    errors = []
+    for step in (1 / 20, 1 / 40):
+        solver = ODESolver(method, step_size=step, rtol=1e-7, atol=1e-7, options=options)
+        (moved,) = solver.solve(rotation, (x,), (0.0, 1.0)).end
+        errors.append((moved - spiral(x, 1.0)).abs().max())
+    assert math.log2(errors[0] / errors[1]) > order - 0.35
+
+
+def test_tolerances_bound_the_error_and_intermediate_times_are_kept():
+    x = torch.randn(4, 2)
+    times = torch.linspace(0, 1, 5)
+    solution = ODESolver(rtol=1e-9, atol=1e-9).solve(rotation, (x,), times)
+    assert solution.states[0].shape == (5, 4, 2)
+    for t, state in zip(times.tolist(), solution.states[0], strict=True):
+        torch.testing.assert_close(state, spiral(x, t), rtol=0, atol=1e-7)
+    coarse = ODESolver("rk4", step_size=0.3).solve(rotation, (x,), times)
+    torch.testing.assert_close(coarse.states[0][2], spiral(x, 0.5), rtol=0, atol=1e-2)
+    assert coarse.statistics.accepted == 4
+
+
+@pytest.mark.parametrize(("step_size", "steps"), [(0.05, 20), (0.1, 10), (0.3, 4), (1.0, 1), (7.0, 1)])
+def test_steps_are_equal_and_no_longer_than_asked(step_size, steps):
+    for dtype in (torch.float32, torch.float64):
+        solution = ODESolver("euler", step_size=step_size).solve(
+            rotation, (torch.randn(4, 2, dtype=dtype),), (0.0, 1.0)
+        )
+        assert solution.statistics.accepted == solution.statistics.nfe_forward == steps
+
+
+def test_statistics_count_every_evaluation_forward_and_backward():
+    calls = []
+    rate = torch.tensor([1.0], requires_grad=True)
+
+    def decay(t, state):
+        calls.append(torch.is_grad_enabled())
+        return (-rate * state[0],)
+
+    x = torch.ones(3, 1)
+    solution = ODESolver(gradient="adjoint", rtol=1e-9, atol=1e-9).solve(decay, (x,), (0.0, 1.0), [rate])
+    statistics = solution.statistics
+    assert statistics.nfe_forward == len(calls) > 6
+    assert statistics.nfe_backward == 0
+    assert statistics.nfe_forward == 2 + 6 * (statistics.accepted + statistics.rejected)
+    solution.end[0].sum().backward()
+    assert statistics.nfe_forward + statistics.nfe_backward == len(calls)
+    assert statistics.nfe_backward > 0
+    torch.testing.assert_close(rate.grad, torch.tensor([-3 * math.exp(-1)]), rtol=0, atol=1e-7)
+
+
+def test_errors_of_settings():
+    with pytest.raises(ValueError, match=r"method must be one of .*dopri5.*rk4.*, got 'dopri'"):
+        ODESolver("dopri")
+    with pytest.raises(ValueError, match="gradient must be 'backprop' or 'adjoint', got 'autograd'"):
+        ODESolver(gradient="autograd")
+    with pytest.raises(ValueError, match=r"'rk4' takes steps of fixed size: set step_size > 0.*got None"):
+        ODESolver("rk4")
+    with pytest.raises(ValueError, match="'dopri5' chooses its own steps and takes no step_size, got 0.1"):
+        ODESolver("dopri5", step_size=0.1)
+    with pytest.raises(ValueError, match="rtol must be > 0, got 0"):
+        ODESolver(rtol=0)
+    with pytest.raises(ValueError, match="scipy_solver cannot be differentiated through"):
+        ODESolver("scipy_solver").solve(rotation, (torch.randn(1, 2),), (0.0, 1.0))
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_underflow_says_where_and_what_to_try(method):
+    def explosive(t, state):
+        return (state[0] ** 2,)  # x = 1/(0.5 − t) from x(0) = 2: infinite at t = 0.5
+
+    solver = ODESolver(method, rtol=1e-4, atol=1e-4, max_steps=10**5)
+    with pytest.raises(
+        SolverError, match=r"forward solve underflowed at t = 0.5.*, dt = .*no step meets rtol.*rk4"
+    ) as e:
+        solver.solve(explosive, (torch.full((1, 1), 2.0),), (0.0, 1.0))
+    assert e.value.t == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_non_finite_field_is_named_as_such():
+    def overflow(t, state):
+        return state[0] / 0.0, state[1]
+
+    with pytest.raises(SolverError, match="the velocity has 3 NaN or infinite values there"):
+        ODESolver().solve(overflow, (torch.ones(3, 1), torch.zeros(3)), (0.0, 1.0))
+
+    def overflowing_divergence(t, state):
+        return state[0], state[1] + torch.nan
+
+    with pytest.raises(SolverError, match="its divergence has 3 NaN or infinite values there"):
+        ODESolver().solve(overflowing_divergence, (torch.ones(3, 1), torch.zeros(3)), (0.0, 1.0))
+    with pytest.raises(SolverError, match="the state holds NaN or infinite values from the start"):
+        ODESolver().solve(rotation, (torch.full((1, 2), torch.inf),), (0.0, 1.0))
+
+
+def test_a_fixed_step_solve_that_blows_up_is_an_error():
+    def explosive(t, state):
+        return (state[0] ** 3,)
+
+    with pytest.raises(SolverError, match=r"the state is not finite at t = 1 with method 'euler'"):
+        ODESolver("euler", step_size=0.1).solve(explosive, (torch.full((1, 1), 100.0),), (0.0, 1.0))
+
+
+def test_max_steps_stops_a_stiff_solve_forward_and_backward():
+    stiff = torch.tensor([-1e5], requires_grad=True)
+
+    def dynamics(t, state):
+        return (stiff * (state[0] - t.cos()),)
+
+    with pytest.raises(SolverError, match=r"forward solve reached t = .* after max_steps = 50 steps.*larger max_steps"):
+        ODESolver(max_steps=50).solve(dynamics, (torch.ones(1, 1),), (0.0, 1.0))
+
+    growth = torch.tensor([1.0], requires_grad=True)
+    solver = ODESolver(gradient="adjoint", max_steps=30, adjoint_rtol=1e-13, adjoint_atol=1e-13)
+    solution = solver.solve(lambda t, s: ((growth * t).sin() * s[0],), (torch.ones(1, 1),), (0.0, 3.0), [growth])
+    with pytest.raises(SolverError, match="adjoint solve reached"):
+        solution.end[0].sum().backward()
