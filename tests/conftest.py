@@ -11,5 +11,6 @@ def _float64_and_seed():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # test workers share the cores, and the tensors are small
     yield
     torch.set_default_dtype(before)
