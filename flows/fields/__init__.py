@@ -4,8 +4,15 @@ from flows.fields.activations import Activation, Elementwise, SiLU, Sine, Softpl
 from flows.fields.adapter import Adapter
 from flows.fields.base import BoundField, Field, bind
 from flows.fields.concat_squash import ConcatSquashMLP
+from flows.fields.conv import ConvNet
+from flows.fields.equivariant import EquivariantKernel
+from flows.fields.hollow import Hollow
 from flows.fields.linear import Linear
 from flows.fields.mlp import MLP
+from flows.fields.modulation import Modulation
+from flows.fields.periodic_conv import PeriodicConv
+from flows.fields.planar import Planar
+from flows.fields.potential import Potential
 from flows.fields.time import SinusoidalTime
 
 __all__ = [
@@ -14,9 +21,16 @@ __all__ = [
     "Adapter",
     "BoundField",
     "ConcatSquashMLP",
+    "ConvNet",
     "Elementwise",
+    "EquivariantKernel",
     "Field",
+    "Hollow",
     "Linear",
+    "Modulation",
+    "PeriodicConv",
+    "Planar",
+    "Potential",
     "SiLU",
     "Sine",
     "SinusoidalTime",

@@ -1,0 +1,52 @@
+"""Vectors that depend on time and context, with which fields scale, shift and gate their layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flows.fields.time import SinusoidalTime
+
+
+class Modulation(nn.Module):
+    r"""(t, context) ↦ m_1, ..., m_n: sinusoidal features of t beside the context, one hidden layer, n heads.
+
+    The heads start small, so that a field which uses them as 1 + m, as sigmoid(m) or as an addend starts close
+    to one that ignores time.
+
+    Args:
+        sizes: of the vectors.
+        context_shape: shape of the context, ``None`` for time alone.
+        num_frequencies: of the time features, see :class:`SinusoidalTime`.
+        width: of the hidden layer.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        context_shape: Sequence[int] | None = None,
+        num_frequencies: int = 8,
+        width: int = 32,
+    ) -> None:
+        super().__init__()
+        self.sizes = list(sizes)
+        self.time = SinusoidalTime(num_frequencies)
+        self.embed = nn.Linear(self.time.num_features + math.prod(context_shape or (0,)), width)
+        self.heads = nn.Linear(width, sum(self.sizes))
+        with torch.no_grad():
+            self.heads.weight.mul_(0.1)
+            self.heads.bias.zero_()
+
+    def forward(
+        self,
+        t: Tensor,  # 0-d or (B,)
+        context: Tensor | None = None,  # (B, *context)
+    ) -> tuple[Tensor, ...]:  # n tensors (1, size), or (B, size) where t or the context has a batch
+        features = self.time(t)
+        if context is not None:
+            features = torch.cat([features.expand(len(context), -1), context.flatten(1)], dim=1)
+        return self.heads(functional.silu(self.embed(features))).split(self.sizes, dim=1)
