@@ -61,3 +61,12 @@ class Hutchinson(DivergenceEstimator):
     def standard_error(self, estimates: Tensor, event_shape: tuple[int, ...], field: object | None = None) -> Tensor:
         factor = self.probes.spread_factor(self.num_probes, math.prod(event_shape))
         return super().standard_error(estimates, event_shape, field) * factor
+
+    def variance(
+        self,
+        jacobian: Tensor,  # (..., d, d)
+        event_shape: tuple[int, ...],
+        field: object | None = None,
+    ) -> Tensor:  # (...)
+        """The variance of the mean over the probes."""
+        return self.probes.variance(jacobian, self.num_probes)

@@ -99,6 +99,7 @@ def _reverse(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | 
 
 
 def _forward(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None) -> tuple[Tensor, Products]:
+    x = x.contiguous()  # forward-mode differentiation refuses expanded tensors
     value = function(x)
 
     def jvp(direction: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def left_out_directions(
     from 0 by rounding only: a sketch of any rank, even zero, gives finite unit vectors. [Epperly, Tropp & Webber
     2024, arXiv:2301.07825, section 2.2]
     """
-    scale = torch.linalg.matrix_norm(triangle, keepdim=True)
+    scale = triangle.abs().amax((-2, -1), keepdim=True)
     triangle = triangle / torch.where(scale > 0, scale, 1)
     floor = torch.finfo(triangle.dtype).eps * triangle.shape[-1]
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
