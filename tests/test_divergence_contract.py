@@ -1,0 +1,180 @@
+"""What every estimator promises. A yaml in conf/divergence faces all of it by being there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from problems import EVENT_SHAPES, assert_unbiased, assert_variance, dense_divergence, dense_jacobian, perceptron
+
+import flows
+from flows.divergence import Bottleneck, Hutchinson, HutchPlusPlus, Probing, XTrace
+from flows.fields import bind
+
+YAMLS = sorted((Path(flows.__file__).parents[1] / "conf" / "divergence").glob("*.yaml"))
+ESTIMATORS = {path.stem: instantiate(OmegaConf.load(path)) for path in YAMLS} | {
+    **{f"hutchinson-{name}": Hutchinson(3, name) for name in ("rademacher", "gaussian", "sphere")},
+    **{f"hutchinson-{name}": Hutchinson(3, name) for name in ("orthonormal", "coordinates")},
+    "hutchinson-forward": Hutchinson(4, mode="forward", chunk_size=2),
+    "probing-2": Probing(2, num_repeats=2, chunk_size=3),
+    "probing-blocks": Probing(3, num_repeats=2, grid_ndim=0),
+    "hutch_plus_plus-forward": HutchPlusPlus(9, mode="forward"),
+    "xtrace-chunked": XTrace(8, mode="forward", chunk_size=3),
+    "bottleneck-forward": Bottleneck(3, "orthonormal", mode="forward"),
+    "bottleneck-exact": Bottleneck(exact=True, chunk_size=2),
+}
+DRAWS = 3000
+
+every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+every_event = pytest.mark.parametrize("event_shape", EVENT_SHAPES.values(), ids=EVENT_SHAPES)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def evaluate(estimator, field, x, seed=0, t=0.3):
+    """One evaluation as a solve makes it: probes from a generator, the field bound."""
+    probes = estimator.draw_probes(x, seeded(seed), field)
+    return estimator(bind(field), torch.tensor(t, dtype=x.dtype), x, probes)
+
+
+def many_draws(estimator, field, event_shape, count=DRAWS):
+    """One point as often as independent draws are wanted, and the estimates there (K, count)."""
+    x = torch.randn(1, *event_shape)
+    with torch.no_grad():
+        return x, evaluate(estimator, field, x.expand(count, *event_shape)).estimates
+
+
+@every_estimator
+@every_event
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shapes_and_dtypes(estimator, event_shape, dtype):
+    field = perceptron(event_shape).to(dtype)
+    x = torch.randn(5, *event_shape, dtype=dtype)
+    probes = estimator.draw_probes(x, seeded(0), field)
+    sample = evaluate(estimator, field, x)
+    assert probes is None or probes.dtype == dtype
+    assert sample.value.shape == x.shape
+    assert sample.estimates.shape == (estimator.num_estimates, 5)
+    assert sample.value.dtype == sample.estimates.dtype == sample.divergence.dtype == dtype
+    torch.testing.assert_close(sample.value, field(torch.tensor(0.3, dtype=dtype), x))
+    assert estimator.standard_error(sample.estimates.detach(), event_shape, field).shape == (5,)
+    assert isinstance(estimator.is_exact(event_shape, field), bool)
+    assert estimator.cost(event_shape, field) >= 0
+
+
+@every_estimator
+@every_event
+def test_equal_to_the_dense_trace_or_unbiased(estimator, event_shape):
+    field = perceptron(event_shape)
+    if estimator.is_exact(event_shape, field):
+        x = torch.randn(6, *event_shape)
+        sample = evaluate(estimator, field, x)
+        truth = dense_divergence(field, torch.tensor(0.3), x)
+        torch.testing.assert_close(sample.estimates, truth.expand_as(sample.estimates), rtol=0, atol=1e-10)
+        assert estimator.standard_error(sample.estimates.detach(), event_shape, field).eq(0).all()
+    else:
+        x, estimates = many_draws(estimator, field, event_shape)
+        truth = dense_divergence(field, torch.tensor(0.3), x).item()
+        assert_unbiased(estimates.mean(0), truth)
+
+
+@every_estimator
+@every_event
+def test_variance_is_the_stated_one(estimator, event_shape):
+    """By formula where the estimator has one, and as the mean square of its standard error where it gives that."""
+    field = perceptron(event_shape)
+    if estimator.is_exact(event_shape, field):
+        return
+    x, estimates = many_draws(estimator, field, event_shape)
+    draws = estimates.mean(0)
+    if hasattr(estimator, "variance"):
+        jacobian = dense_jacobian(field, torch.tensor(0.3), x)[0]
+        assert_variance(draws, estimator.variance(jacobian, event_shape, field))
+    errors = estimator.standard_error(estimates, event_shape, field)
+    if estimator.num_estimates == 1:
+        assert errors.isnan().all()
+    else:
+        assert 0.6 < errors.square().mean() / draws.var() < 1.33  # XTrace's is known to be low
+
+
+@every_estimator
+@every_event
+def test_the_probes_decide_the_number(estimator, event_shape):
+    field = perceptron(event_shape)
+    x = torch.randn(4, *event_shape)
+    first, again, other = [evaluate(estimator, field, x, seed).estimates for seed in (1, 1, 2)]
+    assert torch.equal(first, again)
+    if not estimator.is_exact(event_shape, field):
+        assert (first != other).any(0).all()
+
+
+@every_estimator
+@every_event
+def test_gradients_are_those_of_the_dense_trace(estimator, event_shape):
+    """Of x and the parameters: each if exact, else the mean over draws, along two directions of parameter space."""
+    field = perceptron(event_shape)
+    parameters = list(field.parameters())
+    x = torch.randn(1, *event_shape, requires_grad=True)
+    dense = dense_divergence(field, torch.tensor(0.3), x).sum()
+    truth = torch.autograd.grad(dense, [x, *parameters], allow_unused=True, materialize_grads=True)
+
+    def gradient(count, seed):
+        divergence = evaluate(estimator, field, x.expand(count, *event_shape), seed).divergence.mean()
+        return torch.autograd.grad(divergence, [x, *parameters], allow_unused=True, materialize_grads=True)
+
+    if estimator.is_exact(event_shape, field):
+        torch.testing.assert_close(gradient(1, 0), truth, rtol=0, atol=1e-10)
+        return
+    blocks = [gradient(80, seed) for seed in range(14)]
+    for direction in (truth, [torch.randn_like(g) for g in truth]):
+        along = [sum((g * u).sum() for g, u in zip(grads, direction, strict=True)) for grads in [truth, *blocks]]
+        assert_unbiased(torch.stack(along[1:]), along[0].item())
+
+
+@every_estimator
+@every_event
+def test_no_grad_gives_the_same_number_without_a_graph(estimator, event_shape):
+    field = perceptron(event_shape).eval()
+    x = torch.randn(4, *event_shape)
+    recorded = evaluate(estimator, field, x)
+    with torch.no_grad():
+        sample = evaluate(estimator, field, x)
+    assert recorded.estimates.requires_grad
+    assert not sample.value.requires_grad
+    assert not sample.estimates.requires_grad
+    torch.testing.assert_close(sample.estimates, recorded.estimates.detach())
+
+
+@every_estimator
+@every_event
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
+def test_trains_a_flow_with_probes_drawn_once_a_solve(estimator, event_shape, gradient, monkeypatch):
+    kind, drawn = type(estimator), []
+    original = kind.draw_probes
+    monkeypatch.setattr(kind, "draw_probes", lambda *a, **k: drawn.append(1) or original(*a, **k))
+    solver = flows.ODESolver(method="euler", step_size=0.5, gradient=gradient)
+    flow = flows.CNF(perceptron(event_shape, scale=1.0), estimator, solver)
+    x = torch.randn(3, *event_shape)
+    log_prob = flow.log_prob(x, generator=seeded(0))
+    assert drawn == [1]
+    log_prob.mean().backward()
+    assert drawn == [1]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
+    flow.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(flow.log_prob(x, generator=seeded(0)), log_prob.detach())
+
+
+@every_estimator
+@every_event
+def test_stays_on_the_device_of_x(estimator, event_shape):
+    """Tensors of the meta device refuse to meet those of the CPU."""
+    field = perceptron(event_shape).to("meta")
+    x = torch.randn(4, *event_shape, device="meta")
+    probes = estimator.draw_probes(x, seeded(0), field)
+    sample = estimator(bind(field), torch.zeros((), device="meta"), x, probes)
+    assert probes is None or probes.device.type == "meta"
+    assert sample.value.device.type == sample.estimates.device.type == "meta"
