@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flows.cnf import CNF
-from flows.datasets import Batch
+from flows.datasets import Batch, Dataset
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,29 @@ class Likelihood:
     solver_error: float | None  # |nll - nll at much tighter tolerances| on the points below; None if not asked
     solver_error_points: int  # the first points, on which the solver error was computed
     nfe: float  # evaluations of the field, the mean over the batches
+
+    def table(self, entropy: float | None = None) -> list[tuple[str, str]]:
+        """Names and values for a reader; with the gap to the ``entropy`` of the data where it is known."""
+        error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.4f}"
+        rows = [("NLL", f"{self.nll:.4f}{error} nats ({self.num_points:,} points)")]
+        if entropy is not None:
+            rows += [("entropy", f"{entropy:.4f} nats"), ("gap", f"{self.nll - entropy:.4f}{error} nats")]
+        if self.probe_standard_error is None:
+            rows.append(("probe error", "unknown with one probe; take two or more"))
+        elif self.probe_standard_error > 0:
+            rows.append(("probe error", f"{self.probe_standard_error:.1e} nats"))
+        if self.solver_error is not None:
+            rows.append(("solver error", f"{self.solver_error:.1e} nats"))
+        return [*rows, ("NFE", f"{self.nfe:.0f}")]
+
+
+def part_batches(dataset: Dataset, part: str, batch_size: int) -> tuple[Iterable[Batch], int]:
+    """The fixed batches of the part called ``"validation"`` or ``"test"``, and its number of points."""
+    if part == "test":
+        return dataset.test_batches(batch_size), dataset.num_test
+    if part == "validation":
+        return dataset.validation_batches(batch_size), dataset.num_validation
+    raise ValueError(f"part must be test or validation, got {part!r}")
 
 
 def likelihood(

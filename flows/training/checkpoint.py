@@ -1,0 +1,108 @@
+"""Checkpoint files: written whole or not at all, and read without running anything in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "flows checkpoint"
+VERSION = 1
+FOLDER = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or not one of ours; the message is one readable paragraph."""
+
+
+def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
+    """Write ``content`` so that ``path`` holds either the old checkpoint or the whole new one.
+
+    It is written to a temporary file in the same folder, flushed to the disk, and renamed.
+
+    Args:
+        path: the file; its folder is made if needed.
+        content: nested dicts and lists of tensors, numbers and strings.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, with ``weights_only=True``: no code in the file is run.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, holds anything but data, or is not a checkpoint of
+            this package and version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: the file does not exist")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch warns of in a foreign file ends in an error below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is not a flows checkpoint: it is damaged, or holds objects other than tensors, numbers "
+            "and text, which are never loaded because they could run code"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} is truncated or damaged and cannot be read ({reason}); use another checkpoint of the run"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a flows checkpoint (it was written by something else)")
+    if content["version"] != VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint version {content['version']}, this version of flows reads {VERSION}"
+        )
+    return content
+
+
+def find_checkpoint(
+    path: str | os.PathLike[str],  # a checkpoint file or the folder of a run
+    prefer: str = "best",  # "best" or "last", where both are there
+) -> Path:
+    """The checkpoint file that ``path`` means.
+
+    Raises:
+        CheckpointError: there is none; the message says what is there instead.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}: there is no such file or folder")
+    other = "last" if prefer == "best" else "best"
+    for folder in (path / FOLDER, path):
+        for name in (prefer, other):
+            if (folder / f"{name}.pt").is_file():
+                return folder / f"{name}.pt"
+    found = sorted(entry.name for entry in path.iterdir())[:8]
+    raise CheckpointError(
+        f"no checkpoint in the folder {path}: expected {FOLDER}/{prefer}.pt in it, "
+        f"found {', '.join(found) if found else 'nothing'}"
+    )
+
+
+def run_folder(checkpoint: str | os.PathLike[str]) -> Path:
+    """The folder of the run that a checkpoint file belongs to; for a stray file, the folder that it lies in."""
+    folder = Path(checkpoint).parent
+    return folder.parent if folder.name == FOLDER else folder

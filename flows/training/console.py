@@ -1,0 +1,145 @@
+"""What a person at the terminal gets to read: one paragraph for a mistake, a traceback for a bug."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import linecache
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from flows.training.stopping import TrainingInterrupted
+
+PACKAGE = Path(__file__).resolve().parents[1]
+MISTAKE, FAILURE = 2, 1  # exit codes: the settings or files are wrong; the computation failed
+
+
+@contextlib.contextmanager
+def readable_errors(config_file: Path | None = None) -> Iterator[None]:
+    """End the program with a readable paragraph where the user can mend what went wrong.
+
+    That is an error of the configuration, or one that this package raises on purpose: ``raise`` stands in one
+    of its files at the place where the exception comes from. Anything else is a bug and keeps its traceback.
+    Exit codes: 2 for wrong settings or files, 1 for a computation that failed, 128 + number of the signal for
+    an interruption.
+
+    Args:
+        config_file: the main yaml of the program; a wrong setting is then answered with those that there are.
+    """
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report
+    try:
+        yield
+    except TrainingInterrupted as stop:
+        _say(f"\nStopped after step {stop.step}; everything is saved. Resume with\n\n    {resume_command(stop)}\n")
+        sys.exit(128 + stop.signal_number)
+    except KeyboardInterrupt:
+        _say("\nInterrupted.")
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        message, code = explain(error, config_file)
+        if message is None:
+            raise
+        _say(f"\nError: {message}")
+        sys.exit(code)
+    finally:
+        if before is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def explain(error: BaseException, config_file: Path | None = None) -> tuple[str | None, int]:
+    """A message for a mistake and its exit code; no message for a bug."""
+    if isinstance(error, InstantiationException):
+        return _explain_instantiation(error)
+    if isinstance(error, ConfigCompositionException) and isinstance(
+        error.__cause__, (ConfigKeyError, ConfigAttributeError)
+    ):
+        return _explain_key(error.__cause__, config_file), MISTAKE
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}=... must be given, it has no default", MISTAKE
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return str(error).partition("\nConfig search path")[0], MISTAKE
+    if is_deliberate(error):
+        return str(error), MISTAKE if isinstance(error, (ValueError, TypeError, OSError)) else FAILURE
+    return None, FAILURE
+
+
+def is_deliberate(error: BaseException) -> bool:
+    """Whether this package raised the exception by a ``raise`` statement, so that its text explains it."""
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    file = trace.tb_frame.f_code.co_filename
+    line = linecache.getline(file, trace.tb_lineno).lstrip()
+    return Path(file).resolve().is_relative_to(PACKAGE) and line.startswith("raise ")
+
+
+def quoted_override(key: str, value: object) -> str:
+    """``key=value`` as one argument for a shell and Hydra, quoted where either needs it."""
+    text = str(value)
+    if any(not (character.isalnum() or character in "/-_.:+%") for character in text):
+        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+        return shlex.quote(f"{key}='{escaped}'")
+    return f"{key}={text}"
+
+
+def resume_command(stop: TrainingInterrupted) -> str:
+    """The command that continues an interrupted run."""
+    return f"python {shlex.quote(sys.argv[0])} {quoted_override('resume', stop.checkpoint.parents[1])}"
+
+
+def _explain_instantiation(error: InstantiationException) -> tuple[str | None, int]:
+    """The constructor's own words, with the group that they belong to."""
+    cause: BaseException = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    where = next((line[len("full_key: ") :] for line in str(error).splitlines() if line.startswith("full_key: ")), "")
+    prefix = f"{where}: " if where else ""
+    if isinstance(cause, InstantiationException):
+        return prefix + str(cause).splitlines()[0], MISTAKE
+    if isinstance(cause, (ValueError, TypeError, OSError, ImportError)) or is_deliberate(cause):
+        return prefix + str(cause), MISTAKE
+    return None, FAILURE
+
+
+def _explain_key(error: OmegaConfBaseException, config_file: Path | None) -> str:
+    """Name the setting that does not exist, and those that do."""
+    full_key = str(error.full_key)
+    parent, _, key = full_key.rpartition(".")
+    valid = [] if config_file is None else _valid_keys(config_file, full_key, parent)
+    message = f"there is no setting {full_key}"
+    if valid:
+        close = difflib.get_close_matches(key, valid, n=1)
+        suggestion = f" (did you mean {close[0]}?)" if close else ""
+        message += f"{suggestion}; {parent or 'the top level'} has {', '.join(valid)}"
+    return message
+
+
+def _valid_keys(config_file: Path, full_key: str, parent: str) -> list[str]:
+    """The settings beside the wrong one, from composing again without it."""
+    from hydra import compose, initialize_config_dir
+
+    kept = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-") and a.partition("=")[0] != full_key]
+    try:
+        with initialize_config_dir(str(config_file.parent.resolve()), version_base="1.3"):
+            config = compose(config_file.stem, overrides=kept)
+            node = OmegaConf.select(config, parent) if parent else config
+    except (HydraException, OmegaConfBaseException):
+        return []  # something else is wrong as well, a sweep for instance; the message does without the list
+    return [str(key) for key in node if not str(key).startswith("_")] if isinstance(node, DictConfig) else []
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

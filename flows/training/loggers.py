@@ -1,0 +1,180 @@
+"""Where metrics go: each logger has ``log(metrics, step)`` and ``close()``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class HParams:
+    """The settings of a run beside its final results, for TensorBoard's HPARAMS tab."""
+
+    settings: Mapping[str, Any]  # flat; anything but a number, a bool or a string is written as text
+    results: Mapping[str, float | None]  # None: unknown, left out
+
+
+class Logger(Protocol):
+    """Receives numbers, figures, texts and :class:`HParams`, and keeps what it can show."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoardLogger:
+    """Writes TensorBoard events: numbers as scalars, figures as images, strings as text.
+
+    Args:
+        directory: the folder of the run.
+        resume_step: the step that a resumed run stands at; events after it, written before the run was
+            stopped, are hidden.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # not needed unless asked for
+
+        purge_step = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, Figure):
+                self._writer.add_image(name, _pixels(value), step, dataformats="HWC")
+            elif isinstance(value, str):
+                self._writer.add_text(name, value, step)
+            elif isinstance(value, HParams):
+                self._log_hparams(value, step)
+            else:
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def _log_hparams(self, value: HParams, step: int) -> None:
+        """Write the summaries into this run's own event file, so that a run is one row of the table."""
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = {
+            key: setting if isinstance(setting, (bool, int, float, str)) else str(setting)
+            for key, setting in value.settings.items()
+        }
+        results = {key: result for key, result in value.results.items() if result is not None}
+        for summary in hparams(settings, results):
+            self._writer.file_writer.add_summary(summary)
+        for name, result in results.items():
+            self._writer.add_scalar(name, result, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class JSONLinesLogger:
+    """Appends one JSON object a call, ``{"step": 20, "train/loss": 1.4, ...}``; only numbers are kept.
+
+    ``pandas.read_json(path, lines=True)`` reads the file. A number that is not finite is written as null.
+
+    Args:
+        path: the file.
+        resume_step: drop the lines of later steps, which the resumed run will write again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None) -> None:
+        path = Path(path)
+        if resume_step is not None and path.exists():
+            kept = [row for row in _rows(path) if row["step"] <= resume_step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        row = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+        if row:
+            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ProgressBar:
+    """A bar on the terminal that shows the stage, the loss, the NFE and the steps per second.
+
+    Args:
+        stages: the number of steps of each stage, in order.
+        resume_step: the step that a resumed run starts from.
+    """
+
+    def __init__(self, stages: Mapping[str, int], resume_step: int | None = None) -> None:
+        self._stages = dict(stages)
+        self._shown: dict[str, str] = {}
+        self._bar = tqdm(
+            total=sum(self._stages.values()),
+            initial=resume_step or 0,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2,
+        )
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        labels = {
+            "train/loss": "loss",
+            "train/nfe_forward": "nfe",
+            "validation/nll": "nll",
+            "validation/gap": "gap",
+        }
+        new = {label: f"{metrics[name]:.4g}" for name, label in labels.items() if name in metrics}
+        if not new or self._bar.disable:
+            return
+        if "loss" in new and "nfe" not in new:
+            self._shown.pop("nfe", None)  # this stage solves no ODE
+        self._shown.update(new)
+        self._bar.set_description(self._stage_at(step), refresh=False)
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def _stage_at(self, step: int) -> str:
+        end = 0
+        for name, steps in self._stages.items():
+            end += steps
+            if step <= end:
+                return name
+        return name
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:
+    """The curves in a JSON-lines file: for each metric its (step, value) pairs."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in _rows(Path(path)):
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                curves.setdefault(name, []).append((row["step"], value))
+    return curves
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of the file; a run that was killed may have left half a line at its end."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _pixels(figure: Figure) -> np.ndarray:  # (height, width, 3), bytes
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

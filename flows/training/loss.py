@@ -1,0 +1,42 @@
+"""The loss of a step as Lightning Fabric wants it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flows.cnf import CNF
+from flows.datasets import Batch
+from flows.objectives import LossOutput, Objective
+from flows.training.metrics import Metric
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or its gradient is NaN or infinite; the weights of the step before are kept."""
+
+
+class LossModule(nn.Module):
+    """The loss as a module's forward pass, which is where Fabric brings in precision and several devices.
+
+    The objective is set, not passed, and its whole output stays behind: Fabric copies what passes through.
+    """
+
+    objective: Objective
+    output: LossOutput
+
+    def __init__(self, flow: CNF) -> None:
+        super().__init__()
+        self.flow = flow
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        self.output = self.objective(self.flow, Batch(x, context), self.generator)
+        return self.output.loss
+
+    def metrics(self) -> dict[str, Metric]:
+        """What the last step has to report; read after the backward pass, which the solver's counts include."""
+        metrics: dict[str, Metric] = {"loss": self.output.loss.detach(), **self.output.metrics}
+        if self.output.statistics is not None:
+            metrics["nfe_forward"] = self.output.statistics.nfe_forward
+            metrics["nfe_backward"] = self.output.statistics.nfe_backward
+        return metrics

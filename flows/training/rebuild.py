@@ -1,0 +1,249 @@
+"""From settings to objects, also from the settings in a stranger's checkpoint, which are vetted first."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from flows.cnf import CNF
+from flows.datasets import Dataset
+from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+
+# What settings may call: what these parts of the package define, and a few classes of torch by name.
+SAFE_PARTS = ("cnf", "datasets", "divergence", "fields", "objectives", "regularizers", "solvers", "transforms")
+SAFE_NAMES = {
+    "flows.training.Stage",
+    *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RMSprop", "NAdam", "RAdam")),
+    *(
+        f"torch.nn.{name}"
+        for name in ("ELU", "GELU", "Identity", "Mish", "ReLU", "Sigmoid", "SiLU", "Softplus", "Tanh")
+    ),
+}
+SAFE_KEYS = {"_target_", "_partial_", "_convert_", "_args_"}
+
+
+class UntrustedConfigError(CheckpointError):
+    """Settings ask for something that settings from a file may not do."""
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A flow with its averaged weights, and the settings that it was trained with."""
+
+    flow: CNF
+    config: dict[str, Any]
+    checkpoint: Path
+    step: int
+
+
+def load_flow(
+    path: str | os.PathLike[str],
+    trust: Sequence[str] = (),
+    flow: CNF | None = None,
+) -> CNF:
+    """The flow of a checkpoint, with its averaged weights, in evaluation mode on the CPU.
+
+    ::
+
+        flow = flows.training.load_flow("runs/8gaussians/2026-01-31_12-00-00")
+        flow.sample((1000,))
+
+    Args:
+        path: the folder of a run (its best checkpoint is taken) or a checkpoint file.
+        trust: packages, beside this one, whose classes the checkpoint's settings may call.
+        flow: a flow of the same shape to fill, for a run that was started from Python without a config.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model.
+        UntrustedConfigError: its settings call something else than this package's classes.
+    """
+    if flow is None:
+        return load_run(path, trust).flow
+    content = load_checkpoint(find_checkpoint(path))
+    _fill(flow, content, path)
+    return flow.eval()
+
+
+def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedRun:
+    """Like :func:`load_flow`, with the settings beside the flow."""
+    file = find_checkpoint(path)
+    content = load_checkpoint(file)
+    config = checkpoint_config(content, file, trust)
+    flow = build_flow(config, content["event_shape"], dtype=_dtype(content))
+    _fill(flow, content, file)
+    return LoadedRun(flow.eval(), config, file, content["position"]["step"])
+
+
+def checkpoint_config(
+    content: Mapping[str, Any], path: str | os.PathLike[str], trust: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The vetted settings in a checkpoint."""
+    if content.get("config") is None:
+        raise CheckpointError(
+            f"{path} holds no settings, since the run was started from Python without config=...; build the flow "
+            "yourself and call load_flow(path, flow=flow)"
+        )
+    try:
+        config = yaml.safe_load(content["config"])
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"the settings in {path} are not valid yaml: {error}") from error
+    vet(config, trust)
+    return config
+
+
+def vet(config: Any, trust: Sequence[str] = (), where: str = "") -> None:
+    """Check that instantiating ``config`` can only build what is known to be harmless.
+
+    Every ``_target_`` must be a class or function that the parts of this package which describe a model
+    *define* (``flows.datasets.readers.os.system`` is not), one of a few torch classes, or belong to a trusted
+    package. Interpolations and other special keys of Hydra are refused.
+
+    Raises:
+        UntrustedConfigError: with the place in the settings, and how to allow it.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if not isinstance(key, str) or "${" in key:
+                raise UntrustedConfigError(f"the settings have the key {key!r} at {where or 'the top'}; refused")
+            if key.startswith("_") and key.endswith("_") and key not in SAFE_KEYS:
+                raise UntrustedConfigError(
+                    f"the settings use Hydra's special key {key} at {where or 'the top'}; refused"
+                )
+            vet(value, trust, f"{where}.{key}" if where else key)
+        if "_target_" in config:
+            _vet_target(config["_target_"], tuple(trust), where)
+    elif isinstance(config, (list, tuple)):
+        for i, value in enumerate(config):
+            vet(value, trust, f"{where}[{i}]")
+    elif isinstance(config, str) and "${" in config:
+        raise UntrustedConfigError(f"the settings hold an interpolation at {where}: {config!r}; refused")
+
+
+def build_dataset(config: Mapping[str, Any]) -> Dataset:
+    """The data set that ``config["data"]`` describes."""
+    return instantiate(config["data"])
+
+
+def build_flow(
+    config: Mapping[str, Any],
+    event_shape: Sequence[int],
+    dataset: Dataset | None = None,
+    dtype: torch.dtype | None = None,
+) -> CNF:
+    """The flow that the settings describe, untrained.
+
+    Args:
+        config: with ``field``, ``divergence``, ``solver`` and ``transform``, each an instantiable mapping.
+        event_shape: of the data; handed to each part that takes it.
+        dataset: what the transform is fitted to; ``None`` if its state will be loaded.
+        dtype: of the parameters and of constants such as frequencies; torch's default if ``None``.
+    """
+    event_shape = tuple(event_shape)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        transform = _with_shape(config["transform"], event_shape)
+        if dataset is not None:
+            transform.fit(dataset.reference())
+        return CNF(
+            _with_shape(config["field"], event_shape),
+            divergence=instantiate(config["divergence"]),
+            solver=instantiate(config["solver"]),
+            transform=transform,
+            event_shape=event_shape,
+        )
+    finally:
+        torch.set_default_dtype(before)
+
+
+def place(flow: CNF, device: str | None = None, dtype: str | None = None) -> CNF:
+    """Move a flow; by default to a GPU where there is one, in the dtype that it has."""
+    kind = getattr(torch, dtype, None) if dtype else None
+    if dtype and not isinstance(kind, torch.dtype):
+        raise ValueError(f"dtype must be a floating-point type of torch such as float64, got {dtype!r}")
+    try:
+        return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), kind)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the flow cannot be moved to device {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which the parts named in ``changes`` are others.
+
+    A part with a ``_target_`` replaces the old one, any other changes single settings of it; None changes
+    nothing, be it for a part or for a setting.
+    """
+    changed = dict(config)
+    for part, new in changes.items():
+        given = {key: value for key, value in (new or {}).items() if value is not None}
+        changed[part] = given if "_target_" in given else {**config[part], **given}
+    return changed
+
+
+def instantiate(config: Mapping[str, Any], **arguments: Any) -> Any:
+    """``hydra.utils.instantiate`` with plain lists and dicts as arguments."""
+    from hydra.utils import instantiate as build  # slow to import, and not needed to use a flow
+
+    return build(config, _convert_="all", **arguments)
+
+
+def _with_shape(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> Any:
+    """Instantiate, with ``event_shape`` where the target has such an argument."""
+    from hydra.utils import get_object
+
+    parameters = inspect.signature(get_object(config["_target_"])).parameters
+    if "event_shape" in parameters and "event_shape" not in config:
+        return instantiate(config, event_shape=event_shape)
+    return instantiate(config)
+
+
+def _fill(flow: CNF, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    flow.to(_dtype(content))
+    try:
+        flow.load_state_dict(content["ema"])
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {path} belong to another model: {error}") from error
+
+
+def _dtype(content: Mapping[str, Any]) -> torch.dtype | None:
+    return next((value.dtype for value in content["ema"].values() if value.is_floating_point()), None)
+
+
+def _vet_target(target: Any, trust: tuple[str, ...], where: str) -> None:
+    known = SAFE_NAMES | ({"flows.training.Trainer"} if where == "trainer" else set())
+    top = target.split(".")[0] if isinstance(target, str) else None
+    if top is not None and (top in trust or target in known):
+        return
+    if top == "flows":
+        found = _resolve(target)
+        home = (getattr(found, "__module__", None) or "").split(".")
+        if (inspect.isclass(found) or inspect.isfunction(found)) and home[0] == "flows" and home[1:2][0] in SAFE_PARTS:
+            return
+    advice = f"; if you trust that package, pass trust=[{top}]" if top and top != "flows" else ""
+    raise UntrustedConfigError(
+        f"the settings call {target!r} at {where or 'the top'}, which is no class or function of flows that "
+        f"describes a model, and might run anything{advice}"
+    )
+
+
+def _resolve(target: str) -> Any:
+    """The object of that name; only modules inside this package are imported for it."""
+    found: Any = importlib.import_module("flows")
+    path = "flows"
+    for name in target.split(".")[1:]:
+        path = f"{path}.{name}"
+        if not hasattr(found, name) and inspect.ismodule(found) and found.__name__ == path.rpartition(".")[0]:
+            try:
+                importlib.import_module(path)
+            except ModuleNotFoundError:
+                return None
+        found = getattr(found, name, None)
+    return found

@@ -1,0 +1,223 @@
+"""What a run tells while it trains and when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from flows import plots
+from flows.cnf import CNF
+from flows.datasets import Dataset
+from flows.evaluation import Likelihood, likelihood, part_batches
+from flows.solvers import SolverError
+from flows.training.checkpoint import FOLDER, load_checkpoint
+from flows.training.fabric import Fabric
+from flows.training.folder import write_text
+from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, TensorBoardLogger, read_metrics
+from flows.training.state import RunState, seeded
+from flows.training.summary import Summary, to_json
+
+METRICS = "metrics.jsonl"
+
+
+class Reporter:
+    """Validates, draws and logs; nothing that it does changes what training does next.
+
+    A context manager: leaving it closes the loggers. Only the first process of several writes.
+
+    Args:
+        fabric: launched.
+        dataset: what to validate and test on.
+        state: of the run; its averaged weights are the ones looked at.
+        folder: where plots, metrics and the summary go.
+        steps: the number of steps of each stage.
+        seed: of the probes in validation and test, the same at each call.
+        extra_loggers: beside the standard ones.
+        progress_bar: whether to show one.
+        pictures: whether to draw any.
+        batch_size: points a solve.
+        solver_error_points: test points with a solver error.
+        config: settings for TensorBoard, nested.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        dataset: Dataset,
+        state: RunState,
+        folder: Path,
+        steps: Mapping[str, int],
+        seed: int,
+        extra_loggers: Sequence[Logger],
+        progress_bar: bool,
+        pictures: bool,
+        batch_size: int,
+        solver_error_points: int,
+        config: Mapping[str, Any] | None,
+    ) -> None:
+        self.fabric = fabric
+        self.dataset = dataset
+        self.state = state
+        self.folder = folder
+        self.seed = seed
+        self.progress_bar = progress_bar
+        self.pictures = pictures
+        self.batch_size = batch_size
+        self.solver_error_points = solver_error_points
+        self.config = config or {}
+        self._clock = (time.perf_counter(), state.position.step)
+        self._loggers: list[Logger] = []
+        if fabric.is_global_zero:
+            resume_step = state.position.step or None
+            self._loggers = [
+                TensorBoardLogger(folder, resume_step),
+                JSONLinesLogger(folder / METRICS, resume_step),
+                *([ProgressBar(steps, resume_step)] if progress_bar else []),
+                *extra_loggers,
+            ]
+            if config and resume_step is None:
+                text = (folder / "config.yaml").read_text(encoding="utf-8")
+                self._log({"config": "".join(f"    {line}\n" for line in text.splitlines())})
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for logger in self._loggers:
+            logger.close()
+        self._loggers = []
+
+    def log_training(self, learning_rate: float) -> None:
+        """Log the means of the training metrics since the last time."""
+        then, before = self._clock
+        now, step = time.perf_counter(), self.state.position.step
+        metrics = self.state.means.pop()
+        metrics |= {"learning_rate": learning_rate, "steps_per_second": (step - before) / (now - then)}
+        if "nll" in metrics and self.dataset.entropy is not None:
+            metrics["gap"] = metrics["nll"] - self.dataset.entropy
+        # One probe leaves the standard error unknown, which is no curve to look at.
+        self._log({f"train/{name}": value for name, value in metrics.items() if not math.isnan(value)})
+        self._clock = (time.perf_counter(), step)
+
+    def validate(self) -> bool:
+        """Log the NLL of the validation part; whether it is the best so far."""
+        best = False
+        if self.fabric.is_global_zero:
+            with self._aside():
+                result = self._likelihood(self.state.ema.module, "validation")
+            metrics = {"nll": result.nll, "standard_error": result.standard_error, "nfe": result.nfe}
+            if self.dataset.entropy is not None:
+                metrics["gap"] = result.nll - self.dataset.entropy
+            self._log({f"validation/{name}": value for name, value in metrics.items()})
+            position = self.state.position
+            best = position.best_nll is None or result.nll < position.best_nll
+            if best:
+                position.best_nll, position.best_step = result.nll, position.step
+        return self.fabric.broadcast(best)
+
+    def plot(self, flow: CNF | None = None, suffix: str | None = None) -> None:
+        """Draw the averaged flow, or ``flow``, into ``plots/`` and TensorBoard."""
+        if not self.pictures or not self.fabric.is_global_zero:
+            return
+        with self._aside():
+            generator = self._generator("plots")
+            try:
+                figures = plots.figures(self.state.ema.module if flow is None else flow, self.dataset, generator)
+            except SolverError as error:  # far from the data a field may be stiff; a picture is not worth the run
+                self._log({"plots/failed": str(error)})
+                return
+        suffix = f"_{self.state.position.step:06d}" if suffix is None else suffix
+        self._save_figures(figures, suffix)
+        self._log({f"plots/{name}": figure for name, figure in figures.items()})
+
+    def conclude(self, flow: CNF) -> Summary:
+        """Load the best weights into ``flow``, test them, and write the summary and the final plots."""
+        best = self.folder / FOLDER / "best.pt"
+        weights = load_checkpoint(best)["ema"] if best.exists() else self.state.ema.module.state_dict()
+        flow.load_state_dict(copy.deepcopy(weights))
+        flow.eval()
+        for logger in self._loggers:
+            if isinstance(logger, ProgressBar):
+                logger.close()  # the test has a bar of its own
+        started = time.perf_counter()
+        test = self._likelihood(flow, "test")
+        summary = Summary(
+            test=test,
+            entropy=self.dataset.entropy,
+            position=copy.copy(self.state.position),
+            evaluation_seconds=time.perf_counter() - started,
+            parameters=sum(p.numel() for p in flow.parameters()),
+            data=self.dataset.name,
+            device=str(self.fabric.device),
+            seed=self.seed,
+            output_dir=str(self.folder),
+        )
+        if self.fabric.is_global_zero:
+            self.plot(flow, suffix="")
+            if self.pictures:
+                self._save_figures(
+                    {"curves": plots.curves(read_metrics(self.folder / METRICS), self.dataset.entropy)}, ""
+                )
+            results = {"test/nll": test.nll, "test/gap": summary.gap, "test/nfe": test.nfe}
+            settings = {**_flat(self.config), "parameters": summary.parameters}
+            self._log({"summary": HParams(settings, {**results, "seconds": summary.position.seconds})})
+            write_text(self.folder / "summary.json", to_json(summary.as_dict()))
+        return summary
+
+    def _likelihood(self, flow: CNF, part: str) -> Likelihood:
+        batches, num_points = part_batches(self.dataset, part, self.batch_size)
+        testing = part == "test"
+        return likelihood(
+            flow,
+            batches,
+            generator=self._generator(part),
+            solver_error_points=self.solver_error_points if testing else 0,
+            progress="test" if testing and self.progress_bar and self.fabric.is_global_zero else None,
+            num_points=num_points,
+        )
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return seeded(torch.Generator(self.fabric.device), self.seed, purpose)
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Leave the global random numbers and the clock as they were."""
+        devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
+        started = time.perf_counter()
+        with torch.random.fork_rng(devices):
+            training = self.state.ema.training
+            self.state.ema.eval()
+            try:
+                yield
+            finally:
+                self.state.ema.train(training)
+        self._clock = (self._clock[0] + time.perf_counter() - started, self._clock[1])
+
+    def _save_figures(self, figures: Mapping[str, Figure], suffix: str) -> None:
+        folder = self.folder / "plots"
+        folder.mkdir(exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}{suffix}.png")
+
+    def _log(self, metrics: Mapping[str, Any]) -> None:
+        for logger in self._loggers:
+            logger.log(metrics, self.state.position.step)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, with dotted names; a list stays one value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

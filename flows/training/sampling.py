@@ -1,0 +1,51 @@
+"""Drawing many samples and writing them to a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flows.cnf import CNF
+from flows.training.folder import OutputFolderError
+
+
+def draw(flow: CNF, num_samples: int, batch_size: int, generator: torch.Generator) -> Tensor:  # (n, *event), on the CPU
+    """Sample in batches, one solve each."""
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    with torch.no_grad():
+        sizes = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
+        return torch.cat([flow.sample((size,), generator=generator).cpu() for size in sizes])
+
+
+def save_samples(
+    path: str | os.PathLike[str],
+    samples: Tensor,  # (n, *event)
+    names: Sequence[str] | None = None,  # of the columns of a .csv; x0, x1, ... by default
+) -> Path:
+    """Write samples as .npy, of their full shape, or as .csv, one flattened sample a row with a header.
+
+    Raises:
+        ValueError: another ending.
+        OutputFolderError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".npy", ".csv"):
+        raise ValueError(f"output must end in .npy or .csv, got {str(path)!r}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npy":
+            np.save(path, samples.numpy())
+        else:
+            rows = samples.flatten(1).numpy()
+            header = ",".join(f"x{i}" for i in range(rows.shape[1])) if names is None else ",".join(names)
+            np.savetxt(path, rows, delimiter=",", header=header, comments="", fmt="%.9g")
+    except OSError as error:
+        raise OutputFolderError(f"{path} cannot be written ({error.strerror}); choose another output") from error
+    return path

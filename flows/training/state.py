@@ -1,0 +1,165 @@
+"""Everything that training changes: what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from flows.cnf import CNF
+from flows.datasets import Dataset
+from flows.training.checkpoint import CheckpointError
+from flows.training.ema import ExponentialMovingAverage
+from flows.training.fabric import Fabric
+from flows.training.metrics import MetricMeans
+from flows.training.stage import Stage
+
+
+@dataclass
+class Position:
+    """Where a run stands."""
+
+    stage: str | None = None  # None: before the first
+    step_in_stage: int = 0  # steps done
+    step: int = 0  # steps done over all stages
+    best_nll: float | None = None  # the lowest on the validation part, nats
+    best_step: int | None = None
+    seconds: float = 0.0  # spent in training, validation included
+
+
+class RunState:
+    """The flow, its average, and all that moves while a stage runs.
+
+    Args:
+        fabric: launched.
+        flow: on its device.
+        dataset: where the batches come from.
+        optimizer: called as ``optimizer(parameters, lr=...)`` at the start of each stage.
+        ema_decay: see :class:`ExponentialMovingAverage`.
+        seed: each stage draws its data and its probes from generators seeded by this, the stage's place and
+            the rank of the process.
+    """
+
+    optimizer: Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        flow: CNF,
+        dataset: Dataset,
+        optimizer: Callable[..., Optimizer],
+        ema_decay: float,
+        seed: int,
+    ) -> None:
+        self.fabric = fabric
+        self.flow = flow
+        self.dataset = dataset
+        self.ema = ExponentialMovingAverage(flow, ema_decay)
+        self.position = Position()
+        self.means = MetricMeans()
+        self.generator = torch.Generator(fabric.device)  # of the objective
+        self._new_optimizer = optimizer
+        self._seed = seed
+
+    def begin(self, index: int, name: str, stage: Stage) -> None:
+        """Set up a stage: new optimiser, schedule, data stream and generators.
+
+        Every stage but the first starts from the averaged weights, which are better than the last ones.
+        """
+        if self.position.stage is not None:
+            self.flow.load_state_dict(self.ema.module.state_dict())
+            self.ema.restart()
+        self.position.stage, self.position.step_in_stage = name, 0
+        self.means = MetricMeans()
+        self._set_up(index, stage)
+
+    def resume(self, checkpoint: Mapping[str, Any], stages: Mapping[str, Stage]) -> None:
+        """Continue bit for bit where ``checkpoint`` was written.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another model, other stages or another number of devices.
+        """
+        position = Position(**checkpoint["position"])
+        if position.stage not in stages:
+            raise CheckpointError(
+                f"the checkpoint stopped in the stage {position.stage!r}, this run has {', '.join(stages)}; "
+                "resume with the stages that the run was started with"
+            )
+        ranks = checkpoint["ranks"]
+        if len(ranks) != self.fabric.world_size:
+            raise CheckpointError(
+                f"the run was started on {len(ranks)} device(s) and is resumed on {self.fabric.world_size}; "
+                "use the same number, since each draws data of its own"
+            )
+        if checkpoint["data"] != self.dataset.name:
+            raise CheckpointError(
+                f"the run was started on the data {checkpoint['data']!r} and is resumed on {self.dataset.name!r}; "
+                "resume with the same"
+            )
+        try:
+            self.flow.load_state_dict(checkpoint["flow"])
+            self.ema.module.load_state_dict(checkpoint["ema"])
+        except RuntimeError as error:
+            raise CheckpointError(f"the checkpoint belongs to another model: {error}") from error
+        self.ema.n_averaged.fill_(checkpoint["ema_updates"])
+        self.position = position
+        self._set_up(list(stages).index(position.stage), stages[position.stage])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.schedule.load_state_dict(checkpoint["schedule"])
+        self.means.load_state_dict(checkpoint["means"])
+        own = ranks[self.fabric.global_rank]
+        self.stream.load_state_dict(own["data"])
+        self.generator.set_state(own["objective"])
+        torch.set_rng_state(own["cpu"])
+        if own["cuda"] is not None and self.fabric.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda"], self.fabric.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The content of a checkpoint; every process must call this, since each adds its generators."""
+        cuda = self.fabric.device.type == "cuda"
+        own = {
+            "data": self.stream.state_dict(),
+            "objective": self.generator.get_state(),
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
+        }
+        ranks = [own]
+        if self.fabric.world_size > 1:
+            ranks = [None] * self.fabric.world_size
+            torch.distributed.all_gather_object(ranks, own)
+        return {
+            "event_shape": list(self.flow.event_shape),
+            "data": self.dataset.name,
+            "flow": self.flow.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "ema_updates": int(self.ema.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "position": asdict(self.position),
+            "means": self.means.state_dict(),
+            "ranks": ranks,
+        }
+
+    def _set_up(self, index: int, stage: Stage) -> None:
+        optimizer = self._new_optimizer(self.flow.parameters(), lr=stage.learning_rate)
+        self.schedule = stage.scheduler(optimizer)
+        self.optimizer = self.fabric.setup_optimizers(optimizer)
+        rank = self.fabric.global_rank
+        self.stream = self.dataset.train_stream(
+            stage.batch_size,
+            seeded(torch.Generator(), self._seed, "data", index, rank),
+            self.fabric.device,
+            next(self.flow.parameters()).dtype,
+        )
+        seeded(self.generator, self._seed, "objective", index, rank)
+
+
+def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> torch.Generator:
+    """Seed ``generator`` so that it is independent of those of any other seed, purpose and key."""
+    words = np.random.SeedSequence([seed, *purpose.encode(), *key]).generate_state(2)
+    return generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)

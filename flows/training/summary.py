@@ -1,0 +1,85 @@
+"""The figures that a run ends with."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flows.evaluation import Likelihood
+from flows.training.state import Position
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a run; likelihoods in nats an example in data space."""
+
+    test: Likelihood
+    entropy: float | None  # of the data, the lowest NLL possible; None: unknown
+    position: Position  # at the end of training
+    evaluation_seconds: float  # of the test
+    parameters: int
+    data: str
+    device: str
+    seed: int
+    output_dir: str
+
+    @property
+    def test_nll(self) -> float:
+        return self.test.nll
+
+    @property
+    def gap(self) -> float | None:
+        """``test_nll - entropy``."""
+        return None if self.entropy is None else self.test.nll - self.entropy
+
+    @property
+    def validation_nll(self) -> float | None:
+        """Of the weights that were tested, the best on the validation part."""
+        return self.position.best_nll
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``summary.json`` holds; None where unknown."""
+        return {
+            "test_nll": self.test.nll,
+            "test_nll_se": None if math.isnan(self.test.standard_error) else self.test.standard_error,
+            "test_points": self.test.num_points,
+            "probe_se": self.test.probe_standard_error,
+            "solver_error": self.test.solver_error,
+            "entropy": self.entropy,
+            "gap": self.gap,
+            "validation_nll": self.validation_nll,
+            "best_step": self.position.best_step,
+            "nfe": self.test.nfe,
+            "steps": self.position.step,
+            "seconds": self.position.seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+            "parameters": self.parameters,
+            "data": self.data,
+            "device": self.device,
+            "seed": self.seed,
+            "output_dir": self.output_dir,
+        }
+
+    def __str__(self) -> str:
+        training = f"{self.position.seconds:.1f} s for {self.position.step:,} steps"
+        rows = [("data", self.data), *self.test.table(self.entropy)]
+        rows += [("time", f"{training}, {self.evaluation_seconds:.1f} s for the test"), ("files", self.output_dir)]
+        return aligned(rows)
+
+
+def aligned(rows: list[tuple[str, str]]) -> str:
+    """Names and values in two columns."""
+    return "\n".join(f"{name:>12}  {value}" for name, value in rows)
+
+
+def to_json(content: dict[str, Any]) -> str:
+    """A JSON file's text."""
+    return json.dumps(content, indent=2) + "\n"
+
+
+def likelihood_dict(result: Likelihood, entropy: float | None) -> dict[str, Any]:
+    """A likelihood as plain values, with the gap to the entropy; None where unknown."""
+    plain = {**asdict(result), "entropy": entropy, "gap": None if entropy is None else result.nll - entropy}
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in plain.items()}

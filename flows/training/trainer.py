@@ -1,0 +1,240 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flows.cnf import CNF
+from flows.datasets import Dataset
+from flows.solvers import SolverError
+from flows.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, run_folder, save_checkpoint
+from flows.training.fabric import Fabric
+from flows.training.folder import branch_run, open_run_folder, write_text
+from flows.training.loggers import Logger
+from flows.training.loss import LossModule, NonFiniteLossError
+from flows.training.reporting import Reporter
+from flows.training.stage import Stage
+from flows.training.state import Position, RunState
+from flows.training.stopping import StopSignals, TrainingInterrupted
+from flows.training.summary import Summary
+
+
+class Trainer:
+    """Trains a flow through a sequence of stages, in a folder that holds all that the run produces.
+
+    The exponential moving average of the weights is what is validated, tested, plotted and finally returned;
+    each stage after the first starts from it. ``checkpoints/last.pt`` continues the run bit for bit,
+    ``checkpoints/best.pt`` had the lowest validation NLL. See :meth:`fit`.
+
+    Args:
+        flow: trained in place.
+        dataset: where training, validation and test points come from.
+        stages: what is done, in order; the names go into checkpoints and metrics.
+        optimizer: called as ``optimizer(parameters, lr=...)`` at the start of each stage.
+        output_dir: the folder of the run; must not hold another one.
+        seed: of the data, the probes and whatever else is random while training.
+        resume: a checkpoint file, or the folder of a run: continue it as if it had never stopped, in its own
+            folder or in a fresh one.
+        config: the settings as nested dicts of plain values; kept in the folder and in the checkpoints.
+        accelerator, devices, strategy, precision: see ``lightning_fabric.Fabric``.
+        gradient_clip: the largest norm of the gradient, longer ones are scaled down; ``None``: no limit.
+        ema_decay: of the moving average; 0 turns it off.
+        log_every, validate_every, plot_every, checkpoint_every: in steps; all happen at the end of a stage as
+            well, and 0 leaves it at that. ``plot_every=None``: no pictures at all.
+        evaluation_batch_size: points a solve in validation and test.
+        solver_error_points: test points whose NLL is computed again at tighter tolerances.
+        loggers: further loggers, beside TensorBoard, ``metrics.jsonl`` and the progress bar.
+        progress_bar: whether to show one.
+    """
+
+    def __init__(
+        self,
+        flow: CNF,
+        dataset: Dataset,
+        stages: Mapping[str, Stage],
+        optimizer: Callable[..., Optimizer] = torch.optim.Adam,
+        *,
+        output_dir: str | os.PathLike[str],
+        seed: int = 0,
+        resume: str | os.PathLike[str] | None = None,
+        config: Mapping[str, Any] | None = None,
+        accelerator: str = "auto",
+        devices: int | str | Sequence[int] = 1,
+        strategy: str = "auto",
+        precision: str = "32-true",
+        gradient_clip: float | None = 10.0,
+        ema_decay: float = 0.999,
+        log_every: int = 20,
+        validate_every: int = 1000,
+        plot_every: int | None = 2000,
+        checkpoint_every: int = 1000,
+        evaluation_batch_size: int = 10_000,
+        solver_error_points: int = 2_000,
+        loggers: Sequence[Logger] = (),
+        progress_bar: bool = True,
+    ) -> None:
+        if not stages:
+            raise ValueError("stages must hold at least one Stage, got none")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise ValueError(f"gradient_clip must be > 0, or None for no limit, got {gradient_clip}")
+        for name in ("log_every", "validate_every", "plot_every", "checkpoint_every"):
+            value = locals()[name]
+            if not (value is None and name == "plot_every") and not value >= 0:
+                raise ValueError(f"{name} must be >= 0 steps (0: only at the end of a stage), got {value}")
+        self.flow = flow
+        self.dataset = dataset
+        self.stages = dict(stages)
+        self.gradient_clip = gradient_clip
+        self.log_every = log_every
+        self.validate_every = validate_every
+        self.plot_every = plot_every
+        self.checkpoint_every = checkpoint_every
+        self.seed = seed
+        self.config = None if config is None else yaml.safe_dump(dict(config), sort_keys=False)
+        try:
+            self.fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"this machine cannot train with these settings: {error}") from error
+        self._checkpoint = None
+        if resume is not None:
+            file = find_checkpoint(resume, prefer="last")
+            self._checkpoint = load_checkpoint(file)
+        in_place = resume is not None and run_folder(file).resolve() == Path(output_dir).resolve()
+        self.folder = open_run_folder(output_dir, resuming=in_place)
+        if resume is not None and not in_place:
+            branch_run(run_folder(file), self.folder)
+        if self.config is not None and not in_place:
+            write_text(self.folder / "config.yaml", self.config)
+        self._new_state = lambda: RunState(self.fabric, flow, dataset, optimizer, ema_decay, seed)
+        self._reporting = {
+            "extra_loggers": loggers,
+            "progress_bar": progress_bar,
+            "pictures": plot_every is not None,
+            "batch_size": evaluation_batch_size,
+            "solver_error_points": solver_error_points,
+            "config": None if config is None else dict(config),
+        }
+
+    def fit(self) -> Summary:
+        """Train through all stages, then test the best weights; afterwards ``self.flow`` holds them.
+
+        Returns:
+            The figures that ``summary.json`` holds too.
+
+        Raises:
+            TrainingInterrupted: SIGINT or SIGTERM came; the step was finished and ``last.pt`` written.
+            NonFiniteLossError: the loss or its gradient is NaN or infinite.
+            SolverError: a solve cannot go on.
+        """
+        self.fabric.launch()
+        torch.manual_seed(self.seed + self.fabric.global_rank)  # for fields with a dropout or the like
+        loss = LossModule(self.flow)
+        module = self.fabric.setup_module(loss)
+        state = self._new_state()
+        if self._checkpoint is not None:
+            state.resume(self._checkpoint, self.stages)
+        steps = {name: stage.steps for name, stage in self.stages.items()}
+        reporter = Reporter(self.fabric, self.dataset, state, self.folder, steps, self.seed, **self._reporting)
+        names = list(self.stages)
+        with reporter:
+            with StopSignals() as stop:
+                for index in range(names.index(state.position.stage or names[0]), len(names)):
+                    name, stage = names[index], self.stages[names[index]]
+                    if state.position.stage != name:
+                        state.begin(index, name, stage)
+                    loss.objective, loss.generator = stage.objective, state.generator
+                    self._train_stage(stage, state, module, loss, reporter, stop)
+            return reporter.conclude(self.flow)
+
+    def _train_stage(
+        self, stage: Stage, state: RunState, module: nn.Module, loss: LossModule, reporter: Reporter, stop: StopSignals
+    ) -> None:
+        started = time.perf_counter() - state.position.seconds
+        position = state.position
+        max_norm = float("inf") if self.gradient_clip is None else self.gradient_clip
+        while position.step_in_stage < stage.steps:
+            position.step_in_stage += 1
+            position.step += 1
+            ends = position.step_in_stage == stage.steps
+            log, validate, plot, checkpoint = (
+                ends or bool(every and position.step % every == 0)
+                for every in (self.log_every, self.validate_every, self.plot_every, self.checkpoint_every)
+            )
+
+            batch = state.stream.next()
+            try:
+                value = module(batch.x, batch.context)
+                self.fabric.backward(value)
+            except SolverError as error:
+                raise SolverError(
+                    f"training stopped {self._where(stage, position)}: {error}", error.t, error.dt
+                ) from error
+            norm = self.fabric.clip_gradients(module, state.optimizer, max_norm=max_norm, error_if_nonfinite=False)
+            if self.fabric.device.type == "cpu" or log or validate or checkpoint:  # a GPU would have to be waited for
+                self._check_finite(value, norm, stage, state)
+            learning_rate = state.schedule.get_last_lr()[0]
+            state.optimizer.step()
+            state.schedule.step()
+            state.optimizer.zero_grad()
+            state.ema.update_parameters(self.flow)
+
+            state.means.add(loss.metrics() | {"gradient_norm": norm})
+            position.seconds = time.perf_counter() - started
+            if log:
+                reporter.log_training(learning_rate)
+            if validate and reporter.validate():
+                self._save(state, "best")
+            if plot:
+                reporter.plot()
+            stopping = self._agree(stop.requested)
+            if checkpoint or stopping:
+                position.seconds = time.perf_counter() - started
+                path = self._save(state, "last")
+            if stopping:
+                raise TrainingInterrupted(path, position.step, stopping)
+
+    def _save(self, state: RunState, name: str) -> Path:
+        path = self.folder / FOLDER / f"{name}.pt"
+        content = {"config": self.config, **state.state_dict()}
+        if self.fabric.is_global_zero:
+            save_checkpoint(path, content)
+        self.fabric.barrier()
+        return path
+
+    def _agree(self, signal_number: int | None) -> int:
+        """The signal that some process has received, 0 if none: all stop after the same step."""
+        if self.fabric.world_size == 1:
+            return signal_number or 0
+        received = torch.tensor(float(signal_number or 0), device=self.fabric.device)
+        return int(self.fabric.all_reduce(received, reduce_op="max"))
+
+    def _check_finite(self, loss: Tensor, gradient_norm: Tensor, stage: Stage, state: RunState) -> None:
+        if bool(loss.isfinite() & gradient_norm.isfinite()):
+            return
+        what = "its gradient is not finite" if bool(loss.isfinite()) else f"the loss is {float(loss)}"
+        raise NonFiniteLossError(
+            f"training diverged: {what} {self._where(stage, state.position)}. Try a lower learning_rate (now "
+            f"{stage.learning_rate:g}), more warmup_steps (now {stage.warmup_steps}), a smaller gradient_clip (now "
+            f"{self.gradient_clip}), or tighter solver tolerances"
+        )
+
+    def _where(self, stage: Stage, position: Position) -> str:
+        """The step in words, and what can be gone back to."""
+        exactly = "at" if self.fabric.device.type == "cpu" else "at or shortly before"
+        last = self.folder / FOLDER / "last.pt"
+        saved = f"; an earlier state is in {last}" if last.exists() else ""
+        return (
+            f"{exactly} step {position.step} (step {position.step_in_stage} of {stage.steps} in the stage "
+            f"{position.stage}{saved})"
+        )

@@ -1,0 +1,42 @@
+"""Draw from a trained flow; see `python scripts/sample.py --help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from flows import plots
+from flows.training.checkpoint import run_folder
+from flows.training.console import readable_errors
+from flows.training.rebuild import build_dataset, instantiate, load_run, place, with_changes
+from flows.training.sampling import draw, save_samples
+
+CONFIG = Path(__file__).resolve().parents[1] / "conf" / "sample.yaml"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG.parent), config_name=CONFIG.stem)
+def main(composed: DictConfig) -> None:
+    with readable_errors():
+        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        run = load_run(settings["checkpoint"], settings["trust"])
+        config = with_changes(run.config, {"solver": settings.get("solver")})
+        run.flow.solver = instantiate(config["solver"])
+        flow = place(run.flow, settings["device"])
+        generator = torch.Generator().manual_seed(settings["seed"])
+        samples = draw(flow, settings["num_samples"], settings["batch_size"], generator)
+        dataset = build_dataset(config) if settings["plot"] else None
+        output = Path(settings["output"] or run_folder(run.checkpoint) / "samples.npy")
+        save_samples(output, samples, getattr(dataset, "columns", None))
+        print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}")
+        if dataset is not None:
+            picture = output.with_suffix(".png")
+            plots.samples(samples, dataset.reference(), getattr(dataset, "columns", None)).savefig(picture)
+            print(f"beside the data in {picture}")
+
+
+if __name__ == "__main__":
+    with readable_errors(CONFIG):
+        main()

@@ -1,0 +1,57 @@
+"""Train a flow; see `python scripts/train.py --help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from flows.training.console import readable_errors
+from flows.training.rebuild import build_dataset, build_flow, instantiate
+from flows.training.resume import resumed_config
+
+CONFIG = Path(__file__).resolve().parents[1] / "conf" / "train.yaml"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG.parent), config_name=CONFIG.stem)
+def main(composed: DictConfig) -> float | None:
+    with readable_errors():
+        config, checkpoint = settings(composed)
+        torch.manual_seed(config["seed"])
+        dataset = build_dataset(config)
+        double = str(config["trainer"].get("precision")).startswith("64")
+        flow = build_flow(config, dataset.event_shape, dataset, torch.float64 if double else None)
+        trainer = instantiate(config["trainer"], _partial_=True)(
+            flow,
+            dataset,
+            stages={name: instantiate(stage) for name, stage in config["objective"].items()},
+            optimizer=instantiate(config["optimizer"]),
+            output_dir=config["output_dir"],
+            seed=config["seed"],
+            resume=checkpoint,
+            config=config,
+        )
+        summary = trainer.fit()
+        print(summary)
+        return summary.validation_nll  # what a sweeper minimises
+
+
+def settings(composed: DictConfig) -> tuple[dict[str, Any], Path | None]:
+    """Plain settings, and the checkpoint if they are those of a run to continue."""
+    context = HydraConfig.get()
+    if composed.resume is not None:
+        return resumed_config(composed.resume, context.overrides.task, composed.trust)
+    config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    if context.mode == RunMode.MULTIRUN:
+        config["output_dir"] = context.runtime.output_dir  # each job of a sweep has a folder of its own
+    return config, None
+
+
+if __name__ == "__main__":
+    with readable_errors(CONFIG):
+        main()

@@ -1,0 +1,268 @@
+"""Checkpoints: bit-for-bit resume, safe and atomic files, settings that cannot run code."""
+
+import os
+import pickle
+import signal
+
+import pytest
+import torch
+import yaml
+from small_run import STAGES, Memory, small_flow, small_gaussian, small_table, small_trainer, stopping_at
+
+import flows
+from flows.training import (
+    CheckpointError,
+    TrainingInterrupted,
+    build_dataset,
+    find_checkpoint,
+    load_checkpoint,
+    load_flow,
+    save_checkpoint,
+    vet,
+)
+from flows.training.rebuild import UntrustedConfigError, build_flow
+
+CONFIG = {
+    "data": {"_target_": "flows.datasets.EightGaussians", "num_test": 50},
+    "transform": {"_target_": "flows.transforms.Standardise"},
+    "field": {"_target_": "flows.fields.MLP", "hidden": [8, 8]},
+    "divergence": {"_target_": "flows.divergence.Analytic"},
+    "solver": {"_target_": "flows.ODESolver", "method": "rk4", "step_size": 0.25},
+}
+
+
+def flat(tree, prefix=""):
+    """Every leaf of nested dicts and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else None
+    if items is None:
+        return {prefix: tree}
+    return {path: leaf for key, value in items for path, leaf in flat(value, f"{prefix}/{key}").items()}
+
+
+def assert_same_state(one, two):
+    """Equal in every weight, moment, generator and counter; only the clock may differ."""
+    one, two = flat(one), flat(two)
+    assert one.keys() == two.keys()
+    for path, value in one.items():
+        if path == "/position/seconds":
+            continue
+        same = torch.equal(value, two[path]) if isinstance(value, torch.Tensor) else value == two[path]
+        assert same, f"{path} differs: {value} and {two[path]}"
+
+
+@pytest.mark.parametrize("dataset", [small_gaussian, small_table], ids=["density", "table"])
+@pytest.mark.parametrize("stop", [1, 4, 6, 9, 11], ids=lambda step: f"stop-at-{step}")
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, dataset, stop):
+    """Inside the first stage (1, 4), at its end (6), inside the second (9), at the very end (11)."""
+    straight, stopped, resumed = Memory(), Memory(), Memory()
+    small_trainer(tmp_path / "straight", dataset(), loggers=[straight], log_every=2).fit()
+    first = small_trainer(tmp_path / "run", stopping_at(dataset(), stop), loggers=[stopped], log_every=2)
+    with pytest.raises(TrainingInterrupted, match=f"stopped after step {stop} ") as interruption:
+        first.fit()
+    assert interruption.value.checkpoint == tmp_path / "run/checkpoints/last.pt"
+
+    torch.manual_seed(12345)  # nothing of the process that resumes may matter
+    flow = small_flow(dataset(), seed=99)
+    second = small_trainer(
+        tmp_path / "run", dataset(), flow=flow, resume=tmp_path / "run", loggers=[resumed], log_every=2
+    )
+    assert second.fit().position.step == 11
+
+    for name in ("last", "best"):
+        assert_same_state(
+            load_checkpoint(tmp_path / f"straight/checkpoints/{name}.pt"),
+            load_checkpoint(tmp_path / f"run/checkpoints/{name}.pt"),
+        )
+    for name in ("train/loss", "train/gradient_norm", "train/learning_rate", "validation/nll"):
+        assert stopped.series(name) + resumed.series(name) == straight.series(name), name
+
+
+def test_resuming_elsewhere_leaves_the_first_run_alone(tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        small_trainer(tmp_path / "run", stopping_at(small_gaussian(), 8, signal.SIGTERM)).fit()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    small_trainer(tmp_path / "branch", resume=tmp_path / "run").fit()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    small_trainer(tmp_path / "straight").fit()
+    assert_same_state(
+        load_checkpoint(tmp_path / "straight/checkpoints/best.pt"),
+        load_checkpoint(tmp_path / "branch/checkpoints/best.pt"),
+    )
+    with pytest.raises(OSError, match="holds another run already"):
+        small_trainer(tmp_path / "straight", resume=tmp_path / "run")
+
+
+def test_resuming_another_model_or_other_stages_is_refused(tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        small_trainer(tmp_path, stopping_at(small_gaussian(), 8)).fit()
+    with pytest.raises(CheckpointError, match="stopped in the stage 'maximum_likelihood', this run has flow_matching"):
+        small_trainer(tmp_path, resume=tmp_path, stages={"flow_matching": STAGES["flow_matching"]}).fit()
+    dataset = small_gaussian()
+    wider = flows.CNF(flows.fields.MLP((2,), hidden=(9,)), transform=flows.transforms.Standardise((2,)))
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        small_trainer(tmp_path, dataset, flow=wider, resume=tmp_path).fit()
+    with pytest.raises(CheckpointError, match="started on the data 'gaussian' and is resumed on 'table'"):
+        small_trainer(tmp_path, small_table(), resume=tmp_path).fit()
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = save_checkpoint(tmp_path / "last.pt", {"value": torch.ones(3)})
+
+    def crash(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, {"value": torch.zeros(3)})
+    monkeypatch.undo()
+    assert torch.equal(load_checkpoint(path)["value"], torch.ones(3))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_missing_damaged_and_foreign_checkpoints_are_explained(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere: there is no such file or folder"):
+        find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="the file does not exist"):
+        load_checkpoint(tmp_path / "missing.pt")
+    (tmp_path / "empty_run").mkdir()
+    (tmp_path / "empty_run" / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"expected checkpoints/best.pt in it, found notes.txt"):
+        find_checkpoint(tmp_path / "empty_run")
+
+    whole = save_checkpoint(tmp_path / "whole.pt", {"value": torch.randn(1000)})
+    for keep in (0, 10, 500, whole.stat().st_size - 30):
+        cut = tmp_path / "cut.pt"
+        cut.write_bytes(whole.read_bytes()[:keep])
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_checkpoint(cut)
+
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"state_dict": {}}, foreign)
+    with pytest.raises(CheckpointError, match="is not a flows checkpoint"):
+        load_checkpoint(foreign)
+    foreign.write_text("hello")
+    with pytest.raises(CheckpointError, match=r"foreign.pt is "):
+        load_checkpoint(foreign)
+    save_checkpoint(foreign, {})
+    content = torch.load(foreign) | {"version": 99}
+    torch.save(content, foreign)
+    with pytest.raises(CheckpointError, match="has checkpoint version 99, this version of flows reads 1"):
+        load_checkpoint(foreign)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickled_call_in_a_checkpoint_is_not_run(tmp_path):
+    content = {"format": "flows checkpoint", "version": 1, "config": Bomb(str(tmp_path / "owned"))}
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="could run code"):
+        load_checkpoint(tmp_path / "x.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(str(tmp_path / "owned"))))
+    with pytest.raises(CheckpointError, match=r"plain.pt is "):
+        load_checkpoint(tmp_path / "plain.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def trained(folder, config):
+    dataset = build_dataset(config)
+    torch.manual_seed(0)
+    flow = build_flow(config, dataset.event_shape, dataset)
+    small_trainer(folder, dataset, flow=flow, config=config).fit()
+    return flow
+
+
+def test_load_flow_rebuilds_the_averaged_flow(tmp_path):
+    flow = trained(tmp_path / "run", CONFIG)
+    torch.set_default_dtype(torch.float32)  # of the process that loads; the weights are float64
+    for path in (tmp_path / "run", tmp_path / "run/checkpoints/best.pt"):
+        loaded = load_flow(path)
+        assert not loaded.training
+        x = torch.randn(5, 2, dtype=torch.float64)
+        assert torch.equal(loaded.log_prob(x), flow.log_prob(x))
+    torch.set_default_dtype(torch.float64)
+    filled = load_flow(tmp_path / "run", flow=build_flow(CONFIG, (2,)))
+    assert torch.equal(filled.log_prob(x), flow.log_prob(x))
+    other = build_flow({**CONFIG, "field": {"_target_": "flows.fields.MLP", "hidden": [4]}}, (2,))
+    with pytest.raises(CheckpointError, match="belong to another model"):
+        load_flow(tmp_path / "run", flow=other)
+
+
+def test_a_run_without_settings_says_what_to_do(tmp_path):
+    small_trainer(tmp_path).fit()
+    with pytest.raises(CheckpointError, match=r"build the flow yourself and call load_flow\(path, flow=flow\)"):
+        load_flow(tmp_path)
+
+
+HOSTILE = {
+    "a function of the system": {"_target_": "os.system", "_args_": ["touch owned"]},
+    "the system through a module of ours": {"_target_": "flows.datasets.readers.os.system"},
+    "the system through training": {"_target_": "flows.training.checkpoint.os.system", "command": "touch owned"},
+    "a builtin": {"_target_": "builtins.eval", "_args_": ["1"]},
+    "our own loader, with trust in everything": {"_target_": "flows.training.load_flow", "trust": ["os"]},
+    "a writer of ours": {"_target_": "flows.training.save_checkpoint", "path": "owned"},
+    "a trainer, out of its place": {"_target_": "flows.training.Trainer", "output_dir": "owned"},
+    "a class of torch through ours": {"_target_": "flows.cnf.torch.load", "f": "owned"},
+    "another class of torch": {"_target_": "torch.hub.load"},
+    "hydra itself": {"_target_": "hydra.utils.call", "config": {"_target_": "os.system"}},
+    "a module": {"_target_": "flows.fields"},
+    "something that is not there": {"_target_": "flows.fields.Nothing"},
+    "a name that only looks like ours": {"_target_": "flows_evil.Field"},
+    "not a name": {"_target_": ["os.system"]},
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize("nested", [False, True])
+def test_hostile_settings_are_refused_before_anything_runs(tmp_path, monkeypatch, hostile, nested):
+    monkeypatch.chdir(tmp_path)
+    field = {**CONFIG["field"], "hidden": [[hostile]]} if nested else hostile
+    save_checkpoint(tmp_path / "x.pt", {"config": yaml.safe_dump({**CONFIG, "field": field}), "event_shape": [2]})
+    with pytest.raises(UntrustedConfigError, match=r"the settings call .* at field"):
+        load_flow(tmp_path / "x.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"field": {"_target_": "flows.fields.MLP", "hidden": "${oc.env:HOME}"}}, r"an interpolation at field.hidden"),
+        ({"field": {"_target_": "flows.fields.MLP", "_recursive_": False}}, "special key _recursive_ at field"),
+        ({"field": {"${x}": 1}}, r"have the key '\$\{x\}' at field"),
+        ({"field": {3: 1}}, "have the key 3 at field"),
+    ],
+)
+def test_other_tricks_are_refused(settings, message):
+    with pytest.raises(UntrustedConfigError, match=message):
+        vet(settings)
+
+
+def test_yaml_tags_are_not_obeyed(tmp_path):
+    text = "field: !!python/object/apply:os.mkdir ['owned']"
+    save_checkpoint(tmp_path / "x.pt", {"config": text, "event_shape": [2]})
+    with pytest.raises(CheckpointError, match="not valid yaml"):
+        load_flow(tmp_path / "x.pt")
+
+
+def test_a_trusted_package_is_let_through():
+    config = {"field": {"_target_": "my_package.Net"}}
+    with pytest.raises(UntrustedConfigError, match=r"pass trust=\[my_package\]"):
+        vet(config)
+    vet(config, trust=["my_package"])
+    with pytest.raises(UntrustedConfigError, match=r"os\.system"):
+        vet({"field": {"_target_": "os.system"}}, trust=["my_package"])
+
+
+def test_everything_that_our_own_settings_name_passes():
+    vet(CONFIG)
+    vet(
+        {
+            "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
+            "trainer": {"_target_": "flows.training.Trainer"},
+        }
+    )
