@@ -33,8 +33,9 @@ class MLP(Field):
         event_shape: shape of a point; it is flattened for the layers.
         hidden: widths of the hidden layers, at least one.
         activation: an :class:`Activation` or its lower-case name.
-        sine_frequency: if set, the first layer is sin(·) with weights drawn from N(0, sine_frequency²), which
-            resolves sharp structure in low dimensions; meant for data of about unit scale.
+        sine_frequency: if set, the first layer is sin(·) with weights drawn from N(0, sine_frequency²/d), so that
+            its phases spread by about sine_frequency over data of unit scale; it resolves sharp structure in low
+            dimensions.
         num_frequencies: of the time features, see :class:`SinusoidalTime`.
         context_shape: shape of the context, ``None`` for an unconditional field.
     """
@@ -64,7 +65,7 @@ class MLP(Field):
             if sine_frequency <= 0:
                 raise ValueError(f"sine_frequency must be > 0, or None for no sine layer, got {sine_frequency}")
             self.activations[0] = Sine()
-            nn.init.normal_(self.layers[0].weight, std=sine_frequency)
+            nn.init.normal_(self.layers[0].weight, std=sine_frequency / math.sqrt(dimension))
             nn.init.uniform_(self.layers[0].bias, -math.pi, math.pi)
         self.time = SinusoidalTime(num_frequencies)
         self.modulation = _Modulation(

@@ -1,0 +1,1 @@
+"""Measurements that `scripts/benchmark.py` prints: ratios of medians from alternating runs in one process."""

@@ -1,0 +1,45 @@
+"""The README's blocks: Python runs, commands compose, and the files that it shows exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if re.match(r"python scripts/(train|evaluate|sample)\.py", line)
+]
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_python_blocks_run(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)  # as a reader would run it
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command):
+    words = shlex.split(command.partition(" #")[0])
+    overrides = [word for word in words[2:] if "=" in word and "," not in word.replace("[", "").split("=")[1]]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose(Path(words[1]).stem, overrides)
+
+
+def test_there_are_blocks_of_both_kinds():
+    assert COMMANDS
+    assert any(language == "python" for language, _ in BLOCKS)
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
