@@ -43,7 +43,7 @@ class ConvNet(Field):
         hidden: Sequence[int] = (64, 64, 64),
         kernel_size: int = 3,
         padding_mode: str = "zeros",
-        activation: Activation | str = "softplus",
+        activation: Activation | str = "silu",
         num_frequencies: int = 8,
         context_shape: Sequence[int] | None = None,
     ) -> None:

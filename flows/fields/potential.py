@@ -10,26 +10,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flows.fields.base import Field
+from flows.fields.time import SinusoidalTime
 
 
 class Potential(Field):
-    r"""v(t, x) = −∇ₓΦ(s) with s = (x, t, context) and Φ(s) = wᵀN(s) + ½ ‖A s‖² + bᵀs.
+    r"""v(t, x) = −∇ₓΦ(s) with s = (x, τ(t), context) and Φ(s) = wᵀN(s) + ½ ‖A s‖² + bᵀs.
 
-    A gradient field is what optimal transport between densities looks like. N is a residual network of L
-    layers with σ(z) = log(eᶻ + e⁻ᶻ), whose slope is σ′ = tanh; with K₀, K_l and ε = 1/(L − 1),
+    A gradient field is what optimal transport between densities looks like. τ are sinusoidal features of time and
+    N is a residual network of L layers with σ(z) = log(eᶻ + e⁻ᶻ), whose slope is σ′ = tanh; with ε = 1/(L − 1),
 
         u₀ = σ(K₀ s + b₀),   u_l = u_{l−1} + ε σ(K_l u_{l−1} + b_l),   N = u_{L−1}.
 
-    Gradient: p_l = ∂(wᵀN)/∂u_l runs backwards from p_{L−1} = w by p_{l−1} = p_l + ε K_lᵀ(τ_l ∘ p_l) with
-    τ_l = tanh(K_l u_{l−1} + b_l), and ∇ₛ wᵀN = K₀ᵀ(τ₀ ∘ p₀).
+    Gradient: p_l = ∂(wᵀN)/∂u_l runs backwards from p_{L−1} = w by p_{l−1} = p_l + ε K_lᵀ(a_l ∘ p_l) with the slopes
+    a_l = tanh(K_l u_{l−1} + b_l), and ∇ₛ wᵀN = K₀ᵀ(a₀ ∘ p₀).
 
-    Hessian: differentiating wᵀN twice, each layer adds one term, its curvature σ″ = 1 − τ² weighted by p_l and
+    Hessian: differentiating wᵀN twice, each layer adds one term, its curvature σ″ = 1 − a² weighted by p_l and
     the squared slopes of what enters it, so that with the Jacobian J_l = ∂u_l/∂x and K₀ₓ the columns of K₀ for x
 
-        tr ∇ₓ² wᵀN = Σ_h ((1 − τ₀²) ∘ p₀)_h ‖(K₀ₓ)_h‖² + ε Σ_{l≥1} Σ_h ((1 − τ_l²) ∘ p_l)_h ‖(K_l J_{l−1})_h‖²,
+        tr ∇ₓ² wᵀN = Σ_h ((1 − a₀²) ∘ p₀)_h ‖(K₀ₓ)_h‖² + ε Σ_{l≥1} Σ_h ((1 − a_l²) ∘ p_l)_h ‖(K_l J_{l−1})_h‖²,
 
     and −div v is this plus ‖Aₓ‖²_F. Everything is in closed form: no autograd in an evaluation. Source: OT-Flow,
-    Onken et al. 2021, arXiv:2006.00104.
+    Onken et al. 2021, arXiv:2006.00104; there τ(t) = t.
 
     Cost of the divergence, a sample: free with one layer; (L − 1) min(d, 2m) m² multiplications with more, for m
     the width, beside the 2 (L − 1) m² + 2 d m of an evaluation.
@@ -39,15 +40,17 @@ class Potential(Field):
         width: m.
         num_layers: L >= 1; the first is not residual. OT-Flow has two.
         rank: rows of A, at most the size of s; 0 leaves the quadratic term out.
+        num_frequencies: of the time features, see :class:`SinusoidalTime`.
         context_shape: shape of the context, ``None`` for an unconditional field.
     """
 
     def __init__(
         self,
         event_shape: Sequence[int],
-        width: int = 64,
+        width: int = 128,
         num_layers: int = 2,
         rank: int = 10,
+        num_frequencies: int = 8,
         context_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
@@ -57,11 +60,19 @@ class Potential(Field):
                 f"rank {rank}"
             )
         self.dimension = math.prod(self.event_shape)
-        size = self.dimension + 1 + math.prod(self.context_shape or (0,))
+        self.time = SinusoidalTime(num_frequencies)
+        size = self.dimension + self.time.num_features + math.prod(self.context_shape or (0,))
         self.first = nn.Linear(size, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers - 1))
+        with torch.no_grad():  # σ bends at the scale of the data: tanh of much less would be linear
+            x_columns, other_columns = self.first.weight.split([self.dimension, size - self.dimension], dim=1)
+            x_columns.normal_(std=2 / math.sqrt(self.dimension))
+            other_columns.normal_(std=1 / math.sqrt(size - self.dimension))
+            self.first.bias.uniform_(-1, 1)
+            for layer in self.layers:
+                layer.weight.mul_(2)
         self.step = 1 / max(1, num_layers - 1)
-        self.weight = nn.Parameter(torch.randn(width) / math.sqrt(width))
+        self.weight = nn.Parameter(torch.randn(width) * (0.2 / math.sqrt(width)))
         self.quadratic = nn.Parameter(torch.randn(min(rank, size), size) * (0.1 / math.sqrt(size)))
         self.linear = nn.Parameter(torch.zeros(size))
 
@@ -86,11 +97,11 @@ class Potential(Field):
 
     def _join(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:  # (B, size of s)
         self.check_context(context)
-        parts = [x.flatten(1), t.reshape(-1, 1).expand(len(x), 1)]
+        parts = [x.flatten(1), self.time(t).expand(len(x), -1)]
         return torch.cat(parts if context is None else [*parts, context.flatten(1)], dim=1)
 
     def _passes(self, s: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """τ_l and p_l of every layer, (B, m) each."""
+        """a_l and p_l of every layer, (B, m) each."""
         z = self.first(s)
         slopes = [z.tanh()]
         u, step = 0, 1
