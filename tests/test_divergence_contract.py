@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from problems import EVENT_SHAPES, assert_unbiased, assert_variance, dense_divergence, dense_jacobian, perceptron
 
 import flows
-from flows.divergence import Bottleneck, Hutchinson, HutchPlusPlus, Probing, XTrace
+from flows.divergence import Bottleneck, Exact, Hutchinson, HutchPlusPlus, Probing, XTrace
 from flows.fields import bind
 
 YAMLS = sorted((Path(flows.__file__).parents[1] / "conf" / "divergence").glob("*.yaml"))
@@ -178,3 +178,33 @@ def test_stays_on_the_device_of_x(estimator, event_shape):
     sample = estimator(bind(field), torch.zeros((), device="meta"), x, probes)
     assert probes is None or probes.device.type == "meta"
     assert sample.value.device.type == sample.estimates.device.type == "meta"
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_the_defaults_of_every_yaml_work_in_the_plane(path):
+    """Where most budgets exceed the dimension, and a bottleneck is wider than the event."""
+    estimator = instantiate(OmegaConf.load(path))
+    field = perceptron((2,), (16, 16))
+    x = torch.randn(400, 2)
+    sample = evaluate(estimator, field, x)
+    truth = dense_divergence(field, torch.tensor(0.3), x)
+    assert (sample.divergence - truth).mean().abs() < 4 * (sample.divergence - truth).std() / 20 + 1e-10
+    sample.divergence.sum().backward()
+    assert field.out.weight.grad.isfinite().all()
+    assert field.out.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "chunk_size", "evaluations"),
+    [("reverse", None, 1), ("reverse", 2, 1), ("forward", None, 2), ("forward", 2, 5), ("forward", 1, 8)],
+)
+def test_evaluations_of_the_field(mode, chunk_size, evaluations):
+    """Reverse mode shares one graph; forward mode repeats the field for each chunk of the 7 products."""
+    field, calls = perceptron((7,)), []
+
+    def counted(t, x):
+        calls.append(1)
+        return field(t, x)
+
+    Exact(mode, chunk_size)(counted, torch.tensor(0.3), torch.randn(3, 7), None)
+    assert len(calls) == evaluations

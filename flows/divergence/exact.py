@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField
-from flows.divergence.products import Mode, Products, check_mode, linearise
+from flows.divergence.products import Mode, Products, check_mode, linearise, products_per_call
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Exact(DivergenceEstimator):
 
     Args:
         mode: ``"reverse"`` (vector-Jacobian) or ``"forward"`` (Jacobian-vector) products.
-        chunk_size: products in one vectorised call; memory grows with it. ``None``: one at a time.
+        chunk_size: products in one vectorised call; memory grows with it. ``None``: 1 in reverse, 16 in forward mode.
     """
 
     mode: Mode = "reverse"
@@ -35,7 +35,8 @@ class Exact(DivergenceEstimator):
 
     def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:
         value, products = linearise(field, t, x, self.mode, self.chunk_size)
-        return FieldSample(value, basis_trace(products, x, self.chunk_size).unsqueeze(0))
+        trace = basis_trace(products, x, products_per_call(self.mode, self.chunk_size))
+        return FieldSample(value, trace.unsqueeze(0))
 
     def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
         return math.prod(event_shape)
@@ -47,14 +48,14 @@ class Exact(DivergenceEstimator):
 def basis_trace(
     products: Products,
     x: Tensor,  # (B, *event); gives shape, dtype and device
-    chunk_size: int | None = None,
+    chunk_size: int,
 ) -> Tensor:  # (B,)
     """The trace of the matrix behind ``products`` from one product with each basis vector."""
     event_shape = x.shape[1:]
     dimension = math.prod(event_shape)
     trace = x.new_zeros(len(x))
-    for start in range(0, dimension, chunk_size or 1):
-        coordinates = torch.arange(start, min(start + (chunk_size or 1), dimension), device=x.device)
+    for start in range(0, dimension, chunk_size):
+        coordinates = torch.arange(start, min(start + chunk_size, dimension), device=x.device)
         directions = torch.zeros(len(coordinates), dimension, dtype=x.dtype, device=x.device)
         directions[torch.arange(len(coordinates), device=x.device), coordinates] = 1
         directions = directions.view(-1, 1, *event_shape).expand(-1, *x.shape)

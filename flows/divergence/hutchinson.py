@@ -27,7 +27,7 @@ class Hutchinson(DivergenceEstimator):
         num_probes: K >= 1.
         probes: a :class:`ProbeFamily` or its lower-case name, such as ``"rademacher"`` or ``"gaussian"``.
         mode: ``"reverse"`` or ``"forward"`` Jacobian products.
-        chunk_size: products in one vectorised call; ``None``: one at a time.
+        chunk_size: products in one vectorised call; ``None``: 1 in reverse, 16 in forward mode.
     """
 
     num_probes: int = 1

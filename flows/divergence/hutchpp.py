@@ -37,7 +37,7 @@ class HutchPlusPlus(DivergenceEstimator):
     Args:
         num_products: m, a multiple of 3; the standard error needs six.
         mode: ``"reverse"`` (which sketches Jᵀ, of the same trace) or ``"forward"`` Jacobian products.
-        chunk_size: products in one vectorised call; ``None``: one at a time.
+        chunk_size: products in one vectorised call; ``None``: 1 in reverse, 16 in forward mode.
     """
 
     num_products: int = 6

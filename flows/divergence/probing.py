@@ -11,7 +11,7 @@ from torch import Tensor
 from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField, declared
 from flows.divergence.colouring import colour_event, num_line_colours, split_event
 from flows.divergence.probes import Rademacher
-from flows.divergence.products import Mode, check_mode, linearise
+from flows.divergence.products import Mode, check_mode, linearise, products_per_call
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Probing(DivergenceEstimator):
         num_repeats: K >= 1 independent sets of signs; the standard error needs two.
         grid_ndim: how many trailing dimensions of the event are its grid; ``None``: all but the first.
         mode: ``"reverse"`` or ``"forward"`` Jacobian products.
-        chunk_size: products in one vectorised call; ``None``: one at a time.
+        chunk_size: products in one vectorised call; ``None``: 1 in reverse, 16 in forward mode.
     """
 
     stride: int = 5
@@ -75,7 +75,7 @@ class Probing(DivergenceEstimator):
         estimates = []
         for signs in probes:
             total = x.new_zeros(len(x))
-            for chunk in masks.split(self.chunk_size or 1):
+            for chunk in masks.split(products_per_call(self.mode, self.chunk_size)):
                 directions = chunk * signs
                 total = total + (products(directions) * directions).flatten(2).sum((0, 2))
             estimates.append(total)
