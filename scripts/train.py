@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from flows.training.compose import build_trainer
 from flows.training.console import readable_errors
-from flows.training.rebuild import build_dataset, build_flow, instantiate
 from flows.training.resume import resumed_config
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "train.yaml"
@@ -22,21 +21,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "train.yaml"
 def main(composed: DictConfig) -> float | None:
     with readable_errors():
         config, checkpoint = settings(composed)
-        torch.manual_seed(config["seed"])
-        dataset = build_dataset(config)
-        double = str(config["trainer"].get("precision")).startswith("64")
-        flow = build_flow(config, dataset.event_shape, dataset, torch.float64 if double else None)
-        trainer = instantiate(config["trainer"], _partial_=True)(
-            flow,
-            dataset,
-            stages={name: instantiate(stage) for name, stage in config["objective"].items()},
-            optimizer=instantiate(config["optimizer"]),
-            output_dir=config["output_dir"],
-            seed=config["seed"],
-            resume=checkpoint,
-            config=config,
-        )
-        summary = trainer.fit()
+        summary = build_trainer(config, checkpoint).fit()
         print(summary)
         return summary.validation_nll  # what a sweeper minimises
 

@@ -206,6 +206,7 @@ class Reporter:
         folder.mkdir(exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}{suffix}.png")
+            figure.set_layout_engine("none")  # the layout is found; a logger that draws it again need not search
 
     def _log(self, metrics: Mapping[str, Any]) -> None:
         for logger in self._loggers:

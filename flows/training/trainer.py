@@ -88,6 +88,8 @@ class Trainer:
             raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
         if gradient_clip is not None and not gradient_clip > 0:
             raise ValueError(f"gradient_clip must be > 0, or None for no limit, got {gradient_clip}")
+        if isinstance(evaluation_batch_size, bool) or evaluation_batch_size < 1:
+            raise ValueError(f"evaluation_batch_size must be a whole number >= 1, got {evaluation_batch_size}")
         for name in ("log_every", "validate_every", "plot_every", "checkpoint_every"):
             value = locals()[name]
             if not (value is None and name == "plot_every") and not value >= 0:
@@ -162,6 +164,7 @@ class Trainer:
     ) -> None:
         started = time.perf_counter() - state.position.seconds
         position = state.position
+        total = sum(stage.steps for stage in self.stages.values())
         max_norm = float("inf") if self.gradient_clip is None else self.gradient_clip
         while position.step_in_stage < stage.steps:
             position.step_in_stage += 1
@@ -195,7 +198,7 @@ class Trainer:
                 reporter.log_training(learning_rate)
             if validate and reporter.validate():
                 self._save(state, "best")
-            if plot:
+            if plot and position.step < total:  # the best weights are drawn after the last step
                 reporter.plot()
             stopping = self._agree(stop.requested)
             if checkpoint or stopping:
@@ -222,7 +225,7 @@ class Trainer:
     def _check_finite(self, loss: Tensor, gradient_norm: Tensor, stage: Stage, state: RunState) -> None:
         if bool(loss.isfinite() & gradient_norm.isfinite()):
             return
-        what = "its gradient is not finite" if bool(loss.isfinite()) else f"the loss is {float(loss)}"
+        what = "its gradient is not finite" if bool(loss.isfinite()) else f"the loss is {loss.item()}"
         raise NonFiniteLossError(
             f"training diverged: {what} {self._where(stage, state.position)}. Try a lower learning_rate (now "
             f"{stage.learning_rate:g}), more warmup_steps (now {stage.warmup_steps}), a smaller gradient_clip (now "

@@ -1,0 +1,42 @@
+"""A trainer from the settings of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flows.datasets import Dataset
+from flows.training.rebuild import build_dataset, build_flow, instantiate
+from flows.training.trainer import Trainer
+
+
+def build_trainer(
+    config: Mapping[str, Any],
+    resume: str | os.PathLike[str] | None = None,
+    dataset: Dataset | None = None,
+) -> Trainer:
+    """The trainer that ``conf/train.yaml`` describes, ready to :meth:`~Trainer.fit`.
+
+    Args:
+        config: plain values: ``data``, ``transform``, ``field``, ``divergence``, ``solver``, ``objective`` (the
+            stages by name), ``optimizer``, ``trainer``, ``seed`` and ``output_dir``.
+        resume: a checkpoint to continue from.
+        dataset: instead of ``config["data"]``.
+    """
+    torch.manual_seed(config["seed"])
+    dataset = build_dataset(config) if dataset is None else dataset
+    double = str(config["trainer"].get("precision")).startswith("64")
+    flow = build_flow(config, dataset.event_shape, dataset, torch.float64 if double else None)
+    return instantiate(config["trainer"], _partial_=True)(
+        flow,
+        dataset,
+        stages={name: instantiate(stage) for name, stage in config["objective"].items()},
+        optimizer=instantiate(config["optimizer"]),
+        output_dir=config["output_dir"],
+        seed=config["seed"],
+        resume=resume,
+        config=config,
+    )

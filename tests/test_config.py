@@ -1,0 +1,134 @@
+"""Every yaml of every group is composed, instantiated and trained for two steps; a new one is found by itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+from small_run import QUIET
+
+from flows.datasets import Table
+from flows.training import vet
+from flows.training.compose import build_trainer
+from flows.training.rebuild import _with_shape, build_flow
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+SHAPES = [(2,), (2, 4, 4), (4, 3), (1, 8, 8)]  # vectors, small images, point sets
+
+
+def composed(tmp_path, *overrides):
+    """The settings of a run, made tiny."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", overrides=["data=gaussian", f"output_dir={tmp_path / 'run'}", *overrides])
+    for stage in config.objective.values():
+        stage.steps, stage.batch_size, stage.warmup_steps = 2, 6, 0
+    for part, tiny in ((config.data, 20), (config.field, 8)):
+        for key in part:
+            if key in ("num_validation", "num_test", "width", "num_units"):
+                part[key] = tiny
+            elif key == "hidden":
+                part[key] = [tiny] * len(part[key])
+    for key, value in (QUIET | {"accelerator": "cpu", "validate_every": 0, "solver_error_points": 0}).items():
+        config.trainer[key] = value
+    return config
+
+
+class Points(Table):
+    """Normal noise of any event shape."""
+
+    def __init__(self, event_shape):
+        size = torch.Size(event_shape).numel()
+        super().__init__(torch.randn(30, size, generator=torch.Generator().manual_seed(0)))
+        self._parts = {part: rows.reshape(-1, *event_shape) for part, rows in self._parts.items()}
+        self.event_shape = event_shape
+
+    def train_stream(self, *args, **kwargs):
+        return super().train_stream(*args, **kwargs)
+
+
+def first_shape(field):
+    """The first event shape that a field is made for."""
+    for shape in SHAPES:
+        try:
+            _with_shape(field, shape)
+        except InstantiationException:
+            continue
+        return shape
+    raise AssertionError(f"{field} takes none of the event shapes {SHAPES}")
+
+
+def first_pair(tmp_path, divergence):
+    """The first field, and its event shape, that an estimator goes with."""
+    names = ["mlp", *(name for group, name in CHOICES if group == "field" and name != "mlp")]
+    for name in names:
+        config = composed(tmp_path, f"divergence={divergence}", f"field={name}")
+        shape = first_shape(config.field)
+        try:
+            build_flow(config, shape).log_prob(torch.randn(3, *shape))
+        except ValueError:
+            continue
+        return config, shape
+    raise AssertionError(f"divergence={divergence} goes with no field of conf/field")
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "table.csv"
+    rows = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).tolist()
+    path.write_text("\n".join(",".join(f"{value:.6f}" for value in row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{group}={name}" for group, name in CHOICES])
+def test_every_choice_trains(tmp_path, table, group, name):
+    overrides = [f"{group}={name}"]
+    if group == "data" and (CONF / "data" / f"{name}.yaml").read_text().find("path: ???") >= 0:
+        overrides.append(f"data.path={table}")
+    dataset = None
+    if group == "divergence":
+        config, shape = first_pair(tmp_path, name)
+        dataset = Points(shape)
+    else:
+        config = composed(tmp_path, *overrides)
+        if group == "field":
+            dataset = Points(first_shape(config.field))
+    if config.solver.get("gradient") == "backprop" and config.solver.method == "scipy_solver":
+        config.solver.gradient = "adjoint"
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    vet(plain)  # so that the run's checkpoint can be loaded again
+    summary = build_trainer(plain, dataset=dataset).fit()
+    assert summary.position.step == 2 * len(plain["objective"])
+    assert abs(summary.test_nll) < 1e6
+
+
+def test_every_group_is_a_default_of_train():
+    defaults = OmegaConf.load(CONF / "train.yaml").defaults
+    assert {key for entry in defaults if OmegaConf.is_dict(entry) for key in entry if "override" not in key} == set(
+        GROUPS
+    )
+
+
+def test_the_default_run_goes_through_both_stages(tmp_path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", overrides=["output_dir=x", "objective.flow_matching.steps=7"])
+    assert list(config.objective) == ["flow_matching", "maximum_likelihood"]
+    assert config.objective.flow_matching.steps == 7
+    assert config.data["_target_"] == "flows.datasets.EightGaussians"
+
+
+def test_trainer_settings_and_constructor_agree():
+    """A setting that conf/trainer leaves out could not be changed from the command line without a plus."""
+    import inspect
+
+    from flows.training import Trainer
+
+    own = set(OmegaConf.load(CONF / "trainer/default.yaml")) - {"_target_"}
+    parameters = inspect.signature(Trainer).parameters
+    given = {"flow", "dataset", "stages", "optimizer", "output_dir", "seed", "resume", "config", "loggers"}
+    assert own == set(parameters) - given
+    defaults = OmegaConf.load(CONF / "trainer/default.yaml")
+    assert {name: defaults[name] for name in own} == {name: parameters[name].default for name in own}

@@ -1,0 +1,453 @@
+"""The training loop, its stages and average, and the likelihood of a set."""
+
+import copy
+import importlib
+import itertools
+import json
+import math
+import signal
+import sys
+import threading
+import types
+
+import pytest
+import torch
+from small_run import STAGES, Memory, small_flow, small_gaussian, small_table, small_trainer, stopping_at
+from torch.distributions import MultivariateNormal
+
+import flows
+from flows import plots
+from flows.datasets import Batch, Gaussian
+from flows.evaluation import likelihood, part_batches
+from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood
+from flows.training import (
+    ExponentialMovingAverage,
+    NonFiniteLossError,
+    OutputFolderError,
+    Stage,
+    TrainingInterrupted,
+    load_checkpoint,
+)
+from flows.training.metrics import MetricMeans
+from flows.training.stopping import StopSignals
+
+FLOW_MATCHING = {"flow_matching": STAGES["flow_matching"]}
+
+
+# Stages
+
+
+def test_learning_rates_rise_linearly_and_fall_like_a_cosine():
+    stage = Stage(FlowMatching(), steps=12, learning_rate=0.5, warmup_steps=2)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=stage.learning_rate)
+    schedule = stage.scheduler(optimizer)
+    used = []
+    for _ in range(stage.steps):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = [0.5 / 3, 1.0 / 3] + [0.25 * (1 + math.cos(math.pi * k / 10)) for k in range(10)]
+    assert used == pytest.approx(expected)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    constant = Stage(FlowMatching(), steps=5, schedule="constant")
+    assert [constant.learning_rate_factor(k) for k in range(5)] == [1.0] * 5
+    custom = Stage(FlowMatching(), steps=4, schedule=lambda done: 1 - done)
+    assert [custom.learning_rate_factor(k) for k in range(4)] == [1, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number >= 1, got 0"),
+        ({"steps": 10.0}, "steps must be a whole number >= 1, got 10.0"),
+        ({"batch_size": -1}, "batch_size must be a whole number >= 1"),
+        ({"learning_rate": 0}, "learning_rate must be a positive number, got 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be a positive number, got nan"),
+        ({"learning_rate": "fast"}, "learning_rate must be a positive number, got 'fast'"),
+        ({"warmup_steps": 10}, "warmup_steps must be smaller than steps=10"),
+        ({"schedule": "linear"}, "schedule must be one of constant, cosine or a function, got 'linear'"),
+    ],
+)
+def test_bad_stages_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(**{"objective": FlowMatching(), "steps": 10, **settings})
+
+
+def test_a_stage_needs_an_objective():
+    with pytest.raises(TypeError, match="objective must be callable"):
+        Stage("maximum_likelihood", steps=1)
+
+
+# The average
+
+
+def test_the_average_follows_its_formula():
+    model = torch.nn.Linear(3, 2)
+    average = ExponentialMovingAverage(model, decay=0.5)
+    expected = None
+    for n in range(12):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+        average.update_parameters(model)
+        d = min(0.5, (1 + n) / (10 + n)) if n else 0.0
+        new = model.weight.detach().clone()
+        expected = new if expected is None else d * expected + (1 - d) * new
+        assert torch.allclose(average.module.weight, expected, atol=1e-14)
+    average.restart()
+    average.update_parameters(model)
+    assert torch.equal(average.module.weight, model.weight)
+    assert not any(parameter.requires_grad for parameter in average.parameters())
+    with pytest.raises(ValueError, match=r"ema_decay must lie in \[0, 1\), got 1"):
+        ExponentialMovingAverage(model, 1)
+
+
+def test_without_decay_the_average_is_the_weights(tmp_path):
+    small_trainer(tmp_path, ema_decay=0.0).fit()
+    content = load_checkpoint(tmp_path / "checkpoints/last.pt")
+    assert all(torch.equal(content["flow"][name], value) for name, value in content["ema"].items())
+
+
+def test_a_later_stage_starts_from_the_average(tmp_path):
+    """With a vanishing learning rate the second stage ends where it starts."""
+    still = {**STAGES, "still": Stage(FlowMatching(), steps=1, batch_size=4, learning_rate=1e-30)}
+    del still["maximum_likelihood"]
+    small_trainer(tmp_path / "one", stages=FLOW_MATCHING).fit()
+    small_trainer(tmp_path / "two", stages=still).fit()
+    first, second = (load_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("one", "two"))
+    for name, value in first["ema"].items():
+        assert torch.equal(second["flow"][name], value)
+        assert torch.equal(second["ema"][name], value)
+    assert any(not torch.equal(first["flow"][name], value) for name, value in first["ema"].items())
+
+
+# The loop
+
+
+def last_weights(folder):
+    return load_checkpoint(folder / "checkpoints/last.pt")["flow"]
+
+
+def assert_equal_weights(one, two):
+    assert all(torch.equal(two[name], value) for name, value in one.items())
+
+
+def test_looking_does_not_change_training(tmp_path, monkeypatch):
+    """Validation, pictures, logs and checkpoints at every step or none: the same weights."""
+    monkeypatch.setattr(plots.density, "__defaults__", (16,))
+    small_trainer(tmp_path / "blind", log_every=0, validate_every=0, checkpoint_every=0).fit()
+    stages = {name: copy.copy(stage) for name, stage in STAGES.items()}
+    small_trainer(tmp_path / "watched", stages=stages, validate_every=1, plot_every=5).fit()
+    assert_equal_weights(last_weights(tmp_path / "blind"), last_weights(tmp_path / "watched"))
+
+
+class UsesGlobalRandomness(FlowMatching):
+    def __call__(self, flow, batch, generator=None):
+        output = super().__call__(flow, batch, generator)
+        return LossOutput(output.loss * (1 + torch.rand(())), output.metrics)
+
+
+def test_global_randomness_is_seeded_and_guarded_too(tmp_path):
+    stages = {"noisy": Stage(UsesGlobalRandomness(), steps=4, batch_size=8)}
+    flow = small_flow(small_gaussian())
+    torch.manual_seed(1)
+    small_trainer(tmp_path / "one", stages=stages, flow=copy.deepcopy(flow), validate_every=0).fit()
+    torch.manual_seed(2)
+    small_trainer(tmp_path / "two", stages=stages, flow=flow, validate_every=1).fit()
+    assert_equal_weights(last_weights(tmp_path / "one"), last_weights(tmp_path / "two"))
+
+
+def test_a_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
+    nll = []
+    for name, seed in (("one", 5), ("two", 5), ("other", 6)):
+        summary = small_trainer(tmp_path / name, seed=seed).fit()
+        nll.append((summary.test_nll, summary.validation_nll))
+    assert nll[0] == nll[1]
+    assert nll[0] != nll[2]
+
+
+def test_training_reaches_the_entropy_of_a_gaussian(tmp_path):
+    dataset = Gaussian([1.0, -1.0], [[1.0, 0.8], [0.8, 2.0]], num_validation=500, num_test=2000)
+    torch.manual_seed(0)
+    flow = flows.CNF(
+        flows.fields.MLP((2,), hidden=(32, 32)),
+        solver=flows.ODESolver(method="rk4", step_size=0.1),
+        transform=flows.transforms.Standardise((2,)).fit(dataset.reference()),
+    )
+    stages = {
+        "flow_matching": Stage(FlowMatching(), steps=250, batch_size=256, learning_rate=1e-2),
+        "maximum_likelihood": Stage(MaximumLikelihood(), steps=25, batch_size=256, learning_rate=3e-3),
+    }
+    before = likelihood(flow, dataset.test_batches(2000)).nll - dataset.entropy
+    summary = small_trainer(tmp_path, dataset, flow=flow, stages=stages, log_every=50, validate_every=0).fit()
+    assert before > 0.1
+    assert abs(summary.gap) < 0.02 + 3 * summary.test.standard_error
+
+
+def test_long_gradients_are_scaled_down_and_logged_as_they_were(tmp_path):
+    stages = {"step": Stage(FlowMatching(), steps=1, batch_size=64, learning_rate=0.5)}
+    flow, memory = small_flow(small_gaussian()), Memory()
+    before = torch.nn.utils.parameters_to_vector(flow.parameters()).detach().clone()
+    small_trainer(
+        tmp_path, flow=flow, stages=stages, optimizer=torch.optim.SGD, gradient_clip=1e-3, loggers=[memory]
+    ).fit()
+    moved = torch.nn.utils.parameters_to_vector(flow.parameters()).detach() - before
+    assert float(moved.norm()) == pytest.approx(0.5 * 1e-3, rel=1e-2)
+    assert memory.series("train/gradient_norm")[0][1] > 0.01
+
+
+class BreaksAt(FlowMatching):
+    def __init__(self, step, how):
+        object.__setattr__(self, "count", itertools.count(1))
+        object.__setattr__(self, "step", step)
+        object.__setattr__(self, "how", how)
+
+    def __call__(self, flow, batch, generator=None):
+        output = super().__call__(flow, batch, generator)
+        return output if next(self.count) < self.step else self.how(output)
+
+
+def gradient_breaks(output):
+    loss = output.loss.clone()
+    loss.register_hook(lambda gradient: gradient * math.inf)
+    return LossOutput(loss, output.metrics)
+
+
+def solver_breaks(output):
+    raise flows.SolverError("the step size underflowed", 0.5, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        (
+            lambda output: LossOutput(output.loss * math.nan, output.metrics),
+            NonFiniteLossError,
+            r"the loss is nan at step 3 \(step 3 of 6 in the stage flow_matching; an earlier state is in .*last.pt\)"
+            r"\. Try a lower learning_rate \(now 0.01\)",
+        ),
+        (gradient_breaks, NonFiniteLossError, r"its gradient is not finite at step 3 "),
+        (solver_breaks, flows.SolverError, r"training stopped at step 3 .*: the step size underflowed"),
+    ],
+    ids=["loss", "gradient", "solver"],
+)
+def test_a_breakdown_names_the_step_and_spares_the_weights(tmp_path, how, error, message):
+    stages = {"flow_matching": Stage(BreaksAt(3, how), steps=6, batch_size=8, learning_rate=1e-2)}
+    flow = small_flow(small_gaussian())
+    with pytest.raises(error, match=message):
+        small_trainer(tmp_path, flow=flow, stages=stages).fit()
+    content = load_checkpoint(tmp_path / "checkpoints/last.pt")
+    assert content["position"]["step"] == 2
+    assert_equal_weights(content["flow"], flow.state_dict())
+
+
+def test_the_best_weights_are_kept_tested_and_returned(tmp_path):
+    """A second stage with an absurd learning rate ruins the flow; the first one's weights win."""
+    stages = {
+        **FLOW_MATCHING,
+        "ruin": Stage(FlowMatching(), steps=3, batch_size=8, learning_rate=3.0, schedule="constant"),
+    }
+    dataset, memory = small_gaussian(), Memory()
+    flow = small_flow(dataset, flows.divergence.Exact())
+    summary = small_trainer(tmp_path, dataset, flow=flow, stages=stages, loggers=[memory], ema_decay=0.0).fit()
+    validations = dict(memory.series("validation/nll"))
+    assert summary.position.best_step == min(validations, key=validations.get) <= 6
+    assert summary.validation_nll == min(validations.values())
+    points = torch.cat([batch.x for batch in dataset.test_batches(7)])
+    assert summary.test_nll == pytest.approx(float(-flow.log_prob(points).detach().mean()), abs=1e-10)
+    validation = torch.cat([batch.x for batch in dataset.validation_batches(7)])
+    assert summary.validation_nll == pytest.approx(float(-flow.log_prob(validation).detach().mean()), abs=1e-10)
+
+
+def test_the_summary_file_holds_the_figures(tmp_path):
+    summary = small_trainer(tmp_path, seed=3, evaluation_batch_size=20).fit()
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert content == summary.as_dict()
+    assert content["steps"] == 11
+    assert content["test_points"] == 50
+    assert content["gap"] == pytest.approx(content["test_nll"] - small_gaussian().entropy)
+    assert content["nfe"] == 16
+    assert content["seconds"] > 0
+    assert content["solver_error"] < 1e-2
+    assert (content["seed"], content["data"], content["output_dir"]) == (3, "gaussian", str(tmp_path))
+    text = str(summary)
+    for part in (f"{summary.test_nll:.4f} ± ", "50 points", "entropy", "gap", "probe error", "16", str(tmp_path)):
+        assert part in text
+
+
+def test_unknown_figures_are_null(tmp_path):
+    dataset = small_table()
+    flow = small_flow(dataset, flows.divergence.Hutchinson())
+    summary = small_trainer(tmp_path, dataset, flow=flow, solver_error_points=0).fit()
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert content["entropy"] is content["gap"] is content["probe_se"] is content["solver_error"] is None
+    assert "entropy" not in str(summary)
+    assert "unknown with one probe" in str(summary)
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
+    before = signal.getsignal(number)
+    trainer = small_trainer(tmp_path, stopping_at(small_gaussian(), 4, number), checkpoint_every=0)
+    with pytest.raises(TrainingInterrupted, match=r"stopped after step 4 and saved in .*last.pt") as stop:
+        trainer.fit()
+    assert (stop.value.step, stop.value.signal_number) == (4, number)
+    assert load_checkpoint(stop.value.checkpoint)["position"]["step_in_stage"] == 4
+    assert signal.getsignal(number) is before
+    assert isinstance(stop.value, KeyboardInterrupt)
+
+
+def test_a_second_signal_does_not_wait():
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_other_threads_train_without_signal_handlers(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(small_trainer(tmp_path, stages=FLOW_MATCHING).fit()))
+    thread.start()
+    thread.join()
+    assert results[0].position.step == 6
+
+
+# Folders and settings
+
+
+def test_a_folder_with_a_run_is_not_touched(tmp_path):
+    small_trainer(tmp_path, stages=FLOW_MATCHING).fit()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(
+        OutputFolderError, match=r"holds another run already \(checkpoints, metrics.jsonl, summary.json\)"
+    ):
+        small_trainer(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputFolderError, match=r"cannot be written \(Not a directory\); choose another output_dir"):
+        small_trainer(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stages": {}}, "stages must hold at least one Stage"),
+        ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
+        ({"gradient_clip": 0}, "gradient_clip must be > 0, or None for no limit, got 0"),
+        ({"log_every": -5}, r"log_every must be >= 0 steps \(0: only at the end of a stage\), got -5"),
+        ({"ema_decay": 1.5}, r"ema_decay must lie in \[0, 1\), got 1.5"),
+        ({"precision": "half"}, "this machine cannot train with these settings: Precision 'half' is invalid"),
+        ({"accelerator": "abacus"}, "this machine cannot train with these settings: .*abacus"),
+        ({"evaluation_batch_size": 0}, "evaluation_batch_size must be a whole number >= 1, got 0"),
+    ],
+)
+def test_bad_settings_leave_no_run_behind(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        small_trainer(tmp_path / "run", **settings).fit()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    small_trainer(tmp_path / "run", stages=FLOW_MATCHING).fit()  # the corrected command may use the same folder
+
+
+def test_double_precision_reaches_data_and_weights(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    dataset = small_gaussian()
+    flow = small_flow(dataset)
+    small_trainer(tmp_path, dataset, flow=flow, precision="64-true").fit()
+    assert {parameter.dtype for parameter in flow.parameters()} == {torch.float64}
+
+
+def test_mixed_precision_runs(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    memory = Memory()
+    small_trainer(tmp_path, precision="bf16-mixed", loggers=[memory]).fit()
+    assert memory.series("train/nfe_forward")[0][1] == 16
+
+
+def test_fabric_comes_from_either_package(monkeypatch):
+    import flows.training.fabric as module
+
+    original = module.Fabric
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    substitute = types.ModuleType("lightning.fabric")
+    substitute.Fabric = object()
+    monkeypatch.setitem(sys.modules, "lightning", types.ModuleType("lightning"))
+    monkeypatch.setitem(sys.modules, "lightning.fabric", substitute)
+    assert importlib.reload(module).Fabric is substitute.Fabric
+    monkeypatch.undo()
+    assert importlib.reload(module).Fabric is original
+
+
+# Metrics and evaluation
+
+
+def test_means_are_over_the_steps_since_the_last_time():
+    means = MetricMeans()
+    means.add({"loss": torch.tensor(1.0), "nfe": 3})
+    means.add({"loss": torch.tensor(3.0), "late": lambda: 7.0})
+    copied = MetricMeans()
+    copied.load_state_dict(means.state_dict())
+    assert means.pop() == {"loss": 2.0, "nfe": 3.0, "late": 7.0} == copied.pop()
+    assert means.pop() == {}
+
+
+class ZeroField(torch.nn.Module):
+    event_shape = (2,)
+
+    def forward(self, t, x):
+        return 0 * x
+
+
+def test_the_likelihood_of_a_set_against_a_normal_distribution():
+    """A field that is zero leaves the standardised data's normal density: a cross-entropy with a closed form."""
+    dataset = small_gaussian()
+    transform = flows.transforms.Standardise((2,)).fit(dataset.reference())
+    result = likelihood(flows.CNF(ZeroField(), transform=transform), dataset.test_batches(8), solver_error_points=9)
+    points = torch.cat([batch.x for batch in dataset.test_batches(50)])
+    nll = -MultivariateNormal(transform.mean, torch.diag(transform.sd**2)).log_prob(points)
+    assert result.num_points == 50
+    assert result.nll == pytest.approx(float(nll.mean()), abs=1e-12)
+    assert result.standard_error == pytest.approx(float(nll.std() / math.sqrt(50)), abs=1e-12)
+    assert result.probe_standard_error == 0
+    assert result.solver_error == pytest.approx(0, abs=1e-12)
+    assert result.solver_error_points == 16
+
+
+def test_the_probe_error_is_that_of_repeated_evaluations():
+    dataset = small_gaussian()
+    flow = small_flow(dataset, flows.divergence.Hutchinson(num_probes=8))
+    flow.field.layers[0].weight.data *= 5
+    results = [likelihood(flow, dataset.test_batches(50), torch.Generator().manual_seed(seed)) for seed in range(60)]
+    spread = torch.tensor([result.nll for result in results]).std()
+    claimed = torch.tensor([result.probe_standard_error for result in results]).mean()
+    assert 0.7 < spread / claimed < 1.3
+    assert len({result.nll for result in results}) == 60
+    again = likelihood(flow, dataset.test_batches(50), torch.Generator().manual_seed(3))
+    assert again == results[3]
+
+
+def test_sets_without_a_likelihood_are_refused():
+    dataset = small_gaussian()
+    flow = small_flow(dataset)
+    with pytest.raises(ValueError, match="there is no point to evaluate"):
+        likelihood(flow, [])
+    with pytest.raises(ValueError, match="1 of 2 points hold NaN"):
+        likelihood(flow, [Batch(torch.tensor([[0.0, 0.0], [math.nan, 0.0]]))])
+    with pytest.raises(
+        ValueError, match="1 of 2 points have a log-density that is NaN or infinite, the first at index 1"
+    ):
+        likelihood(flows.CNF(ZeroField()), [Batch(torch.tensor([[0.0, 0.0], [1e200, 0.0]]))])
+    with pytest.raises(ValueError, match="part must be test or validation, got 'train'"):
+        part_batches(dataset, "train", 5)
+
+
+def test_a_single_point_has_no_standard_error():
+    result = likelihood(flows.CNF(ZeroField()), [Batch(torch.zeros(1, 2))])
+    assert math.isnan(result.standard_error)
+    assert "±" not in str(result.table())
