@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import linecache
 import os
+import re
 import shlex
 import signal
 import sys
@@ -89,8 +90,8 @@ def is_deliberate(error: BaseException) -> bool:
 def quoted_override(key: str, value: object) -> str:
     """``key=value`` as one argument for a shell and Hydra, quoted where either needs it."""
     text = str(value)
-    if any(not (character.isalnum() or character in "/-_.:+%") for character in text):
-        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    if not re.fullmatch(r"[A-Za-z0-9/_.:+%-]+", text):
+        escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
         return shlex.quote(f"{key}='{escaped}'")
     return f"{key}={text}"
 

@@ -1,0 +1,39 @@
+"""Names for the jobs of a sweep."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+
+LONGEST = 100  # characters; folders have a limit, and names a reader
+
+
+def job_name(overrides: Sequence[str], arguments: Sequence[str], number: int) -> str:
+    """What sets a job apart: ``divergence-exact_seed-1`` for the overrides that the command line sweeps over.
+
+    Args:
+        overrides: of the job, each ``key=value``.
+        arguments: the command line of the sweep.
+        number: of the job, which names it where the values do not tell, or would make the name too long.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(given) if o.is_sweep_override()}
+    pairs = [override.lstrip("+").partition("=") for override in overrides]
+    name = "_".join(f"{key}-{value}" for key, _, value in pairs if key in swept)
+    name = re.sub(r"[^\w.,\[\]+-]+", "-", name)
+    return name if 0 < len(name) <= LONGEST else "_".join(filter(None, [str(number), name[:LONGEST]]))
+
+
+def register_resolver() -> None:
+    """Make ``${job_name:}`` available to settings: the name of the current job of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    def current() -> str:
+        settings = HydraConfig.get()
+        return job_name(settings.overrides.task, sys.argv[1:], settings.job.num)
+
+    OmegaConf.register_new_resolver("job_name", current, replace=True)

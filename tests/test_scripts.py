@@ -1,0 +1,342 @@
+"""The three programs as a person runs them: files, figures, messages and exit codes."""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_checkpoint import assert_same_state
+
+from flows.training import CheckpointError, load_checkpoint, load_flow, read_metrics
+from flows.training.console import explain, is_deliberate, quoted_override, readable_errors
+from flows.training.sweeps import job_name
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "data=gaussian",
+    "data.num_validation=30",
+    "data.num_test=40",
+    "field.hidden=[8,8]",
+    "solver=rk4",
+    "solver.step_size=0.25",
+    "objective.flow_matching.steps=4",
+    "objective.flow_matching.batch_size=16",
+    "objective.flow_matching.warmup_steps=0",
+    "objective.maximum_likelihood.steps=3",
+    "objective.maximum_likelihood.batch_size=16",
+    "objective.maximum_likelihood.warmup_steps=0",
+    "trainer.accelerator=cpu",
+    "trainer.plot_every=null",
+    "trainer.log_every=1",
+    "trainer.progress_bar=false",
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a script in this process, in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+
+    def run_script(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_script
+
+
+def test_train_evaluate_and_sample(run, tmp_path):
+    code, out, _ = run("train", *TINY, "output_dir=run", "seed=3")
+    assert code == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert f"{summary['test_nll']:.4f} ± {summary['test_nll_se']:.4f} nats (40 points)" in out
+    assert summary["steps"] == 7
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["field"]["hidden"] == [8, 8]
+    assert (config["seed"], config["output_dir"], config["solver"]["step_size"]) == (3, "run", 0.25)
+    assert "${" not in (tmp_path / "run/config.yaml").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # all that the run produces is in there
+
+    code, out, _ = run("evaluate", "checkpoint=run", "output=again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert code == 0
+    assert again["nll"] == pytest.approx(summary["test_nll"], abs=1e-6)
+    assert again["gap"] == pytest.approx(summary["gap"], abs=1e-6)
+    assert f"{again['nll']:.4f} ± {again['standard_error']:.4f} nats (40 points)" in out
+
+    changes = ("divergence=hutchinson", "divergence.num_probes=16", "solver.step_size=0.1", "dtype=float64")
+    code, out, _ = run("evaluate", "checkpoint=run/checkpoints/last.pt", "part=validation", *changes)
+    (file,) = (tmp_path / "run/evaluations").iterdir()
+    other = json.loads(file.read_text())
+    assert code == 0
+    assert other["divergence"]["num_probes"] == 16
+    assert other["solver"] == {**config["solver"], "step_size": 0.1}
+    assert (other["num_points"], other["nfe"], other["part"]) == (30, 40, "validation")
+    assert other["probe_standard_error"] > 0
+    assert abs(other["nll"] - summary["validation_nll"]) < 5 * other["probe_standard_error"] + 1e-3
+    assert "Hutchinson, rk4" in out
+
+    code, out, _ = run("sample", "checkpoint=run", "num_samples=25", "output=drawn/s.csv", "seed=1", "batch_size=10")
+    rows = np.loadtxt(tmp_path / "drawn/s.csv", delimiter=",", skiprows=1)
+    assert code == 0
+    assert (tmp_path / "drawn/s.csv").read_text().startswith("x0,x1\n")
+    assert (tmp_path / "drawn/s.png").stat().st_size > 1000
+    run("sample", "checkpoint=run", "num_samples=25", "output=s.npy", "seed=1", "batch_size=10", "plot=false")
+    samples = np.load(tmp_path / "s.npy")
+    assert samples == pytest.approx(rows, abs=1e-6)
+    assert samples.shape == (25, 2)
+    assert not (tmp_path / "s.png").exists()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        assert torch.equal(load_flow("run").sample((10,), generator=generator), torch.from_numpy(samples[:10]))
+
+    code, _, err = run("train", *TINY, "output_dir=run")
+    assert code == 2
+    assert "the output folder run holds another run already" in err
+    code, _, err = run("train", "resume=run", "data=moons")
+    assert code == 2
+    assert "data cannot change, only trainer.* and the steps of a stage can" in err
+    code, _, err = run("sample", "checkpoint=run", "output=samples.txt")
+    assert code == 2
+    assert "output must end in .npy or .csv" in err
+    code, _, err = run("evaluate", "checkpoint=run", "part=train")
+    assert code == 2
+    assert "part must be test or validation, got 'train'" in err
+    code, _, err = run("evaluate", "checkpoint=run", "dtype=double_trouble")
+    assert code == 2
+    assert "dtype must be a floating-point type" in err
+    code, _, err = run("evaluate", "checkpoint=run", "divergence.num_probes=4")  # of an estimator without probes
+    assert code == 2
+    assert "num_probes" in err
+
+
+def test_a_finished_run_can_be_made_longer(run, tmp_path):
+    assert run("train", *TINY, "output_dir=run")[0] == 0
+    code, _, err = run("train", "resume=run", "objective.maximum_likelihood.steps=5", "trainer.validate_every=1")
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 9
+    code, _, err = run("train", "resume=run", "output_dir=longer", "objective.maximum_likelihood.steps=6")
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "longer/summary.json").read_text())["steps"] == 10
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 9
+    (tmp_path / "run/checkpoints/last.pt").rename(tmp_path / "stray.pt")
+    code, _, err = run("train", "resume=stray.pt")
+    assert code == 2
+    assert "lies in no run's checkpoints folder; say with output_dir=... where to continue" in err
+
+
+def test_a_sweep_gives_each_job_a_folder(run, tmp_path):
+    code, _, err = run("train", "-m", *TINY, "output_dir=sweep", "divergence=exact,analytic")
+    assert code == 0, err
+    found = {}
+    for name in ("exact", "analytic"):
+        job = tmp_path / "sweep" / f"divergence-{name}"
+        summary = json.loads((job / "summary.json").read_text())
+        config = yaml.safe_load((job / "config.yaml").read_text())
+        assert summary["output_dir"] == config["output_dir"] == str(job)
+        found[config["divergence"]["_target_"].rpartition(".")[2]] = summary["test_nll"]
+    assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == {
+        "divergence-exact",
+        "divergence-analytic",
+    }
+    assert found["Exact"] == pytest.approx(found["Analytic"], abs=1e-4)
+
+
+def test_jobs_are_named_after_what_is_swept():
+    line = ["-m", "data=moons", "divergence=exact,analytic", "seed=range(3)", "field.hidden=[8,8],[4]", "+x.y=a/b,c"]
+    overrides = ["data=moons", "divergence=exact", "seed=2", "field.hidden=[8,8]", "+x.y=a/b"]
+    assert job_name(overrides, line, 5) == "divergence-exact_seed-2_field.hidden-[8,8]_x.y-a-b"
+    assert job_name(["data=moons"], ["-m", "data=moons"], 5) == "5"  # swept in a file, or by a plugin
+    long = job_name([f"output_dir={'a' * 300}"], [f"output_dir={'a' * 300},b"], 7)
+    assert long.startswith("7_output_dir-aaa")
+    assert len(long) < 110
+
+
+def test_the_default_folder_is_named_after_data_and_time(run, tmp_path):
+    assert run("train", *TINY)[0] == 0
+    (folder,) = (tmp_path / "runs/gaussian").iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
+    assert (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train", ["data=nope"], r"Could not find 'data/nope'(.|\n)*8gaussians\n(.|\n)*moons"),
+        ("train", ["divergence=nope"], r"Available options in 'divergence':(.|\n)*hutchinson"),
+        (
+            "train",
+            ["divergence=hutchinson", "divergence.num_prbes=3"],
+            r"no setting divergence.num_prbes \(did you mean num_probes\?\); divergence has num_probes, probes",
+        ),
+        ("train", ["datum=3"], r"no setting datum \(did you mean data\?\); the top level has data, "),
+        ("train", ["trainer.bar=3"], r"no setting trainer.bar.*; trainer has accelerator, devices"),
+        ("train", ["divergence=hutchinson", "divergence.num_probes=0"], r"num_probes must be >= 1, got 0"),
+        ("train", ["objective.flow_matching.steps=0"], r"steps must be a whole number >= 1, got 0"),
+        ("train", ["data=tabular"], r"data.path=... must be given, it has no default"),
+        ("train", ["data=tabular", "data.path=no.csv"], r"no.csv"),
+        ("train", ["trainer.precision=half"], r"cannot train with these settings: Precision 'half' is invalid"),
+        ("train", ["trainer.accelerator=abacus"], r"cannot train with these settings"),
+        ("train", ["field=mlp", "+field.depth=3"], r"unexpected keyword argument 'depth'"),
+        ("train", ["resume=nowhere"], r"no checkpoint at nowhere: there is no such file or folder"),
+        ("train", ["output_dir=/dev/null/run"], r"/dev/null/run cannot be written"),
+        ("train", ["x=["], r"no viable alternative at input '\['"),
+        ("evaluate", [], r"checkpoint=... must be given"),
+        ("evaluate", ["checkpoint=nowhere"], r"no checkpoint at nowhere"),
+        (
+            "sample",
+            ["checkpoint=nowhere", "number=3"],
+            r"no setting number \(did you mean num_samples\?\)|no setting number",
+        ),
+    ],
+)
+def test_mistakes_get_one_paragraph_and_exit_code_2(run, tmp_path, name, arguments, message):
+    given = any(argument.startswith(("resume=", "output_dir=")) for argument in arguments)
+    own = ["output_dir=o"] if name == "train" and not given else []
+    code, _, err = run(name, *arguments, *own)
+    assert code == 2, err
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 18
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_truncated_checkpoint_gets_one_paragraph(run, tmp_path):
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not much of a zip file")
+    code, _, err = run("evaluate", "checkpoint=cut.pt")
+    assert code == 2
+    assert "cut.pt is truncated or damaged" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "sample"])
+def test_help_names_the_choices_and_examples(run, name):
+    code, out, _ = run(name, "--help")
+    assert code == 0
+    assert out.count(f"python scripts/{name}.py") >= 3
+    for choice in ("dopri5", *(("8gaussians", "hutchinson", "adamw") if name == "train" else ())):
+        assert choice in out
+    assert "$" not in out
+
+
+# What is a mistake, and what is a bug
+
+
+def raised_by(function):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (whatever it is)
+        function()
+    return caught.value
+
+
+def test_only_what_the_package_raises_on_purpose_is_a_mistake():
+    deliberate = raised_by(lambda: load_checkpoint("nowhere.pt"))
+    assert isinstance(deliberate, CheckpointError)
+    assert is_deliberate(deliberate)
+    assert explain(deliberate) == (str(deliberate), 2)
+
+    def someone_elses_bug():
+        raise ValueError("a bug in a test")
+
+    assert explain(raised_by(someone_elses_bug)) == (None, 1)
+    inside_torch = raised_by(lambda: load_flow_with_a_wrong_type())
+    assert not is_deliberate(inside_torch)
+    assert explain(inside_torch)[0] is None
+    assert not is_deliberate(ValueError("never raised"))
+
+
+def load_flow_with_a_wrong_type():
+    from flows.training.rebuild import vet
+
+    vet({"field": {"_target_": "flows.fields.MLP"}}, trust=None)
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), readable_errors():
+        1 / 0  # noqa: B018 (the bug)
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with readable_errors():
+        assert os.environ["HYDRA_FULL_ERROR"] == "1"
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_an_early_interrupt_exits_with_130(capsys):
+    with pytest.raises(SystemExit) as stop, readable_errors():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert "Interrupted." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "value", ["runs/a", "a b", "x=1,y=[2]", "it's", "back\\slash", "end\\", "both\\'", "$HOME", "(1)", "ü"]
+)
+def test_resume_commands_survive_shell_and_hydra(value):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (argument,) = shlex.split(quoted_override("resume", value))
+    assert OverridesParser.create().parse_override(argument).value() == value
+
+
+# A real interruption
+
+
+def start(*arguments, cwd):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *arguments]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_ctrl_c_saves_and_the_printed_command_goes_on(run, tmp_path):
+    """A long run is interrupted; the command that it prints is taken at its word, made short by a step limit."""
+    long = [*TINY, "objective.flow_matching.steps=100000", "objective.flow_matching.schedule=constant"]
+    folder = tmp_path / "a run, stopped=1"
+    process = start(*long, f"output_dir='{folder}'", cwd=tmp_path)
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size > 0):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    step = load_checkpoint(folder / "checkpoints/last.pt")["position"]["step"]
+    assert f"Stopped after step {step}; everything is saved. Resume with" in err
+    command = next(line.strip() for line in err.splitlines() if line.strip().startswith("python "))
+
+    python, script, *arguments = shlex.split(command)
+    assert (python, script) == ("python", str(ROOT / "scripts/train.py"))
+    target = f"objective.flow_matching.steps={step + 2}"
+    code, _, err = run("train", *arguments, target)
+    assert (code, err) == (0, "")
+    assert [row[0] for row in read_metrics(metrics)["train/loss"]] == list(range(1, step + 6))
+    straight = [*long, target, "output_dir=straight"]
+    assert run("train", *straight)[0] == 0
+    one, two = (load_checkpoint(path / "checkpoints/last.pt") for path in (folder, tmp_path / "straight"))
+    assert_same_state(without_config(one), without_config(two))
+
+
+def without_config(content):
+    return {key: value for key, value in content.items() if key != "config"}
