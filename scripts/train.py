@@ -22,8 +22,9 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "train.yaml"
 def main(composed: DictConfig) -> float | None:
     with readable_errors():
         config, checkpoint = settings(composed)
-        summary = build_trainer(config, checkpoint).fit()
-        print(summary)
+        trainer = build_trainer(config, checkpoint)
+        summary = trainer.fit()
+        trainer.fabric.print(summary)  # once, however many processes train
         return summary.validation_nll  # what a sweeper minimises
 
 
