@@ -32,11 +32,11 @@ FIELDS = {  # name: (how to build it, event shape), the parameters away from the
     "planar_gates": (partial(Planar, num_units=5, hypernetwork=False, activation="silu"), (2, 2)),
     "equivariant": (partial(EquivariantKernel, num_kernels=5), (4, 3)),
     "equivariant_pair": (partial(EquivariantKernel, num_kernels=3), (2, 1)),
-    "periodic_1d": (partial(PeriodicConv, hidden=4), (2, 5)),
-    "periodic_2d_tight": (partial(PeriodicConv, hidden=3, activation="silu"), (2, 3, 3)),
-    "periodic_uneven": (partial(PeriodicConv, hidden=3, kernel_size=(1, 5), activation="sine"), (2, 5, 6)),
-    "periodic_uneven_turned": (partial(PeriodicConv, hidden=3, kernel_size=(5, 3)), (1, 5, 5)),
-    "periodic_3d": (partial(PeriodicConv, hidden=2), (1, 3, 3, 4)),
+    "periodic_1d": (partial(PeriodicConv, num_channels=4), (2, 5)),
+    "periodic_2d_tight": (partial(PeriodicConv, num_channels=3, activation="silu"), (2, 3, 3)),
+    "periodic_uneven": (partial(PeriodicConv, num_channels=3, kernel_size=(1, 5), activation="sine"), (2, 5, 6)),
+    "periodic_uneven_turned": (partial(PeriodicConv, num_channels=3, kernel_size=(5, 3)), (1, 5, 5)),
+    "periodic_3d": (partial(PeriodicConv, num_channels=2), (1, 3, 3, 4)),
 }
 CONVNET = (partial(ConvNet, hidden=(4, 3)), (1, 3, 4))
 
@@ -139,6 +139,14 @@ def test_a_conditioner_sees_all_coordinates_but_its_own(name):
     reach = torch.func.vmap(torch.func.jacrev(shaped))(x).abs().amax((0, 2))  # (d, d): of x_j on h_i
     assert torch.equal(reach == 0, torch.eye(dimension, dtype=torch.bool))
     assert (jacobian(field, torch.tensor(0.3), x.view(3, *field.event_shape)).abs().amax(0) > 0).all()
+
+
+def test_the_masked_layers_alone_see_everything_where_they_are_wide_enough():
+    field = Hollow((5,), (8, 8), num_features=2)  # 4 units a direction, one for each of the 4 places to split 5
+    with torch.no_grad():
+        field.direct.weight.zero_()
+    reach = torch.func.jacrev(lambda x: field.conditioner(torch.tensor(0.3), x[None])[0])(torch.randn(5))
+    assert torch.equal(reach.abs().amax(1) == 0, torch.eye(5, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", ["hollow", "hollow_deep_tanh"])
@@ -258,7 +266,7 @@ def test_conv_net_starts_near_the_identity_and_is_gated_by_time_and_class():
         (lambda: EquivariantKernel((6,)), r"\(particles, dimensions\) with at least two particles.*got \(6,\)"),
         (lambda: EquivariantKernel((4, 3), softening=0), "max_distance and softening > 0; got 32, 6.0 and 0"),
         (lambda: PeriodicConv((5,)), r"\(channels, \*lattice\) with a lattice of one to three.*got \(5,\)"),
-        (lambda: PeriodicConv((1, 5), 0), "hidden must be >= 1, got 0"),
+        (lambda: PeriodicConv((1, 5), 0), "num_channels must be >= 1, got 0"),
         (lambda: PeriodicConv((1, 8), 4, 2), "kernel_size must be odd and positive, or a pair of such, got 2"),
         (lambda: PeriodicConv((1, 8, 2), 4), r"size 3 wraps around the lattice \(8, 2\) onto itself.*<= 2"),
         (lambda: ConvNet((8, 8)), r"event_shape must be \(channels, height, width\).*got \(8, 8\)"),

@@ -33,7 +33,7 @@ class PeriodicConv(Field):
 
     Args:
         event_shape: (C, L), (C, H, W) or (C, D, H, W).
-        hidden: number of hidden channels.
+        num_channels: of the hidden layer.
         kernel_size: odd, of both convolutions, or a pair for K_in and K_out; no larger than the lattice.
         activation: σ, an :class:`Activation` or its lower-case name.
         num_frequencies: of the time features, see :class:`SinusoidalTime`.
@@ -45,7 +45,7 @@ class PeriodicConv(Field):
     def __init__(
         self,
         event_shape: Sequence[int],
-        hidden: int = 64,
+        num_channels: int = 64,
         kernel_size: int | Sequence[int] = 3,
         activation: Activation | str = "tanh",
         num_frequencies: int = 8,
@@ -58,8 +58,8 @@ class PeriodicConv(Field):
                 f"event_shape must be (channels, *lattice) with a lattice of one to three dimensions, such as "
                 f"(1, 8, 8), got {self.event_shape}"
             )
-        if hidden < 1:
-            raise ValueError(f"hidden must be >= 1, got {hidden}")
+        if num_channels < 1:
+            raise ValueError(f"num_channels must be >= 1, got {num_channels}")
         kernels = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         if len(kernels) != 2 or min(kernels) < 1 or any(size % 2 == 0 for size in kernels):
             raise ValueError(f"kernel_size must be odd and positive, or a pair of such, got {kernel_size}")
@@ -71,11 +71,11 @@ class PeriodicConv(Field):
         convolution = _CONVOLUTIONS[len(lattice)]
         self.into, self.out = [
             convolution(a, b, size, padding=size // 2, padding_mode="circular")
-            for (a, b), size in zip([(channels, hidden), (hidden, channels)], kernels, strict=True)
+            for (a, b), size in zip([(channels, num_channels), (num_channels, channels)], kernels, strict=True)
         ]
         self.receptive_radius = sum(size // 2 for size in kernels)  # in sites, along each axis
         self.activation = by_name(Activation, activation)
-        self.modulation = Modulation([hidden, hidden, channels, channels], context_shape, num_frequencies)
+        self.modulation = Modulation([num_channels, num_channels, channels, channels], context_shape, num_frequencies)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         gate, shift, slope, offset = self._modulate(t, x, context)
@@ -87,11 +87,11 @@ class PeriodicConv(Field):
         gate, shift, slope, offset = self._modulate(t, x, context)
         h, h_slope = self.activation.value_and_slope(torch.addcmul(shift, self.into(x), gate))
         value = torch.addcmul(self.out(h) + offset, slope, x)
-        weighted = h_slope.flatten(2).sum(2) * gate.flatten(1)  # (B, hidden)
+        weighted = h_slope.flatten(2).sum(2) * gate.flatten(1)  # (B, num_channels)
         sites = math.prod(self.event_shape[1:])
         return value, weighted @ self._self_coupling() + sites * slope.flatten(1).sum(1)
 
-    def _self_coupling(self) -> Tensor:  # (hidden,), κ
+    def _self_coupling(self) -> Tensor:  # (num_channels,), κ
         inner, outer = self.into.weight.flatten(2), self.out.weight.flatten(2)
         if inner.shape != outer.shape[1::-1] + outer.shape[2:]:  # the taps that the smaller kernel has
             radius = min(self.into.padding[0], self.out.padding[0])
