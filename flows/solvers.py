@@ -164,8 +164,12 @@ class ODESolver:
         return self._options() | {"norm": "seminorm"}
 
 
+@torch.no_grad()
 def _largest_rms(components: State) -> Tensor:
-    """The largest root mean square of a component; NaN if any holds one, unlike Python's max."""
+    """The largest root mean square of a component; NaN if any holds one, unlike Python's max.
+
+    Step sizes are constants for autograd: the root has no gradient at an error of zero.
+    """
     return torch.stack([component.square().mean().sqrt() for component in components]).amax()
 
 

@@ -302,3 +302,10 @@ def test_standardise_errors():
         Standardise((2,)).fit(torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]))
     with pytest.raises(ValueError, match=r"at least two points of shape \(2,\) to standardise by, got \(4, 3\)"):
         Standardise((2,)).fit(torch.randn(4, 3))
+
+
+def test_gradients_are_finite_where_the_error_estimate_is_exactly_zero():
+    """A linear field has a constant divergence, so the error of the log-density is 0, where a root has no slope."""
+    flow = CNF(Linear((2,)))
+    flow.log_prob(torch.randn(8, 2)).mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in flow.parameters())

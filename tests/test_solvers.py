@@ -99,7 +99,7 @@ def test_errors_of_settings():
         ODESolver(gradient="autograd")
     with pytest.raises(ValueError, match=r"'rk4' takes steps of fixed size: set step_size > 0.*got None"):
         ODESolver("rk4")
-    with pytest.raises(ValueError, match="'dopri5' chooses its own steps and takes no step_size, got 0.1"):
+    with pytest.raises(ValueError, match=r"'dopri5' chooses its own steps and takes no step_size, got 0.1"):
         ODESolver("dopri5", step_size=0.1)
     with pytest.raises(ValueError, match="rtol must be > 0, got 0"):
         ODESolver(rtol=0)

@@ -43,9 +43,7 @@ class ConcatSquashMLP(Field):
         dimension = math.prod(self.event_shape)
         widths = (dimension, *hidden, dimension)
         condition = 1 + math.prod(self.context_shape or (0,))
-        self.layers = nn.ModuleList(
-            _ConcatSquash(a, b, condition) for a, b in itertools.pairwise(widths)
-        )
+        self.layers = nn.ModuleList(_ConcatSquash(a, b, condition) for a, b in itertools.pairwise(widths))
         self.activation = by_name(Activation, activation)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
