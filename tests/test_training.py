@@ -121,6 +121,14 @@ def test_a_later_stage_starts_from_the_average(tmp_path):
     assert any(not torch.equal(first["flow"][name], value) for name, value in first["ema"].items())
 
 
+def test_the_average_starts_anew_in_a_later_stage(tmp_path):
+    """Its first update copies the weights, so that a short stage is not averaged away."""
+    stages = {**FLOW_MATCHING, "step": Stage(FlowMatching(), steps=1, batch_size=4, learning_rate=0.1)}
+    small_trainer(tmp_path, stages=stages).fit()
+    content = load_checkpoint(tmp_path / "checkpoints/last.pt")
+    assert all(torch.equal(content["flow"][name], value) for name, value in content["ema"].items())
+
+
 # The loop
 
 
@@ -141,20 +149,56 @@ def test_looking_does_not_change_training(tmp_path, monkeypatch):
     assert_equal_weights(last_weights(tmp_path / "blind"), last_weights(tmp_path / "watched"))
 
 
+def test_each_stage_goes_through_its_own_learning_rates(tmp_path):
+    memory = Memory()
+    flow = small_flow(small_gaussian())
+    before = torch.nn.utils.parameters_to_vector(flow.parameters()).detach()
+    halting = {**STAGES, "halting": Stage(FlowMatching(), steps=2, batch_size=4, schedule=lambda done: 0.0)}
+    small_trainer(tmp_path, flow=flow, stages=halting, loggers=[memory]).fit()
+    expected = [
+        stage.learning_rate * stage.learning_rate_factor(step)
+        for stage in halting.values()
+        for step in range(stage.steps)
+    ]
+    assert [rate for _, rate in memory.series("train/learning_rate")] == pytest.approx(expected)
+    content = load_checkpoint(tmp_path / "checkpoints/last.pt")
+    assert content["optimizer"]["param_groups"][0]["lr"] == 0
+    assert not torch.equal(torch.nn.utils.parameters_to_vector(flow.parameters()).detach(), before)
+
+
 class UsesGlobalRandomness(FlowMatching):
     def __call__(self, flow, batch, generator=None):
         output = super().__call__(flow, batch, generator)
         return LossOutput(output.loss * (1 + torch.rand(())), output.metrics)
 
 
+class NoisyValidation(Gaussian):
+    def validation_batches(self, *args, **kwargs):
+        torch.rand(1)
+        return super().validation_batches(*args, **kwargs)
+
+
+def noisy_gaussian():
+    return NoisyValidation([1.0, -1.0], [[1.0, 0.8], [0.8, 2.0]], num_validation=40, num_test=50, num_reference=100)
+
+
 def test_global_randomness_is_seeded_and_guarded_too(tmp_path):
+    """A dropout in training, say, and a stray random number in validation."""
     stages = {"noisy": Stage(UsesGlobalRandomness(), steps=4, batch_size=8)}
     flow = small_flow(small_gaussian())
     torch.manual_seed(1)
-    small_trainer(tmp_path / "one", stages=stages, flow=copy.deepcopy(flow), validate_every=0).fit()
+    settings = {"dataset": noisy_gaussian(), "stages": stages}
+    small_trainer(tmp_path / "one", flow=copy.deepcopy(flow), validate_every=0, **settings).fit()
     torch.manual_seed(2)
-    small_trainer(tmp_path / "two", stages=stages, flow=flow, validate_every=1).fit()
+    small_trainer(tmp_path / "two", flow=copy.deepcopy(flow), validate_every=1, **settings).fit()
     assert_equal_weights(last_weights(tmp_path / "one"), last_weights(tmp_path / "two"))
+
+    stopped = small_trainer(tmp_path / "run", stopping_at(noisy_gaussian(), 2), stages, flow=copy.deepcopy(flow))
+    with pytest.raises(TrainingInterrupted):
+        stopped.fit()
+    torch.manual_seed(3)
+    small_trainer(tmp_path / "run", flow=flow, resume=tmp_path / "run", **settings).fit()
+    assert_equal_weights(last_weights(tmp_path / "one"), last_weights(tmp_path / "run"))
 
 
 def test_a_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
