@@ -19,13 +19,13 @@ class StandardNormal(nn.Module):
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__()
         self.event_shape = tuple(event_shape)
-        self.register_buffer("_zero", torch.zeros(()), persistent=False)  # follows .to(dtype, device)
+        self.register_buffer("zero", torch.zeros(()), persistent=False)  # follows .to(dtype, device)
 
     def sample(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Draw points of shape (*shape, *event), on the generator's device first where one is given."""
-        device = self._zero.device if generator is None else generator.device
+        device = self.zero.device if generator is None else generator.device
         size = (*shape, *self.event_shape)
-        return torch.randn(size, generator=generator, dtype=self._zero.dtype, device=device).to(self._zero.device)
+        return torch.randn(size, generator=generator, dtype=self.zero.dtype, device=device).to(self.zero.device)
 
     def log_prob(
         self,

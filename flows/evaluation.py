@@ -75,11 +75,10 @@ def likelihood(
     values: list[Tensor] = []
     probe_variance = nfe = solver_bias = 0.0
     checked = 0
-    like = next(iter([*flow.parameters(), *flow.buffers()]))
     with torch.no_grad(), tqdm(total=num_points, desc=progress, unit="pt", disable=progress is None) as bar:
         for batch in batches:
-            x = batch.x.to(like)
-            context = None if batch.context is None else batch.context.to(like.device)
+            x = batch.x.to(flow.base.zero)
+            context = None if batch.context is None else batch.context.to(x)
             check = checked < solver_error_points
             estimate = flow.estimate_log_prob(x, context, generator, solver_error=check)
             values.append(estimate.value.double().cpu())

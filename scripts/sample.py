@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flows import plots
 from flows.training.checkpoint import run_folder
+from flows.training.conditioning import comparable_points, sampling_contexts
 from flows.training.console import readable_errors
 from flows.training.rebuild import build_dataset, instantiate, load_run, place, with_changes
 from flows.training.sampling import draw, save_samples
@@ -26,14 +27,17 @@ def main(composed: DictConfig) -> None:
         run.flow.solver = instantiate(config["solver"])
         flow = place(run.flow, settings["device"])
         generator = torch.Generator().manual_seed(settings["seed"])
-        samples = draw(flow, settings["num_samples"], settings["batch_size"], generator)
+        context = sampling_contexts(run, settings["num_samples"], settings["class"], settings["context"])
+        samples = draw(flow, settings["num_samples"], settings["batch_size"], generator, context)
         dataset = build_dataset(config) if settings["plot"] else None
         output = Path(settings["output"] or run_folder(run.checkpoint) / "samples.npy")
         save_samples(output, samples, getattr(dataset, "columns", None))
         print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}")
         if dataset is not None:
             picture = output.with_suffix(".png")
-            plots.samples(samples, dataset.reference(), getattr(dataset, "columns", None)).savefig(picture)
+            plots.samples(samples, comparable_points(dataset, context), getattr(dataset, "columns", None)).savefig(
+                picture
+            )
             print(f"beside the data in {picture}")
 
 

@@ -14,10 +14,11 @@ from scipy.spatial import cKDTree
 from scipy.special import digamma, logsumexp
 
 from flows import datasets
-from flows.datasets import Density
+from flows.datasets import ConditionalDensity, Density
 
 CONFIGS = {path.stem: OmegaConf.load(path) for path in sorted(Path(__file__).parents[1].glob("conf/data/*.yaml"))}
-DENSITIES = [name for name, config in CONFIGS.items() if issubclass(get_class(config._target_), Density)]
+KINDS = {name: get_class(config._target_) for name, config in CONFIGS.items()}
+DENSITIES = [n for n, kind in KINDS.items() if issubclass(kind, Density) and not issubclass(kind, ConditionalDensity)]
 SMOOTH = [name for name in DENSITIES if name not in ("checkerboard", "image_density")]
 
 

@@ -1,6 +1,7 @@
-"""Data sets: toy densities with known entropy, pictures as densities, and tables of numbers."""
+"""Data sets: toy densities with known entropy, conditional ones, pictures as densities, and tables of numbers."""
 
-from flows.datasets.base import Batch, BatchStream, Dataset
+from flows.datasets.base import Batch, BatchStream, Dataset, one_hot
+from flows.datasets.conditional import ConditionalDensity, GaussianMean, MoonsByClass
 from flows.datasets.curves import Moons, Pinwheel, SwissRoll, TwoSpirals
 from flows.datasets.density import Density
 from flows.datasets.image_density import ImageDensity
@@ -13,16 +14,20 @@ __all__ = [
     "BreastCancer",
     "Checkerboard",
     "Circles",
+    "ConditionalDensity",
     "Dataset",
     "Density",
     "EightGaussians",
     "Gaussian",
+    "GaussianMean",
     "ImageDensity",
     "Moons",
+    "MoonsByClass",
     "Pinwheel",
     "Rings",
     "SwissRoll",
     "Table",
     "Tabular",
     "TwoSpirals",
+    "one_hot",
 ]

@@ -14,7 +14,10 @@ class Batch:
     """Examples in data space."""
 
     x: Tensor  # (batch, *event)
-    context: Tensor | None = None  # (batch, *context)
+    context: Tensor | None = None  # (batch, *context), floating point; what the density of x is conditional on
+
+    def __len__(self) -> int:
+        return len(self.x)
 
 
 class BatchStream(ABC):
@@ -75,13 +78,19 @@ class Dataset(ABC):
     Attributes:
         name: what runs are called after; equal to the name of the yaml in `conf/data`.
         event_shape: shape of one example.
-        entropy: differential entropy in nats, the floor of the expected NLL; None where unknown.
+        entropy: differential entropy in nats, the floor of the expected NLL; None where unknown. With contexts it is
+            the conditional entropy H(x | context).
+        context_shape: shape of the context of one example, which every batch then holds; None without contexts.
+        num_classes: K where the context is a class. It is then a one-hot vector of `context_shape` (K,), and the
+            zero vector stands for no class in particular. None for other contexts.
         num_validation, num_test: sizes of the two fixed parts.
     """
 
     name: str
     event_shape: tuple[int, ...]
     entropy: float | None = None
+    context_shape: tuple[int, ...] | None = None
+    num_classes: int | None = None
     num_validation: int
     num_test: int
 
@@ -111,6 +120,14 @@ class Dataset(ABC):
     def reference(self) -> Tensor:
         """Return (n, *event) training points in torch's default dtype, to fit transforms and draw plots."""
 
+    def contexts(self, n: int) -> Tensor | None:
+        """Return n contexts, (n, *context), those of the validation part in turn; None where there are none."""
+        if self.context_shape is None:
+            return None
+        check_batch_size(n)
+        found = next(iter(self.validation_batches(n))).context
+        return found[torch.arange(n) % len(found)]
+
 
 def check_batch_size(batch_size: int) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -137,7 +154,47 @@ def fixed_batches(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     dataset: str,
+    contexts: Tensor | None = None,  # (n, *context)
 ) -> Iterator[Batch]:
     """Cut `points` into batches in order; the last may be smaller. A bad batch_size raises at the call."""
     check_batch_size(batch_size)
-    return (Batch(convert(part, device, dtype, dataset)) for part in points.split(batch_size))
+    starts = range(0, len(points), batch_size)
+    return (
+        converted_batch(points[i : i + batch_size], _cut(contexts, i, batch_size), device, dtype, dataset)
+        for i in starts
+    )
+
+
+def converted_batch(
+    points: Tensor,  # (n, *event)
+    contexts: Tensor | None,  # (n, *context)
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    dataset: str,
+) -> Batch:
+    """A batch on a device and in a dtype, both parts checked as by `convert`."""
+    if contexts is not None and len(contexts) != len(points):
+        raise ValueError(f"data set {dataset!r}: {len(points)} examples need as many contexts, got {len(contexts)}")
+    context = None if contexts is None else convert(contexts, device, dtype, dataset)
+    return Batch(convert(points, device, dtype, dataset), context)
+
+
+def one_hot(
+    labels: Tensor,  # (*batch), whole numbers
+    num_classes: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # (*batch, num_classes)
+    """The contexts of classes 0 ... num_classes - 1: one at the place of the class and zero elsewhere.
+
+    Raises:
+        ValueError: a label is no whole number in that range.
+    """
+    if labels.is_floating_point() or (labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes):
+        raise ValueError(
+            f"labels must be whole numbers from 0 to {num_classes - 1}, got {labels.unique().tolist()[:8]}"
+        )
+    return torch.nn.functional.one_hot(labels.long(), num_classes).to(dtype or torch.get_default_dtype())
+
+
+def _cut(contexts: Tensor | None, start: int, size: int) -> Tensor | None:
+    return None if contexts is None else contexts[start : start + size]

@@ -34,15 +34,23 @@ class Moons(Density):
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         lower = torch.randint(2, (n,), generator=generator, dtype=torch.bool)
-        angle = math.pi * torch.rand(n, generator=generator)
-        u = self._arc(angle, lower) + 0.1 * torch.randn(n, 2, generator=generator)
-        return 2 * u + torch.tensor(self.shift)
+        return self.sample_arc(lower, generator)
 
     def log_prob(self, x: Tensor) -> Tensor:
+        return torch.logaddexp(*(self.log_prob_of_arc(x, lower) for lower in (False, True))) - math.log(2)
+
+    def sample_arc(self, lower: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw a point of the lower half circle where `lower` (n,) is true, else of the upper one."""
+        angle = math.pi * torch.rand(len(lower), generator=generator)
+        u = self._arc(angle, lower) + 0.1 * torch.randn(len(lower), 2, generator=generator)
+        return 2 * u + torch.tensor(self.shift)
+
+    def log_prob_of_arc(self, x: Tensor, lower: bool) -> Tensor:
+        """log p(x | half circle) in nats, (*batch,), for x of (*batch, 2)."""
         angle, weight = _nodes(0, math.pi, like=x)
-        arcs = [self._arc(angle, torch.full_like(angle, flag, dtype=torch.bool)) for flag in (False, True)]
-        centres = 2 * torch.cat(arcs) + torch.tensor(self.shift, dtype=x.dtype, device=x.device)
-        return _noisy_curve_log_prob(x, centres, torch.cat([weight, weight]) / (2 * math.pi), sd=0.2)
+        arc = self._arc(angle, torch.full_like(angle, lower, dtype=torch.bool))
+        centres = 2 * arc + torch.tensor(self.shift, dtype=x.dtype, device=x.device)
+        return _noisy_curve_log_prob(x, centres, weight / math.pi, sd=0.2)
 
     @staticmethod
     def _arc(angle: Tensor, lower: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flows.datasets.base import Batch, BatchStream, Dataset, convert, fixed_batches
+from flows.datasets.base import Batch, BatchStream, Dataset, convert, converted_batch, fixed_batches
 
 # Seeds of the fixed parts: large, so that they meet no seed that a person would give a training run.
 VALIDATION_SEED = 0x5EED_0001_7A11_DA7E
@@ -44,6 +44,10 @@ class Density(Dataset):
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n independent points, (n, *event), with `generator` (on the CPU) as the only randomness."""
 
+    def draw(self, n: int, generator: torch.Generator) -> Batch:
+        """Draw n examples, with their contexts where the density is conditional."""
+        return Batch(checked_sample(self, n, generator))
+
     def log_prob(self, x: Tensor) -> Tensor:
         """Return log p(x) in nats, (*batch,), for x of (*batch, *event); -inf outside the support."""
         raise NotImplementedError(
@@ -68,30 +72,35 @@ class Density(Dataset):
     def validation_batches(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Iterator[Batch]:
-        return fixed_batches(self._validation, batch_size, device, dtype, self.name)
+        return self._in_batches(self._validation, batch_size, device, dtype)
 
     def test_batches(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Iterator[Batch]:
-        return fixed_batches(self._test, batch_size, device, dtype, self.name)
+        return self._in_batches(self._test, batch_size, device, dtype)
 
     def reference(self) -> Tensor:
-        return convert(self._reference, None, None, self.name)
+        return convert(self._reference.x, None, None, self.name)
 
     @cached_property
-    def _validation(self) -> Tensor:
-        return self._fixed_sample(self.num_validation, VALIDATION_SEED)
+    def _validation(self) -> Batch:
+        return self._fixed(self.num_validation, VALIDATION_SEED)
 
     @cached_property
-    def _test(self) -> Tensor:
-        return self._fixed_sample(self.num_test, TEST_SEED)
+    def _test(self) -> Batch:
+        return self._fixed(self.num_test, TEST_SEED)
 
     @cached_property
-    def _reference(self) -> Tensor:
-        return self._fixed_sample(self.num_reference, REFERENCE_SEED)
+    def _reference(self) -> Batch:
+        return self._fixed(self.num_reference, REFERENCE_SEED)
 
-    def _fixed_sample(self, n: int, seed: int) -> Tensor:
-        return checked_sample(self, n, torch.Generator().manual_seed(seed))
+    def _fixed(self, n: int, seed: int) -> Batch:
+        return self.draw(n, torch.Generator().manual_seed(seed))
+
+    def _in_batches(
+        self, part: Batch, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> Iterator[Batch]:
+        return fixed_batches(part.x, batch_size, device, dtype, self.name, part.context)
 
 
 class DensityStream(BatchStream):
@@ -109,19 +118,24 @@ class DensityStream(BatchStream):
         self.density = density
 
     def next(self) -> Batch:
-        points = checked_sample(self.density, self.batch_size, self.generator)
-        return Batch(convert(points, self.device, self.dtype, self.dataset))
+        batch = self.density.draw(self.batch_size, self.generator)
+        return converted_batch(batch.x, batch.context, self.device, self.dtype, self.dataset)
 
 
 def checked_sample(density: Density, n: int, generator: torch.Generator) -> Tensor:
     """Call `density.sample`, or raise ValueError where it does not return n points of its event shape."""
     points = density.sample(n, generator)
-    expected = (n, *density.event_shape)
+    return checked_shape(points, n, density.event_shape, f"{type(density).__name__}.sample({n}, generator)")
+
+
+def checked_shape(points: Tensor, n: int, shape: tuple[int, ...], call: str, name: str = "event_shape") -> Tensor:
+    """Return what `call` has returned, detached, or raise ValueError where it is not (n, *shape)."""
+    expected = (n, *shape)
     if not isinstance(points, Tensor) or tuple(points.shape) != expected:
         found = f"shape {tuple(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
         raise ValueError(
-            f"{type(density).__name__}.sample({n}, generator) must return a tensor of shape {expected}, got "
-            f"{found}; make sample return (n, *event_shape), or set event_shape = {density.event_shape} right"
+            f"{call} must return a tensor of shape {expected}, got {found}; make it return (n, *{name}), or set "
+            f"{name} = {shape} right"
         )
     return points.detach()
 

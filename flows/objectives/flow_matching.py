@@ -28,7 +28,9 @@ class FlowMatching(Objective):
         u = (Σ_j w_j x_j − x_t)/(1 − t),   w_j ∝ N(x_t; t x_j, (1 − t)² I),
 
     a far less noisy target, slightly biased since the batch is finite; it costs one product of queries × batch.
-    For low-dimensional data, whose batches cover the density, unconditional only.
+    With contexts, w_j is zero for points of another context than the query's: an expectation over the class where
+    contexts are classes, and the sampled target where no two are equal. For low-dimensional data, whose batches
+    cover the density.
     [Xu, Tong & Jaakkola 2023, arXiv:2302.00670; Ryzhakov et al. 2024, arXiv:2402.03232]
 
     Args:
@@ -57,15 +59,11 @@ class FlowMatching(Objective):
         t = torch.rand(len(ends), generator=generator, dtype=data.dtype, device=device).to(data.device)
         fraction = t.view(-1, *[1] * (data.ndim - 1))
         position = torch.lerp(noise, ends, fraction)
+        context = None if batch.context is None else batch.context[: self.num_queries]
         if self.target == "marginal":
-            if batch.context is not None:
-                raise ValueError(
-                    "target='marginal' averages over the whole batch, whatever the context of its points; use "
-                    "target='sampled' for conditional flows"
-                )
-            ends = posterior_mean(position, fraction, data)
+            ends = posterior_mean(position, fraction, data, same_context(batch.context, len(ends)))
             noise = (position - fraction * ends) / (1 - fraction)
-        arguments = (t, position) if batch.context is None else (t, position, batch.context)
+        arguments = (t, position) if context is None else (t, position, context)
         velocity = checked_value(flow.field(*arguments), position)
         loss = (velocity - (ends - noise)).square().mean()
         return LossOutput(loss, {"velocity_error": loss.detach()})
@@ -75,6 +73,7 @@ def posterior_mean(
     position: Tensor,  # (Q, *event), x_t
     fraction: Tensor,  # (Q, 1, ...), t < 1
     pool: Tensor,  # (P, *event), equally likely values of x₁
+    possible: Tensor | None = None,  # (Q, P), at least one in each row; which of the pool it can be, all if None
 ) -> Tensor:  # (Q, *event)
     """E[x₁ | x_t] when x₁ is one of the pool and x₀ standard normal."""
     flat = pool.flatten(1)
@@ -85,5 +84,15 @@ def posterior_mean(
     queries = torch.cat([precision * t * points, -0.5 * precision * t.square()], dim=1)
     keys = torch.cat([points_j, points_j.square().sum(1, keepdim=True)], dim=1)
     logits = queries @ keys.T
+    if possible is not None:
+        logits = logits.masked_fill(~possible, -torch.inf)
     weights = (logits - logits.amax(1, keepdim=True)).to(flat.dtype).softmax(1)
     return (weights @ flat).view_as(position)
+
+
+def same_context(context: Tensor | None, num_queries: int) -> Tensor | None:
+    """(Q, P): which examples of a batch have the context of each of its first ``num_queries``."""
+    if context is None:
+        return None
+    group = context.flatten(1).unique(dim=0, return_inverse=True)[1]
+    return group[:num_queries, None] == group

@@ -15,18 +15,24 @@ __all__ = ["curves", "density", "evolution", "figures", "pairs", "samples", "tra
 
 
 def figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = None) -> dict[str, Figure]:
-    """The pictures of an unconditional flow that suit its data.
+    """The pictures that suit the data.
 
     Points of the plane get ``density``, ``samples``, ``trajectories`` and ``evolution``, anything else
-    ``samples`` of its first features. A conditional flow has no picture of its own: there are none.
+    ``samples`` of its first features. A conditional flow gets ``samples``, under the contexts of the data, and
+    nothing where the data has none.
     """
-    if getattr(flow.field, "context_shape", None) is not None:
+    if dataset.context_shape is None and getattr(flow.field, "context_shape", None) is not None:
         return {}
     reference = dataset.reference()
+    count = min(len(reference), 5000)
+    context = dataset.contexts(count)
     with torch.no_grad():
-        drawn = flow.sample((min(len(reference), 5000),), generator=generator)
+        if context is not None:
+            drawn = flow.sample((), context.to(flow.base.zero), generator)
+        else:
+            drawn = flow.sample((count,), generator=generator)
         pictures = {"samples": samples(drawn, reference, getattr(dataset, "columns", None))}
-        if flow.event_shape == (2,):
+        if flow.event_shape == (2,) and context is None:
             pictures["density"] = density(flow, dataset)
             pictures["trajectories"] = trajectories(flow, reference, generator=generator)
             pictures["evolution"] = evolution(flow, reference, generator=generator)

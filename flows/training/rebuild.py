@@ -42,6 +42,8 @@ class LoadedRun:
     config: dict[str, Any]
     checkpoint: Path
     step: int
+    context_shape: tuple[int, ...] | None  # of the data that it was trained on
+    num_classes: int | None  # where those contexts are classes
 
 
 def load_flow(
@@ -77,9 +79,10 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
     file = find_checkpoint(path)
     content = load_checkpoint(file)
     config = checkpoint_config(content, file, trust)
-    flow = build_flow(config, content["event_shape"], dtype=_dtype(content))
+    shape = None if content.get("context_shape") is None else tuple(content["context_shape"])
+    flow = build_flow(config, content["event_shape"], dtype=_dtype(content), context_shape=shape)
     _fill(flow, content, file)
-    return LoadedRun(flow.eval(), config, file, content["position"]["step"])
+    return LoadedRun(flow.eval(), config, file, content["position"]["step"], shape, content.get("num_classes"))
 
 
 def checkpoint_config(
@@ -137,6 +140,7 @@ def build_flow(
     event_shape: Sequence[int],
     dataset: Dataset | None = None,
     dtype: torch.dtype | None = None,
+    context_shape: Sequence[int] | None = None,
 ) -> CNF:
     """The flow that the settings describe, untrained.
 
@@ -145,8 +149,11 @@ def build_flow(
         event_shape: of the data; handed to each part that takes it.
         dataset: what the transform is fitted to; ``None`` if its state will be loaded.
         dtype: of the parameters and of constants such as frequencies; torch's default if ``None``.
+        context_shape: of the data's contexts, handed to a field that takes it; ``None``: as ``dataset`` says.
     """
     event_shape = tuple(event_shape)
+    if context_shape is None and dataset is not None:
+        context_shape = dataset.context_shape
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
@@ -154,7 +161,7 @@ def build_flow(
         if dataset is not None:
             transform.fit(dataset.reference())
         return CNF(
-            _with_shape(config["field"], event_shape),
+            _with_shape(config["field"], event_shape, context_shape),
             divergence=instantiate(config["divergence"]),
             solver=instantiate(config["solver"]),
             transform=transform,
@@ -195,14 +202,18 @@ def instantiate(config: Mapping[str, Any], **arguments: Any) -> Any:
     return build(config, _convert_="all", **arguments)
 
 
-def _with_shape(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> Any:
-    """Instantiate, with ``event_shape`` where the target has such an argument."""
+def _with_shape(
+    config: Mapping[str, Any], event_shape: tuple[int, ...], context_shape: Sequence[int] | None = None
+) -> Any:
+    """Instantiate, with ``event_shape`` and ``context_shape`` where the target has such arguments."""
     from hydra.utils import get_object
 
+    shapes = {"event_shape": event_shape}
+    if context_shape is not None:
+        shapes["context_shape"] = tuple(context_shape)
     parameters = inspect.signature(get_object(config["_target_"])).parameters
-    if "event_shape" in parameters and "event_shape" not in config:
-        return instantiate(config, event_shape=event_shape)
-    return instantiate(config)
+    given = {name: shape for name, shape in shapes.items() if name in parameters and name not in config}
+    return instantiate(config, **given)
 
 
 def _fill(flow: CNF, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

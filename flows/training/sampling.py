@@ -14,14 +14,26 @@ from flows.cnf import CNF
 from flows.training.folder import OutputFolderError
 
 
-def draw(flow: CNF, num_samples: int, batch_size: int, generator: torch.Generator) -> Tensor:  # (n, *event), on the CPU
+def draw(
+    flow: CNF,
+    num_samples: int,
+    batch_size: int,
+    generator: torch.Generator,
+    context: Tensor | None = None,  # (n, *context), one for each sample
+) -> Tensor:  # (n, *event), on the CPU
     """Sample in batches, one solve each."""
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
     with torch.no_grad():
-        sizes = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
-        return torch.cat([flow.sample((size,), generator=generator).cpu() for size in sizes])
+        parts = []
+        for start in range(0, num_samples, batch_size):
+            size = min(batch_size, num_samples - start)
+            if context is None:
+                parts.append(flow.sample((size,), generator=generator))
+            else:
+                parts.append(flow.sample((), context[start : start + size].to(flow.base.zero), generator))
+        return torch.cat([part.cpu() for part in parts])
 
 
 def save_samples(

@@ -134,6 +134,8 @@ class RunState:
             torch.distributed.all_gather_object(ranks, own)
         return {
             "event_shape": list(self.flow.event_shape),
+            "context_shape": None if self.dataset.context_shape is None else list(self.dataset.context_shape),
+            "num_classes": self.dataset.num_classes,
             "data": self.dataset.name,
             "flow": self.flow.state_dict(),
             "ema": self.ema.module.state_dict(),

@@ -17,6 +17,7 @@ from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.solvers import SolverError
 from flows.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, run_folder, save_checkpoint
+from flows.training.conditioning import check_context_shape
 from flows.training.fabric import Fabric
 from flows.training.folder import branch_run, open_run_folder, write_text
 from flows.training.loggers import Logger
@@ -94,6 +95,7 @@ class Trainer:
             value = locals()[name]
             if not (value is None and name == "plot_every") and not value >= 0:
                 raise ValueError(f"{name} must be >= 0 steps (0: only at the end of a stage), got {value}")
+        check_context_shape(flow, dataset)
         self.flow = flow
         self.dataset = dataset
         self.stages = dict(stages)

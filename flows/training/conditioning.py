@@ -1,0 +1,101 @@
+"""Contexts of conditional flows: whether flow and data agree on them, and which ones to sample under."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flows.cnf import CNF
+from flows.datasets import Dataset, one_hot
+from flows.training.rebuild import LoadedRun, build_dataset
+
+
+def check_context_shape(flow: CNF, dataset: Dataset) -> None:
+    """Raise ``ValueError`` unless the field of ``flow`` takes the contexts of ``dataset``, or both have none.
+
+    A foreign field that does not state its ``context_shape`` passes if its ``forward`` has a third argument.
+    """
+    field, name, shape = flow.field, type(flow.field).__name__, dataset.context_shape
+    if not hasattr(field, "context_shape"):
+        parameters = inspect.signature(field.forward).parameters.values()
+        takes_one = len(parameters) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+        if shape is not None and not takes_one:
+            raise ValueError(
+                f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} takes none: its "
+                f"forward needs a third argument, forward(t, x, context)"
+            )
+    elif shape is not None and field.context_shape is None:
+        raise ValueError(
+            f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} is unconditional; choose "
+            f"a field that takes a context_shape, such as MLP"
+        )
+    elif shape is None and field.context_shape is not None:
+        raise ValueError(
+            f"the field {name} needs contexts of shape {field.context_shape}, and the data {dataset.name!r} has none"
+        )
+    elif shape is not None and tuple(field.context_shape) != tuple(shape):
+        raise ValueError(
+            f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} was built for contexts of "
+            f"shape {tuple(field.context_shape)}"
+        )
+
+
+def chosen_context(
+    context_shape: Sequence[int] | None,
+    num_classes: int | None,
+    label: int | None = None,
+    values: float | Sequence[float] | None = None,
+) -> Tensor | None:  # (*context), or None where neither is given
+    """The context that a user asks for, by the number of a class or value by value.
+
+    Raises:
+        ValueError: the flow has no contexts, or the choice does not fit them.
+    """
+    if label is None and values is None:
+        return None
+    if context_shape is None:
+        raise ValueError("the flow is unconditional and takes neither a class nor a context")
+    if label is not None and values is not None:
+        raise ValueError("give a class or a context, not both")
+    if label is not None:
+        if num_classes is None:
+            raise ValueError(
+                f"the contexts of this flow are no classes but {tuple(context_shape)} numbers; give a context instead"
+            )
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
+            raise ValueError(f"class must be a whole number from 0 to {num_classes - 1}, got {label!r}")
+        return one_hot(torch.tensor(label), num_classes)
+    try:
+        context = torch.tensor(values, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"context must be a list of numbers, got {values!r}") from error
+    if context.numel() != math.prod(context_shape):
+        raise ValueError(f"context must have {math.prod(context_shape)} numbers, got {context.numel()}")
+    return context.reshape(tuple(context_shape))
+
+
+def sampling_contexts(
+    run: LoadedRun, num_samples: int, label: int | None = None, values: float | Sequence[float] | None = None
+) -> Tensor | None:  # (num_samples, *context)
+    """The context of each sample of a trained flow: the chosen one, else those of the data it was trained on."""
+    chosen = chosen_context(run.context_shape, run.num_classes, label, values)
+    if chosen is not None:
+        return chosen.expand(num_samples, *chosen.shape)
+    return None if run.context_shape is None else build_dataset(run.config).contexts(num_samples)
+
+
+def comparable_points(dataset: Dataset, context: Tensor | None) -> Tensor:  # (n, *event)
+    """Points of the data to show beside samples under ``context`` (m, *context).
+
+    Those of the same context where all samples share one and the data has it, else all of them.
+    """
+    if context is not None and bool((context == context[0]).all()):
+        batch = next(iter(dataset.validation_batches(dataset.num_validation)))
+        same = (batch.context == context[0].to(batch.context)).flatten(1).all(1)
+        if same.any():
+            return batch.x[same]
+    return dataset.reference()
