@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flows.base import StandardNormal
 from flows.distribution import FlowDistribution
-from flows.divergence import Analytic, DivergenceEstimator, Exact
+from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.fields import bind
 from flows.solvers import ODESolver, Solution, SolverStatistics
@@ -49,8 +49,8 @@ class CNF(nn.Module):
 
     Args:
         field: a :class:`flows.fields.Field`, or any module with ``forward(t, x)`` or ``forward(t, x, context)``.
-        divergence: the estimator; by default ``Analytic()`` for a field that knows its divergence and
-            ``Exact()`` for any other. May be replaced at any time, it holds no parameters.
+        divergence: the estimator; by default ``Auto()``, the closed form of a field that has one and the cheapest
+            affordable estimator for any other. May be replaced at any time, it holds no parameters.
         solver: settings of the solve; may be replaced at any time.
         transform: data space to flow space, ``Identity()`` by default.
         event_shape: shape of a point; needed if ``field`` does not state one.
@@ -74,9 +74,7 @@ class CNF(nn.Module):
         if stated is not None and tuple(stated) != self.event_shape:
             raise ValueError(f"the field's event_shape is {tuple(stated)}, and CNF was given {self.event_shape}")
         self.field = field
-        if divergence is None:
-            divergence = Analytic() if hasattr(field, "value_and_divergence") else Exact()
-        self.divergence = divergence
+        self.divergence = Auto() if divergence is None else divergence
         self.solver = ODESolver() if solver is None else solver
         self.transform = Identity() if transform is None else transform
         self.base = StandardNormal(self.event_shape)

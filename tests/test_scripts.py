@@ -122,7 +122,7 @@ def test_train_evaluate_and_sample(run, tmp_path):
     code, _, err = run("evaluate", "checkpoint=run", "dtype=double_trouble")
     assert code == 2
     assert "dtype must be a floating-point type" in err
-    code, _, err = run("evaluate", "checkpoint=run", "divergence.num_probes=4")  # of an estimator without probes
+    code, _, err = run("evaluate", "checkpoint=run", "divergence=exact", "divergence.num_probes=4")  # it has none
     assert code == 2
     assert "num_probes" in err
 

@@ -1,10 +1,12 @@
-"""Data sets: toy densities with known entropy, conditional ones, pictures as densities, and tables of numbers."""
+"""Data sets: densities (in the plane, conditional, of particles, on lattices), pictures as densities, and tables."""
 
 from flows.datasets.base import Batch, BatchStream, Dataset, one_hot
 from flows.datasets.conditional import ConditionalDensity, GaussianMean, MoonsByClass
 from flows.datasets.curves import Moons, Pinwheel, SwissRoll, TwoSpirals
 from flows.datasets.density import Density
 from flows.datasets.image_density import ImageDensity
+from flows.datasets.lattice import FreeField
+from flows.datasets.particles import Particles
 from flows.datasets.tabular import BreastCancer, Table, Tabular
 from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
 
@@ -18,11 +20,13 @@ __all__ = [
     "Dataset",
     "Density",
     "EightGaussians",
+    "FreeField",
     "Gaussian",
     "GaussianMean",
     "ImageDensity",
     "Moons",
     "MoonsByClass",
+    "Particles",
     "Pinwheel",
     "Rings",
     "SwissRoll",

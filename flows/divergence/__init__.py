@@ -1,6 +1,7 @@
 """Divergence estimators: one contract, from exact traces to stochastic ones."""
 
 from flows.divergence.analytic import Analytic
+from flows.divergence.auto import Auto
 from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField
 from flows.divergence.bottleneck import Bottleneck
 from flows.divergence.dependent_probes import Coordinates, Orthonormal
@@ -15,6 +16,7 @@ from flows.divergence.xtrace import XTrace
 
 __all__ = [
     "Analytic",
+    "Auto",
     "Bottleneck",
     "Coordinates",
     "DivergenceEstimator",

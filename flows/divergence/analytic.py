@@ -28,8 +28,8 @@ class Analytic(DivergenceEstimator):
         if closed_form is None:
             raise TypeError(
                 f"Analytic() needs a field with value_and_divergence(t, x), and {field_name(field)} has none; choose "
-                "Exact() for no sampling error at one Jacobian product a dimension, or "
-                "Hutchinson(num_probes=...) for noise at a few"
+                "Auto() for the cheapest that it allows, Exact() for no sampling error at one Jacobian product a "
+                "dimension, or Hutchinson(num_probes=...) for noise at a few"
             )
         value, divergence = closed_form(t, x)
         return FieldSample(checked_value(value, x), divergence.unsqueeze(0))
