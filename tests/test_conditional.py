@@ -248,8 +248,20 @@ def test_samples_of_a_class_are_shown_beside_data_of_that_class():
 
 def test_conditional_flows_have_pictures():
     flow = CNF(MLP((2,), (8,), context_shape=(2,)), solver=ODESolver("euler", step_size=0.5))
-    for density in (MoonsByClass(num_reference=50), GaussianMean(num_reference=50)):
-        assert "samples" in plots.figures(flow, density, rng())
+    pictures = plots.figures(flow, MoonsByClass(num_reference=50, num_validation=50), rng())
+    assert list(pictures) == ["samples", "class_samples", "class_densities"]
+    assert list(plots.figures(flow, GaussianMean(num_reference=50), rng())) == ["samples"]
+
+
+def test_the_density_of_a_class_is_shown_in_its_column():
+    flow = CNF(ShiftByContext(), solver=ODESolver("euler", step_size=1.0))
+    figure = plots.class_densities(flow, MoonsByClass(num_validation=50), resolution=20)
+    (_, low), (_, right) = ([axes.images[0] for axes in figure.axes[i::2]] for i in (0, 1))
+    for label, image in ((0, low), (1, right)):  # N(c, I)
+        row, column = divmod(int(image.get_array().argmax()), 20)
+        left, end, bottom, top = image.get_extent()
+        peak = left + (column + 0.5) / 20 * (end - left), bottom + (row + 0.5) / 20 * (top - bottom)
+        assert math.dist(peak, torch.eye(2)[label].tolist()) < (end - left) / 20
 
 
 def test_maximum_likelihood_takes_contexts():

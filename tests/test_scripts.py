@@ -159,6 +159,24 @@ def test_a_sweep_gives_each_job_a_folder(run, tmp_path):
     assert found["Exact"] == pytest.approx(found["Analytic"], abs=1e-4)
 
 
+def test_a_conditional_flow_is_trained_evaluated_and_sampled_by_class(run, tmp_path):
+    code, out, _ = run("train", *TINY, "data=moons_by_class", "output_dir=run")
+    assert code == 0
+    assert "moons_by_class" in out
+    assert run("evaluate", "checkpoint=run")[0] == 0
+    drawn = []
+    for choice in ("class=0", "class=1", "context=[0,1]", "seed=0"):
+        code, out, err = run("sample", "checkpoint=run", "num_samples=30", "plot=false", choice)
+        assert code == 0, err
+        drawn.append(np.load(tmp_path / "run/samples.npy"))
+        assert drawn[-1].shape == (30, 2)
+    upper, lower, the_same, mixed = drawn
+    assert np.array_equal(lower, the_same)
+    assert not np.allclose(upper, lower)
+    assert np.all(np.isclose(mixed, upper, atol=1e-5) | np.isclose(mixed, lower, atol=1e-5))
+    assert run("sample", "checkpoint=run", "class=2")[0] == 2
+
+
 def test_jobs_are_named_after_what_is_swept():
     line = ["-m", "data=moons", "divergence=exact,analytic", "seed=range(3)", "field.hidden=[8,8],[4]", "+x.y=a/b,c"]
     overrides = ["data=moons", "divergence=exact", "seed=2", "field.hidden=[8,8]", "+x.y=a/b"]

@@ -7,19 +7,30 @@ from matplotlib.figure import Figure
 
 from flows.cnf import CNF
 from flows.datasets import Dataset
+from flows.plots.classes import class_densities, class_samples
 from flows.plots.features import pairs
 from flows.plots.metrics import curves
 from flows.plots.plane import density, evolution, samples, trajectories
 
-__all__ = ["curves", "density", "evolution", "figures", "pairs", "samples", "trajectories"]
+__all__ = [
+    "class_densities",
+    "class_samples",
+    "curves",
+    "density",
+    "evolution",
+    "figures",
+    "pairs",
+    "samples",
+    "trajectories",
+]
 
 
 def figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = None) -> dict[str, Figure]:
     """The pictures that suit the data.
 
     Points of the plane get ``density``, ``samples``, ``trajectories`` and ``evolution``, anything else
-    ``samples`` of its first features. A conditional flow gets ``samples``, under the contexts of the data, and
-    nothing where the data has none.
+    ``samples`` of its first features. A conditional flow gets ``samples``, under the contexts of the data, and for
+    classes in the plane ``class_samples`` and ``class_densities``; nothing where the data has no contexts.
     """
     if dataset.context_shape is None and getattr(flow.field, "context_shape", None) is not None:
         return {}
@@ -36,4 +47,7 @@ def figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = Non
             pictures["density"] = density(flow, dataset)
             pictures["trajectories"] = trajectories(flow, reference, generator=generator)
             pictures["evolution"] = evolution(flow, reference, generator=generator)
+        elif flow.event_shape == (2,) and dataset.num_classes is not None:
+            pictures["class_samples"] = class_samples(flow, dataset, generator=generator)
+            pictures["class_densities"] = class_densities(flow, dataset)
     return pictures

@@ -28,7 +28,7 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128) -> Figure:
         resolution: pixels along each side; the flow is evaluated at ``resolution ** 2`` points.
     """
     reference = dataset.reference()
-    low, high = _square(reference)
+    low, high = square(reference)
     extent = (low[0], high[0], low[1], high[1])
     axes_of_grid = [torch.linspace(low[i], high[i], 2 * resolution + 1)[1::2] for i in (0, 1)]  # centres of pixels
     grid = torch.cartesian_prod(*axes_of_grid)
@@ -37,7 +37,7 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128) -> Figure:
     if getattr(dataset, "has_log_prob", False):
         title, known = "data density", dataset.log_prob(grid).exp().reshape(resolution, resolution).T.numpy()
     else:
-        title, known = f"{len(reference):,} data points", _histogram(reference, low, high, bins=64)
+        title, known = f"{len(reference):,} data points", histogram(reference, low, high, bins=64)
     peak = max(float(np.quantile(known, 0.998)), float(np.quantile(modelled, 0.998)))
     figure = Figure(figsize=(9.6, 4.6), dpi=120, layout="compressed")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -60,7 +60,7 @@ def samples(
     drawn, data = drawn.cpu().flatten(1), data.cpu().flatten(1)
     if drawn.shape[1] != 2:
         return pairs(drawn, data, names)
-    low, high = _square(data)
+    low, high = square(data)
     figure = Figure(figsize=(9, 4.8), dpi=120, layout="compressed")
     count = min(len(drawn), len(data), 5000)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -77,7 +77,7 @@ def trajectories(
 ) -> Figure:
     """The paths of points in the plane from the base, t = 0, to the data, t = 1, in data space."""
     paths = draw_paths(flow, num_paths, torch.linspace(0, 1, num_times), generator)  # (T, n, 2)
-    low, high = _square(torch.cat([data.cpu(), paths.flatten(0, 1).to(data)]), quantile=0.002)
+    low, high = square(torch.cat([data.cpu(), paths.flatten(0, 1).to(data)]), quantile=0.002)
     figure = Figure(figsize=(6.2, 5.2), dpi=120, layout="compressed")
     axes = figure.subplots()
     segments = torch.stack([paths[:-1], paths[1:]], dim=2).transpose(0, 1).reshape(-1, 2, 2).numpy()
@@ -104,11 +104,11 @@ def evolution(
 ) -> Figure:
     """How the flow turns the base into the data: histograms of its points in the plane at several times."""
     states = draw_paths(flow, num_points, torch.tensor(times), generator)
-    low, high = _square(data.cpu())
+    low, high = square(data.cpu())
     figure = Figure(figsize=(2.5 * len(times), 2.9), dpi=120, layout="compressed")
     panels = figure.subplots(1, len(times), sharex=True, sharey=True)
     for axes, t, points in zip(panels, times, states, strict=True):
-        counts = _histogram(points, low, high, bins=56)
+        counts = histogram(points, low, high, bins=56)
         peak = float(np.quantile(counts[counts > 0], 0.98)) if (counts > 0).any() else 1.0
         extent = (low[0], high[0], low[1], high[1])
         axes.imshow(counts, origin="lower", extent=extent, cmap=DENSITY, vmin=0, vmax=peak, interpolation="bilinear")
@@ -118,7 +118,7 @@ def evolution(
     return figure
 
 
-def _square(points: Tensor, quantile: float = 0.001, margin: float = 0.12) -> tuple[list[float], list[float]]:
+def square(points: Tensor, quantile: float = 0.001, margin: float = 0.12) -> tuple[list[float], list[float]]:
     """The corners of a square that holds nearly all ``points`` (n, 2)."""
     ends = torch.quantile(points.double(), torch.tensor([quantile, 1 - quantile]).double(), dim=0)
     half = float((ends[1] - ends[0]).max()) * (0.5 + margin)
@@ -126,7 +126,7 @@ def _square(points: Tensor, quantile: float = 0.001, margin: float = 0.12) -> tu
     return (centre - half).tolist(), (centre + half).tolist()
 
 
-def _histogram(points: Tensor, low: Sequence[float], high: Sequence[float], bins: int) -> np.ndarray:
+def histogram(points: Tensor, low: Sequence[float], high: Sequence[float], bins: int) -> np.ndarray:
     """Density per unit area in ``bins`` x ``bins`` cells, rows along the second coordinate."""
     ranges = [(low[i], high[i]) for i in (0, 1)]
     counts, *_ = np.histogram2d(*points.cpu().double().numpy().T, bins=bins, range=ranges)
@@ -137,7 +137,3 @@ def _plane(axes: Axes, title: str, names: Sequence[str] | None = None) -> None:
     first, second = names or ("$x_1$", "$x_2$")
     axes.set(title=title, xlabel=first, ylabel=second, aspect="equal")
     tidy(axes)
-
-
-def _like(flow: CNF) -> Tensor:
-    return next(iter([*flow.parameters(), *flow.buffers()]))
