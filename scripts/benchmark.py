@@ -5,51 +5,47 @@ from __future__ import annotations
 import argparse
 
 import torch
-from tqdm import tqdm
 
-from flows.benchmarks.divergence import EVALUATIONS, measure, table
-from flows.divergence import Analytic, Exact, Hutchinson
-from flows.fields import MLP
+from flows.benchmarks import divergence as costs
+from flows.benchmarks import probing_noise, subjects
 
-SIZES = {2: 64, 64: 256, 512: 1024}  # dimension: width of the two hidden layers
+PARTS = ("mlp", "bottleneck", "structured", "conv", "noise")
 
 
 def divergence(arguments: argparse.Namespace) -> None:
     """The cost of each estimator in bare field evaluations, and against a plain reverse-mode loop."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    estimators = {
-        "Analytic": Analytic(),
-        "Hutchinson, reverse": Hutchinson(),
-        "Hutchinson, forward": Hutchinson(mode="forward"),
-        "Exact, reverse": Exact(),
-        "Exact, reverse, chunks": Exact(chunk_size=16),
-        "Exact, forward, chunks": Exact("forward", chunk_size=16),
-    }
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; cost of one evaluation in bare")
-    print(f"field evaluations (median of alternating runs of {EVALUATIONS}), and how many times cheaper than the loop")
-    for dimension in tqdm(arguments.dimensions, desc="dimensions", leave=False):
+    print(
+        f"field evaluations (median of alternating runs of {costs.EVALUATIONS}), and how many times cheaper than the loop"
+    )
+    groups = {
+        "mlp": lambda: [subjects.perceptron(dimension) for dimension in arguments.dimensions],
+        "bottleneck": lambda: [subjects.bottleneck()],
+        "structured": subjects.structured,
+        "conv": subjects.convolutional,
+    }
+    for subject in (subject for part in arguments.parts if part in groups for subject in groups[part]()):
         torch.manual_seed(0)
-        field = MLP((dimension,), [SIZES.get(dimension, 2 * dimension)] * 2, "tanh")
-        costs = measure(
-            field,
-            (dimension,),
-            estimators,
-            arguments.forward_batch,
-            arguments.training_batch,
-            arguments.seconds,
-            device,
+        field = subject.build(subject.event_shape)
+        seconds, title = arguments.seconds, subject.title.split(",")[0]
+        rows = costs.measure(
+            field, subject.event_shape, subject.estimators, *subject.batches, seconds, device, progress=title
         )
-        widths = f"{field.hidden[0]} wide, batch {arguments.forward_batch} forward, {arguments.training_batch} training"
-        tqdm.write(f"\nd = {dimension}, two hidden layers {widths}\n" + "\n".join(table(costs)))
+        print(f"\n{subject.title}; batch {subject.batches[0]} forward, {subject.batches[1]} with backward")
+        print("\n".join(costs.table(rows)), flush=True)
+    if "noise" in arguments.parts:
+        flow, digits = probing_noise.trained_on_digits(device=device)
+        print("\nstandard deviation on a ConvNet trained on 8 × 8 digits, as many products each")
+        print("\n".join(probing_noise.table(probing_noise.measure_noise(flow, digits[:128]))))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
     part = benchmarks.add_parser("divergence", help=divergence.__doc__, description=divergence.__doc__)
-    part.add_argument("--dimensions", type=int, nargs="+", default=list(SIZES), help="default: %(default)s")
-    part.add_argument("--forward-batch", type=int, default=1024, help="points, without gradients (%(default)s)")
-    part.add_argument("--training-batch", type=int, default=256, help="points, with gradients (%(default)s)")
+    part.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    part.add_argument("--dimensions", type=int, nargs="+", default=list(subjects.WIDTHS), help="default: %(default)s")
     part.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, at least (%(default)s)")
     part.set_defaults(run=divergence)
     arguments = parser.parse_args()

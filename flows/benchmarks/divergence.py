@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from flows.divergence import DivergenceEstimator
 from flows.fields import bind
 
 BARE, LOOP = "bare field", "plain loop"
+LOOP_LIMIT = 1024  # dimensions up to which the plain loop is timed
 EVALUATIONS = 6  # right-hand sides that share what is computed once a solve: one step of dopri5
 
 
@@ -35,25 +37,28 @@ def measure(
     training_batch: int = 256,
     seconds_each: float = 1.0,
     device: torch.device | str = "cpu",
+    progress: str | None = None,
 ) -> list[Cost]:
     """Time ``EVALUATIONS`` right-hand sides with each estimator, in turns, per evaluation.
 
-    The first two costs are those of the bare field, and of the loop that a practitioner would write: one
-    reverse-mode pass a coordinate. Estimators with more than 16 products run a single evaluation.
+    The first cost is that of the bare field; up to ``LOOP_LIMIT`` dimensions the second is that of the loop that a
+    practitioner would write, one reverse-mode pass a coordinate. Estimators with more than 16 products run a
+    single evaluation.
     """
     field = field.to(device)
+    shape = tuple(event_shape)
+    bare = _Bare()
     timings = []
     for batch, training in ((forward_batch, False), (training_batch, True)):
-        x = torch.randn(batch, *event_shape, device=device)
-        cases = {BARE: _repeated(_Bare, EVALUATIONS, field, x, training), LOOP: _repeated(_Loop, 1, field, x, training)}
-        counts = {BARE: EVALUATIONS, LOOP: 1}
+        x = torch.randn(batch, *shape, device=device)
+        runs = {BARE: (bare, EVALUATIONS)} | ({LOOP: (_Loop(), 1)} if math.prod(shape) <= LOOP_LIMIT else {})
         for name, estimator in estimators.items():
-            counts[name] = EVALUATIONS if estimator.cost(tuple(event_shape), field) <= 16 else 1
-            cases[name] = _repeated(estimator, counts[name], field, x, training)
-        medians = alternating_medians(cases, seconds_each)
-        timings.append({name: seconds / counts[name] for name, seconds in medians.items()})
+            runs[name] = estimator, EVALUATIONS if estimator.cost(shape, field) <= 16 else 1
+        cases = {name: _repeated(estimator, count, field, x, training) for name, (estimator, count) in runs.items()}
+        label = f"{progress}, {'forward + backward' if training else 'forward'}"
+        medians = alternating_medians(cases, seconds_each, progress=label if progress else None)
+        timings.append({name: medians[name] / count for name, (_, count) in runs.items()})
     forward, backward = timings
-    shape = tuple(event_shape)
     return [
         Cost(
             name,
@@ -68,24 +73,25 @@ def measure(
 
 def table(costs: Sequence[Cost]) -> Iterator[str]:
     """The costs in bare evaluations, and how many times cheaper than the plain loop; a line an estimator."""
-    bare, loop = costs[0], costs[1]
-    yield f"{'':26}{'products':>9}{'exact':>7}{'forward':>9}{'loop/it':>9}{'fwd+bwd':>9}{'loop/it':>9}"
+    bare = costs[0]
+    loop = next((cost for cost in costs if cost.name == LOOP), None)
+    headings = f"{'forward':>9}{'loop/it':>9}{'fwd+bwd':>9}{'loop/it':>9}" if loop else f"{'forward':>9}{'fwd+bwd':>9}"
+    yield f"{'':26}{'products':>9}{'exact':>7}{headings}"
     for cost in costs:
         products = "" if cost.products is None else str(cost.products)
         exact = "" if cost.exact is None else ("yes" if cost.exact else "no")
-        yield (
-            f"{cost.name:26}{products:>9}{exact:>7}"
-            f"{cost.forward / bare.forward:9.2f}{loop.forward / cost.forward:9.1f}"
-            f"{cost.training / bare.training:9.2f}{loop.training / cost.training:9.1f}"
-        )
+        line = f"{cost.name:26}{products:>9}{exact:>7}"
+        for name in ("forward", "training"):
+            seconds = getattr(cost, name)
+            line += f"{seconds / getattr(bare, name):9.2f}"
+            line += f"{getattr(loop, name) / seconds:9.1f}" if loop else ""
+        yield line
 
 
 def _repeated(
-    estimator: DivergenceEstimator | type, evaluations: int, field: nn.Module, x: Tensor, training: bool
+    estimator: DivergenceEstimator | _Bare, evaluations: int, field: nn.Module, x: Tensor, training: bool
 ) -> Callable[[], None]:
     """A case: so many evaluations at different times, and the backward pass of all of them when training."""
-    if isinstance(estimator, type):
-        estimator = estimator()
     probes = estimator.draw_probes(x, field=field)
     times = torch.linspace(0, 1, evaluations, device=x.device)
 

@@ -1,0 +1,107 @@
+"""The fields whose divergence is timed, each with the estimators that make sense for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from flows.divergence import (
+    Analytic,
+    Bottleneck,
+    DivergenceEstimator,
+    Exact,
+    Hutchinson,
+    HutchPlusPlus,
+    Probing,
+    XTrace,
+)
+from flows.fields import MLP, ConvNet, EquivariantKernel, Hollow, PeriodicConv, Planar, Potential
+
+WIDTHS = {2: 64, 64: 256, 512: 1024}  # dimension: of the two hidden layers
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A field and how its divergence can be had."""
+
+    title: str
+    event_shape: tuple[int, ...]
+    build: Callable[[tuple[int, ...]], nn.Module]
+    estimators: Mapping[str, DivergenceEstimator]
+    batches: tuple[int, int] = (1024, 256)  # forward, forward and backward
+
+
+def perceptron(dimension: int) -> Subject:
+    """Two hidden layers, tanh: the field that most flows on points use."""
+    width = WIDTHS.get(dimension, 2 * dimension)
+    estimators = {
+        "Analytic": Analytic(),
+        "Hutchinson, reverse": Hutchinson(),
+        "Hutchinson, forward": Hutchinson(mode="forward"),
+        "Exact, reverse": Exact(),
+    }
+    if dimension > 16:
+        estimators |= {
+            "Hutchinson, 12 orthonormal": Hutchinson(12, "orthonormal"),
+            "Hutch++": HutchPlusPlus(12),
+            "XTrace": XTrace(12),
+            "Exact, forward, chunks": Exact("forward", chunk_size=16),
+        }
+    return Subject(
+        f"MLP, d = {dimension}, two hidden layers of {width}",
+        (dimension,),
+        lambda shape: MLP(shape, (width, width), "tanh"),
+        estimators,
+    )
+
+
+def bottleneck() -> Subject:
+    """A field through a layer narrower than the space."""
+    return Subject(
+        "MLP, d = 512, hidden layers of 512, 16 and 512",
+        (512,),
+        lambda shape: MLP(shape, (512, 16, 512), "tanh"),
+        {
+            "Analytic": Analytic(),
+            "Bottleneck": Bottleneck(),
+            "Bottleneck, exact": Bottleneck(exact=True),
+            "Hutchinson, reverse": Hutchinson(),
+        },
+        (256, 128),
+    )
+
+
+def structured() -> list[Subject]:
+    """Fields made so that their divergence is cheap and exact."""
+    kinds = [
+        ("Hollow, d = 64", (64,), Hollow, (256, 128)),
+        ("Hollow, d = 784", (784,), Hollow, (128, 32)),
+        ("Potential, d = 64, two layers of 128", (64,), Potential, (256, 128)),
+        ("Planar, d = 64, 64 units", (64,), Planar, (1024, 256)),
+        ("EquivariantKernel, 13 particles in space", (13, 3), EquivariantKernel, (256, 128)),
+        ("PeriodicConv, 32 × 32 sites", (1, 32, 32), PeriodicConv, (64, 32)),
+    ]
+    estimators = {"Analytic": Analytic(), "Hutchinson, reverse": Hutchinson()}
+    return [Subject(title, shape, kind, estimators, batches) for title, shape, kind, batches in kinds]
+
+
+def convolutional() -> list[Subject]:
+    """Four 3 × 3 convolutions, whose Jacobian is local."""
+    estimators = {
+        "Probing, stride 5": Probing(5),
+        "Probing, stride 3": Probing(3),
+        "Hutchinson, reverse": Hutchinson(),
+        "Hutchinson, 9 probes": Hutchinson(9),
+    }
+    return [
+        Subject(
+            f"ConvNet, {' × '.join(map(str, shape))}, four 3 × 3 convolutions of 32 channels",
+            shape,
+            lambda shape: ConvNet(shape, (32, 32, 32)),
+            estimators,
+            (32, 8),
+        )
+        for shape in ((1, 28, 28), (3, 32, 32))
+    ]

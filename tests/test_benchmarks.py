@@ -1,0 +1,62 @@
+import itertools
+import time
+
+import pytest
+import torch
+
+from flows.benchmarks.divergence import BARE, LOOP, Cost, measure, table
+from flows.benchmarks.probing_noise import measure_noise, trained_on_digits
+from flows.benchmarks.subjects import bottleneck, convolutional, perceptron, structured
+from flows.benchmarks.timing import alternating_medians
+from flows.divergence import Analytic, Exact
+from flows.fields import Linear
+
+
+def test_cases_take_turns_and_slow_ones_stop_early() -> None:
+    calls = []
+    cases = {"quick": lambda: calls.append("quick"), "slow": lambda: (calls.append("slow"), time.sleep(0.02))}
+    medians = alternating_medians(cases, seconds_each=0.001, most=10)
+    assert medians["slow"] >= 0.02 > medians["quick"]
+    assert calls.count("slow") == 2  # the first run counts, and one more
+    assert calls.count("quick") > 3
+    assert calls[:4] == ["quick", "slow", "quick", "slow"]
+
+
+def test_table_states_ratios() -> None:
+    rows = [
+        Cost(BARE, None, None, 1.0, 2.0),
+        Cost(LOOP, None, None, 60.0, 80.0),
+        Cost("Analytic", 0, True, 1.5, 4.0),
+    ]
+    assert list(table(rows))[-1].split() == ["Analytic", "0", "yes", "1.50", "40.0", "2.00", "20.0"]
+    assert list(table([rows[0], rows[2]]))[-1].split() == ["Analytic", "0", "yes", "1.50", "2.00"]
+
+
+def test_measures_every_estimator() -> None:
+    costs = measure(Linear((3,)), (3,), {"a": Analytic(), "e": Exact()}, 4, 4, seconds_each=0.0)
+    assert [(cost.name, cost.products) for cost in costs] == [(BARE, None), (LOOP, None), ("a", 0), ("e", 3)]
+    assert all(cost.forward > 0 and cost.training > 0 for cost in costs)
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [perceptron(2), perceptron(64), bottleneck(), *structured(), *convolutional()],
+    ids=lambda subject: subject.title,
+)
+def test_every_estimator_suits_its_subject(subject) -> None:
+    field = subject.build(subject.event_shape)
+    x = torch.randn(2, *subject.event_shape)
+    for estimator in subject.estimators.values():
+        if estimator.cost(subject.event_shape, field) <= 32:
+            sample = estimator(field, torch.tensor(0.5), x, estimator.draw_probes(x, field=field))
+            assert sample.divergence.shape == (2,)
+
+
+def test_colours_beat_as_many_signs_on_digits() -> None:
+    flow, digits = trained_on_digits(steps=5, progress=False)
+    rows = measure_noise(flow, digits[:16], strides=(3,), times=(0.2, 0.8), draws=5, progress=False)
+    assert [(row.t, row.products) for row in rows] == [(0.2, 9), (0.8, 9), (None, 9)]
+    assert all(row.probing < row.hutchinson for row in rows)
+    squares = [row.hutchinson**2 for row in rows]
+    assert squares[2] == pytest.approx(sum(squares[:2]) / 2)
+    assert all(a != b for a, b in itertools.pairwise(squares))
