@@ -15,10 +15,9 @@ PARTS = ("mlp", "bottleneck", "structured", "conv", "noise")
 def divergence(arguments: argparse.Namespace) -> None:
     """The cost of each estimator in bare field evaluations, and against a plain reverse-mode loop."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; cost of one evaluation in bare")
-    print(
-        f"field evaluations (median of alternating runs of {costs.EVALUATIONS}), and how many times cheaper than the loop"
-    )
+    threads = torch.get_num_threads()
+    print(f"{device}, {threads} threads, torch {torch.__version__}; the cost of one evaluation in bare evaluations of")
+    print(f"the field (median of alternating runs of {costs.EVALUATIONS}), and how many times cheaper than the loop")
     groups = {
         "mlp": lambda: [subjects.perceptron(dimension) for dimension in arguments.dimensions],
         "bottleneck": lambda: [subjects.bottleneck()],
@@ -28,9 +27,15 @@ def divergence(arguments: argparse.Namespace) -> None:
     for subject in (subject for part in arguments.parts if part in groups for subject in groups[part]()):
         torch.manual_seed(0)
         field = subject.build(subject.event_shape)
-        seconds, title = arguments.seconds, subject.title.split(",")[0]
         rows = costs.measure(
-            field, subject.event_shape, subject.estimators, *subject.batches, seconds, device, progress=title
+            field,
+            subject.event_shape,
+            subject.estimators,
+            *subject.batches,
+            arguments.seconds,
+            device,
+            loop=subject.loop,
+            progress=subject.title.split(",")[0],
         )
         print(f"\n{subject.title}; batch {subject.batches[0]} forward, {subject.batches[1]} with backward")
         print("\n".join(costs.table(rows)), flush=True)

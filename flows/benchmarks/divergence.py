@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,6 @@ from flows.divergence import DivergenceEstimator
 from flows.fields import bind
 
 BARE, LOOP = "bare field", "plain loop"
-LOOP_LIMIT = 1024  # dimensions up to which the plain loop is timed
 EVALUATIONS = 6  # right-hand sides that share what is computed once a solve: one step of dopri5
 
 
@@ -37,12 +35,13 @@ def measure(
     training_batch: int = 256,
     seconds_each: float = 1.0,
     device: torch.device | str = "cpu",
+    loop: bool = True,
     progress: str | None = None,
 ) -> list[Cost]:
     """Time ``EVALUATIONS`` right-hand sides with each estimator, in turns, per evaluation.
 
-    The first cost is that of the bare field; up to ``LOOP_LIMIT`` dimensions the second is that of the loop that a
-    practitioner would write, one reverse-mode pass a coordinate. Estimators with more than 16 products run a
+    The first cost is that of the bare field; with ``loop`` the second is that of the loop that a practitioner
+    would write, one reverse-mode pass a coordinate. Estimators with more than 16 products run a
     single evaluation.
     """
     field = field.to(device)
@@ -51,7 +50,7 @@ def measure(
     timings = []
     for batch, training in ((forward_batch, False), (training_batch, True)):
         x = torch.randn(batch, *shape, device=device)
-        runs = {BARE: (bare, EVALUATIONS)} | ({LOOP: (_Loop(), 1)} if math.prod(shape) <= LOOP_LIMIT else {})
+        runs = {BARE: (bare, EVALUATIONS)} | ({LOOP: (_Loop(), 1)} if loop else {})
         for name, estimator in estimators.items():
             runs[name] = estimator, EVALUATIONS if estimator.cost(shape, field) <= 16 else 1
         cases = {name: _repeated(estimator, count, field, x, training) for name, (estimator, count) in runs.items()}

@@ -31,6 +31,7 @@ class Subject:
     build: Callable[[tuple[int, ...]], nn.Module]
     estimators: Mapping[str, DivergenceEstimator]
     batches: tuple[int, int] = (1024, 256)  # forward, forward and backward
+    loop: bool = False  # whether a plain loop over the coordinates is worth its time beside them
 
 
 def perceptron(dimension: int) -> Subject:
@@ -54,6 +55,7 @@ def perceptron(dimension: int) -> Subject:
         (dimension,),
         lambda shape: MLP(shape, (width, width), "tanh"),
         estimators,
+        loop=True,
     )
 
 
