@@ -1,6 +1,6 @@
 """Neural ODEs and continuous normalizing flows with pluggable divergence estimators."""
 
-from flows import datasets, divergence, fields, objectives, transforms
+from flows import datasets, divergence, evaluation, fields, objectives, transforms
 from flows.cnf import CNF, LogProbEstimate, Transported
 from flows.distribution import FlowDistribution
 from flows.solvers import ODESolver, Solution, SolverError, SolverStatistics
@@ -18,6 +18,7 @@ __all__ = [
     "Transported",
     "datasets",
     "divergence",
+    "evaluation",
     "fields",
     "objectives",
     "transforms",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +27,9 @@ class LogProbEstimate:
     solver_error: Tensor | None  # (*batch), |value − value at 100 times tighter tolerances|, if asked for
     nfe: int  # evaluations of the field for the value (not for its solver error)
     statistics: SolverStatistics  # of the same solve; its backward count grows with the gradient
+    terms: Mapping[
+        str, Tensor
+    ]  # (*batch) each, "model" (the log-density in flow space) and the transform's; sum: value
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class CNF(nn.Module):
 
     log p(x) = log N(z; 0, I) + ∫₀¹ −div v(t, x_t) dt + log|det ∂y/∂x| with y = transform(x) and z reached from
     y at t = 1 by solving back to t = 0. Everything public speaks data space, except :meth:`transport`.
+
+    With a transform that dequantises, data space is discrete: ``sample`` gives whole numbers, and ``log_prob`` is
+    log p(x + u) − log q(u | x) for one draw of the noise u ~ q, which bounds log P(x) from below in expectation
+    (:class:`flows.transforms.Dequantise`); :func:`flows.evaluation.likelihood` tightens the bound with more draws.
 
     Batches may have any number of leading dimensions; one solve serves the whole batch, so its step sizes do
     too. [Chen et al. 2018, arXiv:1806.07366; Grathwohl et al. 2019, arXiv:1810.01367]
@@ -87,12 +94,13 @@ class CNF(nn.Module):
         self,
         x: Tensor,  # (*batch, *event), data space
         context: Tensor | None = None,  # (*batch, *context), or fewer batch dimensions to broadcast
-        generator: torch.Generator | None = None,  # of the probes
+        generator: torch.Generator | None = None,  # of dequantisation noise and probes
     ) -> Tensor:  # (*batch), nats
-        """log p(x), the mean over the probes where the estimator is stochastic.
+        """log p(x), the mean over the probes where the estimator is stochastic; for discrete data a lower bound.
 
         Raises:
-            ValueError: ``x`` has another event shape, or holds NaN or infinite values.
+            ValueError: ``x`` has another event shape, or holds values on which the transform is not defined, NaN
+                and infinite ones among them.
             SolverError: the solve cannot go on.
         """
         return self.estimate_log_prob(x, context, generator, solver_error=False).value
@@ -111,7 +119,8 @@ class CNF(nn.Module):
         """
         points, batch_shape = self._flatten(x)
         context = self._flatten_context(context, batch_shape)
-        y, log_det = self.transform(points)
+        self.transform.check(points)
+        y, terms = self.transform.account(points, generator)
         probes = self.divergence.draw_probes(y, generator, self.field)
         value, estimates, statistics = self._log_prob(y, context, probes, self.solver)
         error = None
@@ -120,12 +129,14 @@ class CNF(nn.Module):
                 reference, *_ = self._log_prob(y, context, probes, _tighter(self.solver))
             error = (value.detach() - reference).abs().reshape(batch_shape)
         standard_error = self.divergence.standard_error(estimates.detach(), self.event_shape, self.field)
+        terms = {name: term.reshape(batch_shape) for name, term in ({"model": value} | terms).items()}
         return LogProbEstimate(
-            value=(value + log_det).reshape(batch_shape),
+            value=sum(terms.values()),
             standard_error=standard_error.reshape(batch_shape),
             solver_error=error,
             nfe=statistics.nfe_forward,
             statistics=statistics,
+            terms=terms,
         )
 
     def sample(
@@ -134,7 +145,7 @@ class CNF(nn.Module):
         context: Tensor | None = None,  # (*batch, *context)
         generator: torch.Generator | None = None,
     ) -> Tensor:  # (*shape, *event), or (*shape, *batch, *event) with a context
-        """Draw from the flow; differentiable where autograd records. Costs no divergence."""
+        """Draw from the flow; differentiable where autograd records and data are continuous. Costs no divergence."""
         z, context, full_shape = self._draw(shape, context, generator)
         y = self._solve(StateDynamics(self._bind(context)), z, (0.0, 1.0), context, None).end[0]
         return self.transform.inverse(y)[0].reshape(*full_shape, *self.event_shape)
@@ -145,7 +156,11 @@ class CNF(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw from the flow together with the log-density of each draw, in one solve."""
+        """Draw from the flow together with the log-density of each draw, in one solve.
+
+        For discrete data it is log p(x + u) − log q(u | x) at the point x + u that was rounded to x: u comes from the
+        flow, not from q, so this is no lower bound of log P(x) but, in expectation, an upper one.
+        """
         z, context, full_shape = self._draw(shape, context, generator)
         probes = self.divergence.draw_probes(z, generator, self.field)
         dynamics = AugmentedDynamics(self._bind(context), self.divergence, probes)

@@ -52,7 +52,8 @@ class FlowMatching(Objective):
             )
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
-        data, _ = flow.transform(batch.x)
+        with torch.no_grad():  # noise that is learned is learned by the likelihood, whose bound it tightens
+            data, _ = flow.transform(batch.x, generator)
         ends = data[: self.num_queries]
         noise = flow.base.sample((len(ends),), generator)
         device = data.device if generator is None else generator.device

@@ -1,47 +1,37 @@
-"""Fixed transforms from data space to the space of the flow, with their log-determinants."""
+"""Affine maps: to the unit interval, and to mean zero and variance one."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from flows.transforms.base import Transform
+from flows.transforms.dequantise import checked_levels
 
 
-class Transform(nn.Module, ABC):
-    """An invertible map from data space to flow space."""
+class UnitInterval(Transform):
+    """y = x / L: dequantised levels, in [0, L), to [0, 1).
 
-    @abstractmethod
-    def forward(
-        self,
-        x: Tensor,  # (B, *event), data space
-    ) -> tuple[Tensor, Tensor]:  # (B, *event) and (B,)
-        """y and log|det ∂y/∂x| in nats."""
+    Args:
+        num_levels: L.
+    """
 
-    @abstractmethod
-    def inverse(
-        self,
-        y: Tensor,  # (B, *event), flow space
-    ) -> tuple[Tensor, Tensor]:  # (B, *event) and (B,)
-        """x and log|det ∂x/∂y| in nats."""
+    def __init__(self, num_levels: int) -> None:
+        super().__init__()
+        self.scale = checked_levels(num_levels)
 
-    def fit(
-        self,
-        points: Tensor,  # (n, *event), data space
-    ) -> Transform:
-        """Set what the transform takes from the training data, if anything; returns itself."""
-        return self
-
-
-class Identity(Transform):
-    """Data space is flow space."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x.new_zeros(len(x))
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        return x / self.scale, self._log_det(x)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return y, y.new_zeros(len(y))
+        return y * self.scale, -self._log_det(y)
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        return x.new_full((len(x),), -math.prod(x.shape[1:]) * math.log(self.scale))
 
 
 class Standardise(Transform):
@@ -51,10 +41,15 @@ class Standardise(Transform):
 
     Args:
         event_shape: shape of a point.
+        per: ``"entry"``, or ``"channel"`` for moments that all entries of the first dimension's index share, so that
+            an image keeps its look and what holds at one pixel holds at the next.
     """
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
+    def __init__(self, event_shape: Sequence[int], per: Literal["entry", "channel"] = "entry") -> None:
         super().__init__()
+        if per not in ("entry", "channel"):
+            raise ValueError(f"per must be 'entry' or 'channel', got {per!r}")
+        self.per = per
         self.register_buffer("mean", torch.zeros(tuple(event_shape)))
         self.register_buffer("sd", torch.ones(tuple(event_shape)))
 
@@ -70,18 +65,21 @@ class Standardise(Transform):
                 f"got {tuple(points.shape)}"
             )
         exact = points.double()
-        sd = exact.std(0)
+        over = (0,) if self.per == "entry" else (0, *range(2, exact.ndim))
+        mean, sd = (
+            moment.expand(1, *self.mean.shape)[0] for moment in (exact.mean(over, True), exact.std(over, keepdim=True))
+        )
         constant = (sd <= 1e-12 * exact.abs().amax(0)).nonzero()
         if len(constant):
             raise ValueError(
                 f"entry {tuple(constant[0].tolist())} of the data has the same value in every point, so it has no "
                 f"density; drop it ({len(constant)} such entries)"
             )
-        self.mean.copy_(exact.mean(0))
+        self.mean.copy_(mean)
         self.sd.copy_(sd)
         return self
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return (x - self.mean) / self.sd, -self.sd.log().sum().expand(len(x))
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:

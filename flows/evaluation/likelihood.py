@@ -1,0 +1,211 @@
+"""The likelihood of a set of points, with its error bars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flows.cnf import CNF
+from flows.datasets import Batch, Dataset
+from flows.evaluation.bits_per_dim import BitsPerDim
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The mean negative log-likelihood of a set, in nats an example in data space.
+
+    For discrete data it is an upper bound: the mean of −log((1/K) Σ_k p(x + u_k)/q(u_k | x)) over K draws of the
+    dequantisation noise. [Burda et al. 2016, arXiv:1509.00519]
+    """
+
+    nll: float
+    standard_error: float  # sd / sqrt(n) over the points; NaN for a single point
+    num_points: int
+    probe_standard_error: float | None  # the part due to the probes; 0 if exact, None if one probe hides it
+    solver_error: float | None  # |nll - nll at much tighter tolerances| on the points below; None if not asked
+    solver_error_points: int  # the first points, on which the solver error was computed
+    nfe: float  # evaluations of the field, the mean over the solves
+    bits_per_dim: BitsPerDim | None = None  # None for continuous data
+    num_draws: int = 1  # K
+    draw_standard_error: float | None = None  # the part due to the draws, for K > 1
+    probe_bias: float | None = 0.0  # how much probe noise flatters a bound of K > 1 draws; None where unknown
+
+    def table(self, entropy: float | None = None) -> list[tuple[str, str]]:
+        """Names and values for a reader; with the gap to the ``entropy`` of the data where it is known."""
+        error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.4f}"
+        rows = [("NLL", f"{self.nll:.4f}{error} nats ({self.num_points:,} points)")]
+        if self.bits_per_dim is not None:
+            draws = "one draw" if self.num_draws == 1 else f"{self.num_draws} draws"
+            rows += [("bits/dim", str(self.bits_per_dim)), ("bound", f"of {draws} of the dequantisation noise")]
+        if self.draw_standard_error is not None:
+            rows.append(("draw error", f"{self.draw_standard_error:.1e} nats"))
+        if entropy is not None:
+            rows += [("entropy", f"{entropy:.4f} nats"), ("gap", f"{self.nll - entropy:.4f}{error} nats")]
+        if self.probe_standard_error is None:
+            rows.append(("probe error", "unknown with one probe; take two or more"))
+        elif self.probe_standard_error > 0:
+            rows.append(("probe error", f"{self.probe_standard_error:.1e} nats"))
+        if self.probe_bias:
+            rows.append(("probe bias", f"{self.probe_bias:.1e} nats, by which the bound looks better than it is"))
+        if self.solver_error is not None:
+            rows.append(("solver error", f"{self.solver_error:.1e} nats"))
+        return [*rows, ("NFE", f"{self.nfe:.0f}")]
+
+
+def part_batches(dataset: Dataset, part: str, batch_size: int) -> tuple[Iterable[Batch], int]:
+    """The fixed batches of the part called ``"validation"`` or ``"test"``, and its number of points."""
+    if part == "test":
+        return dataset.test_batches(batch_size), dataset.num_test
+    if part == "validation":
+        return dataset.validation_batches(batch_size), dataset.num_validation
+    raise ValueError(f"part must be test or validation, got {part!r}")
+
+
+def likelihood(
+    flow: CNF,
+    batches: Iterable[Batch],
+    generator: torch.Generator | None = None,  # of dequantisation noise and probes
+    solver_error_points: int = 0,
+    progress: str | None = None,
+    num_points: int | None = None,
+    num_draws: int = 1,
+) -> Likelihood:
+    """Evaluate −mean log p over all points of ``batches``, the last and smaller batch included.
+
+    Args:
+        flow: as it is, in whichever mode; no gradients are recorded.
+        batches: of any sizes, each on its own solve; they are moved to the device and dtype of the flow.
+        generator: makes noise and probes repeatable.
+        solver_error_points: on at least this many points, in whole batches, solve again at much tighter
+            tolerances, which costs more than the evaluation itself. Where a single probe says nothing of its error,
+            the same points are solved twice more with other probes.
+        progress: the title of a progress bar; no bar if None.
+        num_points: the number of points to come, for the bar.
+        num_draws: K, draws of the dequantisation noise, one solve each; more than one for discrete data only.
+
+    Raises:
+        ValueError: there is no point at all, a point is not finite, its density is NaN or infinite, or
+            ``num_draws`` does not suit the data.
+    """
+    points = list(pointwise(flow, batches, generator, solver_error_points, progress, num_points, num_draws))
+    if not points:
+        raise ValueError("there is no point to evaluate: the batches are empty")
+    nll = -torch.cat([batch.value for batch in points])
+    bad = int((~nll.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(nll)} points have a log-density that is NaN or infinite, the first at index "
+            f"{int((~nll.isfinite()).nonzero()[0])}; check that they lie where the transform is defined, and try "
+            "tighter solver tolerances"
+        )
+    standard_error = float(nll.std() / math.sqrt(len(nll))) if len(nll) > 1 else math.nan
+    solver_errors = [batch.solver_error for batch in points if batch.solver_error is not None]
+    probe_variance = _mean_of_known([batch.probe_variance for batch in points])
+    draw_variance = _mean_of_known([batch.draw_variance for batch in points])
+    bits = None
+    if flow.transform.num_levels is not None:
+        terms = {name: float(torch.cat([batch.terms[name] for batch in points]).mean()) for name in points[0].terms}
+        bits = BitsPerDim.from_log_prob(terms, flow.event_shape, standard_error)
+    return Likelihood(
+        nll=float(nll.mean()),
+        standard_error=standard_error,
+        num_points=len(nll),
+        probe_standard_error=None if probe_variance is None else math.sqrt(probe_variance / len(nll)),
+        solver_error=float(torch.cat(solver_errors).mean()) if solver_errors else None,
+        solver_error_points=sum(map(len, solver_errors)),
+        nfe=sum(batch.nfe for batch in points) / len(points),
+        bits_per_dim=bits,
+        num_draws=num_draws,
+        draw_standard_error=None if draw_variance is None else math.sqrt(draw_variance / len(nll)),
+        probe_bias=_mean_of_known([batch.probe_bias for batch in points]),
+    )
+
+
+@dataclass(frozen=True)
+class PointLikelihoods:
+    """log p of the points of one batch, in float64 on the CPU. NaN stands for what is unknown."""
+
+    value: Tensor  # (B,), of all draws together
+    terms: Mapping[str, Tensor]  # (B,) each; they add up to the value
+    probe_variance: Tensor  # (B,), of the value
+    probe_bias: Tensor  # (B,), of the value
+    draw_variance: Tensor  # (B,), of the value
+    solver_error: Tensor | None  # (B,), where it was asked for
+    nfe: float
+
+
+def pointwise(
+    flow: CNF,
+    batches: Iterable[Batch],
+    generator: torch.Generator | None = None,
+    solver_error_points: int = 0,
+    progress: str | None = None,
+    num_points: int | None = None,
+    num_draws: int = 1,
+) -> Iterable[PointLikelihoods]:
+    """What :func:`likelihood` takes the means of, a batch at a time."""
+    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
+        raise ValueError(f"num_draws must be a whole number >= 1, got {num_draws!r}")
+    if num_draws > 1 and flow.transform.num_levels is None:
+        raise ValueError(
+            f"num_draws = {num_draws} are draws of dequantisation noise, and the flow's transform, "
+            f"{type(flow.transform).__name__}, adds none; use num_draws=1"
+        )
+    like = next(iter([*flow.parameters(), *flow.buffers()]))
+    checked = 0
+    with torch.no_grad(), tqdm(total=num_points, desc=progress, unit="pt", disable=progress is None) as bar:
+        for batch in batches:
+            context = None if batch.context is None else batch.context.to(like)
+            check = checked < solver_error_points
+            yield _evaluate(flow, batch.x.to(like), context, generator, num_draws, check)
+            checked += len(batch.x) if check else 0
+            bar.update(len(batch.x))
+
+
+def _evaluate(
+    flow: CNF, x: Tensor, context: Tensor | None, generator: torch.Generator | None, num_draws: int, check: bool
+) -> PointLikelihoods:
+    draws = [flow.estimate_log_prob(x, context, generator, check and k == 0) for k in range(num_draws)]
+    values = torch.stack([draw.value for draw in draws]).double().cpu()  # (K, B)
+    spread = torch.stack([draw.standard_error for draw in draws]).double().cpu().square()
+    if check and spread.isnan().all():
+        spread = _variance_of_one_probe(flow, x, context, generator).double().cpu().expand_as(values)
+    value = values.logsumexp(0) - math.log(num_draws)
+    weight = values.softmax(0)
+    terms = {name: torch.stack([draw.terms[name] for draw in draws]).double().cpu().mean(0) for name in draws[0].terms}
+    bias, draw_variance = torch.zeros_like(value), torch.full_like(value, torch.nan)
+    if num_draws > 1:
+        terms["importance_weighting"] = value - values.mean(0)
+        draw_variance = (values - value).exp().var(0) / num_draws
+        bias = 0.5 * (weight * (1 - weight) * spread).sum(0)
+    return PointLikelihoods(
+        value=value,
+        terms=terms,
+        probe_variance=(weight.square() * spread).sum(0),
+        probe_bias=bias,
+        draw_variance=draw_variance,
+        solver_error=draws[0].solver_error.double().cpu() if check else None,
+        nfe=sum(draw.nfe for draw in draws) / num_draws,
+    )
+
+
+def _variance_of_one_probe(
+    flow: CNF, x: Tensor, context: Tensor | None, generator: torch.Generator | None
+) -> Tensor:  # (B,)
+    """Half the squared difference of two log-densities of the same points in flow space under different probes."""
+    y, _ = flow.transform(x, generator)
+    first, second = (flow.transport(y, (1.0, 0.0), context, generator) for _ in range(2))
+    # the points arrive at the same place: only the changes differ
+    return (first.log_density_change - second.log_density_change).square() / 2
+
+
+def _mean_of_known(values: list[Tensor]) -> float | None:
+    """The mean without the NaNs; None where there is nothing else."""
+    every = torch.cat(values)
+    known = every[~every.isnan()]
+    return float(known.mean()) if len(known) else None

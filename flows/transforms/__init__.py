@@ -1,0 +1,21 @@
+"""From data space to the space of the flow and back, with log-determinants: scaling, logit, dequantisation."""
+
+from flows.transforms.base import Compose, Identity, Transform
+from flows.transforms.dequantise import DequantisationNoise, Dequantise, TruncatedNormalNoise, UniformNoise
+from flows.transforms.logit import Logit
+from flows.transforms.scaling import Standardise, UnitInterval
+from flows.transforms.variational import VariationalNoise
+
+__all__ = [
+    "Compose",
+    "DequantisationNoise",
+    "Dequantise",
+    "Identity",
+    "Logit",
+    "Standardise",
+    "Transform",
+    "TruncatedNormalNoise",
+    "UniformNoise",
+    "UnitInterval",
+    "VariationalNoise",
+]

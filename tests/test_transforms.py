@@ -1,0 +1,411 @@
+"""Transforms against dense Jacobians, noise densities against quadrature, and the bound against exact probabilities."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from problems import assert_unbiased, perceptron
+from scipy.stats import kstest, truncnorm
+from torch import nn
+
+import flows
+from flows.transforms import (
+    Compose,
+    Dequantise,
+    Identity,
+    Logit,
+    Standardise,
+    TruncatedNormalNoise,
+    UniformNoise,
+    UnitInterval,
+    VariationalNoise,
+)
+
+SHAPE = (2, 3, 2)
+
+
+def points(n=5, shape=SHAPE):
+    return torch.rand(n, *shape) * 0.9 + 0.05
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def variational(event_shape, num_levels, strength=0.3, num_layers=4):
+    """A noise that is far from uniform and depends on the image."""
+    noise = VariationalNoise(event_shape, num_levels, hidden=8, num_layers=num_layers)
+    with torch.no_grad():
+        for network in noise.networks:
+            network[-1].weight.normal_(std=strength)
+            network[-1].bias.normal_(std=strength)
+    return noise
+
+
+def noises(event_shape, num_levels):
+    return {
+        "uniform": UniformNoise(),
+        "narrow": TruncatedNormalNoise(0.1),
+        "wide": TruncatedNormalNoise(0.4),
+        "variational": variational(event_shape, num_levels),
+    }
+
+
+NOISES = ["uniform", "narrow", "wide", "variational"]
+
+
+def chain(event_shape=SHAPE, num_levels=4, noise=None, alpha=0.05, per="entry"):
+    return Compose(
+        dequantise=Dequantise(num_levels, noise),
+        unit=UnitInterval(num_levels),
+        logit=Logit(alpha),
+        standardise=Standardise(event_shape, per),
+    )
+
+
+def levels(n, event_shape=SHAPE, num_levels=4, seed=3):
+    return torch.randint(num_levels, (n, *event_shape), generator=rng(seed)).to(torch.get_default_dtype())
+
+
+# Bijections
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Identity(),
+        UnitInterval(17),
+        Logit(0.05),
+        Logit(1e-6),
+        Standardise(SHAPE),
+        Standardise(SHAPE, per="channel"),
+        Compose(unit=UnitInterval(3), left_out=None, logit=Logit(0.1), standardise=Standardise(SHAPE)),
+    ],
+    ids=lambda t: type(t).__name__,
+)
+def test_log_determinants_are_those_of_the_dense_jacobian(transform):
+    transform = transform.double().fit(points(50))
+    x = points()
+    y, log_det = transform(x)
+    dense = torch.stack([torch.func.jacrev(lambda one: transform(one[None])[0][0])(one) for one in x])
+    torch.testing.assert_close(log_det, dense.reshape(len(x), 12, 12).slogdet().logabsdet)
+    back, inverse_log_det = transform.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_log_det, -log_det)
+    again, terms = transform.account(x)
+    assert torch.equal(again, y)
+    torch.testing.assert_close(sum(terms.values()), log_det)
+
+
+def test_terms_of_a_chain_are_those_of_its_parts():
+    x = levels(6)
+    transform = chain(noise=TruncatedNormalNoise(0.2)).fit(levels(100))
+    y, terms = transform.account(x, rng(1))
+    assert list(terms) == ["dequantisation", "scaling", "logit"]
+    parts = transform.transforms
+    first, dequantisation = parts["dequantise"](x, rng(1))
+    second, unit = parts["unit"](first)
+    third, logit = parts["logit"](second)
+    last, standardise = parts["standardise"](third)
+    assert torch.equal(y, last)
+    torch.testing.assert_close(terms["dequantisation"], dequantisation)
+    torch.testing.assert_close(terms["scaling"], unit + standardise)
+    torch.testing.assert_close(terms["logit"], logit)
+    torch.testing.assert_close(unit, torch.full((6,), -12 * math.log(4)))
+    assert torch.equal(transform(x, rng(1))[0], y)
+
+
+@pytest.mark.parametrize("per", ["entry", "channel"])
+def test_standardising_comes_after_the_noise(per):
+    transform = chain(num_levels=17, per=per).fit(levels(4000, num_levels=17))
+    y, _ = transform(levels(4000, num_levels=17, seed=4), rng())
+    over = (0,) if per == "entry" else (0, 2, 3)
+    tolerance = 5 / math.sqrt(4000)
+    assert y.mean(over).abs().max() < tolerance
+    assert (y.std(over) - 1).abs().max() < tolerance
+    sd = transform.transforms["standardise"].sd
+    shared = (sd == sd[:, :1, :1]).all()
+    assert shared == (per == "channel")
+
+
+def test_a_pixel_that_never_varies_is_no_obstacle_once_dequantised():
+    x = levels(200)
+    x[:, 0, 0, 0] = 2
+    y, _ = chain().fit(x)(x)
+    assert y.isfinite().all()
+    with pytest.raises(ValueError, match="same value in every point"):
+        Standardise(SHAPE).fit(x)
+
+
+def test_the_ends_of_the_unit_interval_stay_finite():
+    for dtype in (torch.float32, torch.float64):
+        y, log_det = Logit(1e-6)(torch.tensor([[0.0, 1.0]], dtype=dtype))
+        assert y.isfinite().all()
+        assert log_det.isfinite().all()
+        torch.testing.assert_close(y[0, 0], -y[0, 1])
+
+
+# Noise
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_densities_integrate_to_one(name):
+    shape = (1, 1, 2)
+    noise = noises(shape, 4)[name]
+    middles = torch.linspace(-20, 20, 101)  # of logit(u), evenly spaced: fine cells near the faces of the cube
+    grid = torch.cartesian_prod(middles, middles).sigmoid()
+    volume = (grid * (1 - grid)).prod(1) * 0.4**2
+    for image in levels(3, shape):
+        with torch.no_grad():
+            density = noise.log_prob(grid.reshape(-1, *shape), image.expand(len(grid), *shape)).exp()
+        assert (density * volume).sum() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_states_the_density_of_its_own_draws(name):
+    noise = noises(SHAPE, 4)[name]
+    x = levels(50)
+    u, log_q = noise.sample(x, rng())
+    assert ((u >= 0) & (u <= 1)).all()
+    torch.testing.assert_close(log_q, noise.log_prob(u, x), atol=1e-6, rtol=1e-6)
+    assert not torch.equal(u, noise.sample(x, rng(1))[0])
+    assert torch.equal(u, noise.sample(x, rng())[0])
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_draws_follow_the_density(name):
+    """E_q[h/q] = ∫ h for any h: the inverse density of a draw averages to the volume of the cube."""
+    noise = noises(SHAPE, 4)[name]
+    image = levels(1).expand(40_000, *SHAPE) if name == "uniform" else levels(1, (1, 1, 2)).expand(40_000, 1, 1, 2)
+    noise = variational((1, 1, 2), 4) if name == "variational" else noise
+    with torch.no_grad():
+        u, log_q = noise.sample(image, rng())
+    inverse = (-log_q).exp()
+    if name == "narrow":  # 1/q has no mean that a sample could find: it lives in the tails
+        _, p = kstest(u.flatten().numpy(), truncnorm(-5, 5, loc=0.5, scale=0.1).cdf)
+        assert p > 1e-3
+        return
+    assert_unbiased(inverse, 1.0)
+    assert_unbiased(inverse * (u.flatten(1)[:, 0] < 0.5), 0.5)
+
+
+def test_learned_noise_starts_uniform():
+    noise = VariationalNoise(SHAPE, 4)
+    u, log_q = noise.sample(levels(3000), rng())
+    assert log_q.abs().max() < 1e-9
+    assert kstest(u.detach().flatten().numpy(), "uniform").pvalue > 1e-3
+
+
+def test_a_wide_truncated_normal_is_uniform():
+    u, log_q = TruncatedNormalNoise(1e3).sample(levels(10), rng())
+    assert log_q.abs().max() < 1e-4
+    torch.testing.assert_close(u, UniformNoise().sample(levels(10), rng())[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NOISES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_gives_the_image_back(name, dtype):
+    dequantise = Dequantise(256, noises(SHAPE, 256)[name].to(dtype))
+    x = levels(300, num_levels=256).to(dtype)
+    y, log_det = dequantise(x, rng())
+    back, inverse_log_det = dequantise.inverse(y)
+    assert torch.equal(back, x)
+    assert y.dtype == log_det.dtype == dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(inverse_log_det, -log_det, atol=1e-6, rtol=1e-6)
+
+
+def test_noise_of_nearly_one_does_not_reach_the_next_level():
+    class Top(UniformNoise):
+        def sample(self, x, generator=None):
+            return torch.full_like(x, 1 - 2**-24), x.new_zeros(len(x))
+
+    x = torch.arange(256, dtype=torch.float32)[:, None]
+    dequantise = Dequantise(256, Top())
+    assert torch.equal(dequantise.inverse(dequantise(x)[0])[0], x)
+
+
+def test_samples_are_levels():
+    y = torch.linspace(-3, 9, 200).reshape(-1, 1)
+    x, _ = Dequantise(5).inverse(y)
+    assert x.unique().tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(x[(y > 0) & (y < 5)], y[(y > 0) & (y < 5)].floor())
+
+
+# The bound
+
+
+def flow_over(event_shape, num_levels, noise, alpha=0.05):
+    """A flow far from the identity over dequantised data."""
+    torch.manual_seed(1)
+    return flows.CNF(
+        perceptron(event_shape, (16, 16), scale=1.6),
+        solver=flows.ODESolver("rk4", step_size=0.1),
+        transform=chain(event_shape, num_levels, noise, alpha).fit(levels(200, event_shape, num_levels)),
+    )
+
+
+@pytest.mark.parametrize("name", ["uniform", "wide", "variational"])
+def test_probabilities_of_all_images_sum_to_one(name):
+    """All 16 images of 2 × 1 pixels with 4 levels; the mean over draws of p/q is unbiased for P."""
+    shape, num_draws = (1, 2, 1), 2500
+    flow = flow_over(shape, 4, noises(shape, 4)[name], alpha=1e-3)
+    images = torch.tensor(list(itertools.product(range(4), repeat=2)), dtype=torch.float64).reshape(-1, *shape)
+    with torch.no_grad():
+        draws = flow.log_prob(images.repeat(num_draws, 1, 1, 1), generator=rng()).reshape(num_draws, 16)
+    probabilities = (draws.logsumexp(0) - math.log(num_draws)).exp()
+    assert probabilities.max() > 3 * probabilities.min()
+    assert probabilities.sum() == pytest.approx(1, abs=0.01)
+
+
+class Nothing(nn.Module):
+    """The field of the identity."""
+
+    event_shape = (3,)
+
+    def forward(self, t, x):
+        return 0 * x
+
+
+def normal_cells(transform, num_levels):
+    """log P of every level under a standard normal in flow space, (L, 3)."""
+    standardise = transform.transforms["standardise"]
+    edges = (
+        torch.arange(num_levels + 1, dtype=torch.float64)[:, None] / num_levels - standardise.mean
+    ) / standardise.sd
+    return torch.special.ndtr(edges).diff(dim=0).log()
+
+
+@pytest.mark.parametrize("sd", [None, 0.25])
+def test_bound_rises_to_the_probability_of_the_cell(sd):
+    """Under a normal, cells have known probabilities: one draw stays below, many draws reach them."""
+    noise = UniformNoise() if sd is None else TruncatedNormalNoise(sd)
+    transform = Compose(dequantise=Dequantise(5, noise), unit=UnitInterval(5), standardise=Standardise((3,)))
+    x = levels(40, (3,), 5)
+    flow = flows.CNF(Nothing(), solver=flows.ODESolver("euler", step_size=1.0), transform=transform.fit(x))
+    exact = normal_cells(transform, 5)[x.long(), torch.arange(3)].sum(1)
+    batches = lambda: [flows.datasets.Batch(x[:30]), flows.datasets.Batch(x[30:])]  # noqa: E731
+    truth = float(-exact.mean())
+    found = {k: flows.evaluation.likelihood(flow, batches(), rng(k), num_draws=k) for k in (1, 4, 100)}
+    averaged = torch.stack([flow.log_prob(x, generator=rng(seed)) for seed in range(50)])
+    assert (averaged.mean(0) < exact + 4 * averaged.std(0) / math.sqrt(50)).all()
+    assert -averaged.mean() > truth
+    assert found[1].nll > found[4].nll > found[100].nll
+    assert found[100].nll == pytest.approx(truth, abs=4 * found[100].draw_standard_error + 1e-3)
+    assert found[4].draw_standard_error > found[100].draw_standard_error > 0
+
+
+def test_bits_per_dim_add_up_to_the_whole():
+    shape = (1, 2, 2)
+    flow = flow_over(shape, 4, TruncatedNormalNoise(0.3))
+    x = levels(60, shape)
+    batches = [flows.datasets.Batch(part) for part in x.split(25)]
+    for num_draws in (1, 3):
+        result = flows.evaluation.likelihood(flow, batches, rng(), num_draws=num_draws)
+        bits = result.bits_per_dim
+        expected = ["model", "dequantisation", "scaling", "logit", *(["importance_weighting"] if num_draws > 1 else [])]
+        assert list(bits.parts) == expected
+        assert bits.value == pytest.approx(result.nll / (4 * math.log(2)), rel=1e-12)
+        assert bits.standard_error == pytest.approx(result.standard_error / (4 * math.log(2)), rel=1e-12)
+        assert ("bits/dim", str(bits)) in result.table()
+    assert bits.parts["importance_weighting"] < 0
+    value, *parts = (float(part) for part in str(bits).replace("±", "= ").replace("=", " ").split() if "." in part)
+    assert sum(parts[1:]) == pytest.approx(value, abs=3e-4)
+
+
+def test_terms_of_a_continuous_flow():
+    flow = flows.CNF(perceptron((2,)), transform=Standardise((2,)).fit(torch.randn(50, 2)))
+    x = torch.randn(4, 3, 2)
+    estimate = flow.estimate_log_prob(x, solver_error=False)
+    assert set(estimate.terms) == {"model", "scaling"}
+    torch.testing.assert_close(sum(estimate.terms.values()), estimate.value)
+    assert estimate.terms["scaling"].shape == (4, 3)
+    result = flows.evaluation.likelihood(flow, [flows.datasets.Batch(torch.randn(5, 2))])
+    assert result.bits_per_dim is None
+    with pytest.raises(
+        ValueError, match=r"num_draws = 2 are draws of dequantisation noise, and .* Standardise, adds none"
+    ):
+        flows.evaluation.likelihood(flow, [flows.datasets.Batch(torch.randn(5, 2))], num_draws=2)
+    with pytest.raises(ValueError, match="num_draws must be a whole number >= 1, got 0"):
+        flows.evaluation.likelihood(flow, [flows.datasets.Batch(torch.randn(5, 2))], num_draws=0)
+
+
+def test_the_flow_speaks_levels():
+    flow = flow_over((1, 2, 2), 4, None)
+    x, log_prob = flow.sample_and_log_prob((500,), generator=rng())
+    assert set(x.unique().tolist()) <= {0, 1, 2, 3}
+    assert torch.equal(flow.sample((500,), generator=rng()), x)
+    # u comes from the flow here and from q in log_prob: above the truth and below it, on average
+    below = torch.stack([flow.log_prob(x, generator=rng(seed)) for seed in range(3)]).mean(0)
+    assert log_prob.mean() > below.mean()
+    one, two = flow.log_prob(x, generator=rng(1)), flow.log_prob(x, generator=rng(2))
+    assert not torch.equal(one, two)
+    assert torch.equal(one, flow.log_prob(x, generator=rng(1)))
+
+
+def test_learned_noise_tightens_the_bound_and_flow_matching_leaves_it_alone():
+    shape = (1, 2, 2)
+    noise = VariationalNoise(shape, 4, hidden=16)
+    flow = flow_over(shape, 4, noise)
+    x = levels(256, shape)
+    batch = flows.datasets.Batch(x)
+    flows.objectives.FlowMatching()(flow, batch, rng()).loss.backward()
+    assert all(parameter.grad is None for parameter in noise.parameters())
+    before = flow.log_prob(x, generator=rng(9)).mean().item()
+    optimizer = torch.optim.Adam(noise.parameters(), lr=1e-2)
+    for step in range(20):
+        optimizer.zero_grad()
+        flows.objectives.MaximumLikelihood()(flow, batch, rng(step)).loss.backward()
+        optimizer.step()
+    assert flow.log_prob(x, generator=rng(9)).mean().item() > before + 0.02
+
+
+def test_flow_matching_draws_fresh_noise():
+    """With one image, a zero field and the noise of the base fixed, only dequantisation can change the loss."""
+
+    class Frozen(flows.base.StandardNormal):
+        def sample(self, shape, generator=None):
+            return torch.zeros(*shape, *self.event_shape)
+
+    transform = Compose(dequantise=Dequantise(4), unit=UnitInterval(4))
+    flow = flows.CNF(Nothing(), transform=transform)
+    flow.base = Frozen((3,))
+    batch = flows.datasets.Batch(torch.ones(1, 3))
+    losses = [flows.objectives.FlowMatching()(flow, batch, rng(seed)).loss for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+# Bad input
+
+
+def test_values_that_are_no_levels():
+    flow = flow_over((1, 2, 2), 4, None)
+    for value, text in ((4.0, "4"), (-1.0, "-1"), (0.5, "0.5")):
+        x = levels(3, (1, 2, 2))
+        x[1, 0, 1, 0] = value
+        with pytest.raises(
+            ValueError, match=rf"whole numbers from 0 to 3, got {text} at index \(1, 0, 1, 0\) \(1 such values\); give"
+        ):
+            flow.log_prob(x)
+    with pytest.raises(ValueError, match=r"the logit takes values from 0 to 1, got 1.5 \(1 values outside\); scale"):
+        Logit().check(torch.tensor([[0.5, 1.5]]))
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match=r"alpha must lie between 0 and 0.5, both excluded, got 0"):
+        Logit(0)
+    with pytest.raises(ValueError, match="sd must be above 0, got 0; for uniform noise take UniformNoise"):
+        TruncatedNormalNoise(0)
+    with pytest.raises(ValueError, match="num_levels must be a whole number >= 2, such as 256, got 1"):
+        Dequantise(1)
+    with pytest.raises(ValueError, match=r"variational noise needs images .* got \(7,\); for other data take Uniform"):
+        VariationalNoise((7,), 4)
+    with pytest.raises(ValueError, match="num_layers must be a whole number >= 1, got 0"):
+        VariationalNoise(SHAPE, 4, num_layers=0)
+    with pytest.raises(ValueError, match="per must be 'entry' or 'channel', got 'pixel'"):
+        Standardise(SHAPE, per="pixel")
+    with pytest.raises(ValueError, match="Compose needs at least one transform"):
+        Compose(logit=None)
+    with pytest.raises(ValueError, match=r"'noise' dequantises and must come first, got \['logit', 'noise'\]"):
+        Compose(logit=Logit(), noise=Dequantise(4))
