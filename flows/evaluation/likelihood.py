@@ -156,15 +156,15 @@ def pointwise(
             f"num_draws = {num_draws} are draws of dequantisation noise, and the flow's transform, "
             f"{type(flow.transform).__name__}, adds none; use num_draws=1"
         )
-    like = next(iter([*flow.parameters(), *flow.buffers()]))
     checked = 0
     with torch.no_grad(), tqdm(total=num_points, desc=progress, unit="pt", disable=progress is None) as bar:
         for batch in batches:
-            context = None if batch.context is None else batch.context.to(like)
+            x = batch.x.to(flow.base.zero)
+            context = None if batch.context is None else batch.context.to(x)
             check = checked < solver_error_points
-            yield _evaluate(flow, batch.x.to(like), context, generator, num_draws, check)
-            checked += len(batch.x) if check else 0
-            bar.update(len(batch.x))
+            yield _evaluate(flow, x, context, generator, num_draws, check)
+            checked += len(x) if check else 0
+            bar.update(len(x))
 
 
 def _evaluate(
