@@ -13,7 +13,7 @@ from flows.base import StandardNormal
 from flows.distribution import FlowDistribution
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
-from flows.fields import bind
+from flows.fields import Guided, bind
 from flows.solvers import ODESolver, Solution, SolverStatistics
 from flows.transforms import Identity, Transform
 
@@ -89,6 +89,11 @@ class CNF(nn.Module):
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution over data space, given the context: ``flow(context).log_prob(x)``."""
         return FlowDistribution(self, context)
+
+    def guided(self, weight: float) -> CNF:
+        """This flow under classifier-free guidance, a flow of its own that shares the parameters; see ``Guided``."""
+        flow = CNF(Guided(self.field, weight), self.divergence, self.solver, self.transform, self.event_shape)
+        return flow.to(self.base.zero)
 
     def log_prob(
         self,

@@ -10,8 +10,8 @@ T = TypeVar("T")
 def by_name(family: type[T], value: T | str) -> T:
     """Return ``value`` if it is a ``family``, else a default instance of the subclass that it names.
 
-    Names are the lower-case names of the subclasses that have been imported, so a new subclass needs no
-    registration.
+    Names are the lower-case names of the subclasses that have been imported, with or without underscores between
+    words, so a new subclass needs no registration.
 
     Raises:
         ValueError: no subclass has that name; the message lists those that there are.
@@ -21,8 +21,9 @@ def by_name(family: type[T], value: T | str) -> T:
         return value
     choices = {cls.__name__.lower(): cls for cls in _concrete_subclasses(family)}
     if isinstance(value, str):
-        if value.lower() in choices:
-            return choices[value.lower()]()
+        name = value.lower().replace("_", "")
+        if name in choices:
+            return choices[name]()
         raise ValueError(f"unknown {family.__name__} {value!r}; expected one of {', '.join(sorted(choices))}")
     raise TypeError(
         f"expected a {family.__name__} or one of the names {', '.join(sorted(choices))}, got {type(value).__name__}"

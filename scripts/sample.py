@@ -26,6 +26,8 @@ def main(composed: DictConfig) -> None:
         config = with_changes(run.config, {"solver": settings.get("solver")})
         run.flow.solver = instantiate(config["solver"])
         flow = place(run.flow, settings["device"])
+        if settings["guidance"] is not None:
+            flow = flow.guided(settings["guidance"])
         generator = torch.Generator().manual_seed(settings["seed"])
         context = sampling_contexts(run, settings["num_samples"], settings["class"], settings["context"])
         samples = draw(flow, settings["num_samples"], settings["batch_size"], generator, context)

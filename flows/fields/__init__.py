@@ -6,6 +6,7 @@ from flows.fields.base import BoundField, Field, bind
 from flows.fields.concat_squash import ConcatSquashMLP
 from flows.fields.conv import ConvNet
 from flows.fields.equivariant import EquivariantKernel
+from flows.fields.guided import Guided
 from flows.fields.hollow import Hollow
 from flows.fields.linear import Linear
 from flows.fields.mlp import MLP
@@ -25,6 +26,7 @@ __all__ = [
     "Elementwise",
     "EquivariantKernel",
     "Field",
+    "Guided",
     "Hollow",
     "Linear",
     "Modulation",

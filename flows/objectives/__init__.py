@@ -1,7 +1,19 @@
 """Training objectives."""
 
+from flows.objectives import couplings, paths
 from flows.objectives.base import LossOutput, Objective
+from flows.objectives.couplings import Coupling
 from flows.objectives.flow_matching import FlowMatching
 from flows.objectives.maximum_likelihood import MaximumLikelihood
+from flows.objectives.paths import ProbabilityPath
 
-__all__ = ["FlowMatching", "LossOutput", "MaximumLikelihood", "Objective"]
+__all__ = [
+    "Coupling",
+    "FlowMatching",
+    "LossOutput",
+    "MaximumLikelihood",
+    "Objective",
+    "ProbabilityPath",
+    "couplings",
+    "paths",
+]

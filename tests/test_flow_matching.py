@@ -1,0 +1,321 @@
+"""The flow matching family: its targets, paths and couplings against closed forms for Gaussians."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from problems import dense_divergence
+from scipy.optimize import linear_sum_assignment
+
+from flows import CNF, ODESolver
+from flows.datasets import Batch, MoonsByClass, one_hot
+from flows.divergence import Analytic, Hutchinson
+from flows.fields import MLP, Adapter, Guided
+from flows.objectives import FlowMatching, ProbabilityPath
+from flows.objectives.couplings import Independent, OptimalTransport, Sinkhorn
+from flows.objectives.flow_matching import posterior_mean
+from flows.objectives.paths import Cosine, Linear, VariancePreserving
+
+PATHS = [Linear(), Linear(sigma_min=0.1), Cosine(), VariancePreserving()]
+SD = 0.5  # of the data, N(1, SD²) in each coordinate
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def column(t):
+    return t.reshape(-1, 1)
+
+
+class GaussianVelocity(torch.nn.Module):
+    """E[a′x₁ + b′x₀ | x_t] for x₁ ~ N(1, SD² I)."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, t, x):
+        a, b, a_rate, b_rate = self.path.coefficients(column(t))
+        gain = (x - a) / (a**2 * SD**2 + b**2)
+        return a_rate * (1 + a * SD**2 * gain) + b_rate * b * gain
+
+
+# Paths
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_paths_lead_from_noise_to_data_at_the_stated_rates(path):
+    ends = path.coefficients(torch.tensor([0.0, path.last_time]))
+    torch.testing.assert_close(ends.data, torch.tensor([0.0, 1.0]), rtol=0, atol=7e-3)
+    torch.testing.assert_close(ends.noise, torch.tensor([1.0, getattr(path, "sigma_min", 0)]), rtol=0, atol=2e-3)
+    t = torch.linspace(0.01, 0.99, 50, requires_grad=True)
+    a, b, a_rate, b_rate = path.coefficients(t)
+    for value, rate in ((a, a_rate), (b, b_rate)):
+        (derivative,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
+        torch.testing.assert_close(rate, derivative)
+    if not isinstance(path, Linear):
+        torch.testing.assert_close(a**2 + b**2, torch.ones_like(t))
+
+
+def test_the_variance_preserving_path_follows_its_diffusion():
+    """With s = 1 − t, d a²/ds = −β a² and d b²/ds = β (1 − b²): the moments of dx = −½ β x ds + √β dw."""
+    path = VariancePreserving(0.2, 7.0)
+    t = torch.linspace(0, 0.99, 30)
+    a, b, a_rate, b_rate = path.coefficients(t)
+    beta = 0.2 + (1 - t) * 6.8
+    torch.testing.assert_close(-2 * a * a_rate, -beta * a**2)
+    torch.testing.assert_close(-2 * b * b_rate, beta * (1 - b**2))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_the_marginal_velocity_of_every_path_carries_the_base_to_the_data(path):
+    """At t = 1 the data has the variance a² SD² + b², and the density follows."""
+    flow = CNF(GaussianVelocity(path), event_shape=(2,), solver=ODESolver(rtol=1e-9, atol=1e-9))
+    x = 1 + SD * torch.randn(5, 2)
+    a, b = path.coefficients(torch.tensor([0.0, path.last_time]))[:2]
+    variance = a**2 * SD**2 + b**2  # at t = 0 not quite that of N(0, I) for a diffusion
+    start, end = (torch.distributions.Normal(a[i], variance[i].sqrt()) for i in (0, 1))
+    moved = flow.transport(x, (path.last_time, 0.0))
+    change = (start.log_prob(moved.x) - end.log_prob(x)).sum(1)
+    torch.testing.assert_close(moved.log_density_change, change, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("target", ["sampled", "marginal"])
+def test_every_path_and_target_is_minimised_by_the_marginal_velocity(path, target):
+    """The gradient of the loss vanishes there, in the direction of each of several functions of t and x."""
+    x = 1 + SD * torch.randn(40, 500, 2)
+    velocity = GaussianVelocity(path)
+
+    class Perturbed(torch.nn.Module):
+        event_shape = (2,)
+
+        def forward(self, t, x):
+            t = column(t)
+            features = torch.stack([torch.ones_like(x), x, t * x, (t < 0.3) * x, torch.sin(3 * x)])
+            # Late in the path the targets of a diffusion scatter so much that they would drown the rest.
+            return velocity(t, x) + (t < 0.95) * torch.tensordot(weights, features, 1)
+
+    flow = CNF(Perturbed())
+    gradients = []
+    for i, batch in enumerate(x):
+        weights = torch.zeros(5, requires_grad=True)
+        loss = FlowMatching(target, path=path)(flow, Batch(batch), rng(i)).loss
+        gradients.append(torch.autograd.grad(loss, weights)[0])
+    gradients = torch.stack(gradients)
+    error = gradients.std(0) / math.sqrt(len(gradients))
+    assert (gradients.mean(0).abs() < 4 * error).all(), gradients.mean(0) / error
+    assert error.max() < (0.05 if target == "marginal" else 0.2)  # so that the statement means something
+
+
+# The marginal target
+
+CENTRES = torch.tensor([[1.2, 0.0], [-0.8, 0.9], [-0.5, -1.1]], dtype=torch.float64)
+
+
+def mixture(*shape):
+    return CENTRES[torch.randint(3, shape)] + 0.3 * torch.randn(*shape, 2)
+
+
+def test_the_marginal_target_is_unbiased_and_its_scatter_falls_with_the_pool():
+    """Against the closed form of a mixture of Gaussians, at fixed x_t, with x₁ from its posterior given x_t.
+
+    The pool is as small as four points: the target is the mean given x_t *and* the pool, so it has no bias at all.
+    """
+    t = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.8, 0.9])
+    a, b = Linear().coefficients(column(t))[:2]
+    position = a * mixture(6) + b * torch.randn(6, 2)
+    variance = a**2 * 0.09 + b**2
+    offset = position[:, None] - a[:, None] * CENTRES
+    component = (-offset.square().sum(2) / (2 * variance)).softmax(1)
+    means = CENTRES + (a * 0.09 / variance)[:, None] * offset
+    truth = (component[..., None] * means).sum(1)
+
+    scatter = []
+    for size, repeats in ((4, 8000), (16, 4000), (64, 1000)):
+        which = torch.multinomial(component, repeats, replacement=True)  # (6, R)
+        own = means.gather(1, which[..., None].expand(-1, -1, 2)) + (0.3 * b / variance.sqrt())[:, None] * torch.randn(
+            6, repeats, 2
+        )
+        found = torch.stack(
+            [
+                posterior_mean(position, a, b, pool, torch.eye(6, 6 + size - 1) + (torch.arange(5 + size) > 5) > 0)
+                for pool in torch.cat([own.transpose(0, 1), mixture(repeats, size - 1)], 1)
+            ]
+        )
+        error = found.std(0) / math.sqrt(repeats)
+        assert ((found.mean(0) - truth).abs() < 4.5 * error).all()
+        scatter.append(found.std(0).square().mean().sqrt())
+    assert scatter[0] > 1.5 * scatter[1] > 1.5**2 * scatter[2]
+
+
+def test_the_marginal_target_needs_an_independent_coupling():
+    with pytest.raises(ValueError, match="coupling OptimalTransport is not; use target='sampled'"):
+        FlowMatching("marginal", coupling="optimal_transport")
+    for bad, message in [
+        ({"target": "mean"}, "target must be 'sampled' or 'marginal', got 'mean'"),
+        ({"num_queries": 4}, "num_queries must be >= 1 and goes with target='marginal' or a coupling"),
+        ({"path": "zigzag"}, "unknown ProbabilityPath 'zigzag'; expected one of cosine, linear, variancepreserving"),
+        ({"coupling": "none"}, "unknown Coupling 'none'"),
+        ({"context_dropout": 1.0}, "context_dropout must be a probability below 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            FlowMatching(**bad)
+    assert FlowMatching(path="variance_preserving").path == VariancePreserving()
+    assert FlowMatching(coupling="optimal_transport", num_queries=4).num_queries == 4
+
+
+def test_a_setting_out_of_range_is_refused():
+    for build, message in [
+        (lambda: Linear(1.0), r"sigma_min must be in \[0, 1\), got 1.0"),
+        (lambda: VariancePreserving(2, 1), "0 < beta_min <= beta_max, got 2 and 1"),
+        (lambda: Sinkhorn(0), "regularisation must be > 0, got 0"),
+        (lambda: Sinkhorn(max_iterations=0), "max_iterations must be > 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build()
+
+
+# Couplings
+
+
+def test_optimal_transport_sorts_on_the_line():
+    noise, data = torch.randn(200, 1), 1 + SD * torch.randn(200, 1)
+    coupled = OptimalTransport().couple(noise, data)
+    assert torch.equal(coupled[data[:, 0].argsort()], noise.sort(0).values)
+
+
+def test_optimal_transport_has_the_least_cost_of_all_assignments():
+    noise, data = torch.randn(6, 2, 2), torch.randn(6, 2, 2)
+    cost = (OptimalTransport().couple(noise, data) - data).square().sum()
+    every = [(noise[list(order)] - data).square().sum() for order in itertools.permutations(range(6))]
+    torch.testing.assert_close(cost, torch.stack(every).min())
+
+
+def test_optimal_transport_of_gaussians_tends_to_the_linear_map():
+    """x₁ = 1 + SD x₀ is the optimal map, along which velocities are a function of x_t: the targets scatter less."""
+    noise, data = torch.randn(1000, 2), 1 + SD * torch.randn(1000, 2)
+    error = [(1 + SD * coupling.couple(noise, data) - data).std() for coupling in (Independent(), OptimalTransport())]
+    assert error[1] < 0.2 * error[0]
+    flow = CNF(MLP((2,), (8,)))
+    objectives = (FlowMatching(coupling=name) for name in ("independent", "optimal_transport"))
+    independent, optimal = (objective(flow, Batch(data), rng()).loss for objective in objectives)
+    assert optimal < independent
+
+
+def test_sinkhorn_has_uniform_marginals():
+    noise, data = torch.randn(60, 2), torch.randn(40, 2) + 1
+    plan = Sinkhorn(0.3, tolerance=1e-9).log_plan(noise, data).exp()
+    torch.testing.assert_close(plan.sum(1), torch.full((40,), 1 / 40))
+    torch.testing.assert_close(plan.sum(0), torch.full((60,), 1 / 60), rtol=0, atol=1e-10)
+
+
+def test_sinkhorn_lies_between_optimal_and_independent():
+    noise, data = torch.randn(40, 2), 1 + SD * torch.randn(40, 2)
+    cost = torch.cdist(data, noise).square()
+    best = cost[linear_sum_assignment(cost.numpy())].mean()
+    costs = [
+        (Sinkhorn(regularisation, 20_000, 1e-4).log_plan(noise, data).exp() * cost).sum()
+        for regularisation in (0.01, 0.3, 3.0, 1e4)
+    ]
+    assert best - 1e-9 < costs[0] < best + 0.02
+    assert costs[0] < costs[1] < costs[2] < costs[3]
+    torch.testing.assert_close(costs[3], cost.mean(), rtol=1e-3, atol=0)
+
+
+def test_sinkhorn_of_gaussians_has_the_closed_form_covariance():
+    """cov(x₀, x₁) = ½(√(4 s² + ε²/4) − ε/2) for N(0, 1) and N(m, s²). [Janati et al. 2020, arXiv:2006.02572]"""
+    quantiles = torch.special.ndtri((torch.arange(400) + 0.5) / 400).unsqueeze(1)
+    for epsilon in (0.2, 1.0, 4.0):
+        plan = Sinkhorn(epsilon, tolerance=1e-6).log_plan(quantiles, 1 + SD * quantiles).exp()
+        covariance = ((1 + SD * quantiles - 1) @ quantiles.T * plan).sum()
+        truth = 0.5 * (math.sqrt(4 * SD**2 + epsilon**2 / 4) - epsilon / 2)
+        assert abs(covariance - truth) < 5e-3
+
+
+def test_sinkhorn_draws_from_its_plan():
+    noise, data = torch.randn(5, 1), torch.randn(5, 1)
+    coupling = Sinkhorn(0.5)
+    plan = coupling.log_plan(noise, data).exp()
+    generator = rng()
+    draws = torch.stack([coupling.pair(noise, data, generator) for _ in range(1000)])
+    found = torch.nn.functional.one_hot(draws, 5).double().mean(0) / 5
+    assert ((found - plan).abs() < 4 * (plan / 5 / 1000).sqrt() + 1e-12).all()
+
+
+@pytest.mark.parametrize("coupling", [OptimalTransport(), Sinkhorn()], ids=["exact", "sinkhorn"])
+def test_couplings_stay_within_a_context(coupling):
+    context = one_hot(torch.randint(3, (60,)), 3)
+    noise, data = torch.randn(60, 2), torch.randn(60, 2)
+    marked = torch.cat([noise, 100 * context.argmax(1, keepdim=True)], 1)  # the noise carries its first owner's class
+    coupled = coupling.couple(marked, torch.cat([data, torch.zeros(60, 1)], 1), context)
+    assert torch.equal(coupled[:, 2], marked[:, 2])
+    distinct = torch.arange(60.0).unsqueeze(1)
+    assert torch.equal(coupling.couple(noise, data, distinct), noise)
+
+
+# Guidance
+
+
+def test_dropped_contexts_are_zero_and_average_over_all_classes():
+    """A field that reports what it is given: with dropout p, a share p of the contexts is zero."""
+    seen = []
+
+    class Spy(torch.nn.Module):
+        event_shape = (2,)
+
+        def forward(self, t, x, context):
+            seen.append(context)
+            return 0 * x
+
+    batch = MoonsByClass().draw(4000, rng())
+    for target in ("sampled", "marginal"):
+        FlowMatching(target, num_queries=None, context_dropout=0.2)(CNF(Spy()), batch, rng(1))
+        dropped = (seen[-1] == 0).all(1)
+        assert abs(dropped.double().mean() - 0.2) < 4 * math.sqrt(0.16 / 4000)
+        assert torch.equal(seen[-1][~dropped], batch.context[~dropped])
+
+
+def test_guidance_extrapolates_from_no_context():
+    field = MLP((2,), (16, 16), context_shape=(3,))
+    x, t, context = torch.randn(7, 2), torch.tensor(0.3), torch.tensor([[0.0, 1.0, 0.0]])
+    given, without = field(t, x, context.expand(7, 3)), field(t, x, torch.zeros(7, 3))
+    for weight in (0.0, 1.0, 2.5):
+        guided = Guided(field, weight)
+        value, divergence = guided.value_and_divergence(t, x, context.expand(7, 3))
+        torch.testing.assert_close(value, without + weight * (given - without))
+        torch.testing.assert_close(value, guided(t, x, context.expand(7, 3)))
+        torch.testing.assert_close(divergence, dense_divergence(guided.bind(context), t, x))
+
+
+def test_a_guided_flow_shares_its_parameters_and_has_a_density():
+    flow = CNF(MLP((2,), (8,), context_shape=(2,)), Analytic(), ODESolver("rk4", step_size=0.1))
+    context, x = torch.tensor([1.0, 0.0]), torch.randn(9, 2)
+    torch.testing.assert_close(flow.guided(1.0).log_prob(x, context), flow.log_prob(x, context))
+    torch.testing.assert_close(flow.guided(0.0).log_prob(x, context), flow.log_prob(x, torch.zeros(2)))
+    assert list(flow.guided(2.0).parameters()) == list(flow.parameters())
+    drawn, log_prob = flow.guided(2.0).sample_and_log_prob((9,), context)
+    torch.testing.assert_close(flow.guided(2.0).log_prob(drawn, context), log_prob, rtol=0, atol=1e-4)
+
+
+def test_guidance_without_a_closed_form_or_a_context():
+    network = Adapter(torch.nn.Linear(2, 2), (2,), ("context",), context_shape=(2,))
+    guided = Guided(network, 2.0)
+    assert not hasattr(guided, "value_and_divergence")
+    x, context = torch.randn(4, 2), torch.randn(4, 2)
+    bias = network.module.bias
+    torch.testing.assert_close(guided(torch.tensor(0.0), x, context), 2 * network.module(context) - bias)
+    flow = CNF(MLP((2,), (8,), context_shape=(2,)), Hutchinson(2), ODESolver("rk4", step_size=0.5)).guided(1.5)
+    assert flow.log_prob(x, context).isfinite().all()
+    with pytest.raises(ValueError, match="guidance needs a field with a context_shape, and MLP has none"):
+        Guided(MLP((2,), (8,)), 2.0)
+
+
+def test_paths_and_couplings_extend_by_a_class():
+    class Squared(ProbabilityPath):
+        def coefficients(self, t):
+            return t**2, 1 - t, 2 * t, -torch.ones_like(t)
+
+    assert isinstance(FlowMatching(path="squared").path, Squared)
