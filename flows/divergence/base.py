@@ -76,6 +76,16 @@ class DivergenceEstimator(ABC):
         Like everywhere below, ``field`` is only looked at by estimators that use its structure.
         """
 
+    def with_budget(
+        self, num_products: int, event_shape: tuple[int, ...], field: object | None = None
+    ) -> DivergenceEstimator:
+        """The same kind of estimator at the best setting that costs at most ``num_products`` products.
+
+        Where none is so cheap, the cheapest; never a dearer one than it takes to be exact. An estimator whose cost
+        is not a matter of choice returns itself, as this one does.
+        """
+        return self
+
     def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
         """Whether the estimates of ``field`` on this event shape carry no sampling error."""
         return False

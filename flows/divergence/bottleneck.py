@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,11 @@ class Bottleneck(DivergenceEstimator):
 
     def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
         return _width(field) if self.exact else self.num_probes
+
+    def with_budget(self, num_products: int, event_shape: tuple[int, ...], field: object | None = None) -> Bottleneck:
+        if self.exact:
+            return self
+        return replace(self, num_probes=max(1, min(num_products, _width(field))))
 
     def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
         """Whether ``exact`` is set, or the probes of this family fill the bottleneck of the field."""

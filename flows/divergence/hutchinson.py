@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ class Hutchinson(DivergenceEstimator):
 
     def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
         return self.num_probes
+
+    def with_budget(self, num_products: int, event_shape: tuple[int, ...], field: object | None = None) -> Hutchinson:
+        return replace(self, num_probes=max(1, min(num_products, math.prod(event_shape))))
 
     def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
         return self.probes.spread_factor(self.num_probes, math.prod(event_shape)) == 0

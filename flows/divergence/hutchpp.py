@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,14 @@ class HutchPlusPlus(DivergenceEstimator):
 
     def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
         return math.prod(event_shape) if self.is_exact(event_shape) else self.num_products
+
+    def with_budget(
+        self, num_products: int, event_shape: tuple[int, ...], field: object | None = None
+    ) -> HutchPlusPlus:
+        dimension = math.prod(event_shape)
+        if num_products >= dimension:
+            return replace(self, num_products=3 * dimension)  # exact at d products
+        return replace(self, num_products=max(3, num_products - num_products % 3))
 
     def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
         return self.num_estimates >= math.prod(event_shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,16 @@ class Probing(DivergenceEstimator):
 
     def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
         return self.num_repeats * self._num_colours(event_shape, field)
+
+    def with_budget(self, num_products: int, event_shape: tuple[int, ...], field: object | None = None) -> Probing:
+        best = replace(self, stride=1)
+        for stride in range(2, max(split_event(event_shape, self.grid_ndim)[1]) + 1):
+            if best.is_exact(event_shape, field):
+                break
+            wider = replace(self, stride=stride)
+            if wider.cost(event_shape, field) <= num_products:
+                best = wider
+        return best
 
     def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
         """Whether the stride exceeds the stated radius of the field, or every entry has a colour of its own."""

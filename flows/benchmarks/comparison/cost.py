@@ -1,0 +1,121 @@
+"""What evaluations of a field with an estimator cost: time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import profile
+
+from flows.benchmarks.comparison.trajectory import Trajectory
+from flows.benchmarks.timing import alternating_medians
+from flows.divergence import DivergenceEstimator
+from flows.fields import bind
+
+Case = Callable[[], object]
+
+
+def case(
+    field: nn.Module,
+    trajectory: Trajectory,
+    estimator: DivergenceEstimator | None = None,
+    probes: Tensor | None = None,  # for the points of the trajectory
+    training: bool = False,
+) -> Case:
+    """One evaluation at each time of the trajectory, sharing what is computed once a solve; the bare field if
+    there is no estimator. In training, with the backward pass to the points and the parameters."""
+    parameters = [p for p in field.parameters() if p.requires_grad]
+
+    def run() -> None:
+        with torch.set_grad_enabled(training):
+            bound = bind(field, trajectory.context)
+            points = trajectory.x.clone().requires_grad_(training)
+            loss = points.new_zeros(())
+            for t, x in zip(trajectory.times, points, strict=True):
+                if estimator is None:
+                    value = bound(t, x)
+                    loss = loss + value.sum()
+                else:
+                    sample = estimator(bound, t, x, probes)
+                    loss = loss + sample.value.sum() + sample.divergence.sum()
+            if training:
+                torch.autograd.grad(loss, [points, *parameters], allow_unused=True)
+
+    return run
+
+
+def time_ratio(bare: Case, with_estimator: Case, seconds: float) -> tuple[float, float]:
+    """Seconds of the second case, and as a multiple of the first, timed in turns with it."""
+    medians = alternating_medians({"bare": bare, "estimator": with_estimator}, seconds, most=200)
+    return medians["estimator"], medians["estimator"] / medians["bare"]
+
+
+def affordable(
+    field: nn.Module,
+    trajectory: Trajectory,
+    estimator: DivergenceEstimator,
+    memory: float | None,  # bytes that an evaluation in training may take; None: it is not trained with
+    seconds: float,  # that an evaluation without gradients may take
+) -> Trajectory:
+    """As many of the points, at least two, as keep one evaluation within both, found by trying 2, 8, 32, ..."""
+    tried, most = 2, trajectory.x.shape[1]
+    if memory is not None:
+        few = trajectory.at(0).first(tried)
+        probes = estimator.draw_probes(few.x[0], field=field)
+        peak = peak_memory(case(field, few, estimator, probes, training=True), few.x.device)
+        most = max(2, min(most, int(memory / max(peak, 1) * tried)))
+    while tried < most:
+        few = trajectory.at(0).first(tried)
+        probes = estimator.draw_probes(few.x[0], field=field)
+        taken = alternating_medians({"it": case(field, few, estimator, probes)}, 0.0)["it"]
+        if taken / tried * min(4 * tried, most) > seconds:
+            return trajectory.first(min(most, max(2, int(tried * seconds / taken))))
+        tried *= 4
+    return trajectory.first(most)
+
+
+def peak_memory(run: Case, device: torch.device) -> int:
+    """The most bytes that tensors take at once while ``run`` runs, beyond those that were there before.
+
+    On a GPU, the peak of the caching allocator; on the CPU, the running sum of all allocations and releases that
+    torch's profiler records, the temporaries inside kernels included.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    profiler = profile(profile_memory=True)
+    with _stderr_silenced():  # the profiler of some versions of torch announces itself there
+        profiler.__enter__()
+    try:
+        run()
+    finally:
+        with _stderr_silenced():
+            profiler.__exit__(None, None, None)
+    records = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for record in sorted(records, key=lambda event: event.start_ns()):
+        now += record.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@contextlib.contextmanager
+def _stderr_silenced() -> Iterator[None]:
+    """Drop what native code writes to stderr."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nothing:
+        kept = os.dup(2)
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,56 @@
+"""Compare all divergence estimators on a flow; see `python scripts/compare_estimators.py --help`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from flows.benchmarks.comparison import advise, as_dict, as_text, compare, error_against_cost
+from flows.training import TensorBoardLogger
+from flows.training.choices import instances
+from flows.training.console import readable_errors
+from flows.training.folder import open_run_folder, write_result
+from flows.training.subject import subject
+from flows.training.summary import to_json
+
+CONFIG = Path(__file__).resolve().parents[1] / "conf" / "compare.yaml"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG.parent), config_name=CONFIG.stem)
+def main(composed: DictConfig) -> None:
+    with readable_errors():
+        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        estimators = instances("divergence", settings["estimators"], settings["variants"])
+        chosen = subject(settings, HydraConfig.get().overrides.task)
+        default = chosen.folder / "comparisons" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}"
+        folder = open_run_folder(settings["output_dir"] or default)
+        points, context = chosen.points(settings["part"], settings["points"])
+        comparison = compare(
+            chosen.flow,
+            points,
+            estimators,
+            context=context,
+            seed=settings["seed"],
+            progress=settings["progress_bar"],
+            **settings["measure"],
+        )
+        advice = advise(comparison, settings["affordable"])
+        text, figure = as_text(comparison, advice), error_against_cost(comparison)
+        print(text)
+        figure.savefig(folder / "comparison.png")
+        content = {"checkpoint": chosen.checkpoint and str(chosen.checkpoint), "data": chosen.dataset.name}
+        write_result(folder / "comparison.json", to_json({**content, **as_dict(comparison, advice)}))
+        logger = TensorBoardLogger(folder)
+        table = "".join(f"    {line}\n" for line in text.splitlines())
+        logger.log({"estimators/table": table, "estimators/error_against_cost": figure}, step=0)
+        logger.close()
+        print(f"\nFigures, picture and TensorBoard events in {folder}")
+
+
+if __name__ == "__main__":
+    with readable_errors(CONFIG):
+        main()
