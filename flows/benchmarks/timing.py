@@ -16,12 +16,23 @@ def alternating_medians(
     most: int = 50,
     progress: str | None = None,
 ) -> dict[str, float]:
-    """Seconds a call of each case: the median over rounds in which every case runs in turn.
+    """Seconds a call of each case: the median of :func:`alternating_times`."""
+    times = alternating_times(cases, seconds_each, most, progress)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def alternating_times(
+    cases: Mapping[str, Callable[[], object]],
+    seconds_each: float = 1.0,
+    most: int = 50,
+    progress: str | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of the calls of each case, over rounds in which every case runs in turn.
 
     Each case runs once beforehand, uncounted. It leaves the rounds once it has had ``seconds_each`` (but never
     before three runs) or ``most`` runs, so that slow cases do not decide how often fast ones are measured. A case
     that takes more than five times ``seconds_each`` is past what a first call costs extra: its first run counts,
-    and one more makes its median.
+    and one more is enough.
 
     Args:
         progress: what a progress bar over the cases is called; None: no bar.
@@ -42,7 +53,7 @@ def alternating_medians(
                 if enough or len(times[name]) >= most:
                     active.remove(name)
                     bar.update()
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def _timed(case: Callable[[], object]) -> float:

@@ -76,6 +76,10 @@ class DivergenceEstimator(ABC):
         Like everywhere below, ``field`` is only looked at by estimators that use its structure.
         """
 
+    def choose(self, event_shape: tuple[int, ...], field: object | None = None) -> DivergenceEstimator:
+        """The estimator that does the work for this field: itself, unless it stands for others."""
+        return self
+
     def with_budget(
         self, num_products: int, event_shape: tuple[int, ...], field: object | None = None
     ) -> DivergenceEstimator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flows.benchmarks.comparison.compare import Comparison, Row
+from flows.benchmarks.comparison.measure import Comparison, Row
 
 
 @dataclass(frozen=True)

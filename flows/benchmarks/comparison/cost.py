@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 from flows.benchmarks.comparison.trajectory import Trajectory
-from flows.benchmarks.timing import alternating_medians
+from flows.benchmarks.timing import alternating_times
 from flows.divergence import DivergenceEstimator
 from flows.fields import bind
 
@@ -49,9 +49,14 @@ def case(
 
 
 def time_ratio(bare: Case, with_estimator: Case, seconds: float) -> tuple[float, float]:
-    """Seconds of the second case, and as a multiple of the first, timed in turns with it."""
-    medians = alternating_medians({"bare": bare, "estimator": with_estimator}, seconds, most=200)
-    return medians["estimator"], medians["estimator"] / medians["bare"]
+    """Seconds of the second case, and as a multiple of the first: of each the least over runs that take turns.
+
+    The least, since whatever else the machine does can only add to a time; and on a machine that is shared, where
+    long runs are interrupted more often than short ones, it adds unevenly to medians.
+    """
+    times = alternating_times({"bare": bare, "estimator": with_estimator}, seconds, most=200)
+    least = {name: min(values) for name, values in times.items()}
+    return least["estimator"], least["estimator"] / least["bare"]
 
 
 def affordable(
@@ -71,7 +76,7 @@ def affordable(
     while tried < most:
         few = trajectory.at(0).first(tried)
         probes = estimator.draw_probes(few.x[0], field=field)
-        taken = alternating_medians({"it": case(field, few, estimator, probes)}, 0.0)["it"]
+        taken = min(alternating_times({"few": case(field, few, estimator, probes)}, 0.0)["few"])
         if taken / tried * min(4 * tried, most) > seconds:
             return trajectory.first(min(most, max(2, int(tried * seconds / taken))))
         tried *= 4

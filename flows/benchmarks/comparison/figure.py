@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from flows.benchmarks.comparison.compare import Comparison, Row
+from flows.benchmarks.comparison.measure import Comparison, Row
 from flows.plots.style import MUTED, tidy
 
 MARKERS = "osD^vP*Xp<>hd"

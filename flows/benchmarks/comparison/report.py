@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flows.benchmarks.comparison.advice import Advice
-from flows.benchmarks.comparison.compare import Comparison, Row
+from flows.benchmarks.comparison.measure import Comparison, Row
 
 
 def as_text(comparison: Comparison, advice: Advice) -> str:
@@ -34,6 +34,7 @@ def as_dict(comparison: Comparison, advice: Advice) -> dict[str, Any]:
             "truth": truth,
             "estimators": rows,
             "not_applicable": comparison.left_out,
+            "stand_ins": comparison.stand_ins,
             "advice": asdict(advice),
         }
     )
@@ -92,6 +93,9 @@ def _or_dash(value: float | None, width: int) -> str:
 
 
 def _left_out(comparison: Comparison) -> Iterator[str]:
+    if comparison.stand_ins:
+        yield ""
+        yield from (f"{name} is {label} here" for name, label in comparison.stand_ins.items())
     if comparison.left_out:
         yield ""
         yield "Not applicable:"

@@ -45,6 +45,7 @@ class Comparison:
 
     rows: list[Row]  # by estimator, then by products
     left_out: dict[str, str]  # the estimators that do not apply, with the reason
+    stand_ins: dict[str, str]  # the estimators that leave the work to another, with its label
     truth: Truth
     field: str
     event_shape: tuple[int, ...]
@@ -86,13 +87,16 @@ def compare(
     _check(x, budgets, draws, seconds, memory)
     trajectory = trajectory_of(flow, x, times, context)
     shape = flow.event_shape
-    left_out, found = {}, []
-    for name, estimator in estimators.items():
+    left_out, found, stand_ins = {}, [], {}
+    for name, given in estimators.items():
+        estimator = given.choose(shape, flow.field)
+        if estimator is not given:
+            stand_ins[name] = labelled([estimator])[0].label
         reason = not_applicable(estimator, flow.field, trajectory)
         if reason is None:
-            affordable = settings(estimator, budgets, shape, flow.field)
-            found += affordable
-            if not affordable:
+            worthwhile = settings(estimator, budgets, shape, flow.field)
+            found += worthwhile
+            if not worthwhile:
                 products = estimator.cost(shape, flow.field)
                 reason = f"costs {products} products here, more than the {math.prod(shape)} of Exact()"
         if reason is not None:
@@ -109,6 +113,7 @@ def compare(
     return Comparison(
         rows=rows,
         left_out=left_out,
+        stand_ins=stand_ins,
         truth=exact,
         field=type(flow.field).__name__,
         event_shape=shape,
