@@ -17,7 +17,7 @@ from flows.training.folder import open_run_folder, write_result
 from flows.training.subject import subject
 from flows.training.summary import to_json
 
-CONFIG = Path(__file__).resolve().parents[1] / "conf" / "compare.yaml"
+CONFIG = Path(__file__).resolve().parents[1] / "conf" / "compare_estimators.yaml"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG.parent), config_name=CONFIG.stem)

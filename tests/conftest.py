@@ -1,8 +1,13 @@
+import runpy
+import sys
+from pathlib import Path
+
 import matplotlib
 import pytest
 import torch
 
 matplotlib.use("Agg")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +19,22 @@ def _float64_and_seed():
     torch.set_num_threads(1)  # test workers share the cores, and the tensors are small
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a script in this process, in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+
+    def run_script(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_script

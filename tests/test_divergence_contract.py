@@ -208,3 +208,17 @@ def test_evaluations_of_the_field(mode, chunk_size, evaluations):
 
     Exact(mode, chunk_size)(counted, torch.tensor(0.3), torch.randn(3, 7), None)
     assert len(calls) == evaluations
+
+
+@every_estimator
+@every_event
+def test_a_budget_is_kept_and_not_wasted(estimator, event_shape):
+    """At any budget: within it or as cheap as it gets, better with more, and no dearer once exact."""
+    field = perceptron(event_shape)
+    chosen = [estimator.with_budget(budget, event_shape, field) for budget in range(1, 80)]
+    costs = [one.cost(event_shape, field) for one in chosen]
+    assert all(type(one) is type(estimator) for one in chosen)
+    assert all(cost <= max(budget, costs[0]) for budget, cost in enumerate(costs, start=1))
+    assert costs == sorted(costs)
+    exact = [cost for one, cost in zip(chosen, costs, strict=True) if one.is_exact(event_shape, field)]
+    assert len(set(exact)) <= 1

@@ -16,7 +16,7 @@ COMMANDS = [
     for language, block in BLOCKS
     if language == "bash"
     for line in block.splitlines()
-    if re.match(r"python scripts/(train|evaluate|sample)\.py", line)
+    if re.match(r"python scripts/(train|evaluate|sample|compare_estimators)\.py", line)
 ]
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -40,25 +39,6 @@ TINY = [
     "trainer.log_every=1",
     "trainer.progress_bar=false",
 ]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a script in this process, in an empty folder; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    torch.set_default_dtype(torch.float32)
-
-    def run_script(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_script
 
 
 def test_train_evaluate_and_sample(run, tmp_path):

@@ -16,7 +16,7 @@ def instances(
 ) -> dict[str, Any]:
     """What the choices of a group describe, by name, within a running program of Hydra's.
 
-    A new yaml in the folder of the group is a new choice.
+    A new yaml in the folder of the group, here or in a folder of ``hydra.searchpath``, is a new choice.
 
     Args:
         names: of the choices to take.
@@ -28,9 +28,12 @@ def instances(
     """
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    choices = GlobalHydra.instance().config_loader().get_group_options(group)
+    context = HydraConfig.get()
+    main, where = context.job.config_name, list(context.overrides.hydra)  # such as further folders to search
+    choices = GlobalHydra.instance().config_loader().get_group_options(group, config_name=main, overrides=where)
     variants = {} if variants is None else variants
     valid = [*choices, *variants]
     names = valid if names is None else [names] if isinstance(names, str) else list(names)
@@ -47,6 +50,6 @@ def instances(
                 f"the variant {name!r} must say which {group} it varies, {group}: {choices[0]} for instance; "
                 f"there are {', '.join(choices)}"
             )
-        composed = OmegaConf.to_container(compose(overrides=[f"+{group}={base}"])[group], resolve=True)
+        composed = OmegaConf.to_container(compose(overrides=[f"+{group}={base}", *where])[group], resolve=True)
         found[name] = instantiate({**composed, **changes})
     return found
