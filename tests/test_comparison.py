@@ -352,7 +352,8 @@ def test_labels_tell_settings_apart():
 
 
 def test_the_labels_of_the_picture_do_not_overlap(on_a_perceptron, on_an_image):
-    for comparison in (on_a_perceptron[2], on_an_image):
+    crowd = comparison_of(*(row(f"e{i}", 2 * 1.01**i, sd=0.99**i, products=100 + i) for i in range(8)))
+    for comparison in (on_a_perceptron[2], on_an_image, crowd):
         figure = error_against_cost(comparison)
         figure.draw_without_rendering()
         for axes in figure.axes:
