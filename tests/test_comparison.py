@@ -233,7 +233,7 @@ def test_advice_weighs_noise_against_the_spread_of_the_points():
     calm = advise(comparison_of(noisy, exact, spread=1.0))  # noise doubles the variance, exactness costs 15 times more
     assert (calm.training, calm.evaluation) == ("Hutchinson", "Exact")
     assert calm.training_reason == (
-        "a standard deviation of 1, against 1 between points, at 1 products, 6.0 field evaluations forward and "
+        "a standard deviation of 1, against 1 between points, at 1 product, 6.0 field evaluations forward and "
         "backward; Exact is exact at 90.0"
     )
     assert calm.evaluation_reason == "exact at 30 products, 30.0 field evaluations"

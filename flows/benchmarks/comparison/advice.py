@@ -64,7 +64,7 @@ def _least(rows: Sequence[Row], figure: Callable[[Row], float]) -> Row:
 
 
 def _reason(row: Row, ratio: float | None, where: str, comparison: Comparison) -> str:
-    cost = f"{row.products} products, " if row.products else ""
+    cost = f"{row.products} product{'s' * (row.products > 1)}, " if row.products else ""
     evaluations = f"{ratio:.1f} field evaluations{where}"
     if row.exact:
         return f"exact at {cost}{evaluations}"
