@@ -28,9 +28,9 @@ def composed(tmp_path, *overrides):
         config = compose("train", overrides=[*data, f"output_dir={tmp_path / 'run'}", *overrides])
     for stage in config.objective.values():
         stage.steps, stage.batch_size, stage.warmup_steps = 2, 6, 0
-    for part, tiny in ((config.data, 20), (config.field, 8)):
+    for part, tiny in ((config.data, 20), (config.field, 8), (config.field.get("field", {}), 8)):
         for key in part:
-            if key in ("num_validation", "num_test", "width", "num_units", "num_channels", "num_kernels"):
+            if key in ("num_validation", "num_test", "width", "num_units", "channels", "num_channels", "num_kernels"):
                 part[key] = tiny
             elif key == "hidden":
                 part[key] = tiny if isinstance(part[key], int) else [tiny] * len(part[key])
@@ -63,7 +63,8 @@ def first_shape(field):
 def first_pair(tmp_path, fields, divergences):
     """The settings, and the event shape, of the first of these fields and estimators that go together."""
     for field, divergence in itertools.product(fields, divergences):
-        config = composed(tmp_path, f"divergence={divergence}", f"field={field}")
+        quick = ("solver=rk4", "solver.step_size=0.25")
+        config = composed(tmp_path, f"divergence={divergence}", f"field={field}", *quick)
         shape = first_shape(config.field)
         try:
             build_flow(config, shape).log_prob(torch.randn(3, *shape))
@@ -71,6 +72,17 @@ def first_pair(tmp_path, fields, divergences):
             continue
         return config, shape
     raise AssertionError(f"none of the fields {fields} goes with any of {divergences}")
+
+
+def fitted(config, dataset):
+    """The summary of a run; without flow matching where the field says that it cannot be trained by it."""
+    try:
+        return build_trainer(config, dataset=dataset).fit()
+    except ValueError as refusal:
+        if "choose objective=maximum_likelihood" not in str(refusal):
+            raise
+        config["objective"].pop("flow_matching")
+        return build_trainer(config, dataset=dataset).fit()
 
 
 @pytest.fixture
@@ -98,7 +110,7 @@ def test_every_choice_trains(tmp_path, table, group, name):
         config = composed(tmp_path, *overrides)
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     vet(plain)  # so that the run's checkpoint can be loaded again
-    summary = build_trainer(plain, dataset=dataset).fit()
+    summary = fitted(plain, dataset)
     assert summary.position.step == 2 * len(plain["objective"])
     assert abs(summary.test_nll) < 1e6
 

@@ -7,7 +7,7 @@ import torch
 from problems import Convolutions, assert_unbiased, assert_variance, dense_divergence, dense_jacobian
 
 from flows import CNF, ODESolver
-from flows.divergence import Exact, Hutchinson, Probing, divergence
+from flows.divergence import Auto, Exact, Hutchinson, Probing, divergence
 from flows.divergence.colouring import colour_event, colour_line, num_line_colours
 from flows.fields import bind
 
@@ -83,6 +83,19 @@ def test_exact_only_by_what_the_field_states():
     assert flow.estimate_log_prob(torch.randn(2, *event_shape), solver_error=False).standard_error.eq(0).all()
 
 
+class Hidden:
+    """A field that keeps its layers, and with them their padding, to itself."""
+
+    receptive_radius = 2
+    periodic = False
+
+    def __init__(self, field):
+        self.evaluate = field
+
+    def __call__(self, t, x):
+        return self.evaluate(t, x)
+
+
 def test_the_seam_of_a_torus_matters():
     """Colours of an open grid meet around a ring whose size the stride does not divide."""
     event_shape = (1, 8)
@@ -90,9 +103,7 @@ def test_the_seam_of_a_torus_matters():
     x = torch.randn(3, *event_shape)
     truth = dense_divergence(field, T, x)
     torch.testing.assert_close(divergence(lambda x: field(T, x), x, 2, Exact()), truth)
-    hidden = Convolutions(event_shape, 2, "circular")
-    hidden.load_state_dict(field.state_dict())
-    hidden.padding_mode = "zeros"  # only says so
+    hidden = Hidden(field)
     assert (estimate(Probing(3), hidden, x).divergence - truth).abs().max() > 1e-3
     hidden.periodic = True
     torch.testing.assert_close(estimate(Probing(3), hidden, x).divergence, truth, rtol=0, atol=1e-10)
@@ -179,6 +190,30 @@ def test_without_a_grid_blocks_cover_the_event():
     torch.testing.assert_close(divergence(torch.sin, x, 2, Probing(2, grid_ndim=0)), x.cos().sum((1, 2)))
     field = Convolutions((5, 3), 1)
     assert not Probing(2, grid_ndim=0).is_exact((5, 3), field)  # a radius is along the grid that there is not
+
+
+def test_a_radius_that_circular_padding_breaks_is_refused():
+    class Ring(torch.nn.Module):
+        event_shape = (1, 8, 8)
+        receptive_radius = 1
+
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(
+                torch.nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"), torch.nn.Tanh()
+            )
+
+        def forward(self, t, x):
+            return self.net(x)
+
+    field, x = Ring(), torch.randn(2, 1, 8, 8)
+    message = r"Ring states receptive_radius = 1, but its layer net.0 has circular padding.*state periodic = True"
+    for estimator in (Probing(2), Auto()):
+        with pytest.raises(ValueError, match=message):
+            CNF(field, estimator).log_prob(x)
+    field.periodic = True
+    truth = dense_divergence(field, T, x)
+    torch.testing.assert_close(estimate(Probing(2), field, x).divergence, truth, rtol=0, atol=1e-10)
 
 
 def test_errors():

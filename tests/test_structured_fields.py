@@ -16,6 +16,7 @@ from flows.fields import (
     PeriodicConv,
     Planar,
     Potential,
+    UNet,
     bind,
 )
 
@@ -38,12 +39,15 @@ FIELDS = {  # name: (how to build it, event shape), the parameters away from the
     "periodic_uneven_turned": (partial(PeriodicConv, num_channels=3, kernel_size=(5, 3)), (1, 5, 5)),
     "periodic_3d": (partial(PeriodicConv, num_channels=2), (1, 3, 3, 4)),
 }
-CONVNET = (partial(ConvNet, hidden=(4, 3)), (1, 3, 4))
+OPEN = {  # without a closed form
+    "conv_net": (partial(ConvNet, hidden=(4, 3)), (1, 3, 4)),
+    "unet": (partial(UNet, channels=4, multipliers=(1, 2), num_heads=2), (1, 2, 3)),
+}
 
 
 def build(name, context_shape=None, noise=0.3):
     """A field of that name, moved away from special initial values such as zero last layers."""
-    make, event_shape = CONVNET if name == "conv_net" else FIELDS[name]
+    make, event_shape = (FIELDS | OPEN)[name]
     field = make(event_shape, context_shape=context_shape)
     with torch.no_grad():
         for parameter in field.parameters():
@@ -80,7 +84,7 @@ def test_closed_form_is_the_dense_trace_with_its_gradients(name, context_shape, 
         torch.testing.assert_close(*(torch.zeros(()) if g is None else g for g in (a, b)))
 
 
-@pytest.mark.parametrize("name", [*FIELDS, "conv_net"])
+@pytest.mark.parametrize("name", [*FIELDS, *OPEN])
 def test_a_gradient_reaches_every_parameter_and_the_context(name):
     field = build(name, (2,))
     x = torch.randn(5, *field.event_shape)
@@ -92,29 +96,29 @@ def test_a_gradient_reaches_every_parameter_and_the_context(name):
     assert unused == (["layers.0.weight", "direct.weight"] if name == "hollow_1d" else [])
 
 
-@pytest.mark.parametrize("name", [*FIELDS, "conv_net"])
+@pytest.mark.parametrize("name", [*FIELDS, *OPEN])
 def test_dtype_is_kept_and_no_grad_builds_no_graph(name):
     field = build(name).float()
     x = torch.randn(3, *field.event_shape, dtype=torch.float32)
     t = torch.tensor(0.3, dtype=torch.float32)
     with torch.no_grad():
-        outputs = [field(t, x)] if name == "conv_net" else [field(t, x), *field.value_and_divergence(t, x)]
+        outputs = [field(t, x)] if name in OPEN else [field(t, x), *field.value_and_divergence(t, x)]
     assert {(o.dtype, o.requires_grad) for o in outputs} == {(torch.float32, False)}
 
 
-@pytest.mark.parametrize("name", [*FIELDS, "conv_net"])
+@pytest.mark.parametrize("name", [*FIELDS, *OPEN])
 def test_every_tensor_follows_the_device(name):
     field = build(name).to("meta")  # a tensor made on the CPU would not mix with these
     x = torch.randn(3, *field.event_shape, device="meta")
     t = torch.rand(3, device="meta")
-    outputs = [field(t, x)] if name == "conv_net" else field.value_and_divergence(t, x)
+    outputs = [field(t, x)] if name in OPEN else field.value_and_divergence(t, x)
     assert [o.device.type for o in outputs] == ["meta"] * len(outputs)
     assert outputs[0].shape == x.shape
 
 
 @pytest.mark.parametrize("name", ["hollow", "potential", "planar", "equivariant", "periodic_1d", "conv_net"])
 def test_flow_trains_by_likelihood_with_both_gradients(name):
-    flow = CNF(build(name, (2,), noise=0.1), Exact(chunk_size=12) if name == "conv_net" else Analytic())
+    flow = CNF(build(name, (2,), noise=0.1), Exact(chunk_size=12) if name in OPEN else Analytic())
     points, context = 0.5 * torch.randn(3, *flow.event_shape), torch.randn(3, 2)
     gradients = []
     for gradient in ("backprop", "adjoint"):
@@ -281,7 +285,7 @@ def test_errors_say_what_came_and_what_to_do(make, message):
         make()
 
 
-@pytest.mark.parametrize("name", ["hollow", "potential", "planar", "equivariant", "periodic_1d", "conv_net"])
+@pytest.mark.parametrize("name", ["hollow", "potential", "planar", "equivariant", "periodic_1d", *OPEN])
 def test_an_unexpected_or_missing_context_is_an_error(name):
     for field, context, message in [
         (build(name), torch.randn(2, 3), "is unconditional and got a context"),
@@ -291,8 +295,9 @@ def test_an_unexpected_or_missing_context_is_an_error(name):
             field(torch.tensor(0.5), torch.randn(2, *field.event_shape), context)
 
 
-def test_divergence_of_a_conv_net_needs_no_closed_form():
-    field = build("conv_net")
+@pytest.mark.parametrize("name", OPEN)
+def test_divergence_of_an_image_field_needs_no_closed_form(name):
+    field = build(name)
     x, t = torch.randn(2, *field.event_shape), torch.tensor(0.4)
     dense = jacobian(field, t, x).diagonal(dim1=1, dim2=2).sum(1)
     torch.testing.assert_close(divergence(lambda x: field(t, x), x, 3), dense)

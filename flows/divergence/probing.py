@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField, declared
+from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField, declared, field_name
 from flows.divergence.colouring import colour_event, num_line_colours, split_event
 from flows.divergence.probes import Rademacher
 from flows.divergence.products import Mode, check_mode, linearise, products_per_call
@@ -42,6 +42,10 @@ class Probing(DivergenceEstimator):
         grid_ndim: how many trailing dimensions of the event are its grid; ``None``: all but the first.
         mode: ``"reverse"`` or ``"forward"`` Jacobian products.
         chunk_size: products in one vectorised call; ``None``: 1 in reverse, 16 in forward mode.
+
+    Raises:
+        ValueError: the event has fewer dimensions than ``grid_ndim``; or the field states a receptive radius that a
+            layer with circular padding breaks, for opposite edges see each other, without ``periodic = True``.
     """
 
     stride: int = 5
@@ -64,6 +68,7 @@ class Probing(DivergenceEstimator):
     def draw_probes(
         self, x: Tensor, generator: torch.Generator | None = None, field: object | None = None
     ) -> Tensor:  # (K, B, *event), signs
+        _check_padding(field)
         return Rademacher().draw(self.num_repeats, x, generator)
 
     def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor) -> FieldSample:
@@ -120,6 +125,22 @@ class Probing(DivergenceEstimator):
         channels, sizes = split_event(event_shape, self.grid_ndim)
         periodic = _is_periodic(field)
         return channels * math.prod(num_line_colours(size, self.stride, periodic) for size in sizes)
+
+
+def _check_padding(field: object | None) -> None:
+    """Raise ``ValueError`` where a layer wraps around a grid that the field calls open."""
+    radius = declared(field, "receptive_radius")
+    if radius is None or _is_periodic(field):
+        return
+    while not isinstance(field, nn.Module) and hasattr(field, "field"):
+        field = field.field
+    for name, layer in field.named_modules() if isinstance(field, nn.Module) else ():
+        if getattr(layer, "padding_mode", None) == "circular":
+            raise ValueError(
+                f"{field_name(field)} states receptive_radius = {radius}, but its layer {name} has circular padding, "
+                "through which pixels at opposite edges see each other; state periodic = True on the field, too, so "
+                "that distances are counted around the edges"
+            )
 
 
 def _is_periodic(field: object | None) -> bool:

@@ -11,10 +11,12 @@ from flows.fields.hollow import Hollow
 from flows.fields.linear import Linear
 from flows.fields.mlp import MLP
 from flows.fields.modulation import Modulation
+from flows.fields.multiscale import Multiscale
 from flows.fields.periodic_conv import PeriodicConv
 from flows.fields.planar import Planar
 from flows.fields.potential import Potential
 from flows.fields.time import SinusoidalTime
+from flows.fields.unet import UNet
 
 __all__ = [
     "MLP",
@@ -30,6 +32,7 @@ __all__ = [
     "Hollow",
     "Linear",
     "Modulation",
+    "Multiscale",
     "PeriodicConv",
     "Planar",
     "Potential",
@@ -38,5 +41,6 @@ __all__ = [
     "SinusoidalTime",
     "Softplus",
     "Tanh",
+    "UNet",
     "bind",
 ]

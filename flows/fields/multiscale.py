@@ -1,0 +1,114 @@
+"""Multiscale flows of images as one field: fine scales move first on the way to the base, and then rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flows.fields.base import Field
+
+
+class Multiscale(Field):
+    r"""FFJORD's multiscale flow, whose stages take turns in time instead of being a chain of models.
+
+    From the data to the base, a scale of n is: a flow of the image (C, H, W); a squeeze of 2 × 2 pixels to channels,
+    (4C, H/2, W/2); a flow of that; and half of the channels are factored out, which means that they stay as they are
+    until the base. The other half is the image of the next scale. The last scale is a flow alone, so there are
+    S = 2n − 1 stages with a field f_k each, and stage k = 0, ..., S − 1 has the slice of time from 1 − (k + 1)/S to
+    1 − k/S. In it only the coordinates y that have not been factored out move:
+
+        dy/dt = S w′(τ) f_k(w(τ), y),    τ = S t − (S − 1 − k) ∈ [0, 1],    w(τ) = 6τ⁵ − 15τ⁴ + 10τ³.
+
+    The clock w is slow at the ends of a stage, which makes v continuous in t, with a continuous derivative, where the
+    next one takes over; it changes neither where a stage ends nor its log-density. As the base is N(0, I), which
+    does not care where its coordinates stand, the density is exactly that of the composition, and everything that works
+    with a field works with this one. [Grathwohl et al. 2019, arXiv:1810.01367; squeeze and factor-out: Dinh et al.
+    2017, arXiv:1605.08803, here factoring out the lower of each two rows, in all channels]
+
+    A batch has one time. Flow matching, which draws a time for each point and expects all coordinates to be on their
+    way at each, does not apply: train it by maximum likelihood.
+
+    Args:
+        event_shape: (C, H, W), H and W divisible by 2ⁿ⁻¹.
+        field: called for each stage as ``field(event_shape=..., context_shape=...)``: a class, or a ``partial`` of one
+            with its other arguments, such as ``partial(ConvNet, hidden=(32, 32))``.
+        num_scales: n >= 1.
+        context_shape: shape of the context, which every stage gets; ``None`` for an unconditional field.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        field: Callable[..., nn.Module],
+        num_scales: int = 2,
+        context_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(event_shape, context_shape)
+        if len(self.event_shape) != 3:
+            raise ValueError(
+                f"event_shape must be (channels, height, width), such as (1, 8, 8), got {self.event_shape}"
+            )
+        if num_scales < 1:
+            raise ValueError(f"num_scales must be >= 1, got {num_scales}")
+        channels, height, width = self.event_shape
+        factor = 2 ** (num_scales - 1)
+        if height % factor or width % factor:
+            raise ValueError(
+                f"num_scales = {num_scales} halves the image {num_scales - 1} times, so its sides must be divisible by "
+                f"{factor}, got {height} x {width}; take fewer scales, or pad the images"
+            )
+        shapes = []
+        for scale in range(num_scales):
+            shapes.append((channels, height, width))
+            channels, height, width = 4 * channels, height // 2, width // 2
+            if scale < num_scales - 1:
+                shapes.append((channels, height, width))
+                channels = channels // 2
+        self.stages = nn.ModuleList(field(event_shape=shape, context_shape=self.context_shape) for shape in shapes)
+        radii = [getattr(stage, "receptive_radius", None) for stage in self.stages]
+        if None not in radii:
+            zooms = [2 ** ((stage + 1) // 2) for stage in range(len(radii))]  # pixels of x along one of the stage's
+            self.receptive_radius = max(zoom * (radius + 1) - 1 for zoom, radius in zip(zooms, radii, strict=True))
+        self.periodic = any(getattr(stage, "periodic", False) for stage in self.stages)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_context(context)
+        if t.numel() != 1:
+            raise ValueError(
+                f"Multiscale moves one part of the coordinates after another, so that a batch has one time, and got "
+                f"{t.numel()} times. Flow matching, which draws a time for each point, cannot train it; choose "
+                "objective=maximum_likelihood"
+            )
+        count = len(self.stages)
+        elapsed = t.reshape(()) * count
+        slot = min(max(int(elapsed.detach()), 0), count - 1)
+        tau = elapsed - slot
+        clock = tau**3 * (6 * tau**2 - 15 * tau + 10)
+        speed = 30 * count * (tau * (1 - tau)) ** 2
+        stage = count - 1 - slot
+        active, rests = x, []
+        for squeeze in range((stage + 1) // 2):
+            active = _squeeze(active)
+            if squeeze < stage // 2:
+                active, rest = active.chunk(2, dim=1)
+                rests.append(torch.zeros_like(rest))
+            else:  # an odd stage moves both halves of what it has squeezed
+                rests.append(active[:, :0])
+        given = () if context is None else (context,)
+        velocity = speed * self.stages[stage](clock, active, *given)
+        for rest in reversed(rests):
+            velocity = _unsqueeze(torch.cat([velocity, rest], dim=1))
+        return velocity
+
+
+def _squeeze(x: Tensor) -> Tensor:  # (B, C, H, W) to (B, 4C, H/2, W/2), the upper rows first
+    blocks = functional.pixel_unshuffle(x, 2).unflatten(1, (x.shape[1], 4))
+    return blocks.transpose(1, 2).flatten(1, 2)
+
+
+def _unsqueeze(x: Tensor) -> Tensor:
+    blocks = x.unflatten(1, (4, x.shape[1] // 4)).transpose(1, 2)
+    return functional.pixel_shuffle(blocks.flatten(1, 2), 2)
