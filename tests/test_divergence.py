@@ -4,8 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from flows.divergence import Analytic, Exact, Gaussian, Hutchinson, ProbeFamily, Rademacher, divergence
-from flows.fields import MLP, Linear
+from flows.divergence import (
+    Analytic,
+    Auto,
+    Bottleneck,
+    Exact,
+    Gaussian,
+    Hutchinson,
+    ProbeFamily,
+    Probing,
+    Rademacher,
+    divergence,
+)
+from flows.fields import MLP, ConcatSquashMLP, ConvNet, Field, Linear, Potential, bind
 
 
 class Mixing(nn.Module):
@@ -177,3 +188,89 @@ def test_linear_field_has_the_trace_of_its_matrix():
     x = torch.randn(4, 2, 3)
     value = divergence(lambda x: field(torch.zeros(()), x), x, event_ndim=2)
     torch.testing.assert_close(value, field.matrix.trace().expand(4))
+
+
+class Product(Field):
+    """A local field times a global one: nothing that it holds is true of it."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 9, 9), None)
+        self.field = ConvNet((1, 9, 9), (3,))
+
+    def forward(self, t, x, context=None):
+        return self.field(t, x) * x.mean((1, 2, 3), keepdim=True)
+
+
+def test_what_a_field_holds_says_nothing_about_it() -> None:
+    assert Probing(3).is_exact((1, 9, 9), Product().field)
+    assert not Probing(3).is_exact((1, 9, 9), Product())
+    assert Probing(3).is_exact((1, 9, 9), bind(Product().field))
+
+
+def test_channels_are_no_axis_of_the_grid() -> None:
+    field = ConvNet((6, 6, 6), (4,))
+    assert Probing(3, grid_ndim=2).is_exact((6, 6, 6), field)
+    assert Probing(3, grid_ndim=1).is_exact((6, 6, 6), field)
+    assert not Probing(3, grid_ndim=3).is_exact((6, 6, 6), field)
+
+
+class Squares:
+    """x² with what a structured function offers, all without time."""
+
+    bottleneck_width = 3
+
+    def __call__(self, x):
+        return x.square()
+
+    def value_and_divergence(self, x):
+        return x.square(), 2 * x.sum(1)
+
+    def encode(self, x):
+        return x
+
+    def decode(self, h):
+        return h.square()
+
+
+@pytest.mark.parametrize("estimator", [Analytic(), Bottleneck(exact=True), Exact()])
+def test_structured_functions_without_time(estimator) -> None:
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(divergence(Squares(), x, estimator=estimator), 2 * x.sum(1))
+
+
+@pytest.mark.parametrize("estimator", [Analytic(), Bottleneck()])
+def test_functions_without_the_structure_are_named(estimator) -> None:
+    with pytest.raises(TypeError, match=r"tanh has none|got tanh"):
+        divergence(torch.tanh, torch.randn(4, 3), estimator=estimator)
+
+
+def test_a_field_cut_off_from_x_is_refused_though_its_parameters_are_not() -> None:
+    w = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match="autograd cannot trace the field's value to x"):
+        divergence(lambda x: w * x.detach(), torch.randn(4, 3))
+
+
+def test_equal_settings_are_equal() -> None:
+    assert Hutchinson(2, "gaussian") == Hutchinson(2, Gaussian()) != Hutchinson(2, "sphere")
+    assert len({Hutchinson(2, "orthonormal"), Hutchinson(2, "orthonormal")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "cost"),
+    [
+        (MLP((64,), (128, 128)), 0),
+        (MLP((64,), (128, 32, 128)), 32),
+        (MLP((4,), (128, 128, 128)), 4),
+        (ConcatSquashMLP((2,), (64, 64, 64)), 2),
+        (ConcatSquashMLP((2,), (64, 64)), 0),
+        (Potential((64,), num_layers=1), 0),
+        (Potential((64,), num_layers=2), 32),
+        (Linear((5,)), 0),
+    ],
+)
+def test_closed_forms_that_grow_say_so(field, cost: int) -> None:
+    assert Analytic().cost(field.event_shape, field) == cost
+    assert Analytic().cost(field.event_shape, bind(field)) == cost
+    assert Auto(max_products=cost).choose(field.event_shape, field) == Analytic()
+    if cost:
+        assert Auto(max_products=cost - 1).choose(field.event_shape, field) == Hutchinson(2)

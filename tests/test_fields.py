@@ -4,8 +4,21 @@ import pytest
 import torch
 from torch import nn
 
+from flows import CNF
 from flows.divergence import divergence
-from flows.fields import MLP, Activation, Adapter, ConcatSquashMLP, Elementwise, Linear, SinusoidalTime, bind
+from flows.fields import (
+    MLP,
+    Activation,
+    Adapter,
+    ConcatSquashMLP,
+    Elementwise,
+    Hollow,
+    Linear,
+    Planar,
+    Potential,
+    SinusoidalTime,
+    bind,
+)
 
 WIDTHS = [(7,), (7, 5), (7, 5, 6), (3, 6, 2, 5), (9, 8, 7, 6, 5)]
 EVENTS = [(3,), (2, 4)]
@@ -167,3 +180,12 @@ def test_errors_say_what_came_and_what_to_do():
         Adapter(nn.Tanh(), (2,), ("x",), "row")
     with pytest.raises(ValueError, match="context_shape goes with 'context' among the arguments"):
         Adapter(nn.Tanh(), (2,), ("x", "context"))
+
+
+@pytest.mark.parametrize("kind", [MLP, ConcatSquashMLP, Potential, Planar, Hollow])
+def test_a_context_can_be_one_number(kind) -> None:
+    field = kind((2,), context_shape=())
+    x, context = torch.randn(4, 2), torch.randn(4)
+    value = field(torch.tensor(0.5), x, context)
+    assert value.shape == (4, 2)
+    assert CNF(field).log_prob(x, context).shape == (4,)

@@ -18,8 +18,8 @@ from flows.divergence.probing import Probing
 class Auto(DivergenceEstimator):
     """The cheapest exact estimator of the field, or Hutchinson's where every exact one is too dear.
 
-    ``Analytic()`` for a field with a closed form; else the cheaper of ``Exact()`` and, for a field that states its
-    ``receptive_radius``, ``Probing(radius + 1)``, if that takes no more than ``max_products``; else
+    The candidates are ``Analytic()`` for a field with a closed form, ``Probing(radius + 1)`` for one that states its
+    ``receptive_radius``, and ``Exact()``. The cheapest is taken if it costs no more than ``max_products``, else
     ``Hutchinson(num_probes)``, which is noisy and says how much. :meth:`choose` tells which it is.
 
     Args:
@@ -38,9 +38,8 @@ class Auto(DivergenceEstimator):
 
     def choose(self, event_shape: tuple[int, ...], field: object | None = None) -> DivergenceEstimator:
         """The estimator that does the work for this field."""
-        if hasattr(field, "value_and_divergence"):
-            return Analytic()
-        exact = [Exact()]
+        exact: list[DivergenceEstimator] = [Analytic()] if hasattr(field, "value_and_divergence") else []
+        exact.append(Exact())
         radius = declared(field, "receptive_radius")
         if radius is not None:
             exact.append(Probing(radius + 1))

@@ -123,17 +123,22 @@ def checked_value(
 
 
 def declared(field: object | None, name: str) -> object | None:
-    """What a field states about itself under ``name``, seen through wrappers that hold it as ``.field``."""
-    while field is not None:
-        value = getattr(field, name, None)
-        if value is not None:
-            return value
-        field = getattr(field, "field", None)
-    return None
+    """What the user's field states about itself under ``name``; ``None`` if nothing."""
+    return getattr(unwrapped(field), name, None)
+
+
+def unwrapped(field: object | None) -> object | None:
+    """The user's own field within what this package wraps around it for a solve.
+
+    Such a wrapper says so by ``is_wrapper = True`` and holds the field as ``.field``. What any other object holds
+    says nothing about the object: a function of a local field need not be local.
+    """
+    while getattr(field, "is_wrapper", False):
+        field = field.field
+    return field
 
 
 def field_name(field: object) -> str:
     """The name by which the user knows a field, wrapped or not."""
-    while hasattr(field, "field"):
-        field = field.field
+    field = unwrapped(field)
     return getattr(field, "__name__", type(field).__name__)

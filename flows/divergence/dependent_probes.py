@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class WithoutReplacement(ProbeFamily):
             )
 
 
+@dataclass(frozen=True)
 class Orthonormal(WithoutReplacement):
     r"""A random orthonormal K-frame, times √d. Exact at K = d.
 
@@ -54,6 +56,7 @@ class Orthonormal(WithoutReplacement):
         return 2 * d / (d + 2) * left * deviatoric_norm2(jacobian) / num_probes
 
 
+@dataclass(frozen=True)
 class Coordinates(WithoutReplacement):
     r"""K distinct axes, times √d: d/K times K diagonal entries of J. Exact at K = d, or on an equal diagonal.
 

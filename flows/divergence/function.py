@@ -31,7 +31,8 @@ def divergence(
         divergence(f, x, estimator=Hutchinson(num_probes=8))
 
     Args:
-        f: ``(*batch, *event) -> (*batch, *event)``.
+        f: ``(*batch, *event) -> (*batch, *event)``. An object with ``value_and_divergence(x)``, or with ``encode(x)``,
+            ``decode(h)`` and ``bottleneck_width``, on points ``(B, *event)``, suits ``Analytic`` and ``Bottleneck``.
         x: the points.
         event_ndim: how many trailing dimensions of ``x`` make one point.
         estimator: defaults to :class:`Exact`.
@@ -56,7 +57,9 @@ def divergence(
 
 
 class _TimelessField:
-    """``f(x)`` as a field of one batch dimension; what ``f`` states about itself is found under ``.field``."""
+    """``f(x)`` as a field of one batch dimension."""
+
+    is_wrapper = True  # what f states about itself is found at .field
 
     def __init__(self, f: Callable[[Tensor], Tensor], shape: torch.Size) -> None:
         self.field = f
@@ -67,3 +70,10 @@ class _TimelessField:
         if isinstance(value, Tensor) and value.shape == self.shape:
             return value.reshape(x.shape)
         return value
+
+    def __getattr__(self, name: str) -> Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]:
+        """The further parts of a structured function, which take no time either."""
+        if name not in ("value_and_divergence", "encode", "decode"):
+            raise AttributeError(name)
+        part = getattr(self.field, name)
+        return lambda t, x: part(x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class ProbeFamily(ABC):
         return 1.0
 
 
+@dataclass(frozen=True)
 class Rademacher(ProbeFamily):
     """Independent signs. Variance 2(‖S‖²_F − Σᵢ J_ii²)/K: no noise where S is diagonal. [Hutchinson 1990]"""
 
@@ -61,6 +63,7 @@ class Rademacher(ProbeFamily):
         return 2 * (symmetric_norm2(jacobian) - diagonal) / num_probes
 
 
+@dataclass(frozen=True)
 class Sphere(ProbeFamily):
     """Uniform on the sphere of radius √d. Variance (2d/(d+2)) (‖S‖²_F − tr²/d)/K: no noise where S = cI.
 
@@ -77,6 +80,7 @@ class Sphere(ProbeFamily):
         return 2 * d / (d + 2) * deviatoric_norm2(jacobian) / num_probes
 
 
+@dataclass(frozen=True)
 class Gaussian(ProbeFamily):
     """Independent standard normals. Variance 2‖S‖²_F/K: never below that of the signs. [Skilling 1989]"""
 

@@ -107,8 +107,11 @@ class Probing(DivergenceEstimator):
         """Whether the stride exceeds the stated radius of the field, or every entry has a colour of its own."""
         if self._num_colours(event_shape, field) == math.prod(event_shape):
             return True
-        radius = None if self.grid_ndim == 0 else declared(field, "receptive_radius")
-        return radius is not None and self.stride > radius
+        # A radius is about the axes after the first: the channels of an image may all depend on each other.
+        axes = max(1, len(event_shape) - 1)
+        covered = self.grid_ndim is None or 1 <= self.grid_ndim <= axes
+        radius = declared(field, "receptive_radius")
+        return covered and radius is not None and self.stride > radius
 
     def variance(
         self,

@@ -33,6 +33,10 @@ from flows.divergence.base import VectorField, checked_value
 Mode = Literal["reverse", "forward"]
 Products = Callable[[Tensor], Tensor]  # (n, B, *event) -> (n, B, *event)
 
+_UNTRACEABLE = (
+    "autograd cannot trace the field's value to x: it was computed under torch.no_grad(), detached, or does not "
+    "depend on x; remove the detachment, or write a constant field as `c + 0 * x`"
+)
 _DEFAULT_CHUNK = {"reverse": 1, "forward": 16}  # products in one call
 
 
@@ -103,10 +107,7 @@ def _reverse(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int) -
     with torch.enable_grad():
         value = function(x)
     if not value.requires_grad:
-        raise ValueError(
-            "autograd cannot trace the field's value to x: it was computed under torch.no_grad(), detached, or "
-            "does not depend on x; remove the detachment, or write a constant field as `c + 0 * x`"
-        )
+        raise ValueError(_UNTRACEABLE)
 
     def products(directions: Tensor) -> Tensor:
         return torch.cat([vjp(chunk) for chunk in directions.split(chunk_size)])
@@ -120,8 +121,10 @@ def _reverse(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int) -
             create_graph=differentiable and torch.is_grad_enabled(),
             retain_graph=True,
             is_grads_batched=batched,
-            materialize_grads=True,
+            allow_unused=True,
         )
+        if product is None:
+            raise ValueError(_UNTRACEABLE)
         return product if batched else product.unsqueeze(0)
 
     return (value if differentiable else value.detach()), products

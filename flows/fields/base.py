@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -19,6 +20,9 @@ class Field(nn.Module, ABC):
     which the estimator ``Analytic`` uses. One whose closed form has parts that stay the same during a solve
     overrides :meth:`bind` to compute them once.
 
+    If that costs about as much as n Jacobian products rather than a part of an evaluation, ``divergence_cost = n``
+    says so.
+
     A field that is decode ∘ encode through a narrower space ℝᴴ can offer ``encode(t, x, context=None) -> (B, H)``,
     ``decode(t, h, context=None) -> (B, *event)`` and ``bottleneck_width = H`` to the estimator ``Bottleneck``.
 
@@ -32,6 +36,7 @@ class Field(nn.Module, ABC):
 
     receptive_radius: int | None = None  # None: on all of x
     periodic: bool = False
+    divergence_cost: int = 0  # Jacobian products that value_and_divergence costs as much as
 
     def __init__(
         self, event_shape: tuple[int, ...] | list[int], context_shape: tuple[int, ...] | list[int] | None
@@ -55,6 +60,11 @@ class Field(nn.Module, ABC):
         """Fix the context for one solve."""
         return BoundField.of(self, context)
 
+    @property
+    def num_context_features(self) -> int:
+        """The size of the flattened context of one sample, 0 without one."""
+        return 0 if self.context_shape is None else math.prod(self.context_shape)
+
     def check_context(self, context: Tensor | None) -> None:
         """Raise ``ValueError`` if a context is missing, unexpected or of another shape."""
         if self.context_shape is None:
@@ -74,6 +84,8 @@ class Field(nn.Module, ABC):
 
 class BoundField:
     """A field with its context fixed: a plain function ``(t, x) -> velocity``."""
+
+    is_wrapper = True  # what the field states about itself is found at .field
 
     def __init__(self, field: Callable[..., Tensor], context: Tensor | None = None) -> None:
         self.field = field

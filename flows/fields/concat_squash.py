@@ -42,7 +42,7 @@ class ConcatSquashMLP(Field):
             )
         dimension = math.prod(self.event_shape)
         widths = (dimension, *hidden, dimension)
-        condition = 1 + math.prod(self.context_shape or (0,))
+        condition = 1 + self.num_context_features
         self.layers = nn.ModuleList(_ConcatSquash(a, b, condition) for a, b in itertools.pairwise(widths))
         self.activation = by_name(Activation, activation)
 
@@ -70,12 +70,17 @@ class ConcatSquashMLP(Field):
             divergence = PerceptronTrace(weights, gate_per_sample=True)(slopes, gate)
         return value.view_as(x), divergence
 
+    @property
+    def divergence_cost(self) -> int:
+        weights = [layer.linear.weight for layer in self.layers]
+        return PerceptronTrace.num_tangents(weights, gate_per_sample=self.context_shape is not None)
+
     def _condition(self, t: Tensor, context: Tensor | None) -> Tensor:  # (1 or B, 1 + context)
         self.check_context(context)
         condition = t.reshape(-1, 1)
         if context is None:
             return condition
-        return torch.cat([condition.expand(len(context), -1), context.flatten(1)], dim=1)
+        return torch.cat([condition.expand(len(context), -1), context.reshape(len(context), -1)], dim=1)
 
 
 class _ConcatSquash(nn.Module):

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from flows.fields.activations import Activation, Sine
 from flows.fields.base import BoundField, Field
-from flows.fields.time import SinusoidalTime
+from flows.fields.modulation import Modulation
 from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
 
@@ -67,10 +66,7 @@ class MLP(Field):
             self.activations[0] = Sine()
             nn.init.normal_(self.layers[0].weight, std=sine_frequency / math.sqrt(dimension))
             nn.init.uniform_(self.layers[0].bias, -math.pi, math.pi)
-        self.time = SinusoidalTime(num_frequencies)
-        self.modulation = _Modulation(
-            self.time.num_features + math.prod(self.context_shape or (0,)), self.hidden, dimension
-        )
+        self.modulation = Modulation([*self.hidden, *self.hidden, dimension], context_shape, num_frequencies)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         scales, shifts, offset = self._modulate(t, context)
@@ -116,6 +112,10 @@ class MLP(Field):
             slopes.append(slope * scale)
         return (self.out(h) + offset).view_as(x), trace(slopes)
 
+    @property
+    def divergence_cost(self) -> int:
+        return PerceptronTrace.num_tangents([layer.weight for layer in (*self.layers, self.out)])
+
     def bind(self, context: Tensor | None = None) -> BoundField:
         return _BoundMLP(self, context)
 
@@ -124,26 +124,7 @@ class MLP(Field):
 
     def _modulate(self, t: Tensor, context: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
         self.check_context(context)
-        features = self.time(t)
-        if context is not None:
-            features = torch.cat([features.expand(len(context), -1), context.flatten(1)], dim=1)
-        return self.modulation(features)
-
-
-class _Modulation(nn.Module):
-    """Features (B or 1, F) to a scale and a shift for each hidden layer and an offset for the output."""
-
-    def __init__(self, num_features: int, hidden: tuple[int, ...], dimension: int) -> None:
-        super().__init__()
-        self.sizes = [*hidden, *hidden, dimension]
-        self.embed = nn.Linear(num_features, 32)
-        self.heads = nn.Linear(32, sum(self.sizes))
-        with torch.no_grad():
-            self.heads.weight.mul_(0.1)
-            self.heads.bias.zero_()
-
-    def forward(self, features: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        *parts, offset = self.heads(functional.silu(self.embed(features))).split(self.sizes, dim=1)
+        *parts, offset = self.modulation(t, context)
         half = len(parts) // 2
         return [1 + scale for scale in parts[:half]], parts[half:], offset
 

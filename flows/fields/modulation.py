@@ -35,7 +35,8 @@ class Modulation(nn.Module):
         super().__init__()
         self.sizes = list(sizes)
         self.time = SinusoidalTime(num_frequencies)
-        self.embed = nn.Linear(self.time.num_features + math.prod(context_shape or (0,)), width)
+        num_context = 0 if context_shape is None else math.prod(context_shape)
+        self.embed = nn.Linear(self.time.num_features + num_context, width)
         self.heads = nn.Linear(width, sum(self.sizes))
         with torch.no_grad():
             self.heads.weight.mul_(0.1)
@@ -48,5 +49,5 @@ class Modulation(nn.Module):
     ) -> tuple[Tensor, ...]:  # n tensors (1, size), or (B, size) where t or the context has a batch
         features = self.time(t)
         if context is not None:
-            features = torch.cat([features.expand(len(context), -1), context.flatten(1)], dim=1)
+            features = torch.cat([features.expand(len(context), -1), context.reshape(len(context), -1)], dim=1)
         return self.heads(functional.silu(self.embed(features))).split(self.sizes, dim=1)

@@ -61,7 +61,7 @@ class Potential(Field):
             )
         self.dimension = math.prod(self.event_shape)
         self.time = SinusoidalTime(num_frequencies)
-        size = self.dimension + self.time.num_features + math.prod(self.context_shape or (0,))
+        size = self.dimension + self.time.num_features + self.num_context_features
         self.first = nn.Linear(size, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers - 1))
         with torch.no_grad():  # σ bends at the scale of the data: tanh of much less would be linear
@@ -87,6 +87,13 @@ class Potential(Field):
         trace = self._hessian_trace(slopes, adjoints) + self.quadratic[:, : self.dimension].square().sum()
         return self._velocity(s, slopes, adjoints).view_as(x), -trace
 
+    @property
+    def divergence_cost(self) -> int:
+        """The columns of the Jacobians that go through the layers, half of a backward pass each."""
+        if not self.layers:
+            return 0
+        return math.ceil(min(self.dimension, len(self.first.weight)) * 0.5)
+
     def potential(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:  # (B,)
         """Φ, up to a constant."""
         s = self._join(t, x, context)
@@ -98,7 +105,7 @@ class Potential(Field):
     def _join(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:  # (B, size of s)
         self.check_context(context)
         parts = [x.flatten(1), self.time(t).expand(len(x), -1)]
-        return torch.cat(parts if context is None else [*parts, context.flatten(1)], dim=1)
+        return torch.cat(parts if context is None else [*parts, context.reshape(len(context), -1)], dim=1)
 
     def _passes(self, s: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """a_l and p_l of every layer, (B, m) each."""

@@ -30,7 +30,7 @@ class CycleTrace:
         elif self.count == 2:
             self.constant = weights[1] * weights[0].T
         else:
-            start = min(range(self.count), key=lambda node: _cost([len(w) for w in weights], node))
+            start = _cheapest([len(weight) for weight in weights])
             self.start = start
             self.weights = [weights[(start + 1 + k) % self.count] for k in range(self.count)]
 
@@ -72,9 +72,7 @@ class PerceptronTrace:
 
     def __init__(self, weights: list[Tensor], gate: Tensor | None = None, gate_per_sample: bool = False) -> None:
         *hidden, out = weights
-        widths = [len(weight) for weight in hidden]
-        through_event = [*widths, len(out)]
-        self.visits_event = gate_per_sample or (len(hidden) > 2 and _least_cost(through_event) < _least_cost(widths))
+        self.visits_event = len(self._nodes(weights, gate_per_sample)) == len(weights)
         if gate is not None:
             out = gate.T * out
         self.ones = None if gate_per_sample else out.new_ones(1, len(out))
@@ -82,6 +80,21 @@ class PerceptronTrace:
             self.cycle = CycleTrace([*hidden, out])
         else:
             self.cycle = CycleTrace([hidden[0] @ out, *hidden[1:]])
+
+    @staticmethod
+    def num_tangents(weights: list[Tensor], gate_per_sample: bool = False) -> int:
+        """How many tangents a call pushes through the layers: 0 where one or two nodes need none."""
+        widths = PerceptronTrace._nodes(weights, gate_per_sample)
+        return 0 if len(widths) <= 2 else widths[_cheapest(widths)]
+
+    @staticmethod
+    def _nodes(weights: list[Tensor], gate_per_sample: bool) -> list[int]:
+        """The widths of the cycle's nodes: the hidden layers and, last, the event if it is one of them."""
+        through_event = [len(weight) for weight in weights]
+        hidden = through_event[:-1]
+        if gate_per_sample or (len(hidden) > 2 and _least_cost(through_event) < _least_cost(hidden)):
+            return through_event
+        return hidden
 
     def __call__(
         self,
@@ -94,5 +107,10 @@ class PerceptronTrace:
         return self.cycle(slopes)
 
 
+def _cheapest(widths: list[int]) -> int:
+    """The node from which the tangents cost least."""
+    return min(range(len(widths)), key=lambda node: _cost(widths, node))
+
+
 def _least_cost(widths: list[int]) -> int:
-    return min(_cost(widths, node) for node in range(len(widths)))
+    return _cost(widths, _cheapest(widths))
