@@ -245,6 +245,13 @@ class CNF(nn.Module):
             raise ValueError(
                 f"expected points of shape (*batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}"
             )
+        dtypes = {parameter.dtype for parameter in self.field.parameters() if parameter.is_floating_point()}
+        if not x.is_floating_point() or (dtypes and x.dtype not in dtypes):
+            own = next(iter(dtypes), self.base.zero.dtype)
+            raise ValueError(
+                f"the points are {x.dtype} and the flow is {own}; convert the points with x.to({own}), or the flow "
+                "with flow.double() for more digits"
+            )
         points = x.reshape(-1, *self.event_shape)
         bad = (~points.isfinite()).flatten(1).any(1).nonzero()
         if len(bad):

@@ -38,7 +38,7 @@ class AugmentedDynamics:
 
     def __call__(self, t: Tensor, state: State) -> State:
         sample = self.estimator(self.field, t, state[0], self.probes)
-        return sample.value, -sample.estimates
+        return sample.value.to(state[0]), -sample.estimates.to(state[1])  # autocast computes them in fewer digits
 
 
 class StateDynamics:
@@ -52,4 +52,4 @@ class StateDynamics:
         return (x,)
 
     def __call__(self, t: Tensor, state: State) -> State:
-        return (checked_value(self.field(t, state[0]), state[0]),)
+        return (checked_value(self.field(t, state[0]), state[0]).to(state[0]),)

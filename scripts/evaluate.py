@@ -29,7 +29,7 @@ def main(composed: DictConfig) -> float:
         dataset = build_dataset(config)
         flow = place(run.flow, settings["device"], settings["dtype"])
         flow.divergence, flow.solver = instantiate(config["divergence"]), instantiate(config["solver"])
-        batches, num_points = part_batches(dataset, settings["part"], settings["batch_size"])
+        batches, num_points = part_batches(flow, dataset, settings["part"], settings["batch_size"])
         result = likelihood(
             flow,
             batches,

@@ -309,3 +309,10 @@ def test_gradients_are_finite_where_the_error_estimate_is_exactly_zero():
     flow = CNF(Linear((2,)))
     flow.log_prob(torch.randn(8, 2)).mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in flow.parameters())
+
+
+@pytest.mark.parametrize("points", [torch.zeros(3, 2, dtype=torch.float32), torch.zeros(3, 2, dtype=torch.int64)])
+def test_points_of_another_dtype_are_refused(points) -> None:
+    flow = CNF(MLP((2,), (4,)))
+    with pytest.raises(ValueError, match=rf"points are {points.dtype} and the flow is torch.float64; convert"):
+        flow.log_prob(points)

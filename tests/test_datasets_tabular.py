@@ -11,7 +11,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sklearn.datasets import load_breast_cancer
 
+from flows import CNF
 from flows.datasets import BreastCancer, Table, Tabular
+from flows.evaluation import part_batches
+from flows.fields import Linear
+from flows.transforms import Standardise
 
 CONF = Path(__file__).parents[1] / "conf/data"
 VALUES = np.random.default_rng(0).normal(size=(50, 3)).round(6)
@@ -243,3 +247,14 @@ def test_yaml_of_a_file(tmp_path):
     dataset = instantiate(config)
     assert dataset.name == "tabular"
     assert next(dataset.train_stream(5, rng())).x.shape == (5, 2)
+
+
+def test_a_flow_in_float64_is_tested_on_points_in_float64(tmp_path) -> None:
+    torch.set_default_dtype(torch.float32)  # as programs have it; the fixture sets it back
+    np.save(tmp_path / "far.npy", 1e9 + np.random.default_rng(0).normal(size=(500, 1)))
+    data = Tabular(tmp_path / "far.npy")
+    flow = CNF(Linear((1,)), transform=Standardise((1,))).double()
+    batches, count = part_batches(flow, data, "test", 10)
+    points = torch.cat([batch.x for batch in batches])
+    assert points.dtype == torch.float64
+    assert len(points.unique()) == count == data.num_test

@@ -1,5 +1,8 @@
 """What every estimator promises. A yaml in conf/divergence faces all of it by being there."""
 
+import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,21 @@ ESTIMATORS = {path.stem: instantiate(OmegaConf.load(path)) for path in YAMLS} | 
     "bottleneck-exact": Bottleneck(exact=True, chunk_size=2),
 }
 DRAWS = 3000
+
+
+def estimator_of_the_readme():
+    """The class by which the README shows how to add one."""
+    text = (Path(flows.__file__).parents[1] / "README.md").read_text()
+    (block,) = [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "(DivergenceEstimator)" in block
+    ]
+    module = types.ModuleType("my_package")
+    sys.modules["my_package"] = module
+    exec(compile(block, "README.md", "exec"), module.__dict__)
+    return module.RandomCoordinates()
+
+
+ESTIMATORS["readme"] = estimator_of_the_readme()
 
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 every_event = pytest.mark.parametrize("event_shape", EVENT_SHAPES.values(), ids=EVENT_SHAPES)
@@ -166,6 +184,18 @@ def test_trains_a_flow_with_probes_drawn_once_a_solve(estimator, event_shape, gr
     flow.eval()
     with torch.no_grad():
         torch.testing.assert_close(flow.log_prob(x, generator=seeded(0)), log_prob.detach())
+
+
+@every_estimator
+def test_the_adjoint_gradient_is_that_of_backprop(estimator):
+    field = perceptron((5,), scale=1.0)
+    x = torch.randn(3, 5)
+    gradients = []
+    for gradient in ("backprop", "adjoint"):
+        flow = flows.CNF(field, estimator, flows.ODESolver(method="rk4", step_size=0.1, gradient=gradient))
+        log_prob = flow.log_prob(x, generator=seeded(0)).mean()
+        gradients.append(torch.autograd.grad(log_prob, tuple(field.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 @every_estimator

@@ -7,6 +7,7 @@ from flows.datasets import Batch
 from flows.divergence import Hutchinson
 from flows.fields import MLP, Linear
 from flows.objectives import FlowMatching, MaximumLikelihood
+from flows.objectives.flow_matching import posterior_mean
 from flows.transforms import Standardise
 
 
@@ -70,3 +71,13 @@ def test_context_reaches_the_field():
             objective(flow, Batch(x, torch.full((16, 1), c)), torch.Generator().manual_seed(1)).loss for c in (0.0, 3.0)
         ]
         assert losses[0] != losses[1]
+
+
+def test_the_marginal_target_keeps_its_digits_under_autocast():
+    pool, noise, fraction = torch.randn(256, 2), torch.randn(64, 2), torch.full((64, 1), 0.99)
+    position = torch.lerp(noise, pool[:64], fraction)
+    plain = posterior_mean(position.float(), fraction.float(), 1 - fraction.float(), pool.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(
+            posterior_mean(position.float(), fraction.float(), 1 - fraction.float(), pool.float()), plain
+        )

@@ -409,9 +409,16 @@ def test_double_precision_reaches_data_and_weights(tmp_path):
 
 def test_mixed_precision_runs(tmp_path):
     torch.set_default_dtype(torch.float32)
-    memory = Memory()
-    small_trainer(tmp_path, precision="bf16-mixed", loggers=[memory]).fit()
+    memory, seen = Memory(), []
+
+    def recorded(flow, batch, generator):
+        seen.append(batch.x)
+        return MaximumLikelihood()(flow, batch, generator)
+
+    stages = {"maximum_likelihood": Stage(recorded, steps=2, batch_size=8)}
+    small_trainer(tmp_path, stages=stages, precision="bf16-mixed", loggers=[memory]).fit()
     assert memory.series("train/nfe_forward")[0][1] == 16
+    assert all(x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float()) for x in seen)
 
 
 def test_fabric_comes_from_either_package(monkeypatch):
@@ -488,7 +495,7 @@ def test_sets_without_a_likelihood_are_refused():
     ):
         likelihood(flows.CNF(ZeroField()), [Batch(torch.tensor([[0.0, 0.0], [1e200, 0.0]]))])
     with pytest.raises(ValueError, match="part must be test or validation, got 'train'"):
-        part_batches(dataset, "train", 5)
+        part_batches(flow, dataset, "train", 5)
 
 
 def test_a_single_point_has_no_standard_error():

@@ -57,12 +57,16 @@ class Likelihood:
         return [*rows, ("NFE", f"{self.nfe:.0f}")]
 
 
-def part_batches(dataset: Dataset, part: str, batch_size: int) -> tuple[Iterable[Batch], int]:
-    """The fixed batches of the part called ``"validation"`` or ``"test"``, and its number of points."""
+def part_batches(flow: CNF, dataset: Dataset, part: str, batch_size: int) -> tuple[Iterable[Batch], int]:
+    """The fixed batches of the part called ``"validation"`` or ``"test"``, and its number of points.
+
+    They come on the device and in the dtype of ``flow``, rounded once.
+    """
+    place = {"device": flow.base.zero.device, "dtype": flow.base.zero.dtype}
     if part == "test":
-        return dataset.test_batches(batch_size), dataset.num_test
+        return dataset.test_batches(batch_size, **place), dataset.num_test
     if part == "validation":
-        return dataset.validation_batches(batch_size), dataset.num_validation
+        return dataset.validation_batches(batch_size, **place), dataset.num_validation
     raise ValueError(f"part must be test or validation, got {part!r}")
 
 

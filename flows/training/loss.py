@@ -18,10 +18,12 @@ class NonFiniteLossError(ArithmeticError):
 class LossModule(nn.Module):
     """The loss as a module's forward pass, which is where Fabric brings in precision and several devices.
 
-    The objective is set, not passed, and its whole output stays behind: Fabric copies what passes through.
+    Objective and batch are set, not passed, and the whole output stays behind: Fabric copies what passes through,
+    and under mixed precision would round the data.
     """
 
     objective: Objective
+    batch: Batch
     output: LossOutput
 
     def __init__(self, flow: CNF) -> None:
@@ -29,8 +31,8 @@ class LossModule(nn.Module):
         self.flow = flow
         self.generator: torch.Generator | None = None
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        self.output = self.objective(self.flow, Batch(x, context), self.generator)
+    def forward(self) -> Tensor:
+        self.output = self.objective(self.flow, self.batch, self.generator)
         return self.output.loss
 
     def metrics(self) -> dict[str, Metric]:

@@ -173,7 +173,7 @@ class Reporter:
         return summary
 
     def _likelihood(self, flow: CNF, part: str) -> Likelihood:
-        batches, num_points = part_batches(self.dataset, part, self.batch_size)
+        batches, num_points = part_batches(flow, self.dataset, part, self.batch_size)
         testing = part == "test"
         return likelihood(
             flow,

@@ -29,7 +29,7 @@ class Subject:
 
     def points(self, part: str, number: int) -> tuple[Tensor, Tensor | None]:
         """The first points of the part called "test" or "validation" with their context, on the flow's device."""
-        batches, _ = part_batches(self.dataset, part, number)
+        batches, _ = part_batches(self.flow, self.dataset, part, number)
         batch, like = next(iter(batches)), next(iter([*self.flow.parameters(), *self.flow.buffers()]))
         return batch.x.to(like), None if batch.context is None else batch.context.to(like.device)
 

@@ -177,9 +177,9 @@ class Trainer:
                 for every in (self.log_every, self.validate_every, self.plot_every, self.checkpoint_every)
             )
 
-            batch = state.stream.next()
+            loss.batch = state.stream.next()
             try:
-                value = module(batch.x, batch.context)
+                value = module()
                 self.fabric.backward(value)
             except SolverError as error:
                 raise SolverError(
