@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from flows.training.compose import build_trainer
 from flows.training.console import readable_errors
 from flows.training.resume import resumed_config
-from flows.training.sweeps import register_resolver
+from flows.training.sweeps import register_resolvers
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "train.yaml"
 
@@ -40,6 +40,6 @@ def settings(composed: DictConfig) -> tuple[dict[str, Any], Path | None]:
 
 
 if __name__ == "__main__":
-    register_resolver()
+    register_resolvers()
     with readable_errors(CONFIG):
         main()

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,9 +32,15 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose(command):
     words = shlex.split(command.partition(" #")[0])
-    overrides = [word for word in words[2:] if "=" in word and "," not in word.replace("[", "").split("=")[1]]
+    sweeping = "-m" in words
+    overrides = [word for word in words[2:] if word != "-m"]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    assert any(override.is_sweep_override() for override in parsed) == sweeping
+    (jobs,) = BasicSweeper.split_arguments(parsed, None) if sweeping else [[overrides]]
+    assert len(jobs) > 1 or not sweeping
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        compose(Path(words[1]).stem, overrides)
+        for job in jobs:
+            compose(Path(words[1]).stem, list(job))
 
 
 def test_there_are_blocks_of_both_kinds():

@@ -267,8 +267,8 @@ def solver_breaks(output):
         (
             lambda output: LossOutput(output.loss * math.nan, output.metrics),
             NonFiniteLossError,
-            r"the loss is nan at step 3 \(step 3 of 6 in the stage flow_matching; an earlier state is in .*last.pt\)"
-            r"\. Try a lower learning_rate \(now 0.01\)",
+            r"the loss is nan at step 3 \(step 3 of 6 in the stage flow_matching; the state to resume from is in "
+            r".*last.pt\)\. Try a lower learning_rate \(now 0.01\)",
         ),
         (gradient_breaks, NonFiniteLossError, r"its gradient is not finite at step 3 "),
         (solver_breaks, flows.SolverError, r"training stopped at step 3 .*: the step size underflowed"),
@@ -369,14 +369,14 @@ def test_a_folder_with_a_run_is_not_touched(tmp_path):
     with pytest.raises(
         OutputFolderError, match=r"holds another run already \(checkpoints, metrics.jsonl, summary.json\)"
     ):
-        small_trainer(tmp_path)
+        small_trainer(tmp_path).fit()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputFolderError, match=r"cannot be written \(Not a directory\); choose another output_dir"):
-        small_trainer(tmp_path / "file" / "run")
+        small_trainer(tmp_path / "file" / "run").fit()
 
 
 @pytest.mark.parametrize(

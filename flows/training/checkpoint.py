@@ -104,5 +104,10 @@ def find_checkpoint(
 
 def run_folder(checkpoint: str | os.PathLike[str]) -> Path:
     """The folder of the run that a checkpoint file belongs to; for a stray file, the folder that it lies in."""
+    return own_run_folder(checkpoint) or Path(checkpoint).parent
+
+
+def own_run_folder(checkpoint: str | os.PathLike[str]) -> Path | None:
+    """The folder of the run that a checkpoint file belongs to; None for a stray file, which belongs to no folder."""
     folder = Path(checkpoint).parent
-    return folder.parent if folder.name == FOLDER else folder
+    return folder.parent if folder.name == FOLDER else None

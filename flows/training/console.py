@@ -69,7 +69,8 @@ def explain(error: BaseException, config_file: Path | None = None) -> tuple[str 
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}=... must be given, it has no default", MISTAKE
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return str(error).partition("\nConfig search path")[0], MISTAKE
+        text = str(error).partition("\nConfig search path")[0].strip()
+        return text.replace("\n\n", "; ").replace(":\n\t", ": ").replace("\n\t", ", "), MISTAKE  # lists in one line
     if is_deliberate(error):
         return str(error), MISTAKE if isinstance(error, (ValueError, TypeError, OSError)) else FAILURE
     return None, FAILURE

@@ -2,17 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from flows.training.checkpoint import FOLDER
 
 MARKS = (FOLDER, "metrics.jsonl", "summary.json")  # each shows that a run lives here, unless it is empty
+RUNS = Path("runs")  # where runs live that were given no folder
 
 
 class OutputFolderError(OSError):
     """A run cannot live in the folder that was asked for."""
+
+
+@contextlib.contextmanager
+def claimed_folder(
+    path: str | os.PathLike[str] | None,  # None: a new one, runs/<name>/<date>_<time>
+    resuming: bool = False,
+    name: str = "",
+) -> Iterator[Path]:
+    """Make the folder of a run, and keep every other run out of it while the context lasts.
+
+    The claim is a lock of the operating system on the file ``.lock``: a process that is killed leaves none behind.
+
+    Raises:
+        OutputFolderError: the folder cannot be written, another process trains in it, or it holds another run and
+            is not resumed.
+    """
+    path = open_run_folder(new_folder(RUNS / name) if path is None else path, resuming)
+    try:
+        claim = FileLock(path / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise OutputFolderError(
+            f"another process is training in the output folder {path}; wait for it, or choose another output_dir"
+        ) from error
+    with claim:
+        yield open_run_folder(path, resuming)  # looks again: another run may have come and gone
+
+
+def new_folder(parent: Path) -> Path:
+    """Make ``parent/<date>_<time>``, with a number behind it where another process was faster.
+
+    Raises:
+        OutputFolderError: it cannot be written.
+    """
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputFolderError(f"the output folder {folder} cannot be written ({error.strerror})") from error
+        return folder
+    raise AssertionError("numbers do not end")
 
 
 def open_run_folder(path: str | os.PathLike[str], resuming: bool = False) -> Path:

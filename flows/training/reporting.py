@@ -19,7 +19,7 @@ from flows.datasets import Dataset
 from flows.evaluation import Likelihood, likelihood, part_batches
 from flows.solvers import SolverError
 from flows.training.checkpoint import FOLDER, load_checkpoint
-from flows.training.fabric import Fabric
+from flows.training.fabric import Fabric, on_first_process
 from flows.training.folder import write_text
 from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, TensorBoardLogger, read_metrics
 from flows.training.state import RunState, seeded
@@ -109,19 +109,20 @@ class Reporter:
 
     def validate(self) -> bool:
         """Log the NLL of the validation part; whether it is the best so far."""
-        best = False
-        if self.fabric.is_global_zero:
-            with self._aside():
-                result = self._likelihood(self.state.ema.module, "validation")
-            metrics = {"nll": result.nll, "standard_error": result.standard_error, "nfe": result.nfe}
-            if self.dataset.entropy is not None:
-                metrics["gap"] = result.nll - self.dataset.entropy
-            self._log({f"validation/{name}": value for name, value in metrics.items()})
-            position = self.state.position
-            best = position.best_nll is None or result.nll < position.best_nll
-            if best:
-                position.best_nll, position.best_step = result.nll, position.step
-        return self.fabric.broadcast(best)
+        return on_first_process(self.fabric, self._validate)
+
+    def _validate(self) -> bool:
+        with self._aside():
+            result = self._likelihood(self.state.ema.module, "validation")
+        metrics = {"nll": result.nll, "standard_error": result.standard_error, "nfe": result.nfe}
+        if self.dataset.entropy is not None:
+            metrics["gap"] = result.nll - self.dataset.entropy
+        self._log({f"validation/{name}": value for name, value in metrics.items()})
+        position = self.state.position
+        best = position.best_nll is None or result.nll < position.best_nll
+        if best:
+            position.best_nll, position.best_step = result.nll, position.step
+        return best
 
     def plot(self, flow: CNF | None = None, suffix: str | None = None) -> None:
         """Draw the averaged flow, or ``flow``, into ``plots/`` and TensorBoard."""
@@ -140,10 +141,16 @@ class Reporter:
 
     def conclude(self, flow: CNF) -> Summary:
         """Load the best weights into ``flow``, test them, and write the summary and the final plots."""
-        best = self.folder / FOLDER / "best.pt"
-        weights = load_checkpoint(best)["ema"] if best.exists() else self.state.ema.module.state_dict()
-        flow.load_state_dict(copy.deepcopy(weights))
+        flow.load_state_dict(on_first_process(self.fabric, self._best_weights))
         flow.eval()
+        return on_first_process(self.fabric, lambda: self._conclude(flow))
+
+    def _best_weights(self) -> dict[str, Any]:
+        if self.state.position.best_step is None:  # nothing was validated
+            return copy.deepcopy(self.state.ema.module.state_dict())
+        return load_checkpoint(self.folder / FOLDER / "best.pt")["ema"]
+
+    def _conclude(self, flow: CNF) -> Summary:
         for logger in self._loggers:
             if isinstance(logger, ProgressBar):
                 logger.close()  # the test has a bar of its own
@@ -160,16 +167,13 @@ class Reporter:
             seed=self.seed,
             output_dir=str(self.folder),
         )
-        if self.fabric.is_global_zero:
-            self.plot(flow, suffix="")
-            if self.pictures:
-                self._save_figures(
-                    {"curves": plots.curves(read_metrics(self.folder / METRICS), self.dataset.entropy)}, ""
-                )
-            results = {"test/nll": test.nll, "test/gap": summary.gap, "test/nfe": test.nfe}
-            settings = {**_flat(self.config), "parameters": summary.parameters}
-            self._log({"summary": HParams(settings, {**results, "seconds": summary.position.seconds})})
-            write_text(self.folder / "summary.json", to_json(summary.as_dict()))
+        self.plot(flow, suffix="")
+        if self.pictures:
+            self._save_figures({"curves": plots.curves(read_metrics(self.folder / METRICS), self.dataset.entropy)}, "")
+        results = {"test/nll": test.nll, "test/gap": summary.gap, "test/nfe": test.nfe}
+        settings = {**_flat(self.config), "parameters": summary.parameters}
+        self._log({"summary": HParams(settings, {**results, "seconds": summary.position.seconds})})
+        write_text(self.folder / "summary.json", to_json(summary.as_dict()))
         return summary
 
     def _likelihood(self, flow: CNF, part: str) -> Likelihood:
@@ -180,7 +184,7 @@ class Reporter:
             batches,
             generator=self._generator(part),
             solver_error_points=self.solver_error_points if testing else 0,
-            progress="test" if testing and self.progress_bar and self.fabric.is_global_zero else None,
+            progress="test" if testing and self.progress_bar else None,
             num_points=num_points,
         )
 

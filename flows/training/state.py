@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,6 +62,7 @@ class RunState:
         self.dataset = dataset
         self.ema = ExponentialMovingAverage(flow, ema_decay)
         self.position = Position()
+        self.run = uuid.uuid4().hex  # tells this run's checkpoints from those of any other
         self.means = MetricMeans()
         self.generator = torch.Generator(fabric.device)  # of the objective
         self._new_optimizer = optimizer
@@ -78,8 +80,13 @@ class RunState:
         self.means = MetricMeans()
         self._set_up(index, stage)
 
-    def resume(self, checkpoint: Mapping[str, Any], stages: Mapping[str, Stage]) -> None:
+    def resume(
+        self, checkpoint: Mapping[str, Any], stages: Mapping[str, Stage], best: Mapping[str, Any] | None = None
+    ) -> None:
         """Continue bit for bit where ``checkpoint`` was written.
+
+        ``best`` is the checkpoint with the lowest validation NLL so far. Without one, or if it is of another run, the
+        next weights that are validated are the best.
 
         Raises:
             CheckpointError: the checkpoint belongs to another model, other stages or another number of devices.
@@ -108,6 +115,10 @@ class RunState:
             raise CheckpointError(f"the checkpoint belongs to another model: {error}") from error
         self.ema.n_averaged.fill_(checkpoint["ema_updates"])
         self.position = position
+        self.run = checkpoint.get("run")
+        mine = best is not None and best.get("run") == self.run
+        position.best_nll = best["position"]["best_nll"] if mine else None
+        position.best_step = best["position"]["best_step"] if mine else None
         self._set_up(list(stages).index(position.stage), stages[position.stage])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.schedule.load_state_dict(checkpoint["schedule"])
@@ -133,6 +144,7 @@ class RunState:
             ranks = [None] * self.fabric.world_size
             torch.distributed.all_gather_object(ranks, own)
         return {
+            "run": self.run,
             "event_shape": list(self.flow.event_shape),
             "context_shape": None if self.dataset.context_shape is None else list(self.dataset.context_shape),
             "num_classes": self.dataset.num_classes,

@@ -27,12 +27,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 class StopSignals:
     """While entered, turns the first SIGINT (Ctrl-C) or SIGTERM into a request to stop after this step.
 
-    A second signal interrupts at once. Outside the main thread, where Python allows no signal handlers,
-    nothing changes.
+    A second signal interrupts at once, and so does the first one after :meth:`no_more_steps`. Outside the main
+    thread, where Python allows no signal handlers, nothing changes.
     """
 
     def __init__(self) -> None:
         self.requested: int | None = None  # the number of the signal
+        self._at_once = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -46,7 +47,18 @@ class StopSignals:
             signal.signal(number, handler)
         self._previous.clear()
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def no_more_steps(self) -> None:
+        """Interrupt at once from now on, also for a signal that no step has heeded.
+
+        Raises:
+            KeyboardInterrupt: there is one.
+        """
+        self._at_once = True
         if self.requested is not None:
             raise KeyboardInterrupt
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        again = self.requested is not None
         self.requested = number
+        if again or self._at_once:
+            raise KeyboardInterrupt

@@ -1,10 +1,12 @@
-"""Names for the jobs of a sweep."""
+"""Names for a sweep and its jobs."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Sequence
+
+from flows.training.folder import RUNS, new_folder
 
 LONGEST = 100  # characters; folders have a limit, and names a reader
 
@@ -27,8 +29,11 @@ def job_name(overrides: Sequence[str], arguments: Sequence[str], number: int) ->
     return name if 0 < len(name) <= LONGEST else "_".join(filter(None, [str(number), name[:LONGEST]]))
 
 
-def register_resolver() -> None:
-    """Make ``${job_name:}`` available to settings: the name of the current job of a sweep."""
+def register_resolvers() -> None:
+    """Make ``${job_name:}`` and ``${sweep_folder:...}`` available to settings.
+
+    They are the name of the current job of a sweep, and the folder of the sweep: the one given, or a new one for null.
+    """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -36,4 +41,8 @@ def register_resolver() -> None:
         settings = HydraConfig.get()
         return job_name(settings.overrides.task, sys.argv[1:], settings.job.num)
 
+    def folder(given: str | None) -> str:
+        return given or str(new_folder(RUNS / "sweeps"))
+
     OmegaConf.register_new_resolver("job_name", current, replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", folder, replace=True, use_cache=True)  # one folder a sweep

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +18,10 @@ from torch.optim import Optimizer
 from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.solvers import SolverError
-from flows.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, run_folder, save_checkpoint
+from flows.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, own_run_folder, save_checkpoint
 from flows.training.conditioning import check_context_shape
-from flows.training.fabric import Fabric
-from flows.training.folder import branch_run, open_run_folder, write_text
+from flows.training.fabric import Fabric, on_first_process
+from flows.training.folder import branch_run, claimed_folder, write_text
 from flows.training.loggers import Logger
 from flows.training.loss import LossModule, NonFiniteLossError
 from flows.training.reporting import Reporter
@@ -41,7 +43,8 @@ class Trainer:
         dataset: where training, validation and test points come from.
         stages: what is done, in order; the names go into checkpoints and metrics.
         optimizer: called as ``optimizer(parameters, lr=...)`` at the start of each stage.
-        output_dir: the folder of the run; must not hold another one.
+        output_dir: the folder of the run; must not hold another one. ``None``: that of the run to resume, or else a
+            new one, ``runs/<data>/<date>_<time>``.
         seed: of the data, the probes and whatever else is random while training.
         resume: a checkpoint file, or the folder of a run: continue it as if it had never stopped, in its own
             folder or in a fresh one.
@@ -64,7 +67,7 @@ class Trainer:
         stages: Mapping[str, Stage],
         optimizer: Callable[..., Optimizer] = torch.optim.Adam,
         *,
-        output_dir: str | os.PathLike[str],
+        output_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
         resume: str | os.PathLike[str] | None = None,
         config: Mapping[str, Any] | None = None,
@@ -105,21 +108,15 @@ class Trainer:
         self.plot_every = plot_every
         self.checkpoint_every = checkpoint_every
         self.seed = seed
-        self.config = None if config is None else yaml.safe_dump(dict(config), sort_keys=False)
+        self.config = None if config is None else dict(config)
         try:
             self.fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"this machine cannot train with these settings: {error}") from error
-        self._checkpoint = None
-        if resume is not None:
-            file = find_checkpoint(resume, prefer="last")
-            self._checkpoint = load_checkpoint(file)
-        in_place = resume is not None and run_folder(file).resolve() == Path(output_dir).resolve()
-        self.folder = open_run_folder(output_dir, resuming=in_place)
-        if resume is not None and not in_place:
-            branch_run(run_folder(file), self.folder)
-        if self.config is not None and not in_place:
-            write_text(self.folder / "config.yaml", self.config)
+        resumed = None if resume is None else find_checkpoint(resume, prefer="last")
+        self._checkpoint = None if resumed is None else load_checkpoint(resumed)
+        self._resumed_folder = None if resumed is None else own_run_folder(resumed)
+        self._output_dir = self._resumed_folder if output_dir is None else Path(output_dir)
         self._new_state = lambda: RunState(self.fabric, flow, dataset, optimizer, ema_decay, seed)
         self._reporting = {
             "extra_loggers": loggers,
@@ -127,7 +124,6 @@ class Trainer:
             "pictures": plot_every is not None,
             "batch_size": evaluation_batch_size,
             "solver_error_points": solver_error_points,
-            "config": None if config is None else dict(config),
         }
 
     def fit(self) -> Summary:
@@ -137,29 +133,60 @@ class Trainer:
             The figures that ``summary.json`` holds too.
 
         Raises:
+            OutputFolderError: the folder cannot be written, or another run lives in it.
             TrainingInterrupted: SIGINT or SIGTERM came; the step was finished and ``last.pt`` written.
             NonFiniteLossError: the loss or its gradient is NaN or infinite.
             SolverError: a solve cannot go on.
         """
         self.fabric.launch()
+        with contextlib.ExitStack() as claim:
+            self.folder = on_first_process(self.fabric, lambda: self._open_folder(claim))
+            return self._fit()
+
+    def _open_folder(self, claim: contextlib.ExitStack) -> Path:
+        """The folder of the run with its settings in it, which is nobody else's until ``claim`` ends."""
+        source, path = self._resumed_folder, self._output_dir
+        in_place = source is not None and source.resolve() == path.resolve()
+        folder = claim.enter_context(claimed_folder(path, in_place, self.dataset.name))
+        if source is not None and not in_place:
+            best = source / FOLDER / "best.pt"
+            if not best.exists() or load_checkpoint(best).get("run") == self._checkpoint.get("run"):
+                branch_run(source, folder)
+        if self.config is not None:
+            if "output_dir" in self.config:
+                self.config["output_dir"] = str(folder)
+            write_text(folder / "config.yaml", self._settings())
+        return folder
+
+    def _settings(self) -> str | None:
+        return None if self.config is None else yaml.safe_dump(self.config, sort_keys=False)
+
+    def _fit(self) -> Summary:
         torch.manual_seed(self.seed + self.fabric.global_rank)  # for fields with a dropout or the like
         loss = LossModule(self.flow)
         module = self.fabric.setup_module(loss)
         state = self._new_state()
         if self._checkpoint is not None:
-            state.resume(self._checkpoint, self.stages)
+            best = self.folder / FOLDER / "best.pt"
+            state.resume(self._checkpoint, self.stages, load_checkpoint(best) if best.exists() else None)
         steps = {name: stage.steps for name, stage in self.stages.items()}
-        reporter = Reporter(self.fabric, self.dataset, state, self.folder, steps, self.seed, **self._reporting)
+        reporter = Reporter(
+            self.fabric, self.dataset, state, self.folder, steps, self.seed, config=self.config, **self._reporting
+        )
         names = list(self.stages)
-        with reporter:
-            with StopSignals() as stop:
-                for index in range(names.index(state.position.stage or names[0]), len(names)):
-                    name, stage = names[index], self.stages[names[index]]
-                    if state.position.stage != name:
-                        state.begin(index, name, stage)
-                    loss.objective, loss.generator = stage.objective, state.generator
-                    self._train_stage(stage, state, module, loss, reporter, stop)
-            return reporter.conclude(self.flow)
+        with reporter, StopSignals() as stop:
+            for index in range(names.index(state.position.stage or names[0]), len(names)):
+                name, stage = names[index], self.stages[names[index]]
+                if state.position.stage != name:
+                    state.begin(index, name, stage)
+                loss.objective, loss.generator = stage.objective, state.generator
+                self._train_stage(stage, state, module, loss, reporter, stop)
+            try:
+                stop.no_more_steps()
+                return reporter.conclude(self.flow)
+            except KeyboardInterrupt:
+                last = self.folder / FOLDER / "last.pt"
+                raise TrainingInterrupted(last, state.position.step, stop.requested or signal.SIGINT) from None
 
     def _train_stage(
         self, stage: Stage, state: RunState, module: nn.Module, loss: LossModule, reporter: Reporter, stop: StopSignals
@@ -182,9 +209,7 @@ class Trainer:
                 value = module()
                 self.fabric.backward(value)
             except SolverError as error:
-                raise SolverError(
-                    f"training stopped {self._where(stage, position)}: {error}", error.t, error.dt
-                ) from error
+                raise self._told_where("training", error, stage, position) from error
             norm = self.fabric.clip_gradients(module, state.optimizer, max_norm=max_norm, error_if_nonfinite=False)
             if self.fabric.device.type == "cpu" or log or validate or checkpoint:  # a GPU would have to be waited for
                 self._check_finite(value, norm, stage, state)
@@ -198,20 +223,28 @@ class Trainer:
             position.seconds = time.perf_counter() - started
             if log:
                 reporter.log_training(learning_rate)
-            if validate and reporter.validate():
+            save = checkpoint or validate or plot
+            if save:  # before what may fail
+                last = self._save(state, "last")
+            if validate and self._validate(reporter, stage, position):
                 self._save(state, "best")
             if plot and position.step < total:  # the best weights are drawn after the last step
                 reporter.plot()
             stopping = self._agree(stop.requested)
-            if checkpoint or stopping:
-                position.seconds = time.perf_counter() - started
-                path = self._save(state, "last")
             if stopping:
-                raise TrainingInterrupted(path, position.step, stopping)
+                if not save:
+                    last = self._save(state, "last")
+                raise TrainingInterrupted(last, position.step, stopping)
+
+    def _validate(self, reporter: Reporter, stage: Stage, position: Position) -> bool:
+        try:
+            return reporter.validate()
+        except (SolverError, ValueError) as error:
+            raise self._told_where("validation", error, stage, position) from error
 
     def _save(self, state: RunState, name: str) -> Path:
         path = self.folder / FOLDER / f"{name}.pt"
-        content = {"config": self.config, **state.state_dict()}
+        content = {"config": self._settings(), **state.state_dict()}
         if self.fabric.is_global_zero:
             save_checkpoint(path, content)
         self.fabric.barrier()
@@ -234,11 +267,15 @@ class Trainer:
             f"{self.gradient_clip}), or tighter solver tolerances"
         )
 
+    def _told_where(self, what: str, error: SolverError | ValueError, stage: Stage, position: Position) -> Exception:
+        message = f"{what} stopped {self._where(stage, position)}: {error}"
+        return SolverError(message, error.t, error.dt) if isinstance(error, SolverError) else ValueError(message)
+
     def _where(self, stage: Stage, position: Position) -> str:
         """The step in words, and what can be gone back to."""
         exactly = "at" if self.fabric.device.type == "cpu" else "at or shortly before"
         last = self.folder / FOLDER / "last.pt"
-        saved = f"; an earlier state is in {last}" if last.exists() else ""
+        saved = f"; the state to resume from is in {last}" if last.exists() else ""
         return (
             f"{exactly} step {position.step} (step {position.step_in_stage} of {stage.steps} in the stage "
             f"{position.stage}{saved})"
