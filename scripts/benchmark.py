@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from flows.benchmarks import divergence as costs
-from flows.benchmarks import probing_noise, subjects
+from flows.benchmarks import probing_likelihood, probing_noise, subjects
 
 PARTS = ("mlp", "bottleneck", "structured", "conv", "noise")
 
@@ -45,6 +45,14 @@ def divergence(arguments: argparse.Namespace) -> None:
         print("\n".join(probing_noise.table(probing_noise.measure_noise(flow, digits[:128]))))
 
 
+def likelihood_by_probing(arguments: argparse.Namespace) -> None:
+    """The likelihood of digits by probing at the exact stride of a ConvNet, against every product there is."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float64")
+    savings = [probing_likelihood.on_digits(size, arguments.steps, device) for size in arguments.sizes]
+    print("\n".join(probing_likelihood.table(savings)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
@@ -53,6 +61,10 @@ def main() -> None:
     part.add_argument("--dimensions", type=int, nargs="+", default=list(subjects.WIDTHS), help="default: %(default)s")
     part.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, at least (%(default)s)")
     part.set_defaults(run=divergence)
+    part = benchmarks.add_parser("probing_likelihood", help=likelihood_by_probing.__doc__)
+    part.add_argument("--sizes", type=int, nargs="+", default=[8, 28], help="pixels along each side (%(default)s)")
+    part.add_argument("--steps", type=int, default=200, help="of training (%(default)s)")
+    part.set_defaults(run=likelihood_by_probing)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

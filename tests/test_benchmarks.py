@@ -4,7 +4,10 @@ import time
 import pytest
 import torch
 
+from flows import ODESolver
 from flows.benchmarks.divergence import BARE, LOOP, Cost, measure, table
+from flows.benchmarks.probing_likelihood import measure_saving
+from flows.benchmarks.probing_likelihood import table as saving_table
 from flows.benchmarks.probing_noise import measure_noise, trained_on_digits
 from flows.benchmarks.subjects import bottleneck, convolutional, perceptron, structured
 from flows.benchmarks.timing import alternating_medians
@@ -60,3 +63,15 @@ def test_colours_beat_as_many_signs_on_digits() -> None:
     squares = [row.hutchinson**2 for row in rows]
     assert squares[2] == pytest.approx(sum(squares[:2]) / 2)
     assert all(a != b for a, b in itertools.pairwise(squares))
+
+
+def test_probing_at_the_exact_stride_gives_the_same_likelihood() -> None:
+    flow, digits = trained_on_digits(steps=3, progress=False, size=9, batch_size=16)
+    flow.solver = ODESolver("rk4", step_size=0.5)
+    estimator = flow.divergence
+    saving = measure_saving(flow, digits[:2])
+    assert (saving.event_shape, saving.stride, saving.products, saving.nfe) == ((1, 9, 9), 5, (81, 25), 8)
+    assert saving.difference < 1e-9
+    assert saving.speedup > 1
+    assert flow.divergence is estimator
+    assert "81 to 25" in list(saving_table([saving]))[1]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm, trange
 
 from flows.cnf import CNF
@@ -31,18 +32,27 @@ class Noise:
 
 
 def trained_on_digits(
-    steps: int = 500, device: torch.device | str = "cpu", progress: bool = True
+    steps: int = 500,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    size: int = 8,
+    batch_size: int = 256,
 ) -> tuple[CNF, Tensor]:
-    """A flow with four 3 × 3 convolutions after so many steps of flow matching on 8 × 8 digits."""
+    """A flow with four 3 × 3 convolutions after so many steps of flow matching on digits of size × size pixels.
+
+    The digits have 8 × 8 pixels and are enlarged where more are wanted.
+    """
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     levels = torch.as_tensor(load_digits().images, dtype=torch.get_default_dtype()).view(-1, *SHAPE)
+    if size != SHAPE[1]:
+        levels = functional.interpolate(levels, (size, size), mode="bilinear")
     digits = ((levels + torch.rand(levels.shape, generator=generator)) / 17 - 0.5).mul(4).to(device)
-    flow = CNF(ConvNet(SHAPE, (32, 32, 32)), Exact()).to(device)
+    flow = CNF(ConvNet(digits.shape[1:], (32, 32, 32)), Exact()).to(device)
     objective, optimizer = FlowMatching(), torch.optim.Adam(flow.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in trange(steps, desc="training on digits", leave=False, disable=not progress):
-        batch = digits[torch.randint(len(digits), (256,), generator=generator).to(device)]
+        batch = digits[torch.randint(len(digits), (batch_size,), generator=generator).to(device)]
         optimizer.zero_grad()
         objective(flow, Batch(batch), generator).loss.backward()
         optimizer.step()

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.plots.classes import class_densities, class_samples
 from flows.plots.features import pairs
+from flows.plots.images import (
+    image_classes,
+    image_figures,
+    image_samples,
+    image_trajectories,
+    interpolations,
+    is_image,
+    neighbours,
+)
 from flows.plots.metrics import curves
-from flows.plots.plane import density, evolution, samples, trajectories
+from flows.plots.plane import density, evolution, scatter, trajectories
 
 __all__ = [
     "class_densities",
@@ -19,8 +31,14 @@ __all__ = [
     "density",
     "evolution",
     "figures",
+    "image_classes",
+    "image_samples",
+    "image_trajectories",
+    "interpolations",
+    "neighbours",
     "pairs",
     "samples",
+    "scatter",
     "trajectories",
 ]
 
@@ -28,12 +46,15 @@ __all__ = [
 def figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = None) -> dict[str, Figure]:
     """The pictures that suit the data.
 
-    Points of the plane get ``density``, ``samples``, ``trajectories`` and ``evolution``, anything else
+    Points of the plane get ``density``, ``samples``, ``trajectories`` and ``evolution``, images ``samples``,
+    ``trajectories``, ``neighbours``, ``interpolations`` and, with classes, ``classes``, anything else
     ``samples`` of its first features. A conditional flow gets ``samples``, under the contexts of the data, and for
     classes in the plane ``class_samples`` and ``class_densities``; nothing where the data has no contexts.
     """
     if dataset.context_shape is None and getattr(flow.field, "context_shape", None) is not None:
         return {}
+    if is_image(flow.event_shape):
+        return image_figures(flow, dataset, generator)
     reference = dataset.reference()
     count = min(len(reference), 5000)
     context = dataset.contexts(count)
@@ -51,3 +72,16 @@ def figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = Non
             pictures["class_samples"] = class_samples(flow, dataset, generator=generator)
             pictures["class_densities"] = class_densities(flow, dataset)
     return pictures
+
+
+def samples(
+    drawn: Tensor,  # (n, *event)
+    data: Tensor,  # (m, *event)
+    names: Sequence[str] | None = None,  # of the features
+) -> Figure:
+    """Samples of the flow beside the data: images, points of the plane, or the first four features in pairs."""
+    drawn, data = drawn.cpu(), data.cpu()
+    if is_image(data.shape[1:]):
+        return image_samples(drawn, data)
+    drawn, data = drawn.flatten(1), data.flatten(1)
+    return scatter(drawn, data, names) if data.shape[1] == 2 else pairs(drawn, data, names)

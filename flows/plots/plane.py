@@ -14,7 +14,6 @@ from torch import Tensor
 
 from flows.cnf import CNF
 from flows.datasets import Dataset
-from flows.plots.features import pairs
 from flows.plots.paths import draw_paths
 from flows.plots.style import DATA, DENSITY, FLOW, MUTED, TIME, tidy
 
@@ -51,15 +50,12 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128) -> Figure:
     return figure
 
 
-def samples(
-    drawn: Tensor,  # (n, *event)
-    data: Tensor,  # (m, *event)
+def scatter(
+    drawn: Tensor,  # (n, 2)
+    data: Tensor,  # (m, 2)
     names: Sequence[str] | None = None,  # of the features
 ) -> Figure:
-    """Samples of the flow against points of the data; of more than two features, the first four in pairs."""
-    drawn, data = drawn.cpu().flatten(1), data.cpu().flatten(1)
-    if drawn.shape[1] != 2:
-        return pairs(drawn, data, names)
+    """Samples of the flow beside points of the data."""
     low, high = square(data)
     figure = Figure(figsize=(9, 4.8), dpi=120, layout="compressed")
     count = min(len(drawn), len(data), 5000)

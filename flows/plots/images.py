@@ -1,0 +1,207 @@
+"""Flows of images: grids of samples, paths, neighbours in the training data, classes and interpolations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from flows.cnf import CNF
+from flows.datasets import Dataset
+from flows.plots.paths import draw_paths
+
+NUM_SAMPLES = 64
+GAP, WIDTH, DPI = 0.94, 0.62, 120  # shade between images; inches an image; dots per inch
+
+
+def is_image(event_shape: Sequence[int]) -> bool:
+    """Whether points of this shape can be looked at: (1, H, W) in grey, (3, H, W) in colour."""
+    return len(event_shape) == 3 and event_shape[0] in (1, 3)
+
+
+def shades(data: Tensor) -> tuple[float, float]:
+    """The values of ``data`` to show as black and white: all but the last thousandth at either end."""
+    ends = torch.quantile(data.flatten()[:1_000_000].double(), torch.tensor([0.001, 0.999]).double())
+    low, high = ends.tolist()
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def tiled(
+    images: Tensor,  # (rows, columns, C, H, W), data space
+    black: float,
+    white: float,
+) -> np.ndarray:  # (rows (H + 1) + 1, columns (W + 1) + 1, 3), in [0, 1]
+    """Images in rows and columns, a pixel apart; a missing image is NaN."""
+    rows, columns, _, height, width = images.shape
+    shown = ((images.cpu().double() - black) / (white - black)).clamp(0, 1).nan_to_num(nan=GAP)
+    canvas = torch.full((rows, height + 1, columns, width + 1, 3), GAP, dtype=torch.float64)
+    canvas[:, 1:, :, 1:] = shown.permute(0, 3, 1, 4, 2).expand(-1, -1, -1, -1, 3)
+    canvas = canvas.reshape(rows * (height + 1), columns * (width + 1), 3)
+    return torch.nn.functional.pad(canvas, (0, 0, 0, 1, 0, 1), value=GAP).numpy()
+
+
+def grid(
+    images: Tensor,  # (n, C, H, W)
+    columns: int | None = None,  # None: about as many as rows
+) -> Tensor:  # (rows, columns, C, H, W), the last row filled with NaN
+    """Images in reading order."""
+    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
+    missing = -len(images) % columns
+    filler = images.new_full((missing, *images.shape[1:]), torch.nan)
+    return torch.cat([images, filler]).unflatten(0, (-1, columns))
+
+
+def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = None) -> dict[str, Figure]:
+    """The pictures of a flow of images; the same noise for a generator in the same state."""
+    reference = dataset.reference()
+    context = dataset.contexts(NUM_SAMPLES)
+    context = None if context is None else context.to(flow.base.zero)
+    with torch.no_grad():
+        z = flow.base.sample((NUM_SAMPLES,), generator)
+        y = flow.transport(z, (0.0, 1.0), context, log_density=False).x
+        drawn = flow.transform.inverse(y)[0].cpu()
+    unseen = next(iter(dataset.validation_batches(1000))).x
+    pictures = {
+        "samples": image_samples(drawn, reference),
+        "trajectories": image_trajectories(flow, reference, context, generator=generator),
+        "neighbours": neighbours(drawn, reference, unseen),
+    }
+    if dataset.num_validation > 1:
+        pictures["interpolations"] = interpolations(flow, dataset)
+    if dataset.num_classes is not None:
+        pictures["classes"] = image_classes(flow, dataset, generator=generator)
+    return pictures
+
+
+def image_samples(drawn: Tensor, data: Tensor, num_images: int = NUM_SAMPLES) -> Figure:
+    """Images of the data beside samples of the flow, in the shades of the data."""
+    black, white = shades(data)
+    panels = {"data": grid(data[:num_images]), "flow samples": grid(drawn[:num_images])}
+    columns = sum(images.shape[1] for images in panels.values()) + 1
+    rows = max(len(images) for images in panels.values())
+    figure = Figure(figsize=(columns * WIDTH, rows * WIDTH + 0.4), dpi=DPI, layout="compressed")
+    for axes, (title, images) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        _show(axes, images, black, white)
+        axes.set_title(title, fontsize=11)
+    return figure
+
+
+def image_trajectories(
+    flow: CNF,
+    data: Tensor,
+    context: Tensor | None = None,  # (num_paths or more, *context)
+    num_paths: int = 8,
+    times: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0),
+    generator: torch.Generator | None = None,
+) -> Figure:
+    """From noise to images: a row for each path, a column for each time, in data space."""
+    context = None if context is None else context[:num_paths]
+    paths = draw_paths(flow, num_paths, torch.tensor(times), generator, context)  # (T, n, C, H, W)
+    return _strips(paths.transpose(0, 1), data, columns=[f"t = {t:g}" for t in times])
+
+
+def neighbours(
+    drawn: Tensor,  # (n, C, H, W)
+    data: Tensor,  # (m, C, H, W), training images
+    unseen: Tensor,  # (k, C, H, W), images that were not trained on
+    num_rows: int = 8,
+    num_neighbours: int = 6,
+) -> Figure:
+    """Samples, each followed by the training images nearest to it, with Euclidean distances in data space.
+
+    A flow that has learned its training images by heart draws samples much nearer to them than unseen images are; the
+    title has both medians.
+    """
+    distances, nearest = _nearest(drawn, data, num_neighbours)
+    typical, _ = _nearest(unseen, data, 1)
+    rows = torch.cat([drawn[:num_rows].unsqueeze(1).to(data), data[nearest[:num_rows]]], 1)
+    names = [f"{distance:.3g}" for distance in distances[:num_rows, 0].tolist()]
+    figure = _strips(rows, data, columns=["sample", "nearest in the training data"], rows=names)
+    ours, theirs = (float(found[:, 0].median()) for found in (distances, typical))
+    title = f"distance to the nearest (also on the left): median\nof samples {ours:.3g}, of unseen images {theirs:.3g}"
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def image_classes(
+    flow: CNF, dataset: Dataset, num_each: int = 10, most: int = 10, generator: torch.Generator | None = None
+) -> Figure:
+    """Samples under each class, a row for each, from the same noise in all."""
+    classes = min(dataset.num_classes, most)
+    context = torch.eye(dataset.num_classes)[:classes].to(flow.base.zero)
+    with torch.no_grad():
+        z = flow.base.sample((num_each,), generator).repeat(classes, 1, 1, 1)
+        y = flow.transport(z, (0.0, 1.0), context.repeat_interleave(num_each, 0), log_density=False).x
+        drawn = flow.transform.inverse(y)[0].unflatten(0, (-1, num_each))
+    return _strips(drawn, dataset.reference(), rows=[str(label) for label in range(classes)])
+
+
+def interpolations(flow: CNF, dataset: Dataset, num_rows: int = 6, num_columns: int = 9) -> Figure:
+    """Between two images of the validation part along the great circle through their latents; the ends are theirs.
+
+    Of data with classes, both images of a row have the same one.
+    """
+    start, end, context = (
+        None if part is None else part.to(flow.base.zero) for part in _pairs_of_images(dataset, num_rows)
+    )
+    rows = len(start)
+    weights = torch.linspace(0, 1, num_columns).to(start).view(-1, 1, 1)
+    with torch.no_grad():
+        images = flow.transform(torch.cat([start, end]))[0]
+        twice = None if context is None else context.repeat(2, *[1] * (context.ndim - 1))
+        z, w = flow.transport(images, (1.0, 0.0), twice, log_density=False).x.flatten(1).split(rows)
+        cosine = (z * w).sum(1) / (z.norm(dim=1) * w.norm(dim=1))
+        angle = cosine.clamp(-1 + 1e-6, 1 - 1e-6).arccos().unsqueeze(1)
+        latent = (((1 - weights) * angle).sin() * z + (weights * angle).sin() * w) / angle.sin()  # (columns, rows, d)
+        latent = latent.reshape(-1, *flow.event_shape)
+        each = None if context is None else context.repeat(num_columns, *[1] * (context.ndim - 1))
+        decoded = flow.transform.inverse(flow.transport(latent, (0.0, 1.0), each, log_density=False).x)[0]
+    return _strips(decoded.unflatten(0, (num_columns, rows)).transpose(0, 1), dataset.reference())
+
+
+def _pairs_of_images(dataset: Dataset, num_pairs: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Images to start from and to end at, (n, C, H, W) each, and the context of both."""
+    batch = next(iter(dataset.validation_batches(dataset.num_validation)))
+    pairs = torch.arange(len(batch.x) // 2 * 2).unflatten(0, (-1, 2))
+    if dataset.num_classes is not None:
+        found = [(batch.context[:, label] == 1).nonzero().flatten()[:2] for label in range(dataset.num_classes)]
+        pairs = torch.stack([indices for indices in found if len(indices) == 2] or [*pairs])
+    first, second = pairs[:num_pairs].unbind(1)
+    return batch.x[first], batch.x[second], None if batch.context is None else batch.context[first]
+
+
+def _nearest(images: Tensor, data: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Distances (n, count) and indices of the nearest data, the nearest first."""
+    distances = torch.cdist(images.to(data).flatten(1), data.flatten(1))
+    return distances.topk(min(count, len(data)), dim=1, largest=False)
+
+
+def _strips(
+    images: Tensor,  # (rows, columns, C, H, W)
+    data: Tensor,
+    columns: Sequence[str] = (),
+    rows: Sequence[str] = (),
+) -> Figure:
+    """Rows of images in the shades of ``data``, with the names of columns above and of rows on the left."""
+    size = (images.shape[1] * WIDTH + 0.5 * bool(rows), images.shape[0] * WIDTH + 0.4)
+    figure = Figure(figsize=size, dpi=DPI, layout="compressed")
+    axes = figure.subplots()
+    _show(axes, images, *shades(data))
+    height, width = images.shape[3] + 1, images.shape[4] + 1
+    axes.set_xticks([(i + 0.5) * width for i in range(len(columns))], columns)
+    if 0 < len(columns) < images.shape[1]:  # the last name is that of the rest
+        axes.get_xticklabels()[-1].set_horizontalalignment("left")
+    axes.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8)
+    return figure
+
+
+def _show(axes: Axes, images: Tensor, black: float, white: float) -> None:
+    axes.imshow(tiled(images, black, white), interpolation="nearest", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
