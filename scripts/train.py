@@ -7,20 +7,19 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from flows.training.compose import build_trainer
 from flows.training.console import readable_errors
 from flows.training.resume import resumed_config
-from flows.training.sweeps import register_resolvers
+from flows.training.sweeps import current_job, register_resolvers
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "train.yaml"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG.parent), config_name=CONFIG.stem)
 def main(composed: DictConfig) -> float | None:
-    with readable_errors():
+    with readable_errors(job=current_job()):
         config, checkpoint = settings(composed)
         trainer = build_trainer(config, checkpoint)
         summary = trainer.fit()
@@ -34,7 +33,7 @@ def settings(composed: DictConfig) -> tuple[dict[str, Any], Path | None]:
     if composed.resume is not None:
         return resumed_config(composed.resume, context.overrides.task, composed.trust)
     config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    if context.mode == RunMode.MULTIRUN:
+    if current_job() is not None:
         config["output_dir"] = context.runtime.output_dir  # each job of a sweep has a folder of its own
     return config, None
 

@@ -141,6 +141,17 @@ def test_a_sweep_gives_each_job_a_folder(run, tmp_path):
     assert found["Exact"] == pytest.approx(found["Analytic"], abs=1e-4)
 
 
+def test_a_sweep_goes_on_after_a_failed_job(run, tmp_path):
+    code, out, err = run("train", "-m", *TINY, "output_dir=sweep", "solver.step_size=-1,0.5")
+    assert code == 2
+    assert "Error in solver.step_size--1: " in err
+    assert "step_size > 0" in err
+    assert err.strip().endswith("Not all jobs of the sweep succeeded; see their errors above.")
+    assert "Traceback" not in err
+    assert "NLL" in out
+    assert (tmp_path / "sweep/solver.step_size-0.5/summary.json").exists()
+
+
 def test_a_conditional_flow_is_trained_evaluated_and_sampled_by_class(run, tmp_path):
     code, out, _ = run("train", *TINY, "data=moons_by_class", "output_dir=run")
     assert code == 0

@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +24,16 @@ PACKAGE = Path(__file__).resolve().parents[1]
 MISTAKE, FAILURE = 2, 1  # exit codes: the settings or files are wrong; the computation failed
 
 
+class JobFailedError(Exception):
+    """A job of a sweep failed, and has said why."""
+
+    def __init__(self, job: str, code: int) -> None:
+        super().__init__(f"the job {job} of the sweep failed")
+        self.code = code
+
+
 @contextlib.contextmanager
-def readable_errors(config_file: Path | None = None) -> Iterator[None]:
+def readable_errors(config_file: Path | None = None, job: str | None = None) -> Iterator[None]:
     """End the program with a readable paragraph where the user can mend what went wrong.
 
     That is an error of the configuration, or one that this package raises on purpose: ``raise`` stands in one
@@ -34,6 +43,8 @@ def readable_errors(config_file: Path | None = None) -> Iterator[None]:
 
     Args:
         config_file: the main yaml of the program; a wrong setting is then answered with those that there are.
+        job: the name of a job of a sweep, which goes on with the other jobs; the program's exit code is that of the
+            first one that failed. An interruption ends the sweep.
     """
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report
@@ -45,8 +56,14 @@ def readable_errors(config_file: Path | None = None) -> Iterator[None]:
     except KeyboardInterrupt:
         _say("\nInterrupted.")
         sys.exit(128 + signal.SIGINT)
+    except JobFailedError as failure:
+        _say("\nNot all jobs of the sweep succeeded; see their errors above.")
+        sys.exit(failure.code)
     except Exception as error:
         message, code = explain(error, config_file)
+        if job is not None:
+            _say(f"\nError in {job}: {message or traceback.format_exc()}")
+            raise JobFailedError(job, code) from None
         if message is None:
             raise
         _say(f"\nError: {message}")

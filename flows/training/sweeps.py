@@ -29,20 +29,26 @@ def job_name(overrides: Sequence[str], arguments: Sequence[str], number: int) ->
     return name if 0 < len(name) <= LONGEST else "_".join(filter(None, [str(number), name[:LONGEST]]))
 
 
+def current_job() -> str | None:
+    """The name of the job of a sweep that is running; None outside a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
+        return None
+    return job_name(settings.overrides.task, sys.argv[1:], settings.job.num)
+
+
 def register_resolvers() -> None:
     """Make ``${job_name:}`` and ``${sweep_folder:...}`` available to settings.
 
     They are the name of the current job of a sweep, and the folder of the sweep: the one given, or a new one for null.
     """
-    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
-
-    def current() -> str:
-        settings = HydraConfig.get()
-        return job_name(settings.overrides.task, sys.argv[1:], settings.job.num)
 
     def folder(given: str | None) -> str:
         return given or str(new_folder(RUNS / "sweeps"))
 
-    OmegaConf.register_new_resolver("job_name", current, replace=True)
+    OmegaConf.register_new_resolver("job_name", current_job, replace=True)
     OmegaConf.register_new_resolver("sweep_folder", folder, replace=True, use_cache=True)  # one folder a sweep
