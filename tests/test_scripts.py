@@ -92,7 +92,11 @@ def test_train_evaluate_and_sample(run, tmp_path):
     assert "the output folder run holds another run already" in err
     code, _, err = run("train", "resume=run", "data=moons")
     assert code == 2
-    assert "data cannot change, only trainer.* and the steps of a stage can" in err
+    assert "data cannot change, only the steps of a stage and how the trainer runs and watches it" in err
+    for choice in ("trainer.ema_decay=0.9", "trainer.gradient_clip=1", "trainer.precision=64-true"):
+        code, _, err = run("train", "resume=run", choice)
+        assert code == 2
+        assert f"{choice.partition('=')[0]} cannot change" in err
     code, _, err = run("sample", "checkpoint=run", "output=samples.txt")
     assert code == 2
     assert "output must end in .npy or .csv" in err
@@ -112,6 +116,8 @@ def test_a_finished_run_can_be_made_longer(run, tmp_path):
     code, _, err = run("train", "resume=run", "objective.maximum_likelihood.steps=5", "trainer.validate_every=1")
     assert (code, err) == (0, "")
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 9
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (config["objective"]["maximum_likelihood"]["steps"], config["trainer"]["validate_every"]) == (5, 1)
     code, _, err = run("train", "resume=run", "output_dir=longer", "objective.maximum_likelihood.steps=6")
     assert (code, err) == (0, "")
     assert json.loads((tmp_path / "longer/summary.json").read_text())["steps"] == 10

@@ -12,7 +12,7 @@ from flows.training.checkpoint import FOLDER, CheckpointError, find_checkpoint, 
 from flows.training.rebuild import checkpoint_config
 
 # What may change without making it another run: how it is run and watched, and how long a stage lasts.
-CHANGEABLE = re.compile(r"trainer\.\w+|objective\.\w+\.steps")
+CHANGEABLE = re.compile(r"trainer\.(?!(?:precision|ema_decay|gradient_clip)$)\w+|objective\.\w+\.steps")
 OWN = ("resume", "output_dir", "trust")  # of the resuming command itself
 
 
@@ -38,8 +38,9 @@ def resumed_config(
     fixed = [key for key in given if key not in OWN and not CHANGEABLE.fullmatch(key)]
     if fixed:
         raise ValueError(
-            f"a resumed run keeps the settings that it was started with; {', '.join(fixed)} cannot change, only "
-            "trainer.* and the steps of a stage can. Leave it out, or start a new run"
+            f"a resumed run keeps the settings that it was started with; {', '.join(fixed)} cannot change, only the "
+            "steps of a stage and how the trainer runs and watches it (trainer.devices, trainer.log_every, ...) can. "
+            "Leave it out, or start a new run"
         )
     for key, value in given.items():
         if key not in OWN:
