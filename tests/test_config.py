@@ -3,11 +3,13 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
+from PIL import Image
 from small_run import QUIET
 
 from flows.datasets import Table
@@ -32,6 +34,8 @@ def composed(tmp_path, *overrides):
         for key in part:
             if key in ("num_validation", "num_test", "width", "num_units", "channels", "num_channels", "num_kernels"):
                 part[key] = tiny
+            elif key in ("validation_fraction", "test_fraction") and part[key] is not None:
+                part[key] = 0.03
             elif key == "hidden":
                 part[key] = tiny if isinstance(part[key], int) else [tiny] * len(part[key])
     for key, value in (QUIET | {"accelerator": "cpu", "validate_every": 0, "solver_error_points": 0}).items():
@@ -95,11 +99,30 @@ def table(tmp_path):
     return path
 
 
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A folder of coloured noise in three parts and two classes."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 20), ("validation", 3), ("test", 3)):
+        for kind in ("cat", "dog"):
+            folder = tmp_path / "pictures" / part / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{group}={name}" for group, name in CHOICES])
-def test_every_choice_trains(tmp_path, table, group, name):
+def test_every_choice_trains(tmp_path, request, group, name):
     overrides = [f"{group}={name}"]
-    if group == "data" and (CONF / "data" / f"{name}.yaml").read_text().find("path: ???") >= 0:
-        overrides.append(f"data.path={table}")
+    text = (CONF / group / f"{name}.yaml").read_text()
+    if group == "data" and "HubImages" in text:
+        overrides.append(f"data.path={request.getfixturevalue('pictures')}")
+    elif group == "data" and "path: ???" in text:
+        overrides.append(f"data.path={request.getfixturevalue('table')}")
+    elif group == "transform" and "dequantise:" in text:
+        overrides.insert(0, "data=digits")
     dataset = None
     if group == "divergence":
         fields = ["mlp", *(other for kind, other in CHOICES if kind == "field" and other != "mlp")]
@@ -130,6 +153,20 @@ def test_the_default_run_goes_through_both_stages(tmp_path):
     assert list(config.objective) == ["flow_matching", "maximum_likelihood"]
     assert config.objective.flow_matching.steps == 7
     assert config.data["_target_"] == "flows.datasets.EightGaussians"
+
+
+def test_data_sets_choose_a_transform_and_the_user_another(tmp_path):
+    chosen = {}
+    for overrides in (["data=moons"], ["data=digits"], ["transform=dequantise_variational", "data=digits"]):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train", overrides=["output_dir=x", *overrides])
+        chosen[" ".join(overrides)] = config.transform
+    moons, digits, other = chosen.values()
+    assert moons["_target_"] == "flows.transforms.Standardise"
+    assert digits.dequantise.noise["_target_"] == "flows.transforms.UniformNoise"
+    assert list(digits) == ["_target_", "dequantise", "unit", "logit", "standardise"]
+    assert other.dequantise.noise["_target_"] == "flows.transforms.VariationalNoise"
+    assert list(other) == list(digits)
 
 
 def test_trainer_settings_and_constructor_agree():

@@ -122,7 +122,7 @@ BAD_CSV = {
     "a,b\n1,nan\n2,inf\n3,4\n": r"bad\.csv: 2 values in 2 of 3 rows are NaN or infinite; the first is nan in row 1",
     "": "is empty",
     "a,b\n": "a line of names and no row of numbers",
-    "1,2\n2,3\n3,4\n": "has 3 rows, too few for the split: 3 training, 0 validation and 0 test rows",
+    "1,2\n2,3\n3,4\n": "has 3 rows, too few for the split: 3 training, 0 test, 0 validation rows",
     "a,b\n" + "".join(f"{i},7\n" for i in range(20)): r"column 'b' is constant \(7\) .* leave it out: columns=\['a'\]",
 }
 

@@ -207,7 +207,7 @@ def test_the_default_folder_is_named_after_data_and_time(run, tmp_path):
             ["divergence=hutchinson", "divergence.num_prbes=3"],
             r"no setting divergence.num_prbes \(did you mean num_probes\?\); divergence has num_probes, probes",
         ),
-        ("train", ["datum=3"], r"no setting datum \(did you mean data\?\); the top level has data, "),
+        ("train", ["datum=3"], r"no setting datum \(did you mean data\?\); the top level has transform, data, "),
         ("train", ["trainer.bar=3"], r"no setting trainer.bar.*; trainer has accelerator, devices"),
         ("train", ["divergence=hutchinson", "divergence.num_probes=0"], r"num_probes must be >= 1, got 0"),
         ("train", ["objective.flow_matching.steps=0"], r"steps must be a whole number >= 1, got 0"),

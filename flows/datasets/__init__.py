@@ -1,12 +1,15 @@
-"""Data sets: densities (in the plane, conditional, of particles, on lattices), pictures as densities, and tables."""
+"""Data sets: densities (in the plane, conditional, of particles, on lattices), images, and tables."""
 
 from flows.datasets.base import Batch, BatchStream, Dataset, one_hot
 from flows.datasets.conditional import ConditionalDensity, GaussianMean, MoonsByClass
 from flows.datasets.curves import Moons, Pinwheel, SwissRoll, TwoSpirals
 from flows.datasets.density import Density
+from flows.datasets.hub import HubImages
 from flows.datasets.image_density import ImageDensity
+from flows.datasets.images import Digits, Images, LabelledImages
 from flows.datasets.lattice import FreeField
 from flows.datasets.particles import Particles
+from flows.datasets.photos import PhotoPatches
 from flows.datasets.tabular import BreastCancer, Table, Tabular
 from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
 
@@ -19,14 +22,19 @@ __all__ = [
     "ConditionalDensity",
     "Dataset",
     "Density",
+    "Digits",
     "EightGaussians",
     "FreeField",
     "Gaussian",
     "GaussianMean",
+    "HubImages",
     "ImageDensity",
+    "Images",
+    "LabelledImages",
     "Moons",
     "MoonsByClass",
     "Particles",
+    "PhotoPatches",
     "Pinwheel",
     "Rings",
     "SwissRoll",

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from flows.datasets.base import Batch, BatchStream, Dataset, convert, fixed_batches
+from flows.datasets.base import Batch, Dataset, convert, fixed_batches
+from flows.datasets.passes import EpochStream, random_split
 from flows.datasets.readers import choose_columns, read_table
 
 
@@ -48,15 +48,10 @@ class Table(Dataset):
         if len(self.columns) != table.shape[1]:
             raise ValueError(f"{source} has {table.shape[1]} columns, got {len(self.columns)} names for them")
         _check_finite(table, self.columns, source)
-        num_validation, num_test = _part_sizes(len(table), validation_fraction, test_fraction, source)
         self.event_shape = (table.shape[1],)
-        self.num_validation, self.num_test = num_validation, num_test
-        order = torch.randperm(len(table), generator=torch.Generator().manual_seed(split_seed))
-        self.split = {
-            "test": order[:num_test],
-            "validation": order[num_test : num_test + num_validation],
-            "train": order[num_test + num_validation :],
-        }
+        shares = {"test": test_fraction, "validation": validation_fraction}
+        self.split = random_split(len(table), shares, split_seed, source, "rows")
+        self.num_validation, self.num_test = len(self.split["validation"]), len(self.split["test"])
         self._parts = {part: table[rows] for part, rows in self.split.items()}
         _check_varies(self._parts["train"], self.columns, source)
 
@@ -151,12 +146,8 @@ class BreastCancer(Table):
         )
 
 
-class TableStream(BatchStream):
-    """Batches of rows without replacement, in an order drawn anew for each pass.
-
-    Every batch has min(batch_size, rows) rows: a batch larger than the table is the whole table in a new
-    order, and the rows left over at the end of a pass, too few for a batch, wait for the next pass.
-    """
+class TableStream(EpochStream):
+    """Batches of rows without replacement; see `EpochStream`."""
 
     def __init__(
         self,
@@ -167,33 +158,11 @@ class TableStream(BatchStream):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(dataset, batch_size, generator, device, dtype)
-        self.batch_size = min(batch_size, len(rows))
+        super().__init__(dataset, len(rows), batch_size, generator, device, dtype)
         self._rows = convert(rows, self.device, self.dtype, dataset)
-        self._permutation = torch.empty(0, dtype=torch.long)  # drawn by the first `next`
-        self._position = 0
 
     def next(self) -> Batch:
-        if self._position + self.batch_size > len(self._permutation):
-            self._permutation = torch.randperm(len(self._rows), generator=self.generator)
-            self._position = 0
-        chosen = self._permutation[self._position : self._position + self.batch_size]
-        self._position += self.batch_size
-        return Batch(self._rows[chosen.to(self.device)])
-
-    def state_dict(self) -> dict[str, Any]:
-        own = {"permutation": self._permutation.clone(), "position": self._position, "rows": len(self._rows)}
-        return super().state_dict() | own
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["rows"] != len(self._rows):
-            raise ValueError(
-                f"the saved position belongs to {state['rows']} training rows, {self.dataset!r} now has "
-                f"{len(self._rows)}; resume with the file and the split that the run was started with"
-            )
-        super().load_state_dict(state)
-        self._permutation = state["permutation"].cpu().clone()
-        self._position = state["position"]
+        return Batch(self._rows[self.draw().to(self.device)])
 
 
 def _as_table(values: ArrayLike | Tensor, source: str) -> Tensor:
@@ -231,24 +200,3 @@ def _check_varies(train: Tensor, columns: Sequence[str], source: str) -> None:
             f"{source}: column {', '.join(map(repr, constant))} is constant ({value:g}) in the {len(train)} "
             f"training rows, so it has no density and cannot be standardised; {advice}"
         )
-
-
-def _part_sizes(rows: int, validation_fraction: float, test_fraction: float, source: str) -> tuple[int, int]:
-    """Whole numbers of validation and test rows."""
-    for key, share in {"validation_fraction": validation_fraction, "test_fraction": test_fraction}.items():
-        if not 0 < share < 1:
-            raise ValueError(f"{key} must be between 0 and 1, both excluded, got {share!r}")
-    if validation_fraction + test_fraction >= 1:
-        raise ValueError(
-            f"validation_fraction + test_fraction must leave a training part, got {validation_fraction} + "
-            f"{test_fraction} >= 1"
-        )
-    sizes = round(rows * validation_fraction), round(rows * test_fraction)
-    training = rows - sum(sizes)
-    if min(sizes) < 1 or training < 2:
-        raise ValueError(
-            f"{source} has {rows} rows, too few for the split: {max(training, 0)} training, {sizes[0]} "
-            f"validation and {sizes[1]} test rows, needed at least 2, 1 and 1; bring more rows or change "
-            "validation_fraction and test_fraction"
-        )
-    return sizes

@@ -39,13 +39,7 @@ class BitsPerDim:
     ) -> BitsPerDim:
         """Change units and sign."""
         unit = math.prod(event_shape) * math.log(2)
-        return cls({name: -value / unit for name, value in terms.items()}, standard_error / unit)
-
-    def as_dict(self) -> dict[str, float | None]:
-        """``bits_per_dim``, its standard error (None where unknown), and the parts."""
-        error = None if math.isnan(self.standard_error) else self.standard_error
-        parts = {f"bits_per_dim_{name}": value for name, value in self.parts.items()}
-        return {"bits_per_dim": self.value, "bits_per_dim_se": error, **parts}
+        return cls({name: 0.0 - value / unit for name, value in terms.items()}, standard_error / unit)
 
     def __str__(self) -> str:
         error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.4f}"

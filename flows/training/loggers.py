@@ -129,6 +129,7 @@ class ProgressBar:
             "train/loss": "loss",
             "train/nfe_forward": "nfe",
             "validation/nll": "nll",
+            "validation/bits_per_dim": "bits/dim",
             "validation/gap": "gap",
         }
         new = {label: f"{metrics[name]:.4g}" for name, label in labels.items() if name in metrics}

@@ -80,7 +80,8 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
     content = load_checkpoint(file)
     config = checkpoint_config(content, file, trust)
     shape = None if content.get("context_shape") is None else tuple(content["context_shape"])
-    flow = build_flow(config, content["event_shape"], dtype=_dtype(content), context_shape=shape)
+    levels = content.get("num_levels")
+    flow = build_flow(config, content["event_shape"], None, _dtype(content), context_shape=shape, num_levels=levels)
     _fill(flow, content, file)
     return LoadedRun(flow.eval(), config, file, content["position"]["step"], shape, content.get("num_classes"))
 
@@ -141,6 +142,7 @@ def build_flow(
     dataset: Dataset | None = None,
     dtype: torch.dtype | None = None,
     context_shape: Sequence[int] | None = None,
+    num_levels: int | None = None,
 ) -> CNF:
     """The flow that the settings describe, untrained.
 
@@ -150,14 +152,16 @@ def build_flow(
         dataset: what the transform is fitted to; ``None`` if its state will be loaded.
         dtype: of the parameters and of constants such as frequencies; torch's default if ``None``.
         context_shape: of the data's contexts, handed to a field that takes it; ``None``: as ``dataset`` says.
+        num_levels: of discrete data, handed to each part of the transform that takes it; ``None``: as ``dataset`` says.
     """
     event_shape = tuple(event_shape)
-    if context_shape is None and dataset is not None:
-        context_shape = dataset.context_shape
+    if dataset is not None:
+        context_shape = dataset.context_shape if context_shape is None else context_shape
+        num_levels = dataset.num_levels if num_levels is None else num_levels
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
-        transform = _with_shape(config["transform"], event_shape)
+        transform = instantiate(_complete(config["transform"], {"event_shape": event_shape, "num_levels": num_levels}))
         if dataset is not None:
             transform.fit(dataset.reference())
         return CNF(
@@ -206,14 +210,26 @@ def _with_shape(
     config: Mapping[str, Any], event_shape: tuple[int, ...], context_shape: Sequence[int] | None = None
 ) -> Any:
     """Instantiate, with ``event_shape`` and ``context_shape`` where the target has such arguments."""
-    from hydra.utils import get_object
-
     shapes = {"event_shape": event_shape}
     if context_shape is not None:
         shapes["context_shape"] = tuple(context_shape)
+    return instantiate(config, **_missing(config, shapes))
+
+
+def _complete(config: Any, known: Mapping[str, Any]) -> Any:
+    """Settings in which every target, however deep, has those of the ``known`` arguments that it takes."""
+    if not isinstance(config, Mapping):
+        return config
+    inside = {key: _complete(value, known) for key, value in config.items()}
+    return {**inside, **_missing(config, known)} if "_target_" in config else inside
+
+
+def _missing(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The known arguments that the target of ``config`` takes and is not given."""
+    from hydra.utils import get_object
+
     parameters = inspect.signature(get_object(config["_target_"])).parameters
-    given = {name: shape for name, shape in shapes.items() if name in parameters and name not in config}
-    return instantiate(config, **given)
+    return {name: value for name, value in known.items() if name in parameters and name not in config}
 
 
 def _fill(flow: CNF, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

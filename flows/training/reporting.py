@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from flows import plots
 from flows.cnf import CNF
 from flows.datasets import Dataset
-from flows.evaluation import Likelihood, likelihood, part_batches
+from flows.evaluation import BitsPerDim, Likelihood, likelihood, part_batches
 from flows.solvers import SolverError
 from flows.training.checkpoint import FOLDER, load_checkpoint
 from flows.training.fabric import Fabric, on_first_process
@@ -103,6 +103,8 @@ class Reporter:
         metrics |= {"learning_rate": learning_rate, "steps_per_second": (step - before) / (now - then)}
         if "nll" in metrics and self.dataset.entropy is not None:
             metrics["gap"] = metrics["nll"] - self.dataset.entropy
+        if "nll" in metrics and self.dataset.num_levels is not None:
+            metrics["bits_per_dim"] = BitsPerDim.from_log_prob({"": -metrics["nll"]}, self.dataset.event_shape).value
         # One probe leaves the standard error unknown, which is no curve to look at.
         self._log({f"train/{name}": value for name, value in metrics.items() if not math.isnan(value)})
         self._clock = (time.perf_counter(), step)
@@ -117,7 +119,11 @@ class Reporter:
         metrics = {"nll": result.nll, "standard_error": result.standard_error, "nfe": result.nfe}
         if self.dataset.entropy is not None:
             metrics["gap"] = result.nll - self.dataset.entropy
-        self._log({f"validation/{name}": value for name, value in metrics.items()})
+        parts = {}
+        if result.bits_per_dim is not None:
+            metrics["bits_per_dim"] = result.bits_per_dim.value
+            parts = {f"bits_per_dim/{name}": value for name, value in result.bits_per_dim.parts.items()}
+        self._log({f"validation/{name}": value for name, value in metrics.items()} | parts)
         position = self.state.position
         best = position.best_nll is None or result.nll < position.best_nll
         if best:
@@ -170,7 +176,8 @@ class Reporter:
         self.plot(flow, suffix="")
         if self.pictures:
             self._save_figures({"curves": plots.curves(read_metrics(self.folder / METRICS), self.dataset.entropy)}, "")
-        results = {"test/nll": test.nll, "test/gap": summary.gap, "test/nfe": test.nfe}
+        bits = None if test.bits_per_dim is None else test.bits_per_dim.value
+        results = {"test/nll": test.nll, "test/bits_per_dim": bits, "test/gap": summary.gap, "test/nfe": test.nfe}
         settings = {**_flat(self.config), "parameters": summary.parameters}
         self._log({"summary": HParams(settings, {**results, "seconds": summary.position.seconds})})
         write_text(self.folder / "summary.json", to_json(summary.as_dict()))

@@ -148,6 +148,7 @@ class RunState:
             "event_shape": list(self.flow.event_shape),
             "context_shape": None if self.dataset.context_shape is None else list(self.dataset.context_shape),
             "num_classes": self.dataset.num_classes,
+            "num_levels": self.dataset.num_levels,
             "data": self.dataset.name,
             "flow": self.flow.state_dict(),
             "ema": self.ema.module.state_dict(),

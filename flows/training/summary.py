@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flows.evaluation import Likelihood
+from flows.evaluation import BitsPerDim, Likelihood
 from flows.training.state import Position
 
 
@@ -45,6 +45,7 @@ class Summary:
             "test_nll": self.test.nll,
             "test_nll_se": None if math.isnan(self.test.standard_error) else self.test.standard_error,
             "test_points": self.test.num_points,
+            **{f"test_{name}": value for name, value in bits_dict(self.test.bits_per_dim).items()},
             "probe_se": self.test.probe_standard_error,
             "solver_error": self.test.solver_error,
             "entropy": self.entropy,
@@ -79,7 +80,20 @@ def to_json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
+def bits_dict(bits: BitsPerDim | None) -> dict[str, Any]:
+    """Bits per dimension as plain values; None where unknown, or where data are continuous."""
+    if bits is None:
+        return {"bits_per_dim": None, "bits_per_dim_se": None, "bits_per_dim_parts": None}
+    error = None if math.isnan(bits.standard_error) else bits.standard_error
+    return {"bits_per_dim": bits.value, "bits_per_dim_se": error, "bits_per_dim_parts": dict(bits.parts)}
+
+
 def likelihood_dict(result: Likelihood, entropy: float | None) -> dict[str, Any]:
     """A likelihood as plain values, with the gap to the entropy; None where unknown."""
-    plain = {**asdict(result), "entropy": entropy, "gap": None if entropy is None else result.nll - entropy}
+    plain = {
+        **asdict(result),
+        **bits_dict(result.bits_per_dim),
+        "entropy": entropy,
+        "gap": None if entropy is None else result.nll - entropy,
+    }
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in plain.items()}

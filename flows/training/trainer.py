@@ -22,6 +22,7 @@ from flows.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, 
 from flows.training.conditioning import check_context_shape
 from flows.training.fabric import Fabric, on_first_process
 from flows.training.folder import branch_run, claimed_folder, write_text
+from flows.training.levels import check_levels
 from flows.training.loggers import Logger
 from flows.training.loss import LossModule, NonFiniteLossError
 from flows.training.reporting import Reporter
@@ -99,6 +100,7 @@ class Trainer:
             if not (value is None and name == "plot_every") and not value >= 0:
                 raise ValueError(f"{name} must be >= 0 steps (0: only at the end of a stage), got {value}")
         check_context_shape(flow, dataset)
+        check_levels(flow, dataset)
         self.flow = flow
         self.dataset = dataset
         self.stages = dict(stages)

@@ -114,6 +114,8 @@ class Dequantise(Transform):
 
 def checked_levels(num_levels: int) -> int:
     """Return ``num_levels``, or raise ``ValueError`` where there cannot be so many."""
+    if num_levels is None:
+        raise ValueError("the data state no num_levels: they are continuous, and need no dequantisation")
     if isinstance(num_levels, bool) or not isinstance(num_levels, int) or num_levels < 2:
         raise ValueError(f"num_levels must be a whole number >= 2, such as 256, got {num_levels!r}")
     return num_levels

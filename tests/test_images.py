@@ -1,0 +1,427 @@
+"""Image data: what the embedded sets hold, files that the tests write, and what is said of bad ones."""
+
+import itertools
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
+
+from flows.datasets import Digits, HubImages, Images, LabelledImages, PhotoPatches
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(count, shape=(1, 4, 4), num_levels=256, seed=0):
+    return torch.randint(num_levels, (count, *shape), generator=rng(seed), dtype=torch.uint8)
+
+
+def in_parts(train, validation=None, test=None, labels=None):
+    parts = {"train": train, "validation": train[:3] if validation is None else validation}
+    parts["test"] = train[:3] if test is None else test
+    if labels is None:
+        return {part: LabelledImages(images) for part, images in parts.items()}
+    return {part: LabelledImages(images, labels[: len(images)]) for part, images in parts.items()}
+
+
+def joined(batches):
+    return torch.cat([batch.x for batch in batches])
+
+
+# Embedded sets
+
+
+def test_digits():
+    dataset = Digits()
+    parts = [joined(dataset.test_batches(100)), joined(dataset.validation_batches(64)), dataset.reference()]
+    assert (
+        [len(part) for part in parts]
+        == [dataset.num_test, dataset.num_validation, 1797 - 359 - 180]
+        == [359, 180, 1258]
+    )
+    assert (dataset.event_shape, dataset.num_levels, dataset.entropy, dataset.context_shape) == (
+        (1, 8, 8),
+        17,
+        None,
+        None,
+    )
+    found = torch.cat(parts).flatten(1)
+    expected = torch.from_numpy(load_digits().data)
+    assert torch.equal(found.sum(0), expected.sum(0))
+    assert sorted(map(tuple, found.tolist())) == sorted(map(tuple, expected.tolist()))
+    again = joined(Digits().test_batches(1000, dtype=torch.float32))
+    assert again.dtype == torch.float32
+    assert torch.equal(again.double(), parts[0])
+    assert not torch.equal(joined(Digits(split_seed=1).test_batches(359)), parts[0])
+
+
+def test_digits_by_class():
+    dataset = Digits(conditional=True)
+    assert (dataset.context_shape, dataset.num_classes) == ((10,), 10)
+    (batch,) = dataset.test_batches(1000)
+    assert torch.equal(batch.context.argmax(1), dataset.labels("test"))
+    assert torch.equal(batch.context.sum(1), torch.ones(359))
+    lookup = {tuple(row): label for row, label in zip(load_digits().data.tolist(), load_digits().target, strict=True)}
+    for drawn in (batch, dataset.train_stream(50, rng(), dtype=torch.float32).next()):
+        labels = [lookup[tuple(row)] for row in drawn.x.double().flatten(1).tolist()]
+        assert drawn.context.argmax(1).tolist() == labels
+        assert drawn.context.dtype == drawn.x.dtype
+
+
+def test_patches_are_pieces_of_the_photographs_and_parts_do_not_overlap():
+    """Mark every pixel by its place: patches of different parts must share no mark, and training must see most."""
+    photos = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
+    dataset = PhotoPatches(flip=False)
+    assert (dataset.event_shape, dataset.num_levels) == ((3, 8, 8), 256)
+    windows = {}
+    for number, photo in enumerate(photos):
+        views = np.lib.stride_tricks.sliding_window_view(photo, (8, 8), axis=(0, 1))[::2, ::2]
+        for row, column in itertools.product(range(views.shape[0]), range(views.shape[1])):
+            windows.setdefault(views[row, column].tobytes(), []).append((number, 2 * row, 2 * column))
+    covered = {part: np.zeros((2, 427, 640), dtype=bool) for part in ("train", "validation", "test")}
+    parts = {"validation": joined(dataset.validation_batches(10_000)), "test": joined(dataset.test_batches(10_000))}
+    parts["train"] = dataset.reference()
+    repeated = 0
+    for part, patches in parts.items():
+        for patch in patches.numpy().astype(np.uint8):
+            places = windows[patch.tobytes()]  # every patch is a window
+            repeated += len(places) > 1
+            if len(places) == 1:
+                number, row, column = places[0]
+                if part != "train":  # these lie side by side
+                    assert not covered[part][number, row : row + 8, column : column + 8].any()
+                covered[part][number, row : row + 8, column : column + 8] = True
+    assert repeated < 0.02 * sum(map(len, parts.values()))
+    for one, two in itertools.combinations(covered.values(), 2):
+        assert not (one & two).any()
+    assert dataset.num_test == 16 * 104
+    assert dataset.num_validation == 16 * 52
+    assert covered["train"].mean() > 0.5
+
+
+def test_bad_patches():
+    with pytest.raises(ValueError, match="a patch of size 40 does not fit into a region of 32 pixels"):
+        PhotoPatches(size=40)
+    with pytest.raises(ValueError, match="region must fit into a photograph of 427 × 640 pixels, got 500"):
+        PhotoPatches(region=500)
+    with pytest.raises(ValueError, match="stride must be a whole number of pixels >= 1, got 0"):
+        PhotoPatches(stride=0)
+    with pytest.raises(ValueError, match="photo_patches has 2 regions, too few for the split"):
+        PhotoPatches(region=400)
+
+
+# The stream
+
+
+def test_mirroring():
+    images = noise(64)
+    plain = Images(in_parts(images)).train_stream(64, rng())
+    mirrored = Images(in_parts(images), flip=True).train_stream(64, rng())
+    counts = torch.zeros(2)
+    for _ in range(20):
+        batch = mirrored.next().x
+        same = (batch[:, None] == images).flatten(2).all(2).any(1)
+        turned = (batch[:, None] == images.flip(-1)).flatten(2).all(2).any(1)
+        assert (same ^ turned).all()
+        counts += torch.stack([same.sum(), turned.sum()])
+        assert (plain.next().x[:, None] == images).flatten(2).all(2).any(1).all()
+    assert (counts / 1280 - 0.5).abs().max() < 4 * 0.5 / 1280**0.5
+    dataset = Images(in_parts(images), flip=True)
+    assert torch.equal(joined(dataset.test_batches(2)), images[:3].double())
+
+
+def test_stream_resumes_in_the_middle_of_a_pass(tmp_path):
+    dataset = Images(in_parts(noise(40), labels=torch.arange(40) % 3), num_classes=3, conditional=True, flip=True)
+    stream = dataset.train_stream(16, rng(1))
+    stream.next()
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    expected = [stream.next() for _ in range(6)]
+    resumed = dataset.train_stream(16, rng(2))
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for batch in expected:
+        again = resumed.next()
+        assert torch.equal(again.x, batch.x)
+        assert torch.equal(again.context, batch.context)
+    with pytest.raises(ValueError, match="belongs to 40 training images, 'images' now has 30"):
+        Images(in_parts(noise(30))).train_stream(16, rng()).load_state_dict(stream.state_dict())
+
+
+def test_batches_are_levels_in_the_dtype_that_was_asked_for():
+    images = noise(40, num_levels=17)
+    dataset = Images(in_parts(images), num_levels=17)
+    for dtype in (torch.float32, torch.float64):
+        stream = dataset.train_stream(40, rng(), dtype=dtype)
+        x = stream.next().x
+        assert x.dtype == dtype
+        assert torch.equal(x.sort(0).values, images.to(dtype).sort(0).values)
+    assert len(dataset.train_stream(16, rng()).next()) == 16
+
+
+def test_levels_beyond_a_byte():
+    images = noise(10).int() * 16
+    assert torch.equal(
+        Images(in_parts(images), num_levels=4096).reference().sort(0).values, images.double().sort(0).values
+    )
+
+
+# Bad images in memory
+
+
+def test_bad_images():
+    images = noise(10, num_levels=17)
+    bad = images.clone()
+    bad[4, 0, 2, 1] = 17
+    with pytest.raises(
+        ValueError,
+        match=r"the images, train part: image 4 has the value 17 at \(0, 2, 1\), .* level from 0 to 16 \(1 such",
+    ):
+        Images(in_parts(bad), num_levels=17)
+    with pytest.raises(ValueError, match=r"image 0 has the value 0\.5 at .* give levels as whole numbers"):
+        Images(in_parts(torch.full((4, 1, 2, 2), 0.5)))
+    with pytest.raises(ValueError, match="image 0 has the value -1 at"):
+        Images(in_parts(torch.full((4, 1, 2, 2), -1)))
+    with pytest.raises(ValueError, match=r"test part: .* got \(10, 1, 3, 3\) beside \(1, 4, 4\)"):
+        Images(in_parts(images, test=noise(10, (1, 3, 3))))
+    with pytest.raises(ValueError, match=r"expected at least one image .* got \(0, 1, 4, 4\)"):
+        Images(in_parts(images, validation=images[:0]))
+    with pytest.raises(ValueError, match="num_levels must be a whole number >= 2, such as 256, got 1"):
+        Images(in_parts(images), num_levels=1)
+    with pytest.raises(ValueError, match="the images have no classes to condition on; set conditional=False"):
+        Images(in_parts(images), conditional=True)
+    with pytest.raises(ValueError, match="parts must be train, validation and test, got train"):
+        Images({"train": LabelledImages(images)})
+    with pytest.raises(ValueError, match="the images has 4 images, too few for the split: 4 training, 0 test, 0 valid"):
+        LabelledImages(images[:4]).split(0.1, 0.1)
+
+
+# Files
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+COUNTS = {"train": 15, "validation": 4, "test": 3}
+
+
+def write_folder(folder, parts=tuple(COUNTS), kinds=("cat", "dog"), mode="RGB", suffix="png"):
+    """Noise with the number of the picture in its first pixel: {part: {pixels}} of what was written."""
+    generator, written = np.random.default_rng(0), {}
+    shape = (6, 5, 3) if mode == "RGB" else (6, 5)
+    for part, kind in itertools.product(parts, kinds):
+        (folder / part / kind).mkdir(parents=True)
+        for i in range(COUNTS[part]):
+            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / part / kind / f"{i}.{suffix}")
+            planes = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+            written.setdefault(part, {})[planes.tobytes()] = kinds.index(kind)
+    return written
+
+
+def check(dataset, written, parts=tuple(COUNTS)):
+    for part in parts:
+        images = {"train": dataset.reference, "test": lambda: joined(dataset.test_batches(4))}
+        images["validation"] = lambda: joined(dataset.validation_batches(4))
+        found = {image.astype(np.uint8).tobytes() for image in images[part]().numpy()}
+        assert found == set(written[part])
+        if dataset.labels(part) is not None and part != "train":
+            pairs = zip(images[part]().numpy(), dataset.labels(part).tolist(), strict=True)
+            assert all(written[part][image.astype(np.uint8).tobytes()] == label for image, label in pairs)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_folder_parquet_and_saved_data_are_the_same(tmp_path, mode):
+    written = write_folder(tmp_path / "pictures", mode=mode)
+    settings = {"validation_split": "validation", "name": "mine"}
+    dataset = HubImages(path=tmp_path / "pictures", **settings)
+    assert dataset.event_shape == ((3, 6, 5) if mode == "RGB" else (1, 6, 5))
+    assert (dataset.name, dataset.num_levels, dataset.num_validation, dataset.num_test) == ("mine", 256, 8, 6)
+    check(dataset, written)
+
+    loaded = datasets.load_dataset(str(tmp_path / "pictures"))
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    check(HubImages(path=tmp_path / "saved", **settings), written)
+    (tmp_path / "parquet").mkdir()
+    for part, split in loaded.items():
+        split.to_parquet(str(tmp_path / "parquet" / f"{part}-00000-of-00001.parquet"))
+    by_class = HubImages(path=tmp_path / "parquet", conditional=True, **settings)
+    check(by_class, written)
+    assert by_class.num_classes == 2
+
+
+def test_parts_that_are_missing_are_cut_off_the_training_part(tmp_path):
+    written = write_folder(tmp_path / "pictures", parts=("train",))
+    dataset = HubImages(path=tmp_path / "pictures", validation_fraction=0.2, test_fraction=0.1)
+    parts = [joined(dataset.validation_batches(9)), joined(dataset.test_batches(9)), dataset.reference()]
+    assert [len(part) for part in parts] == [6, 3, 21]
+    assert {image.astype(np.uint8).tobytes() for image in torch.cat(parts).numpy()} == set(written["train"])
+    file = tmp_path / "train.parquet"
+    datasets.load_dataset(str(tmp_path / "pictures"))["train"].to_parquet(str(file))
+    again = HubImages(path=file, validation_fraction=0.2, test_fraction=0.1)
+    assert torch.equal(joined(again.test_batches(9)).sort(0).values, parts[1].sort(0).values)
+    assert not torch.equal(joined(HubImages(path=file, split_seed=1).test_batches(9)), parts[1])
+    with pytest.raises(
+        ValueError, match=r"no part 'test', only 'train'; name another one with test_split, or set a share"
+    ):
+        HubImages(path=file, test_fraction=None)
+    with pytest.raises(
+        ValueError, match=r"train\.parquet has 30 images, too few for the split: 27 training, 0 test, 3 valid"
+    ):
+        HubImages(path=file, test_fraction=0.01)
+
+
+def test_pictures_are_brought_to_one_mode_and_size(tmp_path):
+    write_folder(tmp_path / "pictures", parts=("train",), kinds=("all",))
+    Image.new("L", (9, 4), 77).save(tmp_path / "pictures/train/all/0.png")
+    Image.new("RGBA", (4, 9), (10, 20, 30, 255)).save(tmp_path / "pictures/train/all/1.png")
+    dataset = HubImages(path=tmp_path / "pictures", mode="RGB", size=[4, 4], validation_fraction=0.3, test_fraction=0.3)
+    parts = [joined(dataset.validation_batches(9)), joined(dataset.test_batches(9)), dataset.reference()]
+    flat = torch.cat(parts)
+    assert flat.shape == (15, 3, 4, 4)
+    constant = flat[(flat == flat[:, :, :1, :1]).flatten(1).all(1)][:, :, 0, 0].tolist()
+    assert sorted(constant) == [[10, 20, 30], [77, 77, 77]]
+    assert HubImages(path=tmp_path / "pictures", mode="L", size=[3, 2]).event_shape == (1, 3, 2)
+
+
+def test_hub_names(monkeypatch, tmp_path):
+    """What a yaml asks the hub for is served from here; the first call of a data set needs a network, others do not."""
+    names = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10", "imagenet32": "benjamin-paine/imagenet-1k-32x32"}
+    names["fashion_mnist"] = "zalando-datasets/fashion_mnist"
+    asked = []
+
+    def serve(source):
+        asked.append(source)
+        pictures = [Image.fromarray(noise(1, (4, 4), seed=i).numpy()[0]) for i in range(60)]
+        columns = {"img" if "cifar" in source else "image": pictures, "label": [i % 10 for i in range(60)]}
+        kinds = {name: datasets.Image() for name in columns} | {"label": datasets.ClassLabel(num_classes=10)}
+        split = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+        return datasets.DatasetDict({"train": split, "validation" if "imagenet" in source else "test": split})
+
+    monkeypatch.setattr(datasets, "load_dataset", serve)
+    for name, source in names.items():
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train", overrides=[f"data={name}", "output_dir=x", "data.conditional=true"]).data
+        dataset = instantiate(config)
+        assert asked[-1] == source
+        assert (dataset.name, dataset.num_levels, dataset.num_classes, dataset.num_test) == (name, 256, 10, 60)
+        assert dataset.event_shape == ((1, 4, 4) if "mnist" in name else (3, 4, 4))
+        assert dataset.num_validation == round(60 * config.validation_fraction)
+        assert dataset.flip == ("mnist" not in name)
+
+
+def test_a_missing_download_says_what_would_provide_it(monkeypatch):
+    def offline(source):
+        raise ConnectionError(f"Couldn't reach {source!r} on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(FileNotFoundError) as caught:
+        HubImages(source="ylecun/mnist")
+    for part in (
+        "'ylecun/mnist' is not in the local cache",
+        "cannot be downloaded (Couldn't reach 'ylecun/mnist' on the Hub)",
+        "python -c \"import datasets; datasets.load_dataset('ylecun/mnist')\"",
+        "set path to a folder of pictures or Parquet files",
+    ):
+        assert part in str(caught.value)
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"reading ylecun/mnist needs .* pip install 'flows\[images\]'"):
+        HubImages(source="ylecun/mnist")
+
+
+# Bad files
+
+
+def test_bad_pictures(tmp_path):
+    folder = tmp_path / "pictures/train/all"
+    write_folder(tmp_path / "pictures", parts=("train",), kinds=("all",))
+    Image.new("L", (5, 6)).save(folder / "3.png")
+    with pytest.raises(
+        ValueError, match=r"3\.png has the mode L, and .*\.png has RGB; convert them all with mode=RGB or L"
+    ):
+        HubImages(path=tmp_path / "pictures")
+    Image.new("P", (5, 6)).save(folder / "3.png")
+    with pytest.raises(ValueError, match=r"3\.png has the mode P; convert pictures to grey or colour with mode="):
+        HubImages(path=tmp_path / "pictures")
+    Image.new("RGB", (7, 6)).save(folder / "3.png")
+    with pytest.raises(
+        ValueError, match=r"3\.png is 7 × 6 pixels wide and high, and .*\.png is 5 × 6; bring .* size=\["
+    ):
+        HubImages(path=tmp_path / "pictures")
+    whole = (folder / "2.png").read_bytes()
+    (folder / "3.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"all/3\.png cannot be read as a picture \(.*\); repair or remove it"):
+        HubImages(path=tmp_path / "pictures")
+    (folder / "3.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"all/3\.png cannot be read as a picture \(cannot identify"):
+        HubImages(path=tmp_path / "pictures")
+    (folder / "3.png").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"\.png has the value \d+, which is no level from 0 to 16; set num_levels"):
+        HubImages(path=tmp_path / "pictures", num_levels=17)
+
+
+def test_bad_pictures_in_parquet_are_named_by_row(tmp_path):
+    pictures = [{"bytes": b"broken" if i == 4 else png(), "path": f"{i}.png"} for i in range(20)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(str(tmp_path / "set.parquet"))
+    with pytest.raises(ValueError, match=r"image 4 of the part 'train' of .*set\.parquet \(4\.png\) cannot be read"):
+        HubImages(path=tmp_path / "set.parquet")
+
+
+def png():
+    import io
+
+    buffer = io.BytesIO()
+    Image.new("L", (3, 3), 5).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_bad_places_and_settings(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder or file of images at .*nowhere; path is read from"):
+        HubImages(path=tmp_path / "nowhere")
+    (tmp_path / "set.parquet").write_bytes(b"no table")
+    with pytest.raises(
+        ValueError, match=r"set\.parquet cannot be read as a folder of pictures, Parquet files or a saved"
+    ):
+        HubImages(path=tmp_path / "set.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty cannot be read as .* doesn't contain any data files"):
+        HubImages(path=tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"give the name of a data set on the hub, source=..., or the path"):
+        HubImages()
+    with pytest.raises(ValueError, match=r"mode must be L \(grey\) or RGB, or null .* got 'CMYK'"):
+        HubImages(path=tmp_path, mode="CMYK")
+    with pytest.raises(ValueError, match=r"size must be \[height, width\] in pixels, such as \[32, 32\], got \[8\]"):
+        HubImages(path=tmp_path, size=[8])
+    features = datasets.Features({"a": datasets.Image(), "b": datasets.Image(), "n": datasets.Value("int64")})
+    rows = {"a": [Image.new("L", (3, 3))] * 20, "b": [Image.new("L", (3, 3))] * 20, "n": list(range(20))}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(ValueError, match=r"two has 2 columns of pictures among 'a', 'b', 'n'; say with image=..."):
+        HubImages(path=tmp_path / "two")
+    with pytest.raises(ValueError, match="two has no column 'c'; it has 'a', 'b', 'n'"):
+        HubImages(path=tmp_path / "two", image="c")
+    with pytest.raises(ValueError, match=r"the column 'n' holds .*, not classes"):
+        HubImages(path=tmp_path / "two", image="a", label="n")
+    assert HubImages(path=tmp_path / "two", image="b").event_shape == (1, 3, 3)
+
+
+@pytest.mark.parametrize("name", ["digits", "photo_patches"])
+def test_yaml(name):
+    config = OmegaConf.load(CONF / "data" / f"{name}.yaml")
+    del config["defaults"]
+    dataset = instantiate(config)
+    assert dataset.name == name
+    assert len(dataset.reference()) <= 10_000
