@@ -24,7 +24,7 @@ class LogProbEstimate:
 
     value: Tensor  # (*batch), the mean over probes
     standard_error: Tensor  # (*batch), from the spread of the probes; 0 if exact, NaN if one probe hides it
-    solver_error: Tensor | None  # (*batch), |value − value at 100 times tighter tolerances|, if asked for
+    solver_error: Tensor | None  # (*batch), |value − value of a much tighter solve|, if asked for
     nfe: int  # evaluations of the field for the value (not for its solver error)
     statistics: SolverStatistics  # of the same solve; its backward count grows with the gradient
     terms: Mapping[
@@ -120,7 +120,7 @@ class CNF(nn.Module):
         """log p(x) with its standard error from the probes and its solver error.
 
         The solver error compares with a second solve from the same probes, at tolerances 100 times tighter (or
-        steps half as long), which costs more than the value itself.
+        steps a tenth as long), which costs more than the value itself.
         """
         points, batch_shape = self._flatten(x)
         context = self._flatten_context(context, batch_shape)
@@ -280,5 +280,5 @@ class CNF(nn.Module):
 
 def _tighter(solver: ODESolver) -> ODESolver:
     if solver.is_fixed_step:
-        return replace(solver, step_size=solver.step_size / 2)
+        return replace(solver, step_size=solver.step_size / 10)
     return replace(solver, rtol=solver.rtol / 100, atol=solver.atol / 100, max_steps=10 * solver.max_steps)

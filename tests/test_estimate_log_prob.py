@@ -78,6 +78,25 @@ def test_the_solver_error_is_free_of_the_noise_of_the_probes(many):
     assert 0 < estimate.solver_error.max() < 0.02 * noise
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [
+        flows.ODESolver(method="euler", step_size=0.05),
+        flows.ODESolver(method="midpoint", step_size=0.1),
+        flows.ODESolver(rtol=1e-3, atol=1e-3),
+    ],
+    ids=lambda solver: solver.method,
+)
+def test_the_solver_error_is_the_true_error(many, solver):
+    field, x, _ = many
+    flow = flows.CNF(field, Exact(), solver)
+    with torch.no_grad():
+        estimate = flow.estimate_log_prob(x[0][:50])
+        flow.solver = flows.ODESolver(method="rk4", step_size=0.005)
+        error = (estimate.value - flow.log_prob(x[0][:50])).abs()
+    assert float(estimate.solver_error.mean()) == pytest.approx(float(error.mean()), rel=0.15)
+
+
 def test_evaluations_are_counted_for_the_value_alone(many):
     field, x, _ = many
     calls = []

@@ -27,7 +27,7 @@ class Likelihood:
     standard_error: float  # sd / sqrt(n) over the points; NaN for a single point
     num_points: int
     probe_standard_error: float | None  # the part due to the probes; 0 if exact, None if one probe hides it
-    solver_error: float | None  # |nll - nll at much tighter tolerances| on the points below; None if not asked
+    solver_error: float | None  # mean |log p − log p of a much tighter solve| over these points; None if not asked
     solver_error_points: int  # the first points, on which the solver error was computed
     nfe: float  # evaluations of the field, the mean over the solves
     bits_per_dim: BitsPerDim | None = None  # None for continuous data
