@@ -33,14 +33,13 @@ def main(composed: DictConfig) -> None:
         samples = draw(flow, settings["num_samples"], settings["batch_size"], generator, context)
         dataset = build_dataset(config) if settings["plot"] else None
         output = Path(settings["output"] or run_folder(run.checkpoint) / "samples.npy")
-        save_samples(output, samples, getattr(dataset, "columns", None))
+        columns = getattr(dataset, "columns", None)
+        save_samples(output, samples, columns, flow.transform.num_levels)
         print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}")
         if dataset is not None:
             picture = output.with_suffix(".png")
-            plots.samples(samples, comparable_points(dataset, context), getattr(dataset, "columns", None)).savefig(
-                picture
-            )
-            print(f"beside the data in {picture}")
+            plots.save_samples(picture, samples, comparable_points(dataset, context), columns)
+            print(f"picture in {picture}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Pictures of image flows: that each pixel stands where it should, in the shade that it has."""
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from flows import plots
 from flows.datasets import Batch, Dataset
 from flows.fields import ConvNet
 from flows.plots.images import grid, is_image, shades, tiled
+from flows.training.sampling import save_samples
 from flows.transforms import Standardise
 
 
@@ -175,3 +177,28 @@ def test_samples_of_images_are_shown_beside_the_data(tmp_path):
     figure.savefig(tmp_path / "samples.png")
     assert [axes.get_title() for axes in figure.axes] == ["data", "flow samples"]
     assert shown(figure, 1).shape == (3 * 5 + 1, 4 * 5 + 1, 3)
+
+
+def test_a_grid_of_samples_has_exact_pixels(tmp_path):
+    """Levels 0 to 16, 8 x 8 pixels of 7 dots each and a dot of frame, times 7."""
+    data = torch.randint(17, (300, 1, 8, 8)).double()
+    plots.save_samples(tmp_path / "grid.png", data[:5], data)
+    pixels = (255 * matplotlib.image.imread(tmp_path / "grid.png")).round()
+    assert pixels.shape == (7 * (2 * 9 + 1), 7 * (3 * 9 + 1), 3)
+    small = pixels[::7, ::7, 0]
+    assert (small.repeat(7, 0).repeat(7, 1) == pixels[..., 0]).all()
+    for i in range(5):
+        row, column = divmod(i, 3)
+        found = small[1 + 9 * row : 9 + 9 * row, 1 + 9 * column : 9 + 9 * column]
+        assert (found == (data[i, 0] * 255 / 16).round().numpy()).all()
+    plots.save_samples(tmp_path / "points.png", torch.randn(9, 2), torch.randn(9, 2))
+    assert matplotlib.image.imread(tmp_path / "points.png").shape[:2] == (576, 1080)
+
+
+@pytest.mark.parametrize(("num_levels", "kind"), [(17, "uint8"), (256, "uint8"), (1000, "uint16"), (None, "float64")])
+def test_discrete_samples_are_saved_as_whole_numbers(tmp_path, num_levels, kind):
+    drawn = torch.randint(num_levels or 5, (20, 1, 4, 4)).double()
+    save_samples(tmp_path / "samples.npy", drawn, num_levels=num_levels)
+    saved = np.load(tmp_path / "samples.npy")
+    assert saved.dtype == kind
+    assert (saved == drawn.numpy()).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from flows.plots.images import (
     interpolations,
     is_image,
     neighbours,
+    save_grid,
 )
 from flows.plots.metrics import curves
 from flows.plots.plane import density, evolution, scatter, trajectories
@@ -38,6 +40,7 @@ __all__ = [
     "neighbours",
     "pairs",
     "samples",
+    "save_samples",
     "scatter",
     "trajectories",
 ]
@@ -85,3 +88,16 @@ def samples(
         return image_samples(drawn, data)
     drawn, data = drawn.flatten(1), data.flatten(1)
     return scatter(drawn, data, names) if data.shape[1] == 2 else pairs(drawn, data, names)
+
+
+def save_samples(
+    path: str | os.PathLike[str],
+    drawn: Tensor,  # (n, *event)
+    data: Tensor,  # (m, *event)
+    names: Sequence[str] | None = None,  # of the features
+) -> None:
+    """Write a picture of samples: a grid of images in the shades of the data, or :func:`samples` of anything else."""
+    if is_image(data.shape[1:]):
+        save_grid(path, drawn.cpu(), data.cpu())
+    else:
+        samples(drawn, data, names).savefig(path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from flows.cnf import CNF
@@ -72,7 +74,7 @@ def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None
         "neighbours": neighbours(drawn, reference, unseen),
     }
     if dataset.num_validation > 1:
-        pictures["interpolations"] = interpolations(flow, dataset)
+        pictures["interpolations"] = interpolations(flow, dataset, generator=generator)
     if dataset.num_classes is not None:
         pictures["classes"] = image_classes(flow, dataset, generator=generator)
     return pictures
@@ -89,6 +91,13 @@ def image_samples(drawn: Tensor, data: Tensor, num_images: int = NUM_SAMPLES) ->
         _show(axes, images, black, white)
         axes.set_title(title, fontsize=11)
     return figure
+
+
+def save_grid(path: str | os.PathLike[str], drawn: Tensor, data: Tensor, most: int = 400) -> None:
+    """Write samples as a picture of exact pixels, each as so many dots that an image has about 56 a side."""
+    pixels = (255 * tiled(grid(drawn[:most]), *shades(data))).round().astype(np.uint8)
+    zoom = max(1, 56 // max(drawn.shape[2:]))
+    Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1)).save(path)
 
 
 def image_trajectories(
@@ -120,8 +129,9 @@ def neighbours(
     distances, nearest = _nearest(drawn, data, num_neighbours)
     typical, _ = _nearest(unseen, data, 1)
     rows = torch.cat([drawn[:num_rows].unsqueeze(1).to(data), data[nearest[:num_rows]]], 1)
+    ranks = [f"{rank}." for rank in range(2, nearest.shape[1] + 1)]
     names = [f"{distance:.3g}" for distance in distances[:num_rows, 0].tolist()]
-    figure = _strips(rows, data, columns=["sample", "nearest in the training data"], rows=names)
+    figure = _strips(rows, data, columns=["sample", "nearest", *ranks], rows=names)
     ours, theirs = (float(found[:, 0].median()) for found in (distances, typical))
     title = f"distance to the nearest (also on the left): median\nof samples {ours:.3g}, of unseen images {theirs:.3g}"
     figure.suptitle(title, fontsize=9)
@@ -141,7 +151,13 @@ def image_classes(
     return _strips(drawn, dataset.reference(), rows=[str(label) for label in range(classes)])
 
 
-def interpolations(flow: CNF, dataset: Dataset, num_rows: int = 6, num_columns: int = 9) -> Figure:
+def interpolations(
+    flow: CNF,
+    dataset: Dataset,
+    num_rows: int = 6,
+    num_columns: int = 9,
+    generator: torch.Generator | None = None,  # of dequantisation noise
+) -> Figure:
     """Between two images of the validation part along the great circle through their latents; the ends are theirs.
 
     Of data with classes, both images of a row have the same one.
@@ -152,7 +168,7 @@ def interpolations(flow: CNF, dataset: Dataset, num_rows: int = 6, num_columns: 
     rows = len(start)
     weights = torch.linspace(0, 1, num_columns).to(start).view(-1, 1, 1)
     with torch.no_grad():
-        images = flow.transform(torch.cat([start, end]))[0]
+        images = flow.transform(torch.cat([start, end]), generator)[0]
         twice = None if context is None else context.repeat(2, *[1] * (context.ndim - 1))
         z, w = flow.transport(images, (1.0, 0.0), twice, log_density=False).x.flatten(1).split(rows)
         cosine = (z * w).sum(1) / (z.norm(dim=1) * w.norm(dim=1))
@@ -161,7 +177,8 @@ def interpolations(flow: CNF, dataset: Dataset, num_rows: int = 6, num_columns: 
         latent = latent.reshape(-1, *flow.event_shape)
         each = None if context is None else context.repeat(num_columns, *[1] * (context.ndim - 1))
         decoded = flow.transform.inverse(flow.transport(latent, (0.0, 1.0), each, log_density=False).x)[0]
-    return _strips(decoded.unflatten(0, (num_columns, rows)).transpose(0, 1), dataset.reference())
+    images = decoded.unflatten(0, (num_columns, rows)).transpose(0, 1)
+    return _strips(images, dataset.reference(), columns=["image", *[""] * (num_columns - 2), "image"])
 
 
 def _pairs_of_images(dataset: Dataset, num_pairs: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -194,8 +211,6 @@ def _strips(
     _show(axes, images, *shades(data))
     height, width = images.shape[3] + 1, images.shape[4] + 1
     axes.set_xticks([(i + 0.5) * width for i in range(len(columns))], columns)
-    if 0 < len(columns) < images.shape[1]:  # the last name is that of the rest
-        axes.get_xticklabels()[-1].set_horizontalalignment("left")
     axes.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows)
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8)
     return figure

@@ -40,8 +40,11 @@ def save_samples(
     path: str | os.PathLike[str],
     samples: Tensor,  # (n, *event)
     names: Sequence[str] | None = None,  # of the columns of a .csv; x0, x1, ... by default
+    num_levels: int | None = None,  # of discrete samples
 ) -> Path:
     """Write samples as .npy, of their full shape, or as .csv, one flattened sample a row with a header.
+
+    An .npy file holds discrete samples as whole numbers of the smallest unsigned type that has all levels.
 
     Raises:
         ValueError: another ending.
@@ -53,7 +56,8 @@ def save_samples(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npy":
-            np.save(path, samples.numpy())
+            kind = samples.numpy().dtype if num_levels is None else np.min_scalar_type(num_levels - 1)
+            np.save(path, samples.numpy().astype(kind))
         else:
             rows = samples.flatten(1).numpy()
             header = ",".join(f"x{i}" for i in range(rows.shape[1])) if names is None else ",".join(names)
