@@ -9,7 +9,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from flows.evaluation import likelihood, part_batches
+from flows.evaluation import likelihood, outlier_scores, part_batches
 from flows.training.checkpoint import run_folder
 from flows.training.console import readable_errors
 from flows.training.folder import write_result
@@ -29,27 +29,29 @@ def main(composed: DictConfig) -> float:
         dataset = build_dataset(config)
         flow = place(run.flow, settings["device"], settings["dtype"])
         flow.divergence, flow.solver = instantiate(config["divergence"]), instantiate(config["solver"])
-        batches, num_points = part_batches(flow, dataset, settings["part"], settings["batch_size"])
-        result = likelihood(
-            flow,
-            batches,
-            seeded(torch.Generator(), settings["seed"], settings["part"]),
-            settings["solver_error_points"],
-            progress=settings["part"],
-            num_points=num_points,
-        )
+        part, draws, batch_size = settings["part"], settings["num_draws"], settings["batch_size"]
+        batches, num_points = part_batches(flow, dataset, part, batch_size)
+        generator = seeded(torch.Generator(), settings["seed"], part)
+        result = likelihood(flow, batches, generator, settings["solver_error_points"], part, num_points, draws)
         content = {
             "checkpoint": str(run.checkpoint),
             "step": run.step,
-            "part": settings["part"],
+            "part": part,
             **likelihood_dict(result, dataset.entropy),
             **{part: config[part] for part in ("data", "divergence", "solver")},
         }
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
-        output = write_result(settings["output"] or default, to_json(content))
+        output = Path(settings["output"] or default)
+        rows = result.table(dataset.entropy)
+        if settings["outliers"] is not None:
+            other = None if settings["outliers"] == "shuffled" else instantiate(settings["outliers"])
+            scores = outlier_scores(flow, dataset, result, part, other, batch_size, generator, draws)
+            content |= scores.as_dict()
+            rows += [*scores.table(), ("scores", str(write_result(output.with_suffix(".csv"), scores.csv())))]
+        write_result(output, to_json(content))
         estimator, method = type(flow.divergence).__name__, flow.solver.method
-        rows = [("data", f"{dataset.name}, {settings['part']}"), ("with", f"{estimator}, {method}")]
-        print(aligned([*rows, *result.table(dataset.entropy), ("file", str(output))]))
+        first = [("data", f"{dataset.name}, {part}"), ("with", f"{estimator}, {method}")]
+        print(aligned([*first, *rows, ("file", str(output))]))
         return result.nll
 
 

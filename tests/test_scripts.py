@@ -111,6 +111,67 @@ def test_train_evaluate_and_sample(run, tmp_path):
     assert "num_probes" in err
 
 
+def test_digits_from_levels_to_levels(run, tmp_path):
+    """Discrete data: bits per dimension that add up in every file, a bound of several draws, outliers, levels."""
+    settings = [*TINY[3:], "data=digits", "data.test_fraction=0.03", "data.validation_fraction=0.03", "output_dir=run"]
+    code, out, err = run("train", *settings)
+    assert code == 0, err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    bits = summary["test_bits_per_dim"]
+    assert bits == pytest.approx(summary["test_nll"] / (64 * np.log(2)), rel=1e-9)
+    assert sum(summary["test_bits_per_dim_parts"].values()) == pytest.approx(bits, rel=1e-9)
+    assert f"bits/dim  {bits:.4f} ± {summary['test_bits_per_dim_se']:.4f} = " in out
+    curves = read_metrics(tmp_path / "run/metrics.jsonl")
+    (step, value) = curves["validation/bits_per_dim"][-1]
+    parts = [dict(curve)[step] for name, curve in curves.items() if name.startswith("bits_per_dim/")]
+    assert len(parts) == 4
+    assert sum(parts) == pytest.approx(value, rel=1e-9)
+    assert value == pytest.approx(dict(curves["validation/nll"])[step] / (64 * np.log(2)), rel=1e-9)
+    trained = dict(curves["train/bits_per_dim"])
+    assert trained[7] == pytest.approx(dict(curves["train/nll"])[7] / (64 * np.log(2)), rel=1e-6)
+
+    code, out, err = run("evaluate", "checkpoint=run", "output=one.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "one.json").read_text())["bits_per_dim"] == pytest.approx(bits, abs=1e-6)
+    code, out, err = run("evaluate", "checkpoint=run", "num_draws=3", "outliers=shuffled", "output=many.json")
+    assert code == 0, err
+    many = json.loads((tmp_path / "many.json").read_text())
+    assert many["bits_per_dim"] < bits
+    assert many["bits_per_dim_parts"]["importance_weighting"] < 0
+    assert sum(many["bits_per_dim_parts"].values()) == pytest.approx(many["bits_per_dim"], rel=1e-9)
+    assert many["draw_standard_error"] > 0
+    assert many["auroc_nll"] > 0.8
+    assert f"{many['auroc_nll']:.4f} ± {many['auroc_nll_se']:.4f} by NLL" in out
+    assert len((tmp_path / "many.csv").read_text().splitlines()) == 1 + 2 * many["num_points"]
+    other = ["data@outliers=digits", "outliers.split_seed=1", "output=same.json"]
+    code, _, err = run("evaluate", "checkpoint=run", *other)
+    assert code == 0, err
+    assert 0.3 < json.loads((tmp_path / "same.json").read_text())["auroc_nll"] < 0.7  # digits like any others
+    code, _, err = run("evaluate", "checkpoint=run", "data@outliers=photo_patches")
+    assert code == 2
+    assert "outliers must be of the event_shape of the data 'digits', (1, 8, 8), got (3, 8, 8)" in err
+
+    code, out, err = run("sample", "checkpoint=run", "num_samples=20", "output=s.npy", "plot=false")
+    assert code == 0, err
+    samples = np.load(tmp_path / "s.npy")
+    assert samples.shape == (20, 1, 8, 8)
+    assert set(np.unique(samples)) <= set(range(17))
+    for name, message in (
+        ("transform=standardise", "the data 'digits' are whole numbers from 0 to 16, on which a density can grow"),
+        ("transform.dequantise.num_levels=256", "no setting transform.dequantise.num_levels"),
+        (
+            "+transform.dequantise.num_levels=256",
+            "'digits' have 17 levels, and the transform was built for 256",
+        ),
+    ):
+        code, _, err = run("train", *settings[:-1], name, "output_dir=other")
+        assert code == 2
+        assert message in err
+    code, _, err = run("train", *TINY, "transform=dequantise_logit", "output_dir=other")
+    assert code == 2
+    assert "the data state no num_levels: they are continuous, and need no dequantisation" in err
+
+
 def test_a_finished_run_can_be_made_longer(run, tmp_path):
     assert run("train", *TINY, "output_dir=run")[0] == 0
     code, _, err = run("train", "resume=run", "objective.maximum_likelihood.steps=5", "trainer.validate_every=1")

@@ -2,5 +2,15 @@
 
 from flows.evaluation.bits_per_dim import BitsPerDim
 from flows.evaluation.likelihood import Likelihood, likelihood, part_batches
+from flows.evaluation.outliers import AUROC, OutlierScores, outlier_scores, shuffled
 
-__all__ = ["BitsPerDim", "Likelihood", "likelihood", "part_batches"]
+__all__ = [
+    "AUROC",
+    "BitsPerDim",
+    "Likelihood",
+    "OutlierScores",
+    "likelihood",
+    "outlier_scores",
+    "part_batches",
+    "shuffled",
+]

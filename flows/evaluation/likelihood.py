@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Likelihood:
     solver_error: float | None  # mean |log p − log p of a much tighter solve| over these points; None if not asked
     solver_error_points: int  # the first points, on which the solver error was computed
     nfe: float  # evaluations of the field, the mean over the solves
+    values: Tensor = field(repr=False, compare=False)  # (n,), the NLL of each point, in float64 on the CPU
     bits_per_dim: BitsPerDim | None = None  # None for continuous data
     num_draws: int = 1  # K
     draw_standard_error: float | None = None  # the part due to the draws, for K > 1
@@ -123,6 +124,7 @@ def likelihood(
         solver_error=float(torch.cat(solver_errors).mean()) if solver_errors else None,
         solver_error_points=sum(map(len, solver_errors)),
         nfe=sum(batch.nfe for batch in points) / len(points),
+        values=nll,
         bits_per_dim=bits,
         num_draws=num_draws,
         draw_standard_error=None if draw_variance is None else math.sqrt(draw_variance / len(nll)),
@@ -175,13 +177,14 @@ def _evaluate(
     flow: CNF, x: Tensor, context: Tensor | None, generator: torch.Generator | None, num_draws: int, check: bool
 ) -> PointLikelihoods:
     draws = [flow.estimate_log_prob(x, context, generator, check and k == 0) for k in range(num_draws)]
-    values = torch.stack([draw.value for draw in draws]).double().cpu()  # (K, B)
+    terms = {name: torch.stack([draw.terms[name] for draw in draws]).double().cpu() for name in draws[0].terms}
+    values = sum(terms.values())  # (K, B)
     spread = torch.stack([draw.standard_error for draw in draws]).double().cpu().square()
     if check and spread.isnan().all():
         spread = _variance_of_one_probe(flow, x, context, generator).double().cpu().expand_as(values)
     value = values.logsumexp(0) - math.log(num_draws)
     weight = values.softmax(0)
-    terms = {name: torch.stack([draw.terms[name] for draw in draws]).double().cpu().mean(0) for name in draws[0].terms}
+    terms = {name: term.mean(0) for name, term in terms.items()}
     bias, draw_variance = torch.zeros_like(value), torch.full_like(value, torch.nan)
     if num_draws > 1:
         terms["importance_weighting"] = value - values.mean(0)

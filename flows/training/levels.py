@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from flows.cnf import CNF
 from flows.datasets import Dataset
+from flows.transforms import Transform
 
 
-def check_levels(flow: CNF, dataset: Dataset) -> None:
-    """Raise ``ValueError`` unless the transform of ``flow`` dequantises the levels of ``dataset``, or both have none.
+def check_levels(transform: Transform, dataset: Dataset) -> None:
+    """Raise ``ValueError`` unless ``transform`` dequantises the levels of ``dataset``, or both have none.
 
     A density on whole numbers could grow without bound, and its likelihood would mean nothing.
     """
-    kind, expected = type(flow.transform).__name__, dataset.num_levels
-    found = flow.transform.num_levels
+    kind, expected, found = type(transform).__name__, dataset.num_levels, transform.num_levels
     if expected is not None and found is None:
         raise ValueError(
             f"the data {dataset.name!r} are whole numbers from 0 to {expected - 1}, on which a density can grow "

@@ -16,6 +16,7 @@ import yaml
 from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from flows.training.levels import check_levels
 
 # What settings may call: what these parts of the package define, and a few classes of torch by name.
 SAFE_PARTS = ("cnf", "datasets", "divergence", "fields", "objectives", "regularizers", "solvers", "transforms")
@@ -163,6 +164,7 @@ def build_flow(
     try:
         transform = instantiate(_complete(config["transform"], {"event_shape": event_shape, "num_levels": num_levels}))
         if dataset is not None:
+            check_levels(transform, dataset)
             transform.fit(dataset.reference())
         return CNF(
             _with_shape(config["field"], event_shape, context_shape),

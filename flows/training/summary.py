@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from flows.evaluation import BitsPerDim, Likelihood
@@ -91,7 +91,7 @@ def bits_dict(bits: BitsPerDim | None) -> dict[str, Any]:
 def likelihood_dict(result: Likelihood, entropy: float | None) -> dict[str, Any]:
     """A likelihood as plain values, with the gap to the entropy; None where unknown."""
     plain = {
-        **asdict(result),
+        **{name: value for name, value in vars(result).items() if name != "values"},
         **bits_dict(result.bits_per_dim),
         "entropy": entropy,
         "gap": None if entropy is None else result.nll - entropy,

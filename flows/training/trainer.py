@@ -100,7 +100,7 @@ class Trainer:
             if not (value is None and name == "plot_every") and not value >= 0:
                 raise ValueError(f"{name} must be >= 0 steps (0: only at the end of a stage), got {value}")
         check_context_shape(flow, dataset)
-        check_levels(flow, dataset)
+        check_levels(flow.transform, dataset)
         self.flow = flow
         self.dataset = dataset
         self.stages = dict(stages)
