@@ -1,6 +1,6 @@
 """Neural ODEs and continuous normalizing flows with pluggable divergence estimators."""
 
-from flows import datasets, divergence, evaluation, fields, objectives, transforms
+from flows import datasets, divergence, evaluation, fields, objectives, regularizers, transforms
 from flows.cnf import CNF, LogProbEstimate, Transported
 from flows.distribution import FlowDistribution
 from flows.solvers import ODESolver, Solution, SolverError, SolverStatistics
@@ -21,5 +21,6 @@ __all__ = [
     "evaluation",
     "fields",
     "objectives",
+    "regularizers",
     "transforms",
 ]

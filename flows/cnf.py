@@ -14,6 +14,7 @@ from flows.distribution import FlowDistribution
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.fields import Guided, bind
+from flows.regularizers import PathCost, draw_directions
 from flows.solvers import ODESolver, Solution, SolverStatistics
 from flows.transforms import Identity, Transform
 
@@ -30,6 +31,7 @@ class LogProbEstimate:
     terms: Mapping[
         str, Tensor
     ]  # (*batch) each, "model" (the log-density in flow space) and the transform's; sum: value
+    path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of those that were asked for
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Transported:
 
     x: Tensor  # (T, *batch, *event) if several times were asked for, else (*batch, *event)
     log_density_change: Tensor | None  # (T, *batch) or (*batch): log p at x minus log p at the start
+    path_costs: Mapping[str, Tensor]  # (T, *batch) or (*batch) each, the integrals since the start
     statistics: SolverStatistics
 
 
@@ -116,22 +119,26 @@ class CNF(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         solver_error: bool = True,
+        path_costs: Sequence[PathCost] = (),
+        base_time: float = 0.0,
     ) -> LogProbEstimate:
         """log p(x) with its standard error from the probes and its solver error.
 
         The solver error compares with a second solve from the same probes, at tolerances 100 times tighter (or
-        steps a tenth as long), which costs more than the value itself.
+        steps a tenth as long), which costs more than the value itself. Training may have ``path_costs`` integrated in
+        the same solve, and end it at another ``base_time`` than 0.
         """
         points, batch_shape = self._flatten(x)
         context = self._flatten_context(context, batch_shape)
         self.transform.check(points)
         y, terms = self.transform.account(points, generator)
         probes = self.divergence.draw_probes(y, generator, self.field)
-        value, estimates, statistics = self._log_prob(y, context, probes, self.solver)
+        costs = (path_costs, draw_directions(path_costs, y, generator))
+        value, estimates, integrals, statistics = self._log_prob(y, context, probes, self.solver, costs, base_time)
         error = None
         if solver_error:
             with torch.no_grad():
-                reference, *_ = self._log_prob(y, context, probes, _tighter(self.solver))
+                reference, *_ = self._log_prob(y, context, probes, _tighter(self.solver), base_time=base_time)
             error = (value.detach() - reference).abs().reshape(batch_shape)
         standard_error = self.divergence.standard_error(estimates.detach(), self.event_shape, self.field)
         terms = {name: term.reshape(batch_shape) for name, term in ({"model": value} | terms).items()}
@@ -142,6 +149,7 @@ class CNF(nn.Module):
             nfe=statistics.nfe_forward,
             statistics=statistics,
             terms=terms,
+            path_costs={name: integral.reshape(batch_shape) for name, integral in integrals.items()},
         )
 
     def sample(
@@ -181,6 +189,7 @@ class CNF(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         log_density: bool = True,
+        path_costs: Sequence[PathCost] = (),  # with log_density
     ) -> Transported:
         """Carry points of flow space along the ODE from ``times[0]`` to the last of ``times``.
 
@@ -191,25 +200,38 @@ class CNF(nn.Module):
         context = self._flatten_context(context, batch_shape)
         probes = self.divergence.draw_probes(points, generator, self.field) if log_density else None
         bound = self._bind(context)
-        dynamics = AugmentedDynamics(bound, self.divergence, probes) if log_density else StateDynamics(bound)
+        if log_density:
+            directions = draw_directions(path_costs, points, generator)
+            dynamics = AugmentedDynamics(bound, self.divergence, probes, path_costs, directions)
+        else:
+            dynamics = StateDynamics(bound)
         solution = self._solve(dynamics, points, times, context, probes)
         pick = (lambda states: states[-1]) if len(times) == 2 else (lambda states: states)
         leading = () if len(times) == 2 else (len(times),)
         moved = pick(solution.states[0]).reshape(*leading, *batch_shape, *self.event_shape)
-        change = None
+        change, integrals = None, {}
         if log_density:
             change = pick(solution.states[1].mean(1)).reshape(*leading, *batch_shape)
-        return Transported(moved, change, solution.statistics)
+            integrals = dynamics.path_costs(solution.states[2:], times)
+        integrals = {name: pick(integral).reshape(*leading, *batch_shape) for name, integral in integrals.items()}
+        return Transported(moved, change, integrals, solution.statistics)
 
     def _log_prob(
-        self, y: Tensor, context: Tensor | None, probes: Tensor | None, solver: ODESolver
-    ) -> tuple[Tensor, Tensor, SolverStatistics]:
-        """Mean and the K estimates of log p of flow-space points (B, *event)."""
-        dynamics = AugmentedDynamics(self._bind(context), self.divergence, probes)
-        solution = self._solve(dynamics, y, (1.0, 0.0), context, probes, solver)
-        z, change = solution.end  # change: log p(z) − log p(y)
+        self,
+        y: Tensor,  # (B, *event), flow space
+        context: Tensor | None,
+        probes: Tensor | None,
+        solver: ODESolver,
+        costs: tuple[Sequence[PathCost], Tensor | None] = ((), None),  # and the directions that they need
+        base_time: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor], SolverStatistics]:
+        """Mean and the K estimates of log p, and the integrals of the path costs."""
+        dynamics = AugmentedDynamics(self._bind(context), self.divergence, probes, *costs)
+        times = (1.0, base_time)
+        solution = self._solve(dynamics, y, times, context, probes, solver)
+        z, change, *integrals = solution.end  # change: log p(z) − log p(y)
         estimates = self.base.log_prob(z) - change
-        return estimates.mean(0), estimates, solution.statistics
+        return estimates.mean(0), estimates, dynamics.path_costs(integrals, times), solution.statistics
 
     def _bind(self, context: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         return bind(self.field, context, precompute=self.solver.gradient != "adjoint")

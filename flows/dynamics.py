@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from flows.divergence import DivergenceEstimator, VectorField
 from flows.divergence.base import checked_value
+from flows.regularizers import PathCost
 from flows.solvers import State
 
 
 class AugmentedDynamics:
-    r"""d/dt (x, ℓ) = (v(t, x), −div v(t, x)), the instantaneous change of variables.
+    r"""d/dt (x, ℓ, c) = (v(t, x), −div v(t, x), rates), the instantaneous change of variables.
 
     ℓ has one row for each of the K estimates of the estimator; the rows are integrated side by side, so that
     their spread gives the standard error of the log-density. This is the only place where the sign of the
@@ -22,23 +25,52 @@ class AugmentedDynamics:
         field: ``(t, x) -> v``, bound to its context.
         estimator: how the divergence is computed.
         probes: what ``estimator.draw_probes`` returned for this solve.
+        costs: path costs, whose rates are integrated as further components, (B,) each.
+        directions: what :func:`flows.regularizers.draw_directions` returned for them.
+
+    Raises:
+        ValueError: two costs have the same name.
     """
 
-    def __init__(self, field: VectorField, estimator: DivergenceEstimator, probes: Tensor | None) -> None:
+    def __init__(
+        self,
+        field: VectorField,
+        estimator: DivergenceEstimator,
+        probes: Tensor | None,
+        costs: Sequence[PathCost] = (),
+        directions: Tensor | None = None,
+    ) -> None:
         self.field = field
         self.estimator = estimator
         self.probes = probes
+        self.costs = tuple(costs)
+        self.directions = directions
+        names = [cost.name for cost in self.costs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each path cost can be given once, got {', '.join(names)}")
 
     def initial_state(
         self,
         x: Tensor,  # (B, *event)
-    ) -> State:  # (B, *event) and (K, B)
-        """The points with no change of log-density yet."""
-        return x, x.new_zeros(self.estimator.num_estimates, len(x))
+    ) -> State:  # (B, *event), (K, B), and (B,) for each cost
+        """The points with no change of log-density and no costs yet."""
+        return x, x.new_zeros(self.estimator.num_estimates, len(x)), *(x.new_zeros(len(x)) for _ in self.costs)
 
     def __call__(self, t: Tensor, state: State) -> State:
-        sample = self.estimator(self.field, t, state[0], self.probes)
-        return sample.value.to(state[0]), -sample.estimates.to(state[1])  # autocast computes them in fewer digits
+        x = state[0]
+        if self.directions is None:
+            sample = self.estimator(self.field, t, x, self.probes)
+        else:
+            sample = self.estimator.with_jacobian_norm(self.field, t, x, self.probes, self.directions)
+        rates = [cost.rate(self.field, t, x, sample) for cost in self.costs]
+        derivatives = (sample.value, -sample.estimates, *rates)
+        # Autocast computes them in fewer digits.
+        return tuple(derivative.to(x) for derivative in derivatives)
+
+    def path_costs(self, components: Sequence[Tensor], times: Sequence[float]) -> dict[str, Tensor]:
+        """The costs by name from what a solve through ``times`` has made of them: integrals over |dt|."""
+        sign = 1 if times[-1] > times[0] else -1
+        return {cost.name: sign * component for cost, component in zip(self.costs, components, strict=True)}
 
 
 class StateDynamics:

@@ -101,6 +101,23 @@ def test_equal_to_the_dense_trace_or_unbiased(estimator, event_shape):
 
 @every_estimator
 @every_event
+def test_the_norm_of_the_jacobian_beside_it_is_unbiased(estimator, event_shape):
+    """Asking for it changes neither value nor estimates."""
+    field = perceptron(event_shape)
+    x = torch.randn(1, *event_shape).expand(DRAWS // 10, *event_shape)
+    probes, t = estimator.draw_probes(x, seeded(0), field), torch.tensor(0.3)
+    directions = torch.randn(2, *x.shape, generator=seeded(1)) / 2**0.5
+    with torch.no_grad():
+        plain = estimator(bind(field), t, x, probes)
+        sample = estimator.with_jacobian_norm(bind(field), t, x, probes, directions)
+    torch.testing.assert_close(sample.value, plain.value)
+    torch.testing.assert_close(sample.estimates, plain.estimates)
+    assert plain.squared_jacobian_norm is None
+    assert_unbiased(sample.squared_jacobian_norm, dense_jacobian(field, t, x[:1]).square().sum())
+
+
+@every_estimator
+@every_event
 def test_variance_is_the_stated_one(estimator, event_shape):
     """By formula where the estimator has one, and as the mean square of its standard error where it gives that."""
     field = perceptron(event_shape)

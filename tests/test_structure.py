@@ -20,10 +20,11 @@ ALLOWED = {
     "solvers": GROUND,
     "transforms": GROUND,
     "datasets": GROUND,
-    "dynamics": GROUND | {"divergence", "solvers"},
+    "regularizers": GROUND | {"divergence"},
+    "dynamics": GROUND | {"divergence", "solvers", "regularizers"},
     "distribution": GROUND,
 }
-CNF = {"divergence", "fields", "solvers", "transforms", "dynamics", "distribution"} | GROUND
+CNF = {"divergence", "fields", "solvers", "transforms", "regularizers", "dynamics", "distribution"} | GROUND
 ALLOWED["cnf"] = CNF
 ABOVE = CNF | {"cnf", "datasets"}
 ALLOWED |= {"objectives": ABOVE, "evaluation": ABOVE, "plots": ABOVE | {"evaluation"}}

@@ -37,6 +37,16 @@ class Analytic(DivergenceEstimator):
         value, divergence = closed_form(t, x)
         return FieldSample(checked_value(value, x), divergence.unsqueeze(0))
 
+    def with_jacobian_norm(
+        self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None, directions: Tensor
+    ) -> FieldSample:
+        """‖J‖²_F from products in closed form where the field has ``value_divergence_and_products``."""
+        closed_form = getattr(field, "value_divergence_and_products", None)
+        if closed_form is None:
+            return super().with_jacobian_norm(field, t, x, probes, directions)
+        value, divergence, products = closed_form(t, x, directions)
+        return FieldSample(value, divergence.unsqueeze(0), products.square().flatten(2).sum((0, 2)))
+
     def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
         return declared(field, "divergence_cost") or 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,8 +54,16 @@ class Auto(DivergenceEstimator):
         return self.choose(tuple(x.shape[1:]), field).draw_probes(x, generator, field)
 
     def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None) -> FieldSample:
-        sample = self.choose(tuple(x.shape[1:]), field)(field, t, x, probes)
-        return FieldSample(sample.value, sample.estimates.expand(self.num_estimates, -1))
+        return self._expanded(self.choose(tuple(x.shape[1:]), field)(field, t, x, probes))
+
+    def with_jacobian_norm(
+        self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None, directions: Tensor
+    ) -> FieldSample:
+        chosen = self.choose(tuple(x.shape[1:]), field)
+        return self._expanded(chosen.with_jacobian_norm(field, t, x, probes, directions))
+
+    def _expanded(self, sample: FieldSample) -> FieldSample:
+        return replace(sample, estimates=sample.estimates.expand(self.num_estimates, -1))
 
     @property
     def num_estimates(self) -> int:

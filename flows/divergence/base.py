@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class FieldSample:
 
     value: Tensor  # (B, *event), v(t, x)
     estimates: Tensor  # (K, B), exchangeable estimates of +div v; K = 1 when the estimator is deterministic
+    squared_jacobian_norm: Tensor | None = None  # (B,), ‖J‖²_F or an unbiased estimate of it, where it was asked for
 
     @property
     def divergence(self) -> Tensor:  # (B,)
@@ -63,6 +64,25 @@ class DivergenceEstimator(ABC):
         Differentiable with respect to ``x`` and the parameters where autograd records, without a
         second-order graph where it does not.
         """
+
+    def with_jacobian_norm(
+        self,
+        field: VectorField,
+        t: Tensor,
+        x: Tensor,  # (B, *event)
+        probes: Tensor | None,
+        directions: Tensor,  # (P, B, *event), u_p with Σ_p E[u_p u_pᵀ] = I
+    ) -> FieldSample:
+        """Evaluate as in a call, with ‖J‖²_F beside, for regularisers.
+
+        This one takes Σ_p ‖Jᵀu_p‖², exact if the directions are a basis, at one more evaluation of the field and P
+        products. Estimators whose own products tell the norm override it, and need no directions.
+        """
+        from flows.divergence.products import linearise  # which builds on this module
+
+        _, products = linearise(field, t, x)
+        norm = products(directions).square().flatten(2).sum((0, 2))
+        return replace(self(field, t, x, probes), squared_jacobian_norm=norm)
 
     @property
     def num_estimates(self) -> int:

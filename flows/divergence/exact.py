@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,16 @@ class Exact(DivergenceEstimator):
         trace = basis_trace(products, x, products_per_call(self.mode, self.chunk_size))
         return FieldSample(value, trace.unsqueeze(0))
 
+    def with_jacobian_norm(
+        self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None, directions: Tensor
+    ) -> FieldSample:
+        """‖J‖²_F from the rows of J that the trace takes, exact and for nothing more."""
+        value, products = linearise(field, t, x, self.mode, self.chunk_size)
+        trace, norm = x.new_zeros(len(x)), x.new_zeros(len(x))
+        for entries, rows in _basis_products(products, x, products_per_call(self.mode, self.chunk_size)):
+            trace, norm = trace + entries.sum(0), norm + rows.square().sum((0, 2))
+        return FieldSample(value, trace.unsqueeze(0), norm)
+
     def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
         return math.prod(event_shape)
 
@@ -51,15 +62,20 @@ def basis_trace(
     chunk_size: int,
 ) -> Tensor:  # (B,)
     """The trace of the matrix behind ``products`` from one product with each basis vector."""
+    trace = x.new_zeros(len(x))
+    for entries, _ in _basis_products(products, x, chunk_size):
+        trace = trace + entries.sum(0)
+    return trace
+
+
+def _basis_products(products: Products, x: Tensor, chunk_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The entries on the diagonal (n, B) and the products (n, B, d) of the basis vectors, n at a time."""
     event_shape = x.shape[1:]
     dimension = math.prod(event_shape)
-    trace = x.new_zeros(len(x))
     for start in range(0, dimension, chunk_size):
         coordinates = torch.arange(start, min(start + chunk_size, dimension), device=x.device)
         directions = torch.zeros(len(coordinates), dimension, dtype=x.dtype, device=x.device)
         directions[torch.arange(len(coordinates), device=x.device), coordinates] = 1
         directions = directions.view(-1, 1, *event_shape).expand(-1, *x.shape)
         rows = products(directions).flatten(2)  # (n, B, d)
-        entries = rows.gather(2, coordinates.view(-1, 1, 1).expand(-1, len(x), 1))
-        trace = trace + entries.sum((0, 2))
-    return trace
+        yield rows.gather(2, coordinates.view(-1, 1, 1).expand(-1, len(x), 1)).squeeze(2), rows

@@ -48,6 +48,15 @@ class Hutchinson(DivergenceEstimator):
         value, products = linearise(field, t, x, self.mode, self.chunk_size)
         return FieldSample(value, (products(probes) * probes).flatten(2).sum(2))
 
+    def with_jacobian_norm(
+        self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor, directions: Tensor
+    ) -> FieldSample:
+        """‖J‖²_F as the mean of ‖Jᵀε_k‖², which costs nothing more."""
+        value, products = linearise(field, t, x, self.mode, self.chunk_size)
+        rows = products(probes)
+        norm = rows.square().flatten(2).sum(2).mean(0)
+        return FieldSample(value, (rows * probes).flatten(2).sum(2), norm)
+
     @property
     def num_estimates(self) -> int:
         return self.num_probes

@@ -72,19 +72,31 @@ class Probing(DivergenceEstimator):
         return Rademacher().draw(self.num_repeats, x, generator)
 
     def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor) -> FieldSample:
+        return self._sample(field, t, x, probes, with_norm=False)
+
+    def with_jacobian_norm(
+        self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor, directions: Tensor
+    ) -> FieldSample:
+        """‖J‖²_F as Σ_c ‖Jᵀz_c‖², which costs nothing more."""
+        return self._sample(field, t, x, probes, with_norm=True)
+
+    def _sample(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor, with_norm: bool) -> FieldSample:
         value, products = linearise(field, t, x, self.mode, self.chunk_size)
         colours = colour_event(tuple(x.shape[1:]), self.stride, self.grid_ndim, _is_periodic(field), x.device)
         number = self._num_colours(tuple(x.shape[1:]), field)
         palette = torch.arange(number, device=x.device).view(-1, *[1] * (x.ndim - 1))
         masks = (colours == palette).unsqueeze(1)  # (colours, 1, *event)
-        estimates = []
+        estimates, norm = [], x.new_zeros(len(x)) if with_norm else None
         for signs in probes:
             total = x.new_zeros(len(x))
             for chunk in masks.split(products_per_call(self.mode, self.chunk_size)):
                 directions = chunk * signs
-                total = total + (products(directions) * directions).flatten(2).sum((0, 2))
+                rows = products(directions)
+                total = total + (rows * directions).flatten(2).sum((0, 2))
+                if norm is not None:
+                    norm = norm + rows.square().flatten(2).sum((0, 2)) / len(probes)
             estimates.append(total)
-        return FieldSample(value, torch.stack(estimates))
+        return FieldSample(value, torch.stack(estimates), norm)
 
     @property
     def num_estimates(self) -> int:

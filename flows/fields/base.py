@@ -18,7 +18,9 @@ class Field(nn.Module, ABC):
     ``value_and_divergence(t, x, context=None) -> (value (B, *event), divergence (B,))``,
 
     which the estimator ``Analytic`` uses. One whose closed form has parts that stay the same during a solve
-    overrides :meth:`bind` to compute them once.
+    overrides :meth:`bind` to compute them once. Where products J u with its Jacobian are in closed form too,
+    ``value_divergence_and_products(t, x, directions, context=None)`` with directions (P, B, *event) gives them beside
+    the two, for the regulariser ``JacobianNorm``.
 
     If that costs about as much as n Jacobian products rather than a part of an evaluation, ``divergence_cost = n``
     says so.
@@ -118,6 +120,12 @@ class ClosedFormField(BoundField):
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.field.value_and_divergence(t, x, *self._given)
+
+    @property
+    def value_divergence_and_products(self) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """With products in closed form; an AttributeError if the field has none."""
+        closed_form = self.field.value_divergence_and_products
+        return lambda t, x, directions: closed_form(t, x, directions, *self._given)
 
 
 def bind(field: Callable[..., Tensor], context: Tensor | None = None, precompute: bool = True) -> BoundField:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flows.fields.activations import Activation
 from flows.fields.base import Field
-from flows.fields.trace import PerceptronTrace
+from flows.fields.trace import PerceptronTrace, perceptron_products
 from flows.naming import by_name
 
 
@@ -55,6 +55,24 @@ class ConcatSquashMLP(Field):
 
     def value_and_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """v (B, *event) and div v (B,)."""
+        value, slopes, gate = self._value_and_slopes(t, x, context)
+        return value, self._divergence(slopes, gate)
+
+    def value_divergence_and_products(
+        self,
+        t: Tensor,
+        x: Tensor,
+        directions: Tensor,  # (P, B, *event)
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Beside v and div v the products J u (P, B, *event), each at the price of one evaluation."""
+        value, slopes, gate = self._value_and_slopes(t, x, context)
+        products = gate.view(-1, *self.event_shape) * perceptron_products(self._weights(), slopes, directions)
+        return value, self._divergence(slopes, gate), products
+
+    def _value_and_slopes(
+        self, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:  # with the gate of the output, (1 or B, d)
         condition = self._condition(t, context)
         h = x.flatten(1)
         slopes = []
@@ -63,12 +81,15 @@ class ConcatSquashMLP(Field):
             h, slope = self.activation.value_and_slope(z)
             slopes.append(slope * gate)
         value, gate = self.layers[-1](h, condition)
-        weights = [layer.linear.weight for layer in self.layers]
+        return value.view_as(x), slopes, gate
+
+    def _divergence(self, slopes: list[Tensor], gate: Tensor) -> Tensor:  # (B,)
         if len(gate) == 1:
-            divergence = PerceptronTrace(weights, gate)(slopes)
-        else:
-            divergence = PerceptronTrace(weights, gate_per_sample=True)(slopes, gate)
-        return value.view_as(x), divergence
+            return PerceptronTrace(self._weights(), gate)(slopes)
+        return PerceptronTrace(self._weights(), gate_per_sample=True)(slopes, gate)
+
+    def _weights(self) -> list[Tensor]:
+        return [layer.linear.weight for layer in self.layers]
 
     @property
     def divergence_cost(self) -> int:

@@ -48,3 +48,14 @@ class Linear(Field):
     def value_and_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """v (B, *event) and div v (B,)."""
         return self(t, x, context), self.matrix.trace().expand(len(x))
+
+    def value_divergence_and_products(
+        self,
+        t: Tensor,
+        x: Tensor,
+        directions: Tensor,  # (P, B, *event)
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Beside v and div v the products A u (P, B, *event)."""
+        products = (directions.flatten(2) @ self.matrix.T).view(directions.shape)
+        return *self.value_and_divergence(t, x, context), products

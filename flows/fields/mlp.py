@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flows.fields.activations import Activation, Sine
 from flows.fields.base import BoundField, Field
 from flows.fields.modulation import Modulation
-from flows.fields.trace import PerceptronTrace
+from flows.fields.trace import PerceptronTrace, perceptron_products
 from flows.naming import by_name
 
 
@@ -103,14 +103,30 @@ class MLP(Field):
         self, t: Tensor, x: Tensor, context: Tensor | None = None, trace: PerceptronTrace | None = None
     ) -> tuple[Tensor, Tensor]:
         """v (B, *event) and div v (B,); ``trace`` holds what :meth:`bind` has precomputed."""
+        value, slopes = self._value_and_slopes(t, x, context)
+        return value, (self._trace() if trace is None else trace)(slopes)
+
+    def value_divergence_and_products(
+        self,
+        t: Tensor,
+        x: Tensor,
+        directions: Tensor,  # (P, B, *event)
+        context: Tensor | None = None,
+        trace: PerceptronTrace | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Beside v and div v the products J u (P, B, *event), each at the price of one evaluation."""
+        value, slopes = self._value_and_slopes(t, x, context)
+        products = perceptron_products(self._weights(), slopes, directions)
+        return value, (self._trace() if trace is None else trace)(slopes), products
+
+    def _value_and_slopes(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         scales, shifts, offset = self._modulate(t, context)
-        trace = self._trace() if trace is None else trace
         h = x.flatten(1)
         slopes = []
         for layer, activation, scale, shift in zip(self.layers, self.activations, scales, shifts, strict=True):
             h, slope = activation.value_and_slope(torch.addcmul(shift, layer(h), scale))
             slopes.append(slope * scale)
-        return (self.out(h) + offset).view_as(x), trace(slopes)
+        return (self.out(h) + offset).view_as(x), slopes
 
     @property
     def divergence_cost(self) -> int:
@@ -120,7 +136,10 @@ class MLP(Field):
         return _BoundMLP(self, context)
 
     def _trace(self) -> PerceptronTrace:
-        return PerceptronTrace([layer.weight for layer in self.layers] + [self.out.weight])
+        return PerceptronTrace(self._weights())
+
+    def _weights(self) -> list[Tensor]:
+        return [*(layer.weight for layer in self.layers), self.out.weight]
 
     def _modulate(self, t: Tensor, context: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
         self.check_context(context)
@@ -137,6 +156,12 @@ class _BoundMLP(BoundField):
         self._cached: PerceptronTrace | None = None
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.field.value_and_divergence(t, x, self.context, self._trace())
+
+    def value_divergence_and_products(self, t: Tensor, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.field.value_divergence_and_products(t, x, directions, self.context, self._trace())
+
+    def _trace(self) -> PerceptronTrace:
         if self._cached is None:
             self._cached = self.field._trace()
-        return self.field.value_and_divergence(t, x, self.context, self._cached)
+        return self._cached

@@ -58,6 +58,19 @@ def _cost(widths: list[int], start: int) -> int:
     return order[-1] * sum(a * b for a, b in itertools.pairwise(order))
 
 
+def perceptron_products(
+    weights: list[Tensor],  # W_1, ..., W_L, W_out
+    slopes: list[Tensor],  # L tensors (B, w_l) or (1, w_l)
+    directions: Tensor,  # (P, B, *event)
+) -> Tensor:  # (P, B, *event)
+    """J u for the Jacobian W_out D_L W_L ··· D_1 W_1 of a perceptron, each at the price of one evaluation."""
+    *hidden, out = weights
+    pushed = directions.flatten(2)
+    for weight, slope in zip(hidden, slopes, strict=True):
+        pushed = slope * (pushed @ weight.T)
+    return (pushed @ out.T).view(directions.shape)
+
+
 class PerceptronTrace:
     r"""div of x ↦ diag(g) W_out σ_L(W_L ··· σ_1(W_1 x)) from the slopes of its activations and the gate g.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flows.cnf import CNF
 from flows.datasets import Batch
+from flows.regularizers import PathCost
 from flows.solvers import SolverStatistics
 
 
@@ -37,3 +38,21 @@ class Objective(ABC):
         generator: torch.Generator | None = None,
     ) -> LossOutput:
         """The loss on a batch; every random number comes from ``generator``."""
+
+
+def active_costs(costs: Sequence[PathCost] | Mapping[str, PathCost]) -> tuple[PathCost, ...]:
+    """The path costs of a setting whose weight is not 0."""
+    given = costs.values() if isinstance(costs, Mapping) else costs
+    return tuple(cost for cost in given if cost.weight)
+
+
+def regularized(
+    loss: Tensor,
+    costs: Sequence[PathCost],
+    integrals: Mapping[str, Tensor],  # (*batch) each, by the names of the costs
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss with the weighted means of the path costs added, and these means as metrics."""
+    means = {cost.name: integrals[cost.name].mean() for cost in costs}
+    for cost in costs:
+        loss = loss + cost.weight * means[cost.name]
+    return loss, {name: mean.detach() for name, mean in means.items()}

@@ -28,6 +28,13 @@ def build_trainer(
     """
     torch.manual_seed(config["seed"])
     dataset = build_dataset(config) if dataset is None else dataset
+    for name, stage in config["objective"].items():
+        if "_target_" not in stage:
+            chosen = ", ".join(other for other, settings in config["objective"].items() if "_target_" in settings)
+            raise ValueError(
+                f"objective.{name} has settings ({', '.join(stage)}) but is no stage of the chosen objective, which "
+                f"has {chosen}; an experiment or an override may have named it"
+            )
     double = str(config["trainer"].get("precision")).startswith("64")
     flow = build_flow(config, dataset.event_shape, dataset, torch.float64 if double else None)
     return instantiate(config["trainer"], _partial_=True)(
