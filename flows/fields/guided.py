@@ -46,6 +46,10 @@ class Guided(Field):
             raise AttributeError("value_and_divergence")
         return lambda t, x, context=None: self.bind(context).value_and_divergence(t, x)
 
+    @property
+    def divergence_cost(self) -> int:
+        return 2 * getattr(self.conditional, "divergence_cost", 0)
+
     def bind(self, context: Tensor | None = None) -> BoundField:
         self.check_context(context)
         closed = hasattr(self.conditional, "value_and_divergence")
