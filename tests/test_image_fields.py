@@ -10,6 +10,7 @@ from flows import CNF, ODESolver
 from flows.datasets import Batch
 from flows.divergence import Exact, Hutchinson, Probing
 from flows.fields import ConvNet, Multiscale, UNet
+from flows.fields.unet import _Attention
 from flows.objectives import FlowMatching
 
 T = torch.tensor(0.3)
@@ -68,6 +69,26 @@ def test_with_attention_every_pixel_sees_all():
     jacobian = torch.func.jacrev(lambda x: field(T, x[None])[0].flatten())(torch.randn(1, 9, 9))
     assert jacobian.flatten(1).abs().min() > 0
     assert UNet((1, 9, 9), 4, attention_levels=()).receptive_radius is not None
+
+
+def test_attention_is_that_of_torch():
+    layer = moved(_Attention(6, 3))
+    h = torch.randn(2, 6, 4, 5)
+    normed = h / (h.square().mean(1, keepdim=True) + 1e-3).sqrt()
+    queries, keys, values = layer.into(normed).flatten(2).mT.chunk(3, dim=2)
+    heads = [part.unflatten(2, (3, 2)).transpose(1, 2) for part in (queries, keys, values)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer(h), layer.out(expected.mT.reshape(2, 6, 4, 5)))
+
+
+@pytest.mark.parametrize("field", [UNet((1, 6, 6), 8), ConvNet((1, 6, 6), (8,))])
+def test_autocast_computes_in_half_precision_and_returns_that_of_x(field):
+    field, x = moved(field).float(), torch.randn(3, 1, 6, 6, dtype=torch.float32)
+    exact = field(T.float(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = field(T.float(), x)
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 def gradients_and_bytes(field, estimator):

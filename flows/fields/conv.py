@@ -87,4 +87,4 @@ class ConvNet(Field):
             zip(self.layers, modulation[:count], modulation[count:], strict=True)
         ):
             h = torch.addcmul(shift, layer(h if index == 0 else self.activation(h)), 2 * gate.sigmoid())
-        return h
+        return h.to(x.dtype)  # under autocast, the layers return another

@@ -120,7 +120,7 @@ class UNet(Field):
                 h = functional.interpolate(self.grow[level](h), size=skips[-1].shape[-2:], mode="nearest")
             for block in self.up[level]:
                 h = self._run(block, h + skips.pop(), next(moves))
-        return self.last(functional.silu(_pixel_norm(h))).to(x.dtype)
+        return self.last(functional.silu(_pixel_norm(h))).to(x.dtype)  # under autocast, it is another
 
     def _run(self, block: _Block, h: Tensor, move: Tensor) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
