@@ -154,7 +154,7 @@ def test_log_density_is_that_of_the_composition(event_shape):
         (2 * event_shape[0], event_shape[1] // 2, event_shape[2] // 2),
     ]
     solver = ODESolver(rtol=1e-6, atol=1e-6)
-    x = torch.randn(3, *event_shape)
+    x = torch.randn(2, *event_shape)
     with torch.no_grad():
         expected = by_hand(field, lambda stage: CNF(stage, Exact(), solver), x)
         torch.testing.assert_close(CNF(field, Exact(), solver).log_prob(x), expected, rtol=0, atol=5e-4)
@@ -178,8 +178,6 @@ def test_log_density_is_that_of_the_dense_jacobian(name):
     with torch.no_grad():
         expected = flow.base.log_prob(encode(x).view(1, 4, 4)) + torch.linalg.slogdet(jacobian).logabsdet
         torch.testing.assert_close(flow.log_prob(x), expected, rtol=0, atol=5e-4)
-        back, log_prob = flow.sample_and_log_prob((2,))
-        torch.testing.assert_close(flow.log_prob(back), log_prob, rtol=0, atol=5e-4)
 
 
 def test_what_is_factored_out_rests():
@@ -221,6 +219,8 @@ def test_multiscale_trains_by_likelihood_with_classes():
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(log_prob.mean(), list(field.parameters())))
     with torch.no_grad():
         assert (flow.log_prob(x, classes.roll(1, 0)) - log_prob).abs().min() > 1e-3
+        drawn, of_drawn = flow.sample_and_log_prob((), classes)
+        torch.testing.assert_close(flow.log_prob(drawn, classes), of_drawn, rtol=0, atol=0.02)
 
 
 def test_flow_matching_refuses_a_multiscale_flow():
