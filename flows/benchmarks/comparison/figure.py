@@ -105,12 +105,13 @@ def _name(axes: Axes, places: Sequence[tuple[str, float, float]]) -> None:
     for label, x, y in places:
         note = axes.annotate(label, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=9, zorder=6)
         note.set(ha="center", va="center")
+        note.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
         centred = note.get_window_extent(renderer).padded(1)
         half_width = centred.width / 2 / pixels
         offsets = [
             ((distance + half_width) * math.cos(turn * math.pi / 4), distance * math.sin(turn * math.pi / 4))
             for distance in (14, 20, 28, 38, 50, 64)
-            for turn in (2, 1, 0, 3, 4, 7, 6, 5)
+            for turn in (1, 3, 7, 5, 2, 6, 0, 4)
         ]
         boxes = [centred.translated(dx * pixels, dy * pixels) for dx, dy in offsets]
         conflicts = [
