@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 
 import hydra
@@ -13,7 +12,7 @@ from flows.benchmarks.comparison import advise, as_dict, as_text, compare, error
 from flows.training import TensorBoardLogger
 from flows.training.choices import instances
 from flows.training.console import readable_errors
-from flows.training.folder import open_run_folder, write_result
+from flows.training.folder import new_folder, open_run_folder, write_result
 from flows.training.subject import subject
 from flows.training.summary import to_json
 
@@ -26,8 +25,8 @@ def main(composed: DictConfig) -> None:
         settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         estimators = instances("divergence", settings["estimators"], settings["variants"])
         chosen = subject(settings, HydraConfig.get().overrides.task)
-        default = chosen.folder / "comparisons" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}"
-        folder = open_run_folder(settings["output_dir"] or default)
+        given = settings["output_dir"]
+        folder = new_folder(chosen.folder / "comparisons") if given is None else open_run_folder(given)
         points, context = chosen.points(settings["part"], settings["points"])
         comparison = compare(
             chosen.flow,

@@ -207,6 +207,13 @@ def test_what_does_not_apply_is_listed_with_its_reason(on_a_perceptron, on_an_im
         compare(flow_of(Convolutions((1, 4, 4), 1)), torch.randn(3, 1, 4, 4), {"analytic": Analytic()}, **QUICK)
 
 
+def test_stand_ins_go_by_the_label_of_their_row():
+    flow = flow_of(Convolutions((1, 7, 7), 4))  # for which Auto() is Probing() as it is by default
+    comparison = compare(flow, torch.randn(2, 1, 7, 7), {"auto": Auto(), "p": Probing(2)}, budgets=(1,), **QUICK)
+    assert comparison.stand_ins == {"auto": "Probing(stride=5)"}
+    assert "Probing(stride=5)" in rows_of(comparison)
+
+
 def test_the_exact_and_cheap_one_is_recommended(on_a_perceptron, on_an_image):
     advice = advise(on_a_perceptron[2])
     assert (advice.training, advice.evaluation) == ("Analytic", "Analytic")
@@ -344,11 +351,12 @@ def test_labels_tell_settings_apart():
         "Hutchinson(num_probes=1)",
         "Hutchinson(num_probes=4)",
         "Hutchinson(num_probes=4, probes=gaussian)",
+        "Hutchinson(num_probes=4)",
         "Exact",
         "Exact(mode=forward)",
         "Ones",
     ]
-    assert [one.kind for one in found][1:4] == ["Hutchinson", "Hutchinson(probes=gaussian)", "Exact"]
+    assert [one.kind for one in found][1:4] == ["Hutchinson", "Hutchinson(probes=gaussian)", "Hutchinson"]
 
 
 def test_the_labels_of_the_picture_do_not_overlap(on_a_perceptron, on_an_image):

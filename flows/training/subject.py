@@ -14,6 +14,7 @@ from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.evaluation import part_batches
 from flows.training.checkpoint import run_folder
+from flows.training.folder import RUNS
 from flows.training.rebuild import build_dataset, build_flow, load_run, place
 
 MODEL = ("field", "transform", "solver")  # the parts of a flow beside its estimator
@@ -36,7 +37,7 @@ class Subject:
     @property
     def folder(self) -> Path:
         """Where results about it belong: the folder of its run, or of the runs on its data."""
-        return Path("runs") / self.dataset.name if self.checkpoint is None else run_folder(self.checkpoint)
+        return RUNS / self.dataset.name if self.checkpoint is None else run_folder(self.checkpoint)
 
 
 def subject(settings: Mapping[str, Any], overrides: Sequence[str]) -> Subject:

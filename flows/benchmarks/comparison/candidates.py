@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,49 @@ class Candidate:
     label: str  # Hutchinson(num_probes=4, probes=orthonormal)
     kind: str  # the same without its numbers: Hutchinson(probes=orthonormal)
     estimator: DivergenceEstimator
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What there is to measure, and what not."""
+
+    measured: list[Candidate]  # each setting once
+    left_out: dict[str, str]  # by name, why an estimator cannot or need not be measured
+    stand_ins: dict[str, str]  # by name, the label of the estimator that does another's work
+
+
+def gather(
+    estimators: Mapping[str, DivergenceEstimator],
+    budgets: Sequence[int],
+    field: object,
+    trajectory: Trajectory,
+) -> Candidates:
+    """The settings of estimators, given by name, that apply to the field.
+
+    Raises:
+        ValueError: there is none.
+    """
+    shape = tuple(trajectory.x.shape[2:])
+    found, left_out, stand_ins = [], {}, {}
+    for name, given in estimators.items():
+        estimator = given.choose(shape, field)
+        if estimator is not given:
+            stand_ins[name] = estimator
+        reason = not_applicable(estimator, field, trajectory)
+        worthwhile = [] if reason else settings(estimator, budgets, shape, field)
+        if not worthwhile:
+            left_out[name] = reason or (
+                f"costs {estimator.cost(shape, field)} products here, more than the {math.prod(shape)} of Exact()"
+            )
+        found += worthwhile
+    if not found:
+        raise ValueError("none of the estimators applies: " + "; ".join(f"{n}: {r}" for n, r in left_out.items()))
+    named = labelled([*found, *stand_ins.values()])
+    measured: dict[str, Candidate] = {}
+    for candidate in named[: len(found)]:
+        measured.setdefault(candidate.label, candidate)
+    labels = (candidate.label for candidate in named[len(found) :])
+    return Candidates(list(measured.values()), left_out, dict(zip(stand_ins, labels, strict=True)))
 
 
 def not_applicable(estimator: DivergenceEstimator, field: object, trajectory: Trajectory) -> str | None:
@@ -56,7 +99,7 @@ def settings(
 
 
 def labelled(estimators: Iterable[DivergenceEstimator]) -> list[Candidate]:
-    """Estimators with labels that tell them apart, each once.
+    """Estimators with labels that tell them apart; equal settings have equal labels.
 
     A label shows the options that differ from the defaults of the class, and the numbers that vary in this list.
     """
@@ -65,7 +108,7 @@ def labelled(estimators: Iterable[DivergenceEstimator]) -> list[Candidate]:
     for estimator in given:
         for name, value in _options(estimator).items():
             numbers.setdefault(type(estimator), {}).setdefault(name, set()).add(_text(value))
-    found: dict[str, Candidate] = {}
+    found = []
     for estimator in given:
         kind, shown = [], []
         for option in _fields(estimator):
@@ -76,8 +119,8 @@ def labelled(estimators: Iterable[DivergenceEstimator]) -> list[Candidate]:
                 shown.append(f"{option.name}={_text(value)}")
                 kind += [] if number else shown[-1:]
         label = _call(estimator, shown)
-        found.setdefault(label, Candidate(label, _call(estimator, kind), estimator))
-    return list(found.values())
+        found.append(Candidate(label, _call(estimator, kind), estimator))
+    return found
 
 
 def _fields(estimator: DivergenceEstimator) -> tuple[dataclasses.Field, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flows.benchmarks.comparison.accuracy import Accuracy, Truth, accuracy, truth
-from flows.benchmarks.comparison.candidates import Candidate, labelled, not_applicable, settings
+from flows.benchmarks.comparison.candidates import Candidate, gather
 from flows.benchmarks.comparison.cost import affordable, case, peak_memory, time_ratio
 from flows.benchmarks.comparison.trajectory import Trajectory, trajectory_of
 from flows.cnf import CNF
@@ -78,45 +77,28 @@ def compare(
         draws: of the probes, at every point and time.
         seconds: the most, roughly, that one setting may take; expensive ones use fewer draws, then fewer points.
         memory: GiB that one evaluation may take; more expensive settings use fewer points.
-        seed: of the probes.
+        seed: of the probes, and of the noise that discrete data take.
         progress: whether to show a bar, from the second second on.
 
     Raises:
         ValueError: no point, no budget or time that makes sense, or no estimator that applies.
     """
     _check(x, budgets, draws, seconds, memory)
-    trajectory = trajectory_of(flow, x, times, context)
-    shape = flow.event_shape
-    left_out, found, stand_ins = {}, [], {}
-    for name, given in estimators.items():
-        estimator = given.choose(shape, flow.field)
-        if estimator is not given:
-            stand_ins[name] = labelled([estimator])[0].label
-        reason = not_applicable(estimator, flow.field, trajectory)
-        if reason is None:
-            worthwhile = settings(estimator, budgets, shape, flow.field)
-            found += worthwhile
-            if not worthwhile:
-                products = estimator.cost(shape, flow.field)
-                reason = f"costs {products} products here, more than the {math.prod(shape)} of Exact()"
-        if reason is not None:
-            left_out[name] = reason
-    candidates = labelled(found)
-    if not candidates:
-        raise ValueError("none of the estimators applies: " + "; ".join(f"{n}: {r}" for n, r in left_out.items()))
-    exact = truth(flow.field, trajectory, candidates)
+    trajectory = trajectory_of(flow, x, times, context, torch.Generator(x.device).manual_seed(seed))
+    candidates = gather(estimators, budgets, flow.field, trajectory)
+    exact = truth(flow.field, trajectory, candidates.measured)
     rows = []
-    with tqdm(candidates, desc="estimators", delay=2, leave=False, disable=not progress) as bar:
+    with tqdm(candidates.measured, desc="estimators", delay=2, leave=False, disable=not progress) as bar:
         for candidate in bar:
             bar.set_postfix_str(candidate.label)
             rows.append(_row(candidate, flow.field, trajectory, exact, draws, seconds, memory, seed))
     return Comparison(
         rows=rows,
-        left_out=left_out,
-        stand_ins=stand_ins,
+        left_out=candidates.left_out,
+        stand_ins=candidates.stand_ins,
         truth=exact,
         field=type(flow.field).__name__,
-        event_shape=shape,
+        event_shape=flow.event_shape,
         times=trajectory.times.tolist(),
         points=len(x),
         device=str(x.device),
@@ -151,7 +133,7 @@ def _row(
     costs = {}
     for training in (False, True) if trains else (False,):
         bare, run = (case(field, timed, one, probes, training) for one in (None, estimator))
-        taken, ratio = time_ratio(bare, run, seconds / 40)
+        taken, ratio = time_ratio(bare, run, seconds / 20)
         peak = peak_memory(case(field, middle, estimator, probes, training), timed.x.device)
         costs[training] = (taken / len(timed.times), ratio, peak / points)
     return Row(

@@ -41,6 +41,7 @@ def trajectory_of(
     x: Tensor,  # (n, *event), data space
     times: Sequence[float],
     context: Tensor | None = None,  # (n, *context)
+    generator: torch.Generator | None = None,  # of the noise of a transform that has any
 ) -> Trajectory:
     """Carry points of the data back along the flow, from t = 1, and note where they are at ``times``.
 
@@ -51,7 +52,7 @@ def trajectory_of(
     if not times or not 0 <= times[-1] <= times[0] <= 1:
         raise ValueError(f"times must be one or more numbers from 0 (noise) to 1 (data), got {times}")
     with torch.no_grad():
-        states = [flow.transform(x)[0]]
+        states = [flow.transform(x, generator)[0]]
         for start, end in zip([1.0, *times], times, strict=False):
             here = states[-1]
             states.append(here if start == end else flow.transport(here, (start, end), context, log_density=False).x)
