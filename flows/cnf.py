@@ -234,7 +234,7 @@ class CNF(nn.Module):
         return estimates.mean(0), estimates, dynamics.path_costs(integrals, times), solution.statistics
 
     def _bind(self, context: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-        return bind(self.field, context, precompute=self.solver.gradient != "adjoint")
+        return bind(self.field, context)
 
     def _solve(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from flows.divergence import DivergenceEstimator, VectorField
 from flows.divergence.base import checked_value
 from flows.regularizers import PathCost
 from flows.solvers import State
+
+T = TypeVar("T")
 
 
 class AugmentedDynamics:
@@ -49,6 +53,11 @@ class AugmentedDynamics:
         if len(set(names)) < len(names):
             raise ValueError(f"each path cost can be given once, got {', '.join(names)}")
 
+    @property
+    def component_names(self) -> tuple[str, ...]:
+        """What the solver calls the components of the state."""
+        return "state", "log_density", *(cost.name for cost in self.costs)
+
     def initial_state(
         self,
         x: Tensor,  # (B, *event)
@@ -72,9 +81,23 @@ class AugmentedDynamics:
         sign = 1 if times[-1] > times[0] else -1
         return {cost.name: sign * component for cost, component in zip(self.costs, components, strict=True)}
 
+    def fresh(self) -> AugmentedDynamics:
+        """The same dynamics without what the bound field keeps from earlier evaluations."""
+        return _fresh(self)
+
+    def observe(self, derivatives: State) -> dict[str, Tensor]:
+        """The standard error of the divergence at one time, the root mean square over the batch, if it has one."""
+        event_shape = tuple(derivatives[0].shape[1:])
+        if self.estimator.num_estimates == 1 or self.estimator.is_exact(event_shape, self.field):
+            return {}
+        errors = self.estimator.standard_error(derivatives[1], event_shape, self.field)
+        return {"divergence_standard_error": errors.square().mean().sqrt()}
+
 
 class StateDynamics:
     """d/dt x = v(t, x) alone, for sampling and trajectories without a density."""
+
+    component_names = ("state",)
 
     def __init__(self, field: VectorField) -> None:
         self.field = field
@@ -85,3 +108,14 @@ class StateDynamics:
 
     def __call__(self, t: Tensor, state: State) -> State:
         return (checked_value(self.field(t, state[0]), state[0]).to(state[0]),)
+
+    def fresh(self) -> StateDynamics:
+        """The same dynamics without what the bound field keeps from earlier evaluations."""
+        return _fresh(self)
+
+
+def _fresh(dynamics: T) -> T:
+    renewed = copy.copy(dynamics)
+    if hasattr(dynamics.field, "fresh"):
+        renewed.field = dynamics.field.fresh()
+    return renewed

@@ -95,7 +95,7 @@ def test_statistics_count_every_evaluation_forward_and_backward():
 def test_errors_of_settings():
     with pytest.raises(ValueError, match=r"method must be one of .*dopri5.*rk4.*, got 'dopri'"):
         ODESolver("dopri")
-    with pytest.raises(ValueError, match="gradient must be 'backprop' or 'adjoint', got 'autograd'"):
+    with pytest.raises(ValueError, match="gradient must be 'backprop', 'checkpoint' or 'adjoint', got 'autograd'"):
         ODESolver(gradient="autograd")
     with pytest.raises(ValueError, match=r"'rk4' takes steps of fixed size: set step_size > 0.*got None"):
         ODESolver("rk4")
@@ -114,34 +114,65 @@ def test_underflow_says_where_and_what_to_try(method):
 
     solver = ODESolver(method, rtol=1e-4, atol=1e-4, max_steps=10**5)
     with pytest.raises(
-        SolverError, match=r"forward solve underflowed at t = 0.5.*, dt = .*no step meets rtol.*rk4"
+        SolverError,
+        match=r"forward solve underflowed at t = 0.[45].*, dt = .*no step meets rtol.*, limited by the state of "
+        r"sample 2\. Try \(1\) .*; \(2\) .*rk4.*; \(3\) ",
     ) as e:
-        solver.solve(explosive, (torch.full((1, 1), 2.0),), (0.0, 1.0))
-    assert e.value.t == pytest.approx(0.5, abs=0.01)
+        solver.solve(explosive, (torch.tensor([[0.1], [0.5], [2.0], [0.2]]),), (0.0, 1.0))
+    assert e.value.t == pytest.approx(0.5, abs=0.02)
+    assert 0 < e.value.dt < 1e-14
+    assert (e.value.component, e.value.sample) == ("state", 2)
 
 
 def test_a_non_finite_field_is_named_as_such():
     def overflow(t, state):
         return state[0] / 0.0, state[1]
 
-    with pytest.raises(SolverError, match="the velocity has 3 NaN or infinite values there"):
+    overflow.component_names = ("state", "log_density")
+    with pytest.raises(SolverError, match="the velocity has 3 NaN or infinite values there, the first for sample 0"):
         ODESolver().solve(overflow, (torch.ones(3, 1), torch.zeros(3)), (0.0, 1.0))
 
     def overflowing_divergence(t, state):
-        return state[0], state[1] + torch.nan
+        return state[0], torch.where(torch.arange(3) == 1, torch.nan, state[1])
 
-    with pytest.raises(SolverError, match="its divergence has 3 NaN or infinite values there"):
-        ODESolver().solve(overflowing_divergence, (torch.ones(3, 1), torch.zeros(3)), (0.0, 1.0))
-    with pytest.raises(SolverError, match="the state holds NaN or infinite values from the start"):
+    overflowing_divergence.component_names = ("state", "log_density")
+    with pytest.raises(SolverError, match=r"its divergence has 2 NaN .* for sample 1") as e:
+        ODESolver().solve(overflowing_divergence, (torch.ones(3, 1), torch.zeros(2, 3)), (0.0, 1.0))
+    assert (e.value.component, e.value.sample, e.value.t) == ("log_density", 1, 0.0)
+    with pytest.raises(SolverError, match=r"the state holds NaN or infinite values from the start .*of sample 0"):
         ODESolver().solve(rotation, (torch.full((1, 2), torch.inf),), (0.0, 1.0))
 
 
-def test_a_fixed_step_solve_that_blows_up_is_an_error():
+def test_a_fixed_step_solve_that_blows_up_says_when_and_which_sample():
     def explosive(t, state):
         return (state[0] ** 3,)
 
-    with pytest.raises(SolverError, match=r"the state is not finite at t = 1 with method 'euler'"):
-        ODESolver("euler", step_size=0.1).solve(explosive, (torch.full((1, 1), 100.0),), (0.0, 1.0))
+    points = torch.tensor([[0.1], [100.0], [0.2]])
+    for gradient in ("backprop", "checkpoint", "adjoint"):
+        solver = ODESolver("euler", step_size=0.1, gradient=gradient)
+        with pytest.raises(
+            SolverError, match=r"the state is not finite at t = 0.4 with method 'euler'.* of sample 1\. Try \(1\) a sm"
+        ) as e:
+            solver.solve(explosive, (points.clone().requires_grad_(),), (0.0, 1.0))
+        assert (e.value.component, e.value.sample, e.value.dt) == ("state", 1, pytest.approx(0.1))
+
+
+def test_steps_that_end_outside_the_domain_are_shortened():
+    """x' = -1/(2 √x) from 1 is √(1 − t), which ends at t = 1; too long a step would take the root of x < 0."""
+
+    def root(t, state):
+        return (-0.5 / state[0].sqrt(),)
+
+    def rooted_until(end, **settings):
+        return ODESolver("dopri5", **settings).solve(lambda t, s: (-0.5 / s[0],), (torch.ones(1, 1),), (0.0, end))
+
+    moved = rooted_until(0.99, rtol=1e-8, atol=1e-8).end[0]
+    torch.testing.assert_close(moved, torch.full((1, 1), 0.1), rtol=0, atol=1e-5)
+    solver = ODESolver("dopri5", rtol=1e-1, atol=1e-1)
+    solution = solver.solve(root, (torch.tensor([[1e-3]]),), (0.0, 3e-5))
+    assert solution.end[0].isfinite().all()
+    with pytest.raises(SolverError, match=r"however short, a step from there ends in NaN|no step meets"):
+        solver.solve(root, (torch.tensor([[1e-3]]),), (0.0, 1.0))
 
 
 def test_max_steps_stops_a_stiff_solve_forward_and_backward():

@@ -110,6 +110,10 @@ class BoundField:
         """The second half of a field with a bottleneck."""
         return self.field.decode(t, h, *self._given)
 
+    def fresh(self) -> BoundField:
+        """The same binding, without what it keeps from earlier evaluations: their graph may be gone."""
+        return type(self)(self.field, self.context)
+
     @property
     def _given(self) -> tuple[Tensor, ...]:
         return () if self.context is None else (self.context,)
@@ -128,12 +132,6 @@ class ClosedFormField(BoundField):
         return lambda t, x, directions: closed_form(t, x, directions, *self._given)
 
 
-def bind(field: Callable[..., Tensor], context: Tensor | None = None, precompute: bool = True) -> BoundField:
-    """Bind any callable field to a context for one solve.
-
-    With ``precompute=False`` nothing is computed ahead, so that every gradient passes through the evaluations
-    themselves, as the adjoint method needs.
-    """
-    if precompute and hasattr(field, "bind"):
-        return field.bind(context)
-    return BoundField.of(field, context)
+def bind(field: Callable[..., Tensor], context: Tensor | None = None) -> BoundField:
+    """Bind any callable field to a context for one solve."""
+    return field.bind(context) if hasattr(field, "bind") else BoundField.of(field, context)

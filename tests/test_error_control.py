@@ -1,0 +1,183 @@
+"""What drives the step size, within which limits, and what a solve tells about its steps."""
+
+import math
+
+import pytest
+import torch
+
+from flows import CNF
+from flows.divergence import Analytic, Hutchinson
+from flows.dynamics import AugmentedDynamics
+from flows.fields import MLP, bind
+from flows.solvers import ErrorControl, ODESolver
+
+
+class Named:
+    """dx/dt = −x with a component beside it that oscillates at `frequency`: cos(frequency · t)."""
+
+    def __init__(self, name, frequency=60.0):
+        self.component_names = ("state", name)
+        self.frequency = frequency
+
+    def __call__(self, t, state):
+        return -state[0], torch.cos(self.frequency * t).expand_as(state[1])
+
+
+def solved(dynamics, batch=4, **settings):
+    state = (torch.ones(batch, 2), torch.zeros(batch))
+    return ODESolver(**{"rtol": 1e-6, "atol": 1e-6, **settings}).solve(dynamics, state, (0.0, 1.0))
+
+
+def test_path_costs_do_not_drive_the_steps_unless_asked_and_the_log_density_does():
+    plain = ODESolver(rtol=1e-6, atol=1e-6).solve(lambda t, s: (-s[0],), (torch.ones(4, 2),), (0.0, 1.0))
+    cost = solved(Named("kinetic"))
+    assert cost.statistics.nfe_forward == plain.statistics.nfe_forward
+    assert cost.statistics.limited_by == {"state": 1.0}
+    for name, weights in (("kinetic", {"path_costs": 1.0}), ("log_density", {})):
+        driven = solved(Named(name), error_control=ErrorControl(**weights))
+        assert driven.statistics.nfe_forward > 3 * plain.statistics.nfe_forward
+        assert driven.statistics.limited_by[name] > 0.9
+        torch.testing.assert_close(driven.end[1], torch.full((4,), math.sin(60) / 60), rtol=0, atol=1e-5)
+    ignored = solved(Named("log_density"), error_control=ErrorControl(log_density=0))
+    assert ignored.statistics.nfe_forward == plain.statistics.nfe_forward
+
+
+def test_components_without_names_all_count():
+    unnamed = Named("anything")
+    del unnamed.component_names
+    assert solved(unnamed).statistics.limited_by["component 1"] > 0.9
+
+
+def test_a_weight_is_a_tighter_tolerance_for_its_component():
+    """The error of a step is of fifth order: 32 times the weight halves the steps."""
+    steps = [
+        len(solved(Named("log_density", 200.0), error_control=ErrorControl(log_density=w)).statistics.attempts)
+        for w in (1.0, 32.0)
+    ]
+    assert steps[1] / steps[0] == pytest.approx(2, rel=0.2)
+
+
+def test_a_bad_value_rejects_a_step_whatever_its_weight():
+    class Bad(Named):
+        def __call__(self, t, state):
+            moving, cost = super().__call__(t, state)
+            return moving, torch.where(t > 0.5, torch.nan, cost)
+
+    with pytest.raises(RuntimeError, match=r"solve failed at t = 0\.(49|50?)\d*, .*NaN or infinite values"):
+        solved(Bad("kinetic", 1.0))
+
+
+def stiff_among_many(t, state):
+    """Sample 0 turns fast, the others stand nearly still."""
+    speed = torch.where(torch.arange(len(state[0])) == 0, 40.0, 0.01).unsqueeze(1)
+    x = state[0]
+    return (speed * torch.stack([-x[:, 1], x[:, 0]], 1),)
+
+
+def test_with_the_norm_per_sample_a_hard_sample_does_not_hide_in_the_batch():
+    x = torch.tensor([1.0, 0.0]).expand(4000, 2)
+    truth = torch.tensor([math.cos(40), math.sin(40)])
+    errors = {}
+    for per_sample in (False, True):
+        solver = ODESolver(rtol=1e-5, atol=1e-5, error_control=ErrorControl(per_sample=per_sample))
+        solution = solver.solve(stiff_among_many, (x,), (0.0, 1.0))
+        alone = solver.solve(stiff_among_many, (x[:1],), (0.0, 1.0))
+        errors[per_sample] = float((solution.end[0][0] - truth).abs().max())
+        assert all(attempt.sample == 0 for attempt in solution.statistics.attempts)
+        if per_sample:
+            assert solution.statistics.accepted == alone.statistics.accepted
+            torch.testing.assert_close(solution.end[0][:1], alone.end[0])
+    assert errors[True] < 1e-3
+    assert errors[False] > 10 * errors[True]
+
+
+def test_the_sample_that_limits_is_found_in_every_layout():
+    """Positions have the batch first, (K, B) log-densities last."""
+
+    class OneFast(Named):
+        def __call__(self, t, state):
+            moving, estimates = super().__call__(t, state)
+            return moving, estimates * (torch.arange(estimates.shape[-1]) == 2)
+
+    state = (torch.ones(5, 3, 2), torch.zeros(7, 5))
+    solution = ODESolver().solve(OneFast("log_density"), state, (0.0, 1.0))
+    samples = {attempt.sample for attempt in solution.statistics.attempts if attempt.component == "log_density"}
+    assert samples == {2}
+
+
+def test_min_step_is_accepted_whatever_its_error_and_counted():
+    free = solved(Named("log_density", 400.0))
+    held = solved(Named("log_density", 400.0), min_step=0.02)
+    assert free.statistics.forced == 0
+    assert held.statistics.forced > 20
+    assert held.statistics.accepted <= 51
+    assert min(abs(a.dt) for a in held.statistics.attempts[:-1]) >= 0.02 - 1e-9
+
+
+def test_the_record_of_the_steps_covers_the_interval():
+    for start, end in ((0.0, 1.0), (1.0, 0.0)):
+        solver = ODESolver(rtol=1e-7, atol=1e-7)
+        state = (torch.ones(4, 2), torch.zeros(4))
+        statistics = solver.solve(Named("log_density", 300.0), state, (start, end)).statistics
+        t = start
+        for attempt in statistics.attempts:
+            assert attempt.t == t
+            assert (attempt.error <= 1) == attempt.accepted
+            t = attempt.t + attempt.dt if attempt.accepted else t
+        assert t == pytest.approx(end, abs=1e-12)
+        assert statistics.rejected > 0
+        assert statistics.nfe_forward == 2 + 6 * len(statistics.attempts)
+        assert statistics.shortest in statistics.attempts
+        assert sum(statistics.limited_by.values()) == pytest.approx(1)
+
+
+def test_a_solve_never_leaves_its_interval():
+    """A field that ends at t = 1 can be solved up to there."""
+    seen = []
+
+    def watched(t, state):
+        seen.append(float(t))
+        return (torch.sqrt(1 - t) * state[0],)
+
+    for method in ("dopri5", "dopri8", "bosh3", "rk4"):
+        step = {"step_size": 0.1} if method == "rk4" else {}
+        end = ODESolver(method, **step).solve(watched, (torch.ones(1, 1),), (0.0, 1.0)).end[0]
+        assert end.item() == pytest.approx(math.exp(2 / 3), rel=1e-2)
+    assert min(seen) == 0
+    assert max(seen) == 1
+
+
+def test_the_standard_error_of_the_divergence_is_kept_over_time():
+    """At t = 0 and K probes it is the spread of the K estimates, and 0 everywhere on a field that they see exactly."""
+    field, x = MLP((3,), (16,)), torch.randn(50, 3)
+    estimator = Hutchinson(4)
+    probes = estimator.draw_probes(x, torch.Generator().manual_seed(1))
+    dynamics = AugmentedDynamics(bind(field), estimator, probes)
+    with torch.no_grad():
+        statistics = ODESolver().solve(dynamics, dynamics.initial_state(x), (0.0, 1.0)).statistics
+        times, errors = statistics.curve("divergence_standard_error")
+        estimates = estimator(bind(field), torch.tensor(0.0), x, probes).estimates
+    assert len(times) == statistics.accepted
+    assert times[0] == 0
+    assert errors[0] == pytest.approx(float((estimates.var(0) / 4).mean().sqrt()))
+    exact = CNF(field, Analytic()).estimate_log_prob(x).statistics
+    assert exact.observed == {}
+
+
+def test_errors_of_settings():
+    with pytest.raises(ValueError, match="the weight log_density of error_control must be >= 0, got -1"):
+        ErrorControl(log_density=-1)
+    with pytest.raises(ValueError, match="error_control must give some component a weight > 0"):
+        ErrorControl(0, 0, 0)
+    with pytest.raises(ValueError, match=r"weight 0 to all that is solved for here \(state\)"):
+        CNF(MLP((2,), (4,)), solver=ODESolver(error_control=ErrorControl(state=0))).sample((3,))
+    with pytest.raises(ValueError, match=r"min_step must be >= 0, got -0\.1"):
+        ODESolver(min_step=-0.1)
+    wrong = Named("x")
+    wrong.component_names = ("state",)
+    with pytest.raises(ValueError, match=r"component_names must name each of the 2 components .*, got \('state',\)"):
+        solved(wrong)
+    with pytest.raises(ValueError, match=r"times must be at least two, strictly increasing or strictly decreasing"):
+        ODESolver().solve(Named("x"), (torch.ones(1, 1), torch.zeros(1)), (0.0, 0.5, 0.5))
+    with pytest.raises(ValueError, match=r"must return derivatives of shapes .*\(4,\)\], got .*\(2,\)\]"):
+        solved(lambda t, s: (s[0], s[1][:2]))
