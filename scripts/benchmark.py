@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from flows.benchmarks import divergence as costs
-from flows.benchmarks import probing_likelihood, probing_noise, subjects
+from flows.benchmarks import gradients, probing_likelihood, probing_noise, subjects
 
 PARTS = ("mlp", "bottleneck", "structured", "conv", "noise")
 
@@ -65,6 +65,7 @@ def main() -> None:
     part.add_argument("--sizes", type=int, nargs="+", default=[8, 28], help="pixels along each side (%(default)s)")
     part.add_argument("--steps", type=int, default=200, help="of training (%(default)s)")
     part.set_defaults(run=likelihood_by_probing)
+    gradients.add_command(benchmarks)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,19 +1,16 @@
 """Gradients through a solve: checkpoints against backprop, step for step; the adjoint's accuracy and its check."""
 
 import copy
-import gc
 import math
-import weakref
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchdiffeq import odeint
 from torchdiffeq._impl.odeint import SOLVERS
 
 from flows import CNF
+from flows.benchmarks.memory import peak_bytes
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.dynamics import AugmentedDynamics
 from flows.fields import MLP, bind
@@ -102,30 +99,6 @@ def test_the_backward_pass_evaluates_each_accepted_step_once_more():
     assert statistics.backward_attempts == []
 
 
-class Count(TorchDispatchMode):
-    """The most bytes of tensors that were alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak, self.sizes = 0, 0, {}
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.sizes:
-                    self.sizes[storage._cdata] = size = storage.nbytes()
-                    self.alive += size
-                    weakref.finalize(storage, self._gone, storage._cdata, size)
-        self.peak = max(self.peak, self.alive)
-        return result
-
-    def _gone(self, key, size):
-        self.sizes.pop(key, None)
-        self.alive -= size
-
-
 def test_dropout_draws_the_same_masks_again():
     class Noisy(nn.Module):
         event_shape = (4,)
@@ -210,11 +183,8 @@ def test_memory_grows_as_the_root_of_the_steps():
     field, x = steep(hidden=(32, 32)), torch.randn(64, 2)
 
     def peak(gradient, steps):
-        gc.collect()
-        with Count() as count:
-            flow = CNF(field, Analytic(), ODESolver("euler", step_size=1 / steps, gradient=gradient))
-            torch.autograd.grad(flow.log_prob(x).mean(), list(field.parameters()))
-        return count.peak
+        flow = CNF(field, Analytic(), ODESolver("euler", step_size=1 / steps, gradient=gradient))
+        return peak_bytes(lambda: torch.autograd.grad(flow.log_prob(x).mean(), list(field.parameters())))
 
     assert peak("backprop", 128) > 10 * peak("backprop", 8)
     assert peak("checkpoint", 128) < 4 * peak("checkpoint", 8)

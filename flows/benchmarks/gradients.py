@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +13,8 @@ from torch import nn
 from flows.benchmarks.memory import peak_bytes
 from flows.benchmarks.timing import alternating_medians
 from flows.cnf import CNF
-from flows.divergence import DivergenceEstimator
+from flows.divergence import Analytic, DivergenceEstimator
+from flows.fields import ConcatSquashMLP
 from flows.solvers import ODESolver
 
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
@@ -26,6 +29,34 @@ class GradientCost:
     seconds: dict[str, float]
 
 
+def add_command(benchmarks: Any) -> None:
+    """Add "gradients" to the subparsers of a program; ``run(arguments)`` prints the table."""
+    description = "Memory and time of gradients through a solve: backprop, checkpoints and the adjoint."
+    part = benchmarks.add_parser("gradients", help=description, description=description)
+    part.add_argument("--steps", type=int, nargs="+", default=[20, 50, 100, 200, 500], help="default: %(default)s")
+    part.add_argument("--batch", type=int, default=512, help="points (%(default)s)")
+    part.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, at least (%(default)s)")
+    part.set_defaults(run=_print_report)
+
+
+def _print_report(arguments: argparse.Namespace) -> None:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; likelihood of FFJORD's 64-64-64, midpoint rule")
+    for row in report(arguments.steps, arguments.batch, arguments.seconds):
+        print(row, flush=True)
+
+
+def report(steps: Sequence[int], batch_size: int, seconds_each: float) -> Iterator[str]:
+    """The table of :func:`measure` on FFJORD's network for points of the plane, line by line as it is measured."""
+    torch.manual_seed(0)
+    field = ConcatSquashMLP((2,), (64, 64, 64))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    first = None
+    for cost in measure(field, Analytic(), batch_size, steps, seconds_each, device):
+        yield from () if first else HEADER
+        first = first or cost
+        yield line(cost, first)
+
+
 def measure(
     field: nn.Module,
     divergence: DivergenceEstimator,
@@ -33,7 +64,7 @@ def measure(
     steps: Sequence[int],
     seconds_each: float = 1.0,
     device: torch.device | str = "cpu",
-    method: str = "rk4",
+    method: str = "midpoint",
 ) -> Iterator[GradientCost]:
     """Peak memory and time (in turns) of the gradient of the mean log-likelihood, for each number of steps."""
     field = field.to(device)
@@ -41,25 +72,27 @@ def measure(
     for count in steps:
         cases = {gradient: _step(field, divergence, method, count, gradient, x) for gradient in GRADIENTS}
         peak = {gradient: peak_bytes(case, device) for gradient, case in cases.items()}
-        yield GradientCost(count, peak, alternating_medians(cases, seconds_each))
+        seconds = alternating_medians(cases, seconds_each, progress=f"{count} steps")
+        yield GradientCost(count, peak, seconds)
 
 
-def table(costs: Sequence[GradientCost]) -> Iterator[str]:
-    """A line for each number of steps; growth of memory beside that of √steps, and times as ratios to backprop."""
-    first = costs[0]
-    yield f"{'':>6}{'peak memory, MB':^33}{'growth since first':>26}{'time / backprop':>22}"
-    yield f"{'steps':>6}" + "".join(f"{name:>11}" for name in GRADIENTS) + (
-        f"{'backprop':>10}{'checkpoint':>11}{'√':>5}{'checkpoint':>13}{'adjoint':>9}"
+HEADER = (
+    f"{'':>6}{'peak memory in MB':^33}{'growth of the peak':^27}{'time / backprop':^21}",
+    f"{'steps':>6}{'backprop':>11}{'checkpoint':>11}{'adjoint':>11}{'backprop':>11}{'checkpoint':>11}{'√':>5}"
+    f"{'checkpoint':>12}{'adjoint':>9}",
+)
+
+
+def line(cost: GradientCost, first: GradientCost) -> str:
+    """A row of the table; growth is since ``first``, beside that of √steps."""
+    growth = {name: cost.peak[name] / first.peak[name] for name in GRADIENTS}
+    ratio = {name: cost.seconds[name] / cost.seconds["backprop"] for name in GRADIENTS}
+    return (
+        f"{cost.steps:>6}"
+        + "".join(f"{cost.peak[name] / 1e6:11.2f}" for name in GRADIENTS)
+        + f"{growth['backprop']:11.1f}{growth['checkpoint']:11.1f}{(cost.steps / first.steps) ** 0.5:5.1f}"
+        + f"{ratio['checkpoint']:12.2f}{ratio['adjoint']:9.2f}"
     )
-    for cost in costs:
-        growth = {name: cost.peak[name] / first.peak[name] for name in GRADIENTS}
-        ratio = {name: cost.seconds[name] / cost.seconds["backprop"] for name in GRADIENTS}
-        yield (
-            f"{cost.steps:>6}"
-            + "".join(f"{cost.peak[name] / 1e6:11.2f}" for name in GRADIENTS)
-            + f"{growth['backprop']:10.1f}{growth['checkpoint']:11.1f}{(cost.steps / first.steps) ** 0.5:5.1f}"
-            + f"{ratio['checkpoint']:13.2f}{ratio['adjoint']:9.2f}"
-        )
 
 
 def _step(

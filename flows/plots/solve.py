@@ -32,7 +32,9 @@ def steps(statistics: SolverStatistics) -> Figure:
     axes.set(yscale="log", ylabel="step size")
     axes.legend(frameon=False, fontsize=7)
     shortest = statistics.shortest
-    title = f"{statistics.accepted} steps accepted, {statistics.rejected} rejected, {statistics.nfe_forward} evaluations"
+    title = (
+        f"{statistics.accepted} steps accepted, {statistics.rejected} rejected, {statistics.nfe_forward} evaluations"
+    )
     if shortest is not None and shortest.sample is not None:
         title += f"\nshortest: {abs(shortest.dt):.1e} at t = {shortest.t:.3f}, sample {shortest.sample}"
     axes.set_title(title, fontsize=9)
