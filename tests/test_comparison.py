@@ -11,10 +11,11 @@ import flows
 from flows.benchmarks.comparison import Row, advise, as_dict, as_text, compare, error_against_cost
 from flows.benchmarks.comparison.accuracy import Accuracy, Truth, summarise
 from flows.benchmarks.comparison.candidates import labelled
-from flows.benchmarks.comparison.cost import affordable, case, peak_memory
+from flows.benchmarks.comparison.cost import affordable, case
 from flows.benchmarks.comparison.figure import pareto_front
 from flows.benchmarks.comparison.measure import Comparison
 from flows.benchmarks.comparison.trajectory import Trajectory, trajectory_of
+from flows.benchmarks.memory import peak_memory
 from flows.divergence import (
     Analytic,
     Auto,

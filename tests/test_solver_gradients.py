@@ -10,7 +10,7 @@ from torchdiffeq import odeint
 from torchdiffeq._impl.odeint import SOLVERS
 
 from flows import CNF
-from flows.benchmarks.memory import peak_bytes
+from flows.benchmarks.memory import peak_memory
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.dynamics import AugmentedDynamics
 from flows.fields import MLP, bind
@@ -188,7 +188,8 @@ def test_mixed_precision_is_the_same_in_both_passes():
 
 def peak(gradient, steps, field, x):
     flow = CNF(field, Analytic(), ODESolver("euler", step_size=1 / steps, gradient=gradient))
-    return peak_bytes(lambda: torch.autograd.grad(flow.log_prob(x).mean(), list(field.parameters())))
+    parameters = list(field.parameters())
+    return peak_memory(lambda: torch.autograd.grad(flow.log_prob(x).mean(), parameters), x.device)
 
 
 def test_memory_grows_as_the_root_of_the_steps_where_the_graph_counts():

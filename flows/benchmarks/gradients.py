@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flows.benchmarks.memory import peak_bytes
+from flows.benchmarks.memory import peak_memory
 from flows.benchmarks.timing import alternating_medians
 from flows.cnf import CNF
 from flows.divergence import Analytic, DivergenceEstimator
@@ -40,7 +40,7 @@ def add_command(benchmarks: Any) -> None:
 
 
 def _print_report(arguments: argparse.Namespace) -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; likelihood of FFJORD's 64-64-64, midpoint rule")
+    print(f"log-likelihood by FFJORD's 64-64-64, midpoint rule; {torch.get_num_threads()} threads, {torch.__version__}")
     for row in report(arguments.steps, arguments.batch, arguments.seconds):
         print(row, flush=True)
 
@@ -71,7 +71,7 @@ def measure(
     x = torch.randn(batch_size, *field.event_shape, device=device)
     for count in steps:
         cases = {gradient: _step(field, divergence, method, count, gradient, x) for gradient in GRADIENTS}
-        peak = {gradient: peak_bytes(case, device) for gradient, case in cases.items()}
+        peak = {gradient: peak_memory(case, torch.device(device)) for gradient, case in cases.items()}
         seconds = alternating_medians(cases, seconds_each, progress=f"{count} steps")
         yield GradientCost(count, peak, seconds)
 

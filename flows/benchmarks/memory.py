@@ -2,63 +2,53 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.autograd.profiler import profile
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """The most bytes of tensors that were made during ``work`` and lived at the same time.
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that tensors take at once while ``run`` runs, beyond those that were there before.
 
-    On a GPU by the allocator's own count, elsewhere by following every tensor, which takes much longer than the work.
+    On a GPU, the peak of the caching allocator; on the CPU, the running sum of all allocations and releases that
+    torch's profiler records, the temporaries inside kernels included.
     """
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
-        work()
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with LivingTensors() as count:
-        work()
-    return count.peak
+    profiler = profile(profile_memory=True)
+    with _stderr_silenced():  # the profiler of some versions of torch announces itself there
+        profiler.__enter__()
+    try:
+        run()
+    finally:
+        with _stderr_silenced():
+            profiler.__exit__(None, None, None)
+    records = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for record in sorted(records, key=lambda event: event.start_ns()):
+        now += record.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
-class LivingTensors(TorchDispatchMode):
-    """Counts the bytes of the storages that operations return, until they are freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = 0
-        self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        arguments: Sequence[Any] = (),
-        keywords: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = function(*arguments, **(keywords or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
-        self.peak = max(self.peak, self.alive)
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen:
-            self._seen.add(key)
-            self.alive += size
-            weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.alive -= size
+@contextlib.contextmanager
+def _stderr_silenced() -> Iterator[None]:
+    """Drop what native code writes to stderr."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nothing:
+        kept = os.dup(2)
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

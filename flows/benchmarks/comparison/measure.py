@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from flows.benchmarks.comparison.accuracy import Accuracy, Truth, accuracy, truth
 from flows.benchmarks.comparison.candidates import Candidate, gather
-from flows.benchmarks.comparison.cost import affordable, case, peak_memory, time_ratio
+from flows.benchmarks.comparison.cost import affordable, case, time_ratio
 from flows.benchmarks.comparison.trajectory import Trajectory, trajectory_of
+from flows.benchmarks.memory import peak_memory
 from flows.cnf import CNF
 from flows.divergence import DivergenceEstimator
 
