@@ -14,6 +14,7 @@ from flows.benchmarks.memory import peak_memory
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.dynamics import AugmentedDynamics
 from flows.fields import MLP, bind
+from flows.regularizers import JacobianNorm, KineticEnergy
 from flows.solvers import ErrorControl, ODESolver, check_gradients
 from flows.solvers.rungekutta import interpolate, runge_kutta, take_step
 
@@ -352,3 +353,18 @@ def test_per_sample_control_holds_for_the_adjoint_too():
         solver = ODESolver(rtol=1e-7, atol=1e-7, gradient=gradient, error_control=ErrorControl(per_sample=True))
         found[gradient] = torch.autograd.grad(CNF(field, solver=solver).log_prob(x).mean(), list(field.parameters()))
     assert_same(found["adjoint"], found["backprop"], rtol=0, atol=1e-5)
+
+
+def test_path_costs_have_gradients_by_every_way_and_leave_the_steps_alone():
+    field, x = steep(), torch.randn(20, 2)
+    costs = (KineticEnergy(0.5), JacobianNorm(0.1))
+    plain = CNF(field, solver=ODESolver(rtol=1e-8, atol=1e-8)).estimate_log_prob(x, solver_error=False).statistics
+    found = {}
+    for gradient in ("backprop", "checkpoint", "adjoint"):
+        flow = CNF(field, solver=ODESolver(rtol=1e-8, atol=1e-8, gradient=gradient))
+        moved = flow.transport(x, path_costs=costs)
+        assert moved.statistics.nfe_forward == plain.nfe_forward
+        loss = sum(integral.mean() for integral in moved.path_costs.values()) - moved.log_density_change.mean()
+        found[gradient] = torch.autograd.grad(loss, list(field.parameters()))
+    assert_same(found["checkpoint"], found["backprop"], rtol=1e-9, atol=1e-11)
+    assert_same(found["adjoint"], found["backprop"], rtol=0, atol=1e-6)
