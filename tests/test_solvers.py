@@ -189,3 +189,29 @@ def test_max_steps_stops_a_stiff_solve_forward_and_backward():
     solution = solver.solve(lambda t, s: ((growth * t).sin() * s[0],), (torch.ones(1, 1),), (0.0, 3.0), [growth])
     with pytest.raises(SolverError, match="adjoint solve reached"):
         solution.end[0].sum().backward()
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "scipy_solver"])
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
+def test_nothing_to_solve(method, gradient):
+    step_size = 0.1 if method == "rk4" else None
+    solver = ODESolver(method=method, step_size=step_size, gradient=gradient)
+    solution = solver.solve(lambda t, y: y, (torch.zeros(0, 2), torch.zeros(1, 0)), [0.0, 0.5, 1.0])
+    assert [tuple(component.shape) for component in solution.states] == [(3, 0, 2), (3, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("RK45", r"has stopped at t = (0\.9|1)"), ("LSODA", "after max_steps = 30")]
+)
+@pytest.mark.filterwarnings("ignore:The following arguments have no effect", "ignore:lsoda")
+def test_scipy_is_stopped_too(name, message):
+    """x′ = x² from 1 has no solution beyond t = 1."""
+    solver = ODESolver(method="scipy_solver", options={"solver": name}, max_steps=30 if name == "LSODA" else 1000)
+    with torch.no_grad(), pytest.raises(SolverError, match=message) as failure:
+        solver.solve(lambda t, y: (y[0] ** 2,), (torch.ones(2, 1),), [0.0, 2.0])
+    assert 0.9 < failure.value.t < 1.1
+
+
+def test_equal_solvers_are_equal():
+    assert ODESolver() == ODESolver() != ODESolver(rtol=1e-3)
+    assert len({ODESolver(), ODESolver()}) == 1

@@ -28,16 +28,16 @@ class SolverError(RuntimeError):
         self.sample = sample
 
 
-def step_limit(direction: str, max_steps: int, t: float, dt: float, last: Attempt) -> SolverError:
+def step_limit(direction: str, max_steps: int, t: float, dt: float, last: Attempt | None = None) -> SolverError:
     """No end in sight."""
     return SolverError(
         f"the {direction} solve reached t = {t:.6g} after max_steps = {max_steps} steps, the last of size "
-        f"{abs(dt):.2g}{_limited(last)}: the field is stiff there. "
+        f"{abs(dt):.2g}{'' if last is None else _limited(last)}: the field is stiff there. "
         + _advice("larger rtol and atol", _TRAINING, "a larger max_steps"),
         t,
         dt,
-        last.component,
-        last.sample,
+        None if last is None else last.component,
+        None if last is None else last.sample,
     )
 
 
@@ -106,7 +106,7 @@ def blow_up(method: str, t: float, dt: float, names: Sequence[str], state: State
 def gave_up(method: str, t: float, dt: float) -> SolverError:
     """A solver of scipy has stopped on its way."""
     return SolverError(
-        f"method {method!r} has not reached the end from t = {t:.4g}. "
+        f"method {method!r} has stopped at t = {t:.4g}. "
         + _advice("larger rtol and atol", "dopri5, which says where the field gets stiff", _TRAINING),
         t,
         dt,

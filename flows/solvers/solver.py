@@ -52,7 +52,8 @@ class ODESolver:
         adjoint_rtol, adjoint_atol: tolerances of the adjoint solve; default to the forward ones.
         adjoint_seminorm: leave the gradients of the parameters, which feed nothing back, out of the error control of
             the adjoint solve. [Kidger et al. 2021, arXiv:2009.09457]
-        max_steps: the attempted steps after which an adaptive solve is given up, forward or backward.
+        max_steps: the attempted steps after which an adaptive solve is given up, forward or backward;
+            for scipy_solver, ten evaluations are taken for a step.
         min_step: in units of time; an adaptive step of this length is accepted whatever its error, and counted in
             ``statistics.forced`` where that is above the tolerance. 0: never.
         error_control: which components drive the step size.
@@ -73,7 +74,7 @@ class ODESolver:
     max_steps: int = 1000
     min_step: float = 0.0
     error_control: ErrorControl = field(default_factory=ErrorControl)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.method not in SOLVERS:
@@ -138,6 +139,9 @@ class ODESolver:
             ValueError: the times are no such sequence or require gradients.
         """
         task = Task(self, dynamics, state, times)
+        if state[0].numel() == 0:  # nobody moves
+            states = tuple(component.expand(len(task.seconds), *component.shape) for component in state)
+            return Solution(task.times, states, task.statistics)
         if self.gradient == "backprop" or not torch.is_grad_enabled():
             if self.method == "scipy_solver" and torch.is_grad_enabled():
                 raise ValueError("scipy_solver cannot be differentiated through; set gradient='adjoint'")

@@ -83,8 +83,6 @@ class Task:
         """Raise if the solve from ``state`` has not arrived, or at a state that is not finite."""
         names, seconds, solver = self._norm.names, self.seconds, self.solver
         dt = solver.step_size or seconds[-1] - seconds[0]
-        if len(states[0]) < len(seconds):
-            raise failure.gave_up(solver.method, seconds[0], dt)
         end = tuple(component[-1] for component in states)
         if all(bool(component.isfinite().all()) for component in end):
             return
@@ -113,7 +111,16 @@ class Task:
     ) -> State:
         solver = self.solver
         return integrate_by_torchdiffeq(
-            solver.method, function, state, times, norm.rtol, norm.atol, solver.step_size, solver.options, log
+            solver.method,
+            function,
+            state,
+            times,
+            norm.rtol,
+            norm.atol,
+            solver.step_size,
+            solver.max_steps,
+            solver.options,
+            log,
         )
 
     def _forward_log(self, begin: Callable[[], None] | None = None) -> Log:
