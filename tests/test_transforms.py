@@ -361,6 +361,17 @@ def test_learned_noise_tightens_the_bound_and_flow_matching_leaves_it_alone():
     assert flow.log_prob(x, generator=rng(9)).mean().item() > before + 0.02
 
 
+@pytest.mark.parametrize("name", NOISES)
+def test_mixed_precision_leaves_the_density_of_the_noise_consistent(name):
+    transform = chain(noise=noises(SHAPE, 4)[name]).float().fit(levels(50).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        y, log_det = transform(levels(40).float(), rng())
+        back, inverse = transform.inverse(y)
+    assert y.dtype == log_det.dtype == torch.float32
+    assert torch.equal(back, levels(40).float())
+    torch.testing.assert_close(inverse, -log_det, atol=0.2, rtol=0.01)
+
+
 def test_flow_matching_draws_fresh_noise():
     """With one image, a zero field and the noise of the base fixed, only dequantisation can change the loss."""
 

@@ -69,7 +69,8 @@ class VariationalNoise(DequantisationNoise):
         """s and t, zero at the pixels that stay, on which alone they depend."""
         kept = self._kept if index % 2 else 1 - self._kept
         image = 2 * x / (self.num_levels - 1) - 1
-        log_scale, shift = self.networks[index](torch.cat([z * kept, image], dim=1)).chunk(2, dim=1)
+        found = self.networks[index](torch.cat([z * kept, image], dim=1)).to(z)  # autocast computes in fewer digits
+        log_scale, shift = found.chunk(2, dim=1)
         return 2 * (log_scale / 2).tanh() * (1 - kept), shift * (1 - kept)
 
 
