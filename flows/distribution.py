@@ -37,7 +37,9 @@ class FlowDistribution(Distribution):
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.real, len(self.event_shape))
+        levels = self.flow.transform.num_levels
+        values = constraints.real if levels is None else constraints.integer_interval(0, levels - 1)
+        return constraints.independent(values, len(self.event_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value | context) in nats, of shape (*sample, *batch)."""

@@ -121,7 +121,7 @@ def test_every_choice_trains(tmp_path, request, group, name):
         overrides.append(f"data.path={request.getfixturevalue('pictures')}")
     elif group == "data" and "path: ???" in text:
         overrides.append(f"data.path={request.getfixturevalue('table')}")
-    elif group == "transform" and "dequantise:" in text:
+    elif group == "transform" and "dequantise" in text:
         overrides.insert(0, "data=digits")
     dataset = None
     if group == "divergence":

@@ -335,6 +335,8 @@ def test_the_flow_speaks_levels():
     flow = flow_over((1, 2, 2), 4, None)
     x, log_prob = flow.sample_and_log_prob((500,), generator=rng())
     assert set(x.unique().tolist()) <= {0, 1, 2, 3}
+    assert flow().support.check(x).all()
+    assert not flow().support.check(x + 0.5).any()
     assert torch.equal(flow.sample((500,), generator=rng()), x)
     # u comes from the flow here and from q in log_prob: above the truth and below it, on average
     below = torch.stack([flow.log_prob(x, generator=rng(seed)) for seed in range(3)]).mean(0)
