@@ -294,6 +294,19 @@ def test_pictures_are_brought_to_one_mode_and_size(tmp_path):
     assert HubImages(path=tmp_path / "pictures", mode="L", size=[3, 2]).event_shape == (1, 3, 2)
 
 
+def test_a_camera_held_sideways(tmp_path):
+    """A picture is turned as its file says, which swaps height and width."""
+    folder = tmp_path / "pictures/train/all"
+    folder.mkdir(parents=True)
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn clockwise
+    for i in range(20):
+        Image.fromarray(pixels).save(folder / f"{i}.png", exif=exif)
+    (batch,) = HubImages(path=tmp_path / "pictures").test_batches(2)
+    assert torch.equal(batch.x[0, 0], torch.from_numpy(np.rot90(pixels, -1).copy()).double())
+
+
 def test_hub_names(monkeypatch, tmp_path):
     """What a yaml asks the hub for is served from here; the first call of a data set needs a network, others do not."""
     names = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10", "imagenet32": "benjamin-paine/imagenet-1k-32x32"}
@@ -356,6 +369,9 @@ def test_bad_pictures(tmp_path):
     Image.new("P", (5, 6)).save(folder / "3.png")
     with pytest.raises(ValueError, match=r"3\.png has the mode P; convert pictures to grey or colour with mode="):
         HubImages(path=tmp_path / "pictures")
+    Image.new("I;16", (5, 6)).save(folder / "3.png")
+    with pytest.raises(ValueError, match=r"3\.png has the mode I;16, of more than 256 levels; save it with 8 bits"):
+        HubImages(path=tmp_path / "pictures", mode="L")
     Image.new("RGB", (7, 6)).save(folder / "3.png")
     with pytest.raises(
         ValueError, match=r"3\.png is 7 × 6 pixels wide and high, and .*\.png is 5 × 6; bring .* size=\["

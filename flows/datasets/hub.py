@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from flows.datasets.images import Images, LabelledImages
@@ -119,17 +118,18 @@ class _Reader:
         self._find_columns(split)
         if isinstance(split.features[self.image], datasets.Image):
             split = split.cast_column(self.image, datasets.Image(decode=False))  # so that the file can be named
-        images: Tensor | None = None
-        rows = tqdm(split.select_columns([self.image]), desc=f"{self.where}, {part}", leave=False, delay=2)
-        for row, values in enumerate(rows):
-            pixels = self._pixels(values[self.image], f"image {row} of the part {part!r} of {self.where}")
-            if images is None:
-                images = torch.empty((len(split), *pixels.shape), dtype=torch.uint8)
-            images[row] = torch.from_numpy(pixels)
-        if images is None:
+        if not len(split):
             raise ValueError(f"{self.where} has no image in the part {part!r}")
+        blocks = split.select_columns([self.image]).iter(batch_size=1000)  # faster than one row at a time
+        rows = (value for block in blocks for value in block[self.image])
+        images: np.ndarray | None = None
+        for row, value in enumerate(tqdm(rows, f"{self.where}, {part}", len(split), leave=False, delay=2)):
+            pixels = self._pixels(value, f"image {row} of the part {part!r} of {self.where}")
+            if images is None:
+                images = np.empty((len(split), *pixels.shape), dtype=np.uint8)
+            images[row] = pixels
         labels = None if self.num_classes is None else torch.tensor(split[self.label][:], dtype=torch.long)
-        return LabelledImages(images, labels)
+        return LabelledImages(torch.from_numpy(images), labels)
 
     def _find_columns(self, split: datasets.Dataset) -> None:
         """Set the names of the columns and the number of classes, from what the first part has."""
@@ -159,7 +159,8 @@ class _Reader:
         name = value["path"] if value["bytes"] is None else f"{name} ({value['path']})" if value["path"] else name
         try:
             with Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as file:
-                picture = ImageOps.exif_transpose(file)
+                picture = file
+                ImageOps.exif_transpose(picture, in_place=True)
                 picture.load()
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{name} cannot be read as a picture ({error}); repair or remove it") from error
@@ -178,7 +179,11 @@ class _Reader:
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def _check(self, picture: Image, name: str) -> None:
-        """Raise ValueError unless pictures are all alike, where nothing makes them so."""
+        """Raise ValueError unless pictures have one byte a level and are all alike, where nothing makes them so."""
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError(
+                f"{name} has the mode {picture.mode}, of more than 256 levels; save it with 8 bits a channel"
+            )
         if self.mode is None and picture.mode not in CHANNELS:
             raise ValueError(
                 f"{name} has the mode {picture.mode}; convert pictures to grey or colour with mode=L or RGB"
