@@ -73,7 +73,7 @@ def affordable(
     while tried < most:
         few = trajectory.at(0).first(tried)
         probes = estimator.draw_probes(few.x[0], field=field)
-        taken = min(alternating_times({"few": case(field, few, estimator, probes)}, 0.0)["few"])
+        taken = min(alternating_times({"few": case(field, few, estimator, probes)}, 0.02)["few"])
         if taken / tried * min(4 * tried, most) > seconds:
             return trajectory.first(min(most, max(2, int(tried * seconds / taken))))
         tried *= 4
