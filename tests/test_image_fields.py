@@ -116,6 +116,8 @@ def test_recomputing_saves_memory_and_changes_no_gradient():
     for a, b in zip(plain, again, strict=True):
         torch.testing.assert_close(a, b)
     assert fewer_bytes < 0.35 * plain_bytes
+    with pytest.raises(ValueError, match=r"recompute=True goes with reverse-mode .* choose mode='reverse'"):
+        gradients_and_bytes(field, Hutchinson(2, mode="forward"))
 
 
 def test_forward_and_reverse_mode_agree_on_a_unet():

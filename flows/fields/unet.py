@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -124,6 +125,11 @@ class UNet(Field):
 
     def _run(self, block: _Block, h: Tensor, move: Tensor) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
+            if forward_ad.unpack_dual(h).tangent is not None:
+                raise ValueError(
+                    "recompute=True goes with reverse-mode Jacobian products, and these are forward-mode ones; choose "
+                    "mode='reverse' for the divergence estimator, or recompute=False"
+                )
             return checkpoint(block, h, move, use_reentrant=False)
         return block(h, move)
 

@@ -17,7 +17,7 @@ from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.plots.paths import draw_paths
 
-NUM_SAMPLES = 64
+NUM_SAMPLES, NUM_UNSEEN = 64, 1000  # images drawn; images of the validation part to compare with
 GAP, WIDTH, DPI = 0.94, 0.62, 120  # shade between images; inches an image; dots per inch
 
 
@@ -67,7 +67,7 @@ def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None
         z = flow.base.sample((NUM_SAMPLES,), generator)
         y = flow.transport(z, (0.0, 1.0), context, log_density=False).x
         drawn = flow.transform.inverse(y)[0].cpu()
-    unseen = next(iter(dataset.validation_batches(1000))).x
+    unseen = next(iter(dataset.validation_batches(NUM_UNSEEN))).x
     pictures = {
         "samples": image_samples(drawn, reference),
         "trajectories": image_trajectories(flow, reference, context, generator=generator),
@@ -183,7 +183,7 @@ def interpolations(
 
 def _pairs_of_images(dataset: Dataset, num_pairs: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Images to start from and to end at, (n, C, H, W) each, and the context of both."""
-    batch = next(iter(dataset.validation_batches(dataset.num_validation)))
+    batch = next(iter(dataset.validation_batches(NUM_UNSEEN)))
     pairs = torch.arange(len(batch.x) // 2 * 2).unflatten(0, (-1, 2))
     if dataset.num_classes is not None:
         found = [(batch.context[:, label] == 1).nonzero().flatten()[:2] for label in range(dataset.num_classes)]
