@@ -63,7 +63,7 @@ def main() -> None:
     part.set_defaults(run=divergence)
     part = benchmarks.add_parser("probing_likelihood", help=likelihood_by_probing.__doc__)
     part.add_argument("--sizes", type=int, nargs="+", default=[8, 28], help="pixels along each side (%(default)s)")
-    part.add_argument("--steps", type=int, default=200, help="of training (%(default)s)")
+    part.add_argument("--steps", type=int, default=100, help="of training (%(default)s)")
     part.set_defaults(run=likelihood_by_probing)
     gradients.add_command(benchmarks)
     arguments = parser.parse_args()

@@ -31,10 +31,10 @@ class Saving:
         return self.seconds[0] / self.seconds[1]
 
 
-def on_digits(size: int, steps: int = 200, device: torch.device | str = "cpu", num_images: int = 2) -> Saving:
-    """Of a flow trained on digits of size × size pixels, in float64 and ten steps, so that rounding is no matter."""
+def on_digits(size: int, steps: int = 100, device: torch.device | str = "cpu", num_images: int = 1) -> Saving:
+    """Of a flow trained on digits of size × size pixels, in float64 and five steps, so that rounding is no matter."""
     flow, digits = trained_on_digits(steps, device, size=size, batch_size=128)
-    flow.solver = ODESolver("rk4", step_size=0.1)
+    flow.solver = ODESolver("rk4", step_size=0.2)
     return measure_saving(flow.double(), digits[:num_images].double())
 
 
