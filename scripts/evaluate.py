@@ -49,8 +49,8 @@ def main(composed: DictConfig) -> float:
             content |= scores.as_dict()
             rows += [*scores.table(), ("scores", str(write_result(output.with_suffix(".csv"), scores.csv())))]
         write_result(output, to_json(content))
-        estimator, method = type(flow.divergence).__name__, flow.solver.method
-        first = [("data", f"{dataset.name}, {part}"), ("with", f"{estimator}, {method}")]
+        estimator = flow.divergence.description(flow.event_shape, flow.field)
+        first = [("data", f"{dataset.name}, {part}"), ("with", f"{estimator}, {flow.solver.method}")]
         print(aligned([*first, *rows, ("file", str(output))]))
         return result.nll
 

@@ -27,6 +27,7 @@ def test_choices(field, event_shape, estimator, choice):
     assert estimator.choose(event_shape, field) == choice
     assert estimator.cost(event_shape, field) == choice.cost(event_shape, field) <= estimator.max_products
     assert estimator.is_exact(event_shape, field) == choice.is_exact(event_shape, field)
+    assert estimator.description(event_shape, field) == f"Auto ({type(choice).__name__})"
     assert estimator.choose(event_shape, None if field is None else bind(field)) == choice
 
 

@@ -55,6 +55,7 @@ def test_train_evaluate_and_sample(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # all that the run produces is in there
 
     code, out, _ = run("evaluate", "checkpoint=run", "output=again.json")
+    assert "Auto (Analytic), rk4" in out
     again = json.loads((tmp_path / "again.json").read_text())
     assert code == 0
     assert again["nll"] == pytest.approx(summary["test_nll"], abs=1e-6)

@@ -48,6 +48,9 @@ class Auto(DivergenceEstimator):
             return cheapest
         return Hutchinson(self.num_probes)
 
+    def description(self, event_shape: tuple[int, ...], field: object | None = None) -> str:
+        return f"Auto ({self.choose(event_shape, field).description(event_shape, field)})"
+
     def draw_probes(
         self, x: Tensor, generator: torch.Generator | None = None, field: object | None = None
     ) -> Tensor | None:

@@ -114,6 +114,10 @@ class DivergenceEstimator(ABC):
         """Whether the estimates of ``field`` on this event shape carry no sampling error."""
         return False
 
+    def description(self, event_shape: tuple[int, ...], field: object | None = None) -> str:
+        """What a reader is told of the estimator at work on this field."""
+        return type(self).__name__
+
     def standard_error(
         self,
         estimates: Tensor,  # (K, B); of the divergence, or of its integral over a solve
