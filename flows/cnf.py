@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +13,11 @@ from flows.base import StandardNormal
 from flows.distribution import FlowDistribution
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
+from flows.estimates import Drawn, LogProbEstimate, Transported
 from flows.fields import Guided, bind
 from flows.regularizers import PathCost, draw_directions
 from flows.solvers import ODESolver, Solution, SolverStatistics
 from flows.transforms import Identity, Transform
-
-
-@dataclass(frozen=True)
-class LogProbEstimate:
-    """log p(x) in nats, with what is known of its errors. Shapes are those of the batch."""
-
-    value: Tensor  # (*batch), the mean over probes
-    standard_error: Tensor  # (*batch), from the spread of the probes; 0 if exact, NaN if one probe hides it
-    solver_error: Tensor | None  # (*batch), |value − value of a much tighter solve|, if asked for
-    nfe: int  # evaluations of the field for the value (not for its solver error)
-    statistics: SolverStatistics  # of the same solve; its backward count grows with the gradient
-    terms: Mapping[
-        str, Tensor
-    ]  # (*batch) each, "model" (the log-density in flow space) and the transform's; sum: value
-    path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of those that were asked for
-
-
-@dataclass(frozen=True)
-class Transported:
-    """Points of flow space carried along the ODE."""
-
-    x: Tensor  # (T, *batch, *event) if several times were asked for, else (*batch, *event)
-    log_density_change: Tensor | None  # (T, *batch) or (*batch): log p at x minus log p at the start
-    path_costs: Mapping[str, Tensor]  # (T, *batch) or (*batch) each, the integrals since the start
-    statistics: SolverStatistics
 
 
 class CNF(nn.Module):
@@ -159,7 +135,7 @@ class CNF(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:  # (*shape, *event), or (*shape, *batch, *event) with a context
         """Draw from the flow; differentiable where autograd records and data are continuous. Costs no divergence."""
-        z, context, full_shape = self._draw(shape, context, generator)
+        z, context, full_shape = self._base_points(shape, context, generator)
         y = self._solve(StateDynamics(self._bind(context)), z, (0.0, 1.0), context, None).end[0]
         return self.transform.inverse(y)[0].reshape(*full_shape, *self.event_shape)
 
@@ -174,13 +150,34 @@ class CNF(nn.Module):
         For discrete data it is log p(x + u) − log q(u | x) at the point x + u that was rounded to x: u comes from the
         flow, not from q, so this is no lower bound of log P(x) but, in expectation, an upper one.
         """
-        z, context, full_shape = self._draw(shape, context, generator)
+        drawn = self.draw(shape, context, generator)
+        return drawn.x, drawn.log_prob
+
+    def draw(
+        self,
+        shape: Sequence[int] = (),
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        path_costs: Sequence[PathCost] = (),
+    ) -> Drawn:
+        """:meth:`sample_and_log_prob` with the standard error from the probes, and integrals of ``path_costs``."""
+        z, context, full_shape = self._base_points(shape, context, generator)
         probes = self.divergence.draw_probes(z, generator, self.field)
-        dynamics = AugmentedDynamics(self._bind(context), self.divergence, probes)
-        y, change = self._solve(dynamics, z, (0.0, 1.0), context, probes).end
+        directions = draw_directions(path_costs, z, generator)
+        dynamics = AugmentedDynamics(self._bind(context), self.divergence, probes, path_costs, directions)
+        times = (0.0, 1.0)
+        solution = self._solve(dynamics, z, times, context, probes)
+        y, change, *integrals = solution.end
         x, log_det = self.transform.inverse(y)
-        log_prob = self.base.log_prob(z) + change.mean(0) - log_det
-        return x.reshape(*full_shape, *self.event_shape), log_prob.reshape(full_shape)
+        error = self.divergence.standard_error(change.detach(), self.event_shape, self.field)
+        costs = dynamics.path_costs(integrals, times)
+        return Drawn(
+            x=x.reshape(*full_shape, *self.event_shape),
+            log_prob=(self.base.log_prob(z) + change.mean(0) - log_det).reshape(full_shape),
+            standard_error=error.reshape(full_shape),
+            path_costs={name: integral.reshape(full_shape) for name, integral in costs.items()},
+            statistics=solution.statistics,
+        )
 
     def transport(
         self,
@@ -189,7 +186,6 @@ class CNF(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         log_density: bool = True,
-        path_costs: Sequence[PathCost] = (),  # with log_density
     ) -> Transported:
         """Carry points of flow space along the ODE from ``times[0]`` to the last of ``times``.
 
@@ -200,21 +196,15 @@ class CNF(nn.Module):
         context = self._flatten_context(context, batch_shape)
         probes = self.divergence.draw_probes(points, generator, self.field) if log_density else None
         bound = self._bind(context)
-        if log_density:
-            directions = draw_directions(path_costs, points, generator)
-            dynamics = AugmentedDynamics(bound, self.divergence, probes, path_costs, directions)
-        else:
-            dynamics = StateDynamics(bound)
+        dynamics = AugmentedDynamics(bound, self.divergence, probes) if log_density else StateDynamics(bound)
         solution = self._solve(dynamics, points, times, context, probes)
         pick = (lambda states: states[-1]) if len(times) == 2 else (lambda states: states)
         leading = () if len(times) == 2 else (len(times),)
         moved = pick(solution.states[0]).reshape(*leading, *batch_shape, *self.event_shape)
-        change, integrals = None, {}
+        change = None
         if log_density:
             change = pick(solution.states[1].mean(1)).reshape(*leading, *batch_shape)
-            integrals = dynamics.path_costs(solution.states[2:], times)
-        integrals = {name: pick(integral).reshape(*leading, *batch_shape) for name, integral in integrals.items()}
-        return Transported(moved, change, integrals, solution.statistics)
+        return Transported(moved, change, solution.statistics)
 
     def _log_prob(
         self,
@@ -249,7 +239,7 @@ class CNF(nn.Module):
         parameters = [*self.field.parameters(), *extra]
         return (solver or self.solver).solve(dynamics, dynamics.initial_state(x), times, parameters)
 
-    def _draw(
+    def _base_points(
         self, shape: Sequence[int], context: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
         """Base points (n, *event), the context of each, and the full batch shape of the draw."""

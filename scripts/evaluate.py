@@ -9,7 +9,8 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from flows.evaluation import likelihood, outlier_scores, part_batches
+from flows.datasets import Energy
+from flows.evaluation import importance_weights, likelihood, outlier_scores, part_batches
 from flows.training.checkpoint import run_folder
 from flows.training.console import readable_errors
 from flows.training.folder import write_result
@@ -30,19 +31,25 @@ def main(composed: DictConfig) -> float:
         flow = place(run.flow, settings["device"], settings["dtype"])
         flow.divergence, flow.solver = instantiate(config["divergence"]), instantiate(config["solver"])
         part, draws, batch_size = settings["part"], settings["num_draws"], settings["batch_size"]
-        batches, num_points = part_batches(flow, dataset, part, batch_size)
         generator = seeded(torch.Generator(), settings["seed"], part)
-        result = likelihood(flow, batches, generator, settings["solver_error_points"], part, num_points, draws)
+        rows, figures = [], {}
+        if isinstance(dataset, Energy):
+            number = dataset.num_test if part == "test" else dataset.num_validation
+            result = importance_weights(flow, dataset, number, batch_size, generator, "samples")
+            rows, figures = result.table(), {"importance_weights": result.as_dict()}
+        if dataset.has_samples:
+            batches, num_points = part_batches(flow, dataset, part, batch_size)
+            result = likelihood(flow, batches, generator, settings["solver_error_points"], part, num_points, draws)
+            rows, figures = rows + result.table(dataset.entropy), figures | likelihood_dict(result, dataset.entropy)
         content = {
             "checkpoint": str(run.checkpoint),
             "step": run.step,
             "part": part,
-            **likelihood_dict(result, dataset.entropy),
+            **figures,
             **{part: config[part] for part in ("data", "divergence", "solver")},
         }
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
         output = Path(settings["output"] or default)
-        rows = result.table(dataset.entropy)
         if settings["outliers"] is not None:
             other = None if settings["outliers"] == "shuffled" else instantiate(settings["outliers"])
             scores = outlier_scores(flow, dataset, result, part, other, batch_size, generator, draws)
@@ -52,7 +59,7 @@ def main(composed: DictConfig) -> float:
         estimator = flow.divergence.description(flow.event_shape, flow.field)
         first = [("data", f"{dataset.name}, {part}"), ("with", f"{estimator}, {flow.solver.method}")]
         print(aligned([*first, *rows, ("file", str(output))]))
-        return result.nll
+        return result.nll if dataset.has_samples else result.free_energy
 
 
 if __name__ == "__main__":

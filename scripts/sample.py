@@ -32,6 +32,7 @@ def main(composed: DictConfig) -> None:
         context = sampling_contexts(run, settings["num_samples"], settings["class"], settings["context"])
         samples = draw(flow, settings["num_samples"], settings["batch_size"], generator, context)
         dataset = build_dataset(config) if settings["plot"] else None
+        dataset = dataset if dataset is not None and dataset.has_samples else None
         output = Path(settings["output"] or run_folder(run.checkpoint) / "samples.npy")
         columns = getattr(dataset, "columns", None)
         save_samples(output, samples, columns, flow.transform.num_levels)

@@ -123,6 +123,8 @@ def test_every_choice_trains(tmp_path, request, group, name):
         overrides.append(f"data.path={request.getfixturevalue('table')}")
     elif group == "transform" and "dequantise" in text:
         overrides.insert(0, "data=digits")
+    elif "\n# an energy without samples" in f"\n{text}":
+        overrides += ["objective=reverse_kl"]
     dataset = None
     if group == "divergence":
         fields = ["mlp", *(other for kind, other in CHOICES if kind == "field" and other != "mlp")]
@@ -137,7 +139,7 @@ def test_every_choice_trains(tmp_path, request, group, name):
     vet(plain)  # so that the run's checkpoint can be loaded again
     summary = fitted(plain, dataset)
     assert summary.position.step == 2 * len(plain["objective"])
-    assert abs(summary.test_nll) < 1e6
+    assert abs(summary.validation_nll) < 1e6
 
 
 def test_every_group_is_a_default_of_train():

@@ -14,11 +14,11 @@ from scipy.spatial import cKDTree
 from scipy.special import digamma, logsumexp
 
 from flows import datasets
-from flows.datasets import ConditionalDensity, Density, FreeField, Particles
+from flows.datasets import ConditionalDensity, Density, FreeField, Funnel, Particles, Phi4
 
 CONFIGS = {path.stem: OmegaConf.load(path) for path in sorted(Path(__file__).parents[1].glob("conf/data/*.yaml"))}
 KINDS = {name: get_class(config._target_) for name, config in CONFIGS.items()}
-OTHERS = (ConditionalDensity, FreeField, Particles)  # not in the plane, or not one density
+OTHERS = (ConditionalDensity, FreeField, Funnel, Particles, Phi4)  # not in the plane, or not one density
 DENSITIES = [n for n, kind in KINDS.items() if issubclass(kind, Density) and not issubclass(kind, OTHERS)]
 SMOOTH = [name for name in DENSITIES if name not in ("checkerboard", "image_density")]
 

@@ -11,9 +11,10 @@ import flows
 PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself.
-GROUND = {"naming", "base"}
+GROUND = {"naming", "base", "weights"}
 ALLOWED = {
     "naming": set(),
+    "weights": set(),
     "base": set(),
     "divergence": GROUND,
     "fields": GROUND,
@@ -23,8 +24,18 @@ ALLOWED = {
     "regularizers": GROUND | {"divergence"},
     "dynamics": GROUND | {"divergence", "solvers", "regularizers"},
     "distribution": GROUND,
+    "estimates": {"solvers"},
 }
-CNF = {"divergence", "fields", "solvers", "transforms", "regularizers", "dynamics", "distribution"} | GROUND
+CNF = {
+    "divergence",
+    "fields",
+    "solvers",
+    "transforms",
+    "regularizers",
+    "dynamics",
+    "distribution",
+    "estimates",
+} | GROUND
 ALLOWED["cnf"] = CNF
 ABOVE = CNF | {"cnf", "datasets"}
 ALLOWED |= {"objectives": ABOVE, "evaluation": ABOVE, "plots": ABOVE | {"evaluation"}}

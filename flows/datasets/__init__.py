@@ -4,10 +4,11 @@ from flows.datasets.base import Batch, BatchStream, Dataset, one_hot
 from flows.datasets.conditional import ConditionalDensity, GaussianMean, MoonsByClass
 from flows.datasets.curves import Moons, Pinwheel, SwissRoll, TwoSpirals
 from flows.datasets.density import Density
+from flows.datasets.energies import DoubleWell, Energy, Funnel, NoData
 from flows.datasets.hub import HubImages
 from flows.datasets.image_density import ImageDensity
 from flows.datasets.images import Digits, Images, LabelledImages
-from flows.datasets.lattice import FreeField
+from flows.datasets.lattice import FreeField, Phi4
 from flows.datasets.particles import Particles
 from flows.datasets.photos import PhotoPatches
 from flows.datasets.tabular import BreastCancer, Table, Tabular
@@ -23,8 +24,11 @@ __all__ = [
     "Dataset",
     "Density",
     "Digits",
+    "DoubleWell",
     "EightGaussians",
+    "Energy",
     "FreeField",
+    "Funnel",
     "Gaussian",
     "GaussianMean",
     "HubImages",
@@ -33,7 +37,9 @@ __all__ = [
     "LabelledImages",
     "Moons",
     "MoonsByClass",
+    "NoData",
     "Particles",
+    "Phi4",
     "PhotoPatches",
     "Pinwheel",
     "Rings",

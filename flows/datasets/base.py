@@ -83,6 +83,7 @@ class Dataset(ABC):
         context_shape: shape of the context of one example, which every batch then holds; None without contexts.
         num_classes: K where the context is a class. It is then a one-hot vector of `context_shape` (K,), and the
             zero vector stands for no class in particular. None for other contexts.
+        has_samples: whether there are points at all; an energy may have none.
         num_levels: L where data are whole numbers 0, ..., L - 1, which a flow has to dequantise; None for others.
         num_validation, num_test: sizes of the two fixed parts.
     """
@@ -92,6 +93,7 @@ class Dataset(ABC):
     entropy: float | None = None
     context_shape: tuple[int, ...] | None = None
     num_classes: int | None = None
+    has_samples: bool = True
     num_levels: int | None = None
     num_validation: int
     num_test: int

@@ -1,4 +1,4 @@
-"""Fields on a periodic lattice with a known density."""
+"""Fields on a periodic lattice: a free one with a known density, and one that interacts, known up to Z."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flows.datasets.density import Density
+from flows.datasets.energies import Energy
 
 
 class FreeField(Density):
@@ -38,11 +39,7 @@ class FreeField(Density):
         num_reference: int = 10_000,
     ):
         super().__init__(num_validation, num_test, num_reference)
-        size = tuple(size)
-        if not 1 <= len(size) <= 3 or min(size) < 2:
-            raise ValueError(
-                f"size must hold the sites, >= 2, along one to three axes, such as [8, 8], got {list(size)}"
-            )
+        size = _checked_size(size)
         if not 0 < mass < math.inf:
             raise ValueError(f"mass must be a positive number, got {mass}")
         self.event_shape = (1, *size)
@@ -60,8 +57,69 @@ class FreeField(Density):
         return torch.fft.ifftn(modes, dim=self._axes).real
 
     def log_prob(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[-len(self.event_shape) :]) != self.event_shape:
-            expected = ", ".join(map(str, self.event_shape))
-            raise ValueError(f"log_prob expects points of shape (*batch, {expected}), got {tuple(x.shape)}")
-        power = torch.fft.fftn(x, dim=self._axes, norm="ortho").abs().square()
+        power = torch.fft.fftn(_checked_fields(x, self.event_shape), dim=self._axes, norm="ortho").abs().square()
         return self._log_normaliser - 0.5 * (self._precision.to(x) * power).flatten(-len(self.event_shape)).sum(-1)
+
+
+class Phi4(Energy):
+    r"""The scalar field with a quartic interaction on a periodic lattice, p(x) proportional to exp(-S) with
+
+        S = sum_sites (m^2 x^2 / 2 + lambda x^4 + 1/2 sum_axes (x(site + axis) - x(site))^2).
+
+    With m^2 < 0 and weak coupling the field is magnetised, with two signs equally likely that a flow may tell apart
+    by seeing only one. Without coupling it is `FreeField`. log Z is not known otherwise, and there are no samples.
+    The events have one channel, (1, *size).
+    [As a test of flows: Albergo, Kanwar & Shanahan 2019, arXiv:1904.12072]
+
+    Args:
+        size: sites along each axis; one to three axes.
+        mass_squared: m^2, in units of one over the lattice spacing, squared.
+        coupling: lambda >= 0; with 0, m^2 > 0.
+        num_validation, num_test: samples of the flow for the importance weights, see `Energy`.
+    """
+
+    name = "phi4"
+
+    def __init__(
+        self,
+        size: Sequence[int] = (6, 6),
+        mass_squared: float = 0.25,
+        coupling: float = 0.25,
+        num_validation: int = 2_000,
+        num_test: int = 20_000,
+    ):
+        super().__init__(num_validation, num_test)
+        size = _checked_size(size)
+        if not (coupling > 0 or (coupling == 0 and mass_squared > 0)):
+            raise ValueError(
+                f"coupling must be > 0, or 0 with mass_squared > 0, or Z would be infinite; got {coupling} and "
+                f"{mass_squared}"
+            )
+        self.event_shape = (1, *size)
+        self.mass_squared, self.coupling = mass_squared, coupling
+        self._axes = tuple(range(-len(size), 0))
+        if coupling == 0:
+            free = FreeField(size, math.sqrt(mass_squared))
+            self.log_z, self.entropy = -free._log_normaliser, free.entropy
+
+    def log_density(self, x: Tensor) -> Tensor:
+        x = _checked_fields(x, self.event_shape)
+        squares = x.square()
+        action = self.mass_squared / 2 * squares + self.coupling * squares.square()
+        for axis in self._axes:
+            action = action + (torch.roll(x, -1, axis) - x).square() / 2
+        return -action.flatten(-len(self.event_shape)).sum(-1)
+
+
+def _checked_size(size: Sequence[int]) -> tuple[int, ...]:
+    size = tuple(size)
+    if not 1 <= len(size) <= 3 or min(size) < 2:
+        raise ValueError(f"size must hold the sites, >= 2, along one to three axes, such as [8, 8], got {list(size)}")
+    return size
+
+
+def _checked_fields(x: Tensor, event_shape: tuple[int, ...]) -> Tensor:
+    if tuple(x.shape[-len(event_shape) :]) != event_shape:
+        expected = ", ".join(map(str, event_shape))
+        raise ValueError(f"expected fields of shape (*batch, {expected}), got {tuple(x.shape)}")
+    return x

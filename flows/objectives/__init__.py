@@ -6,6 +6,7 @@ from flows.objectives.couplings import Coupling
 from flows.objectives.flow_matching import FlowMatching
 from flows.objectives.maximum_likelihood import MaximumLikelihood
 from flows.objectives.paths import ProbabilityPath
+from flows.objectives.reverse_kl import ReverseKL
 
 __all__ = [
     "Coupling",
@@ -14,6 +15,7 @@ __all__ = [
     "MaximumLikelihood",
     "Objective",
     "ProbabilityPath",
+    "ReverseKL",
     "couplings",
     "paths",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Objective(ABC):
 
     To add one: subclass it, and add a yaml with a stage that names it to ``conf/objective``.
     """
+
+    uses_data: ClassVar[bool] = True  # False: of a batch only the size counts; it holds no points, (B, 0)
 
     @abstractmethod
     def __call__(

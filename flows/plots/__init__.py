@@ -52,9 +52,12 @@ def figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = Non
     Points of the plane get ``density``, ``samples``, ``trajectories`` and ``evolution``, images ``samples``,
     ``trajectories``, ``neighbours``, ``interpolations`` and, with classes, ``classes``, anything else
     ``samples`` of its first features. A conditional flow gets ``samples``, under the contexts of the data, and for
-    classes in the plane ``class_samples`` and ``class_densities``; nothing where the data has no contexts.
+    classes in the plane ``class_samples`` and ``class_densities``; nothing where the data has no contexts,
+    or no points.
     """
-    if dataset.context_shape is None and getattr(flow.field, "context_shape", None) is not None:
+    if not dataset.has_samples or (
+        dataset.context_shape is None and getattr(flow.field, "context_shape", None) is not None
+    ):
         return {}
     if is_image(flow.event_shape):
         return image_figures(flow, dataset, generator)

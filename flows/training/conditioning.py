@@ -1,10 +1,10 @@
-"""Contexts of conditional flows: whether flow and data agree on them, and which ones to sample under."""
+"""Whether flow, data and objectives suit each other, and which contexts to sample under."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from flows.cnf import CNF
 from flows.datasets import Dataset, one_hot
 from flows.training.rebuild import LoadedRun, build_dataset
+from flows.training.stage import Stage
 
 
 def check_context_shape(flow: CNF, dataset: Dataset) -> None:
@@ -42,6 +43,16 @@ def check_context_shape(flow: CNF, dataset: Dataset) -> None:
             f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} was built for contexts of "
             f"shape {tuple(field.context_shape)}"
         )
+
+
+def check_samples(dataset: Dataset, stages: Mapping[str, Stage]) -> None:
+    """Raise ``ValueError`` if a stage trains on points of data that has none."""
+    for name, stage in stages.items():
+        if not dataset.has_samples and getattr(stage.objective, "uses_data", True):
+            raise ValueError(
+                f"{dataset.name!r} is an energy without samples, which the stage {name} would train on; choose "
+                "objective=reverse_kl"
+            )
 
 
 def chosen_context(

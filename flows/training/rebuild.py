@@ -165,7 +165,8 @@ def build_flow(
         transform = instantiate(_complete(config["transform"], {"event_shape": event_shape, "num_levels": num_levels}))
         if dataset is not None:
             check_levels(transform, dataset)
-            transform.fit(dataset.reference())
+            if dataset.has_samples:
+                transform.fit(dataset.reference())
         return CNF(
             _with_shape(config["field"], event_shape, context_shape),
             divergence=instantiate(config["divergence"]),

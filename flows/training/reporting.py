@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from flows import plots
 from flows.cnf import CNF
-from flows.datasets import Dataset
-from flows.evaluation import BitsPerDim, Likelihood, likelihood, part_batches
+from flows.datasets import Dataset, Energy
+from flows.evaluation import BitsPerDim, ImportanceWeights, Likelihood, importance_weights, likelihood, part_batches
 from flows.solvers import SolverError
 from flows.training.checkpoint import FOLDER, load_checkpoint
 from flows.training.fabric import Fabric, on_first_process
@@ -110,10 +110,15 @@ class Reporter:
         self._clock = (time.perf_counter(), step)
 
     def validate(self) -> bool:
-        """Log the NLL of the validation part; whether it is the best so far."""
+        """Log the NLL of the validation part, or the free energy of an energy; whether it is the best so far."""
         return on_first_process(self.fabric, self._validate)
 
     def _validate(self) -> bool:
+        if isinstance(self.dataset, Energy):
+            with self._aside():
+                weights = self._importance_weights(self.state.ema.module, self.dataset, "validation")
+            self._log({f"validation/{name}": value for name, value in weights.metrics().items()})
+            return self._is_best(weights.free_energy)
         with self._aside():
             result = self._likelihood(self.state.ema.module, "validation")
         metrics = {"nll": result.nll, "standard_error": result.standard_error, "nfe": result.nfe}
@@ -124,10 +129,13 @@ class Reporter:
             metrics["bits_per_dim"] = result.bits_per_dim.value
             parts = {f"bits_per_dim/{name}": value for name, value in result.bits_per_dim.parts.items()}
         self._log({f"validation/{name}": value for name, value in metrics.items()} | parts)
+        return self._is_best(result.nll)
+
+    def _is_best(self, nll: float) -> bool:
         position = self.state.position
-        best = position.best_nll is None or result.nll < position.best_nll
+        best = position.best_nll is None or nll < position.best_nll
         if best:
-            position.best_nll, position.best_step = result.nll, position.step
+            position.best_nll, position.best_step = nll, position.step
         return best
 
     def plot(self, flow: CNF | None = None, suffix: str | None = None) -> None:
@@ -161,9 +169,10 @@ class Reporter:
             if isinstance(logger, ProgressBar):
                 logger.close()  # the test has a bar of its own
         started = time.perf_counter()
-        test = self._likelihood(flow, "test")
+        test, weights = self._test(flow)
         summary = Summary(
             test=test,
+            weights=weights,
             entropy=self.dataset.entropy,
             position=copy.copy(self.state.position),
             evaluation_seconds=time.perf_counter() - started,
@@ -176,12 +185,29 @@ class Reporter:
         self.plot(flow, suffix="")
         if self.pictures:
             self._save_figures({"curves": plots.curves(read_metrics(self.folder / METRICS), self.dataset.entropy)}, "")
-        bits = None if test.bits_per_dim is None else test.bits_per_dim.value
-        results = {"test/nll": test.nll, "test/bits_per_dim": bits, "test/gap": summary.gap, "test/nfe": test.nfe}
+        results = {f"test/{name}": value for name, value in summary.headline().items()}
         settings = {**_flat(self.config), "parameters": summary.parameters}
         self._log({"summary": HParams(settings, {**results, "seconds": summary.position.seconds})})
         write_text(self.folder / "summary.json", to_json(summary.as_dict()))
         return summary
+
+    def _test(self, flow: CNF) -> tuple[Likelihood | None, ImportanceWeights | None]:
+        if not isinstance(self.dataset, Energy):
+            return self._likelihood(flow, "test"), None
+        weights = self._importance_weights(flow, self.dataset, "test")
+        if not self.dataset.has_samples:
+            return None, weights
+        try:
+            return self._likelihood(flow, "test"), weights
+        except SolverError as error:  # where the flow has never been, it may be stiff
+            self._log({"test/failed": str(error)})
+            return None, weights
+
+    def _importance_weights(self, flow: CNF, energy: Energy, part: str) -> ImportanceWeights:
+        testing = part == "test"
+        num_samples = energy.num_test if testing else energy.num_validation
+        progress = part if testing and self.progress_bar else None
+        return importance_weights(flow, energy, num_samples, self.batch_size, self._generator(part), progress)
 
     def _likelihood(self, flow: CNF, part: str) -> Likelihood:
         batches, num_points = part_batches(flow, self.dataset, part, self.batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from flows.cnf import CNF
-from flows.datasets import Dataset
+from flows.datasets import Dataset, NoData
 from flows.training.checkpoint import CheckpointError
 from flows.training.ema import ExponentialMovingAverage
 from flows.training.fabric import Fabric
@@ -27,7 +28,7 @@ class Position:
     stage: str | None = None  # None: before the first
     step_in_stage: int = 0  # steps done
     step: int = 0  # steps done over all stages
-    best_nll: float | None = None  # the lowest on the validation part, nats
+    best_nll: float | None = None  # the lowest on the validation part, nats; of an energy, the free energy
     best_step: int | None = None
     seconds: float = 0.0  # spent in training, validation included
 
@@ -165,7 +166,9 @@ class RunState:
         self.schedule = stage.scheduler(optimizer)
         self.optimizer = self.fabric.setup_optimizers(optimizer)
         rank = self.fabric.global_rank
-        self.stream = self.dataset.train_stream(
+        draws_its_own = not getattr(stage.objective, "uses_data", True)
+        new_stream = partial(NoData, self.dataset.name) if draws_its_own else self.dataset.train_stream
+        self.stream = new_stream(
             stage.batch_size,
             seeded(torch.Generator(), self._seed, "data", index, rank),
             self.fabric.device,

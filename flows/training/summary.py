@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from flows.evaluation import BitsPerDim, Likelihood
+from flows.evaluation import BitsPerDim, ImportanceWeights, Likelihood
 from flows.training.state import Position
 
 
@@ -15,7 +15,8 @@ from flows.training.state import Position
 class Summary:
     """The result of a run; likelihoods in nats an example in data space."""
 
-    test: Likelihood
+    test: Likelihood | None  # None: there are no test points
+    weights: ImportanceWeights | None  # of an energy; None for other data
     entropy: float | None  # of the data, the lowest NLL possible; None: unknown
     position: Position  # at the end of training
     evaluation_seconds: float  # of the test
@@ -26,33 +27,42 @@ class Summary:
     output_dir: str
 
     @property
-    def test_nll(self) -> float:
-        return self.test.nll
+    def test_nll(self) -> float | None:
+        return None if self.test is None else self.test.nll
 
     @property
     def gap(self) -> float | None:
         """``test_nll - entropy``."""
-        return None if self.entropy is None else self.test.nll - self.entropy
+        return None if self.entropy is None or self.test is None else self.test.nll - self.entropy
 
     @property
     def validation_nll(self) -> float | None:
-        """Of the weights that were tested, the best on the validation part."""
+        """Of the weights that were tested, the best on the validation part; of an energy, its free energy."""
         return self.position.best_nll
+
+    def headline(self) -> dict[str, float | None]:
+        """The few figures that runs are compared by."""
+        bits = bits_dict(self.test and self.test.bits_per_dim)["bits_per_dim"]
+        figures = {"nll": self.test_nll, "bits_per_dim": bits, "gap": self.gap, "nfe": (self.test or self.weights).nfe}
+        return figures | (self.weights.metrics() if self.weights else {})
 
     def as_dict(self) -> dict[str, Any]:
         """What ``summary.json`` holds; None where unknown."""
+        test = self.test
+        error = math.nan if test is None else test.standard_error
         return {
-            "test_nll": self.test.nll,
-            "test_nll_se": None if math.isnan(self.test.standard_error) else self.test.standard_error,
-            "test_points": self.test.num_points,
-            **{f"test_{name}": value for name, value in bits_dict(self.test.bits_per_dim).items()},
-            "probe_se": self.test.probe_standard_error,
-            "solver_error": self.test.solver_error,
+            "test_nll": self.test_nll,
+            "test_nll_se": None if math.isnan(error) else error,
+            "test_points": 0 if test is None else test.num_points,
+            **{f"test_{name}": value for name, value in bits_dict(test and test.bits_per_dim).items()},
+            "probe_se": test and test.probe_standard_error,
+            "solver_error": test and test.solver_error,
+            "importance_weights": self.weights and self.weights.as_dict(),
             "entropy": self.entropy,
             "gap": self.gap,
             "validation_nll": self.validation_nll,
             "best_step": self.position.best_step,
-            "nfe": self.test.nfe,
+            "nfe": (test or self.weights).nfe,
             "steps": self.position.step,
             "seconds": self.position.seconds,
             "evaluation_seconds": self.evaluation_seconds,
@@ -65,7 +75,9 @@ class Summary:
 
     def __str__(self) -> str:
         training = f"{self.position.seconds:.1f} s for {self.position.step:,} steps"
-        rows = [("data", self.data), *self.test.table(self.entropy)]
+        rows = [("data", self.data)]
+        for result in (self.weights and self.weights.table(), self.test and self.test.table(self.entropy)):
+            rows += result or []
         rows += [("time", f"{training}, {self.evaluation_seconds:.1f} s for the test"), ("files", self.output_dir)]
         return aligned(rows)
 

@@ -19,7 +19,7 @@ from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.solvers import SolverError
 from flows.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, own_run_folder, save_checkpoint
-from flows.training.conditioning import check_context_shape
+from flows.training.conditioning import check_context_shape, check_samples
 from flows.training.fabric import Fabric, on_first_process
 from flows.training.folder import branch_run, claimed_folder, write_text
 from flows.training.levels import check_levels
@@ -100,6 +100,7 @@ class Trainer:
             if not (value is None and name == "plot_every") and not value >= 0:
                 raise ValueError(f"{name} must be >= 0 steps (0: only at the end of a stage), got {value}")
         check_context_shape(flow, dataset)
+        check_samples(dataset, stages)
         check_levels(flow.transform, dataset)
         self.flow = flow
         self.dataset = dataset

@@ -1,0 +1,45 @@
+"""What a flow answers, with what is known of the errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flows.solvers import SolverStatistics
+
+
+@dataclass(frozen=True)
+class LogProbEstimate:
+    """log p(x) in nats, with what is known of its errors. Shapes are those of the batch."""
+
+    value: Tensor  # (*batch), the mean over probes
+    standard_error: Tensor  # (*batch), from the spread of the probes; 0 if exact, NaN if one probe hides it
+    solver_error: Tensor | None  # (*batch), |value − value of a much tighter solve|, if asked for
+    nfe: int  # evaluations of the field for the value (not for its solver error)
+    statistics: SolverStatistics  # of the same solve; its backward count grows with the gradient
+    terms: Mapping[
+        str, Tensor
+    ]  # (*batch) each, "model" (the log-density in flow space) and the transform's; sum: value
+    path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of those that were asked for
+
+
+@dataclass(frozen=True)
+class Transported:
+    """Points of flow space carried along the ODE."""
+
+    x: Tensor  # (T, *batch, *event) if several times were asked for, else (*batch, *event)
+    log_density_change: Tensor | None  # (T, *batch) or (*batch): log p at x minus log p at the start
+    statistics: SolverStatistics
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Points drawn from a flow, with their log-density in nats."""
+
+    x: Tensor  # (*batch, *event), data space
+    log_prob: Tensor  # (*batch), the mean over probes
+    standard_error: Tensor  # (*batch), of log_prob from the spread of the probes; 0 if exact, NaN if one probe hides it
+    path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of those that were asked for
+    statistics: SolverStatistics
