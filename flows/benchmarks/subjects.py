@@ -41,14 +41,16 @@ def perceptron(dimension: int) -> Subject:
         "Analytic": Analytic(),
         "Hutchinson, reverse": Hutchinson(),
         "Hutchinson, forward": Hutchinson(mode="forward"),
-        "Exact, reverse": Exact(),
     }
+    if dimension <= 128:  # beyond it costs what the loop costs, minutes
+        estimators["Exact, reverse"] = Exact()
+    if 16 < dimension <= 128:
+        estimators["Exact, forward, chunks"] = Exact("forward", chunk_size=16)
     if dimension > 16:
         estimators |= {
             "Hutchinson, 12 orthonormal": Hutchinson(12, "orthonormal"),
             "Hutch++": HutchPlusPlus(12),
             "XTrace": XTrace(12),
-            "Exact, forward, chunks": Exact("forward", chunk_size=16),
         }
     return Subject(
         f"MLP, d = {dimension}, two hidden layers of {width}",
