@@ -6,13 +6,14 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flows.benchmarks.comparison import advise, as_dict, as_text, compare, error_against_cost
 from flows.training import TensorBoardLogger
 from flows.training.choices import instances
 from flows.training.console import readable_errors
 from flows.training.folder import new_folder, open_run_folder, write_result
+from flows.training.settings import plain_settings
 from flows.training.subject import subject
 from flows.training.summary import to_json
 
@@ -22,7 +23,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "compare_estimators.yaml
 @hydra.main(version_base="1.3", config_path=str(CONFIG.parent), config_name=CONFIG.stem)
 def main(composed: DictConfig) -> None:
     with readable_errors():
-        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        settings = plain_settings(composed)
         estimators = instances("divergence", settings["estimators"], settings["variants"])
         chosen = subject(settings, HydraConfig.get().overrides.task)
         given = settings["output_dir"]

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flows.datasets import Energy
 from flows.evaluation import importance_weights, likelihood, outlier_scores, part_batches
 from flows.training.checkpoint import run_folder
 from flows.training.console import readable_errors
 from flows.training.folder import write_result
-from flows.training.rebuild import build_dataset, instantiate, load_run, place, with_changes
+from flows.training.rebuild import build_dataset, load_run, place, with_changes
+from flows.training.settings import instantiate, plain_settings
 from flows.training.state import seeded
 from flows.training.summary import aligned, likelihood_dict, to_json
 
@@ -24,12 +25,12 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "evaluate.yaml"
 @hydra.main(version_base="1.3", config_path=str(CONFIG.parent), config_name=CONFIG.stem)
 def main(composed: DictConfig) -> float:
     with readable_errors():
-        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        settings = plain_settings(composed)
         run = load_run(settings["checkpoint"], settings["trust"])
         config = with_changes(run.config, {part: settings.get(part) for part in ("data", "divergence", "solver")})
         dataset = build_dataset(config)
         flow = place(run.flow, settings["device"], settings["dtype"])
-        flow.divergence, flow.solver = instantiate(config["divergence"]), instantiate(config["solver"])
+        flow.divergence, flow.solver = (instantiate(config[name], name) for name in ("divergence", "solver"))
         part, draws, batch_size = settings["part"], settings["num_draws"], settings["batch_size"]
         generator = seeded(torch.Generator(), settings["seed"], part)
         rows, figures = [], {}
@@ -51,7 +52,7 @@ def main(composed: DictConfig) -> float:
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
         output = Path(settings["output"] or default)
         if settings["outliers"] is not None:
-            other = None if settings["outliers"] == "shuffled" else instantiate(settings["outliers"])
+            other = None if settings["outliers"] == "shuffled" else instantiate(settings["outliers"], "outliers")
             scores = outlier_scores(flow, dataset, result, part, other, batch_size, generator, draws)
             content |= scores.as_dict()
             rows += [*scores.table(), ("scores", str(write_result(output.with_suffix(".csv"), scores.csv())))]

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flows import plots
 from flows.training.checkpoint import run_folder
 from flows.training.conditioning import comparable_points, sampling_contexts
 from flows.training.console import readable_errors
-from flows.training.rebuild import build_dataset, instantiate, load_run, place, with_changes
+from flows.training.rebuild import build_dataset, load_run, place, with_changes
 from flows.training.sampling import draw, save_samples
+from flows.training.settings import instantiate, plain_settings
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "sample.yaml"
 
@@ -21,10 +22,10 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "sample.yaml"
 @hydra.main(version_base="1.3", config_path=str(CONFIG.parent), config_name=CONFIG.stem)
 def main(composed: DictConfig) -> None:
     with readable_errors():
-        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        settings = plain_settings(composed)
         run = load_run(settings["checkpoint"], settings["trust"])
         config = with_changes(run.config, {"solver": settings.get("solver")})
-        run.flow.solver = instantiate(config["solver"])
+        run.flow.solver = instantiate(config["solver"], "solver")
         flow = place(run.flow, settings["device"])
         if settings["guidance"] is not None:
             flow = flow.guided(settings["guidance"])

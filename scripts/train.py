@@ -7,11 +7,12 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flows.training.compose import build_trainer
 from flows.training.console import readable_errors
 from flows.training.resume import resumed_config
+from flows.training.settings import plain_settings
 from flows.training.sweeps import current_job, register_resolvers
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "train.yaml"
@@ -32,7 +33,7 @@ def settings(composed: DictConfig) -> tuple[dict[str, Any], Path | None]:
     context = HydraConfig.get()
     if composed.resume is not None:
         return resumed_config(composed.resume, context.overrides.task, composed.trust)
-    config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    config = plain_settings(composed)
     if current_job() is not None:
         config["output_dir"] = context.runtime.output_dir  # each job of a sweep has a folder of its own
     return config, None

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from PIL import Image
 from small_run import QUIET
@@ -16,6 +15,7 @@ from flows.datasets import Table
 from flows.training import vet
 from flows.training.compose import build_trainer
 from flows.training.rebuild import _with_shape, build_flow
+from flows.training.settings import SettingsError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -57,8 +57,8 @@ def first_shape(field):
     """The first event shape that a field is made for."""
     for shape in SHAPES:
         try:
-            _with_shape(field, shape)
-        except InstantiationException:
+            _with_shape(field, "field", shape)
+        except SettingsError:
             continue
         return shape
     raise AssertionError(f"{field} takes none of the event shapes {SHAPES}")

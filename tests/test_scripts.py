@@ -107,6 +107,16 @@ def test_train_evaluate_and_sample(run, tmp_path):
     code, _, err = run("evaluate", "checkpoint=run", "dtype=double_trouble")
     assert code == 2
     assert "dtype must be a floating-point type" in err
+    for choice, message in {
+        "dtype=int64": "dtype must be a floating-point type",
+        "seed=-1": "seed must be a whole number >= 0, got -1",
+        "solver_error_points=abc": "solver_error_points must be a whole number, got 'abc'",
+        "checkpoint=[1]": "a checkpoint is a file, or the folder of a run; got [1]",
+        "trust=mine": "trust must be a list, each text, got 'mine'",
+    }.items():
+        code, _, err = run("evaluate", "checkpoint=run", choice)
+        assert code == 2
+        assert message in err
     code, _, err = run("evaluate", "checkpoint=run", "divergence=exact", "divergence.num_probes=4")  # it has none
     assert code == 2
     assert "num_probes" in err
@@ -277,7 +287,7 @@ def test_the_default_folder_is_named_after_data_and_time(run, tmp_path):
         ("train", ["data=tabular", "data.path=no.csv"], r"no.csv"),
         ("train", ["trainer.precision=half"], r"cannot train with these settings: Precision 'half' is invalid"),
         ("train", ["trainer.accelerator=abacus"], r"cannot train with these settings"),
-        ("train", ["field=mlp", "+field.depth=3"], r"unexpected keyword argument 'depth'"),
+        ("train", ["field=mlp", "+field.depth=3"], r"there is no setting field.depth; field has hidden, "),
         ("train", ["resume=nowhere"], r"no checkpoint at nowhere: there is no such file or folder"),
         ("train", ["output_dir=/dev/null/run"], r"/dev/null/run cannot be written"),
         ("train", ["x=["], r"no viable alternative at input '\['"),

@@ -31,7 +31,7 @@ class Linear(Field):
     ) -> None:
         super().__init__(event_shape, None)
         d = math.prod(self.event_shape)
-        matrix = torch.randn(d, d) / math.sqrt(d) if matrix is None else torch.as_tensor(matrix)
+        matrix = torch.randn(d, d) / math.sqrt(d) if matrix is None else _real(matrix)
         offset = matrix.new_zeros(d) if offset is None else torch.as_tensor(offset, dtype=matrix.dtype)
         if matrix.shape != (d, d) or offset.shape != (d,):
             raise ValueError(
@@ -59,3 +59,8 @@ class Linear(Field):
         """Beside v and div v the products A u (P, B, *event)."""
         products = (directions.flatten(2) @ self.matrix.T).view(directions.shape)
         return *self.value_and_divergence(t, x, context), products
+
+
+def _real(matrix: Tensor | Sequence[Sequence[float]]) -> Tensor:
+    matrix = torch.as_tensor(matrix)
+    return matrix if matrix.is_floating_point() else matrix.to(torch.get_default_dtype())

@@ -85,6 +85,8 @@ def find_checkpoint(
     Raises:
         CheckpointError: there is none; the message says what is there instead.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"a checkpoint is a file, or the folder of a run; got {path!r}")
     path = Path(path)
     if path.is_file():
         return path

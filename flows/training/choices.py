@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flows.training.rebuild import instantiate
+from flows.training.settings import instantiate
 
 
 def instances(
@@ -51,5 +51,5 @@ def instances(
                 f"there are {', '.join(choices)}"
             )
         composed = OmegaConf.to_container(compose(overrides=[f"+{group}={base}", *where])[group], resolve=True)
-        found[name] = instantiate({**composed, **changes})
+        found[name] = instantiate({**composed, **changes}, group if base == name else f"variants.{name}")
     return found

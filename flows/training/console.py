@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import linecache
 import os
 import re
@@ -14,10 +13,11 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from flows.training.settings import no_setting
 from flows.training.stopping import TrainingInterrupted
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -77,8 +77,6 @@ def readable_errors(config_file: Path | None = None, job: str | None = None) -> 
 
 def explain(error: BaseException, config_file: Path | None = None) -> tuple[str | None, int]:
     """A message for a mistake and its exit code; no message for a bug."""
-    if isinstance(error, InstantiationException):
-        return _explain_instantiation(error)
     if isinstance(error, ConfigCompositionException) and isinstance(
         error.__cause__, (ConfigKeyError, ConfigAttributeError)
     ):
@@ -119,31 +117,12 @@ def resume_command(stop: TrainingInterrupted) -> str:
     return f"python {shlex.quote(sys.argv[0])} {quoted_override('resume', stop.checkpoint.parents[1])}"
 
 
-def _explain_instantiation(error: InstantiationException) -> tuple[str | None, int]:
-    """The constructor's own words, with the group that they belong to."""
-    cause: BaseException = error
-    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    where = next((line[len("full_key: ") :] for line in str(error).splitlines() if line.startswith("full_key: ")), "")
-    prefix = f"{where}: " if where else ""
-    if isinstance(cause, InstantiationException):
-        return prefix + str(cause).splitlines()[0], MISTAKE
-    if isinstance(cause, (ValueError, TypeError, OSError, ImportError)) or is_deliberate(cause):
-        return prefix + str(cause), MISTAKE
-    return None, FAILURE
-
-
 def _explain_key(error: OmegaConfBaseException, config_file: Path | None) -> str:
     """Name the setting that does not exist, and those that do."""
     full_key = str(error.full_key)
     parent, _, key = full_key.rpartition(".")
     valid = [] if config_file is None else _valid_keys(config_file, full_key, parent)
-    message = f"there is no setting {full_key}"
-    if valid:
-        close = difflib.get_close_matches(key, valid, n=1)
-        suggestion = f" (did you mean {close[0]}?)" if close else ""
-        message += f"{suggestion}; {parent or 'the top level'} has {', '.join(valid)}"
-    return message
+    return no_setting(key, parent, valid) if valid else f"there is no setting {full_key}"
 
 
 def _valid_keys(config_file: Path, full_key: str, parent: str) -> list[str]:

@@ -17,6 +17,7 @@ from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from flows.training.levels import check_levels
+from flows.training.settings import instantiate, parameter_names
 
 # What settings may call: what these parts of the package define, and a few classes of torch by name.
 SAFE_PARTS = ("cnf", "datasets", "divergence", "fields", "objectives", "regularizers", "solvers", "transforms")
@@ -134,7 +135,7 @@ def vet(config: Any, trust: Sequence[str] = (), where: str = "") -> None:
 
 def build_dataset(config: Mapping[str, Any]) -> Dataset:
     """The data set that ``config["data"]`` describes."""
-    return instantiate(config["data"])
+    return instantiate(config["data"], "data")
 
 
 def build_flow(
@@ -162,15 +163,16 @@ def build_flow(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
-        transform = instantiate(_complete(config["transform"], {"event_shape": event_shape, "num_levels": num_levels}))
+        known = {"event_shape": event_shape, "num_levels": num_levels}
+        transform = instantiate(_complete(config["transform"], known), "transform")
         if dataset is not None:
             check_levels(transform, dataset)
             if dataset.has_samples:
                 transform.fit(dataset.reference())
         return CNF(
-            _with_shape(config["field"], event_shape, context_shape),
-            divergence=instantiate(config["divergence"]),
-            solver=instantiate(config["solver"]),
+            _with_shape(config["field"], "field", event_shape, context_shape),
+            divergence=instantiate(config["divergence"], "divergence"),
+            solver=instantiate(config["solver"], "solver"),
             transform=transform,
             event_shape=event_shape,
         )
@@ -181,7 +183,7 @@ def build_flow(
 def place(flow: CNF, device: str | None = None, dtype: str | None = None) -> CNF:
     """Move a flow; by default to a GPU where there is one, in the dtype that it has."""
     kind = getattr(torch, dtype, None) if dtype else None
-    if dtype and not isinstance(kind, torch.dtype):
+    if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise ValueError(f"dtype must be a floating-point type of torch such as float64, got {dtype!r}")
     try:
         return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), kind)
@@ -202,21 +204,14 @@ def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
     return changed
 
 
-def instantiate(config: Mapping[str, Any], **arguments: Any) -> Any:
-    """``hydra.utils.instantiate`` with plain lists and dicts as arguments."""
-    from hydra.utils import instantiate as build  # slow to import, and not needed to use a flow
-
-    return build(config, _convert_="all", **arguments)
-
-
 def _with_shape(
-    config: Mapping[str, Any], event_shape: tuple[int, ...], context_shape: Sequence[int] | None = None
+    config: Mapping[str, Any], part: str, event_shape: tuple[int, ...], context_shape: Sequence[int] | None = None
 ) -> Any:
     """Instantiate, with ``event_shape`` and ``context_shape`` where the target has such arguments."""
     shapes = {"event_shape": event_shape}
     if context_shape is not None:
         shapes["context_shape"] = tuple(context_shape)
-    return instantiate(config, **_missing(config, shapes))
+    return instantiate(config, part, **_missing(config, shapes))
 
 
 def _complete(config: Any, known: Mapping[str, Any]) -> Any:
@@ -229,9 +224,7 @@ def _complete(config: Any, known: Mapping[str, Any]) -> Any:
 
 def _missing(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """The known arguments that the target of ``config`` takes and is not given."""
-    from hydra.utils import get_object
-
-    parameters = inspect.signature(get_object(config["_target_"])).parameters
+    parameters = parameter_names(config.get("_target_"))
     return {name: value for name, value in known.items() if name in parameters and name not in config}
 
 

@@ -179,5 +179,7 @@ class RunState:
 
 def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> torch.Generator:
     """Seed ``generator`` so that it is independent of those of any other seed, purpose and key."""
+    if seed < 0:
+        raise ValueError(f"seed must be a whole number >= 0, got {seed}")
     words = np.random.SeedSequence([seed, *purpose.encode(), *key]).generate_state(2)
     return generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)

@@ -26,6 +26,7 @@ from flows.training.levels import check_levels
 from flows.training.loggers import Logger
 from flows.training.loss import LossModule, NonFiniteLossError
 from flows.training.reporting import Reporter
+from flows.training.settings import check_arguments
 from flows.training.stage import Stage
 from flows.training.state import Position, RunState
 from flows.training.stopping import StopSignals, TrainingInterrupted
@@ -87,14 +88,17 @@ class Trainer:
         loggers: Sequence[Logger] = (),
         progress_bar: bool = True,
     ) -> None:
+        check_arguments(Trainer.__init__, locals())
         if not stages:
             raise ValueError("stages must hold at least one Stage, got none")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
+        if seed < 0:
+            raise ValueError(f"seed must be a whole number >= 0, got {seed}")
         if gradient_clip is not None and not gradient_clip > 0:
             raise ValueError(f"gradient_clip must be > 0, or None for no limit, got {gradient_clip}")
-        if isinstance(evaluation_batch_size, bool) or evaluation_batch_size < 1:
+        if evaluation_batch_size < 1:
             raise ValueError(f"evaluation_batch_size must be a whole number >= 1, got {evaluation_batch_size}")
+        if solver_error_points < 0:
+            raise ValueError(f"solver_error_points must be >= 0 (0: no solver error), got {solver_error_points}")
         for name in ("log_every", "validate_every", "plot_every", "checkpoint_every"):
             value = locals()[name]
             if not (value is None and name == "plot_every") and not value >= 0:
@@ -114,7 +118,7 @@ class Trainer:
         self.config = None if config is None else dict(config)
         try:
             self.fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # of many types, some of them Lightning's own
             raise ValueError(f"this machine cannot train with these settings: {error}") from error
         resumed = None if resume is None else find_checkpoint(resume, prefer="last")
         self._checkpoint = None if resumed is None else load_checkpoint(resumed)

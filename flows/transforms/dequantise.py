@@ -88,7 +88,7 @@ class Dequantise(Transform):
 
     term = "dequantisation"
 
-    def __init__(self, num_levels: int, noise: DequantisationNoise | None = None) -> None:
+    def __init__(self, num_levels: int | None, noise: DequantisationNoise | None = None) -> None:
         super().__init__()
         self.num_levels = checked_levels(num_levels)
         self.noise = UniformNoise() if noise is None else noise
@@ -112,7 +112,7 @@ class Dequantise(Transform):
         return x, self.noise.log_prob((y - x).clamp(0, 1), x)
 
 
-def checked_levels(num_levels: int) -> int:
+def checked_levels(num_levels: int | None) -> int:
     """Return ``num_levels``, or raise ``ValueError`` where there cannot be so many."""
     if num_levels is None:
         raise ValueError("the data state no num_levels: they are continuous, and need no dequantisation")

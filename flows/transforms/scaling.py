@@ -20,7 +20,7 @@ class UnitInterval(Transform):
         num_levels: L.
     """
 
-    def __init__(self, num_levels: int) -> None:
+    def __init__(self, num_levels: int | None) -> None:
         super().__init__()
         self.scale = checked_levels(num_levels)
 

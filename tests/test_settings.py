@@ -1,0 +1,139 @@
+"""Settings of a wrong name, type or value: the message names the setting, before anything is done with it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from small_run import small_trainer
+from test_config import CONF
+from test_scripts import TINY
+
+from flows.training.compose import build_trainer
+from flows.training.settings import (
+    SettingsError,
+    check_arguments,
+    check_settings,
+    check_type,
+    instantiate,
+    plain_settings,
+)
+
+
+def settings(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain_settings(compose("train", overrides=overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.log_every=abc", "trainer.log_every must be a whole number, got 'abc'"),
+        ("trainer.ema_decay=abc", "trainer.ema_decay must be a number, got 'abc'"),
+        ("trainer.gradient_clip=abc", "trainer.gradient_clip must be a number or null, got 'abc'"),
+        ("trainer.plot_every=abc", "trainer.plot_every must be a whole number or null"),
+        ("trainer.evaluation_batch_size=abc", "trainer.evaluation_batch_size must be a whole number"),
+        ("trainer.solver_error_points=abc", "trainer.solver_error_points must be a whole number"),
+        ("trainer.solver_error_points=-3", r"solver_error_points must be >= 0 \(0: no solver error\), got -3"),
+        ("trainer.progress_bar=abc", "trainer.progress_bar must be true or false"),
+        ("trainer.devices=abc", "this machine cannot train with these settings"),
+        ("trainer.devices=2.5", "trainer.devices must be a whole number or text or a list, each a whole number"),
+        ("seed=abc", "seed must be a whole number, got 'abc'"),
+        ("seed=-1", "seed must be a whole number >= 0, got -1"),
+        ("output_dir=3", "output_dir must be text or null, got 3"),
+        ("optimizer.betas=3", "optimizer.betas must be a list of 2, got 3"),
+        ("optimizer.weight_decay=abc", "optimizer.weight_decay must be a number, got 'abc'"),
+        ("field.hidden=64", "field.hidden must be a list, each a whole number, got 64"),
+        ("field.hidden=[8,a]", r"field.hidden must be a list, each a whole number, got \[8, 'a'\]"),
+        ("solver.step_size=abc", "solver.step_size must be a number or null, got 'abc'"),
+        ("+field.depth=3", r"there is no setting field.depth; field has hidden, "),
+        ("+solver.step_sise=3", r"there is no setting solver.step_sise \(did you mean step_size\?\)"),
+        ("objective.flow_matching.steps=0", "^objective.flow_matching.steps must be a whole number >= 1, got 0"),
+        ("objective.flow_matching.objective.target=x", "^objective.flow_matching.objective.target must be"),
+        (
+            "+objective.other={steps: 3}",
+            r"objective.other has settings \(steps\) but is no stage of .* ~objective.other",
+        ),
+        ("+objective.other=3", "objective.other must be a mapping with a _target_ to call, got 3"),
+        ("data.covariance=[[1,2],[3]]", "^data.mean must be d numbers and covariance d rows of d numbers"),
+        ("data._target_=flows.datasets.Nothing", "^data: .*flows.datasets.Nothing"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_training(tmp_path, monkeypatch, override, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        build_trainer(settings(*TINY, override)).fit()
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_the_same_in_plain_python(tmp_path):
+    with pytest.raises(SettingsError, match="solver_error_points must be a whole number, got 'abc'"):
+        small_trainer(tmp_path, solver_error_points="abc")
+
+
+def test_everything_in_conf_fits_its_constructor():
+    for path in CONF.glob("*/*.yaml"):
+        if path.parent.name not in ("experiment", "hydra"):
+            loaded = OmegaConf.to_container(OmegaConf.load(path))
+            loaded.pop("defaults", None)
+            check_settings(loaded if "_target_" in loaded else {"stages": loaded}, path.parent.name)
+
+
+def test_an_experiment_goes_with_another_objective(tmp_path):
+    overrides = ["experiment=quick", "objective=maximum_likelihood", "trainer.accelerator=cpu"]
+    with pytest.raises(ValueError, match=r"objective.flow_matching has settings .* ~objective.flow_matching takes it"):
+        build_trainer(settings(*overrides))
+    assert list(build_trainer(settings(*overrides, "~objective.flow_matching")).stages) == ["maximum_likelihood"]
+
+
+def test_whole_numbers_make_a_linear_field():
+    field = instantiate({"_target_": "flows.fields.Linear", "matrix": [[0, 1], [-1, 0]]}, "field", event_shape=(2,))
+    assert field.matrix.dtype == field.offset.dtype == torch.get_default_dtype()
+    assert torch.equal(field(torch.tensor(0.0), torch.tensor([[2.0, 3.0]])), torch.tensor([[3.0, -2.0]]))
+
+
+def fails(number, path="x"):
+    return {"key": 1}[number]
+
+
+def test_a_failure_inside_a_constructor_lists_its_settings():
+    target = f"{fails.__module__}.fails"
+    with pytest.raises(SettingsError, match=rf"^field: {target} fails with number=3: KeyError: 3") as caught:
+        instantiate({"_target_": target, "number": 3}, "field")
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("hint", "right", "wrong"),
+    [
+        (int, [0, -3], [1.0, True, "1", None]),
+        (float, [0, 0.5, float("inf")], [False, "0.5", [0.5]]),
+        (bool, [True, False], [0, 1, "yes"]),
+        (str, ["", "a"], [1, None]),
+        (int | None, [None, 3], ["x"]),
+        (Literal["a", "b"], ["a"], ["c", 1]),
+        (Sequence[int], [[], [1, 2], (3,)], [["a"], 1, "12"]),
+        (tuple[float, float], [[0.9, 0.99]], [[0.9], 3]),
+        (tuple[int, ...], [[], [1, 2, 3]], [[0.5]]),
+        (Mapping[str, Any], [{}, {"a": 1}], [[], "a"]),
+        (str | Callable[[float], float], ["cosine", float], []),
+        (torch.nn.Module, [{"_target_": "torch.nn.ReLU"}], []),
+        (str, [], [{"_target_": "torch.nn.ReLU"}]),
+    ],
+)
+def test_types_of_plain_data(hint, right, wrong):
+    for value in right:
+        check_type("x", value, hint)
+    for value in wrong:
+        with pytest.raises(SettingsError, match=r"^x must be .*, got "):
+            check_type("x", value, hint)
+
+
+def test_arguments_of_a_function():
+    def function(a: int, b: str = ""): ...
+
+    check_arguments(function, {"a": 1, "b": "x", "other": None})
+    with pytest.raises(SettingsError, match="b must be text, got 1"):
+        check_arguments(function, {"b": 1})
