@@ -1,7 +1,9 @@
 """Checkpoints: bit-for-bit resume, safe and atomic files, settings that cannot run code."""
 
+import contextlib
 import os
 import pickle
+import random
 import signal
 
 import pytest
@@ -20,7 +22,8 @@ from flows.training import (
     save_checkpoint,
     vet,
 )
-from flows.training.rebuild import UntrustedConfigError, build_flow
+from flows.training.checkpoint import RUN
+from flows.training.rebuild import MODEL, UntrustedConfigError, build_flow
 
 CONFIG = {
     "data": {"_target_": "flows.datasets.EightGaussians", "num_test": 50},
@@ -266,3 +269,75 @@ def test_everything_that_our_own_settings_name_passes():
             "trainer": {"_target_": "flows.training.Trainer"},
         }
     )
+
+
+# Damaged and foreign files
+
+
+def explained(function):
+    """Whether it works, or says that the checkpoint is at fault; anything else gets out."""
+    with contextlib.suppress(CheckpointError):
+        function()
+
+
+def test_damaged_bytes_are_explained(tmp_path):
+    trained(tmp_path / "run", CONFIG)
+    whole, numbers = (tmp_path / "run/checkpoints/last.pt").read_bytes(), random.Random(0)
+    damaged = tmp_path / "damaged.pt"
+    for _ in range(40):
+        content = bytearray(whole)
+        for _ in range(numbers.choice([1, 20, 400])):
+            content[numbers.randrange(len(content))] = numbers.randrange(256)
+        damaged.write_bytes(content)
+        explained(lambda: load_flow(damaged))
+
+
+def test_foreign_contents_are_explained(tmp_path):
+    """Every entry left out or replaced, at the top and in the settings."""
+    trained(tmp_path / "run", CONFIG)
+    content = torch.load(tmp_path / "run/checkpoints/last.pt")
+    config, odd = yaml.safe_load(content["config"]), tmp_path / "odd.pt"
+
+    def resume():
+        dataset = build_dataset(CONFIG)
+        folder = tmp_path / f"new{len(list(tmp_path.iterdir()))}"
+        small_trainer(folder, dataset, resume=odd, solver_error_points=0).fit()
+
+    for value in (None, 3):
+        for name in content:
+            kept = {key: entry for key, entry in content.items() if key != name}
+            torch.save(kept if value is None else kept | {name: value}, odd)
+            explained(lambda: load_flow(odd))
+            if value == 3 and name in RUN:
+                explained(resume)
+        for name in MODEL:
+            torch.save(content | {"config": yaml.safe_dump(config | {name: value})}, odd)
+            explained(lambda: load_flow(odd))
+    for name in ("version", "event_shape", "ema", "position", "config"):
+        torch.save({key: entry for key, entry in content.items() if key != name}, odd)
+        with pytest.raises(CheckpointError):
+            load_flow(odd)
+    for changed, message in (
+        ({"optimizer": {"state": {}, "param_groups": []}}, "its optimiser, schedule or random numbers do not fit"),
+        ({"ema": {"a": 1}}, "not a whole checkpoint of a run: ema missing or not as written by flows"),
+        ({"position": {"step": 3}}, "stopped in the stage None"),
+    ):
+        torch.save(content | changed, odd)
+        with pytest.raises(CheckpointError, match=message):
+            resume()
+    torch.save(content | {"config": "&a [*a]"}, odd)
+    with pytest.raises(CheckpointError, match="not valid yaml"):
+        load_flow(odd)
+
+
+def test_a_run_goes_on_on_another_kind_of_device(tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        small_trainer(tmp_path / "run", stopping_at(small_gaussian(), 8)).fit()
+    path = tmp_path / "run/checkpoints/last.pt"
+    content = torch.load(path)
+    state = torch.zeros(16, dtype=torch.uint8)  # the size of a CUDA generator's
+    content["ranks"][0] |= {"objective": state, "cuda": state}
+    torch.save(content, path)
+    with pytest.warns(UserWarning, match="resumed on cpu, another kind of device .* not bit for bit"):
+        summary = small_trainer(tmp_path / "run", resume=path).fit()
+    assert summary.position.step == 11

@@ -387,6 +387,7 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
         ({"gradient_clip": 0}, "gradient_clip must be > 0, or None for no limit, got 0"),
         ({"log_every": -5}, r"log_every must be >= 0 steps \(0: only at the end of a stage\), got -5"),
         ({"ema_decay": 1.5}, r"ema_decay must lie in \[0, 1\), got 1.5"),
+        ({"precision": "16-mixed"}, "skips steps whose gradients overflow, .* use bf16-mixed"),
         ({"precision": "half"}, "this machine cannot train with these settings: Precision 'half' is invalid"),
         ({"accelerator": "abacus"}, "this machine cannot train with these settings: .*abacus"),
         ({"evaluation_batch_size": 0}, "evaluation_batch_size must be a whole number >= 1, got 0"),

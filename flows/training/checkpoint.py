@@ -15,6 +15,18 @@ FORMAT = "flows checkpoint"
 VERSION = 1
 FOLDER = "checkpoints"
 
+# What a checkpoint must hold: to use its flow, and to continue its run.
+FLOW = {"event_shape": list, "ema": dict, "position": dict}
+RUN = FLOW | {
+    "data": str,
+    "flow": dict,
+    "ema_updates": int,
+    "optimizer": dict,
+    "schedule": dict,
+    "means": dict,
+    "ranks": list,
+}
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or not one of ours; the message is one readable paragraph."""
@@ -62,18 +74,40 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is not a flows checkpoint: it is damaged, or holds objects other than tensors, numbers "
             "and text, which are never loaded because they could run code"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # torch and pickle raise almost anything on damaged bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} is truncated or damaged and cannot be read ({reason}); use another checkpoint of the run"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a flows checkpoint (it was written by something else)")
-    if content["version"] != VERSION:
+    if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint version {content['version']}, this version of flows reads {VERSION}"
+            f"{path} has checkpoint version {content.get('version')}, this version of flows reads {VERSION}"
         )
     return content
+
+
+def check_content(content: Mapping[str, Any], path: str | os.PathLike[str], kinds: Mapping[str, type]) -> None:
+    """Compare a checkpoint with :data:`FLOW` or :data:`RUN`.
+
+    Raises:
+        CheckpointError: something is missing, or of another type.
+    """
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    if not wrong:
+        sizes, weights, step = content["event_shape"], content["ema"], content["position"].get("step")
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            wrong.append("event_shape")
+        if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+            wrong.append("ema")
+        if not isinstance(step, int):
+            wrong.append("position")
+    if wrong:
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint of a run: {', '.join(wrong)} missing or not as written by flows; use "
+            "another checkpoint"
+        )
 
 
 def find_checkpoint(

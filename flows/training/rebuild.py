@@ -15,7 +15,7 @@ import yaml
 
 from flows.cnf import CNF
 from flows.datasets import Dataset
-from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from flows.training.checkpoint import FLOW, CheckpointError, check_content, find_checkpoint, load_checkpoint
 from flows.training.levels import check_levels
 from flows.training.settings import instantiate, parameter_names
 
@@ -29,6 +29,7 @@ SAFE_NAMES = {
         for name in ("ELU", "GELU", "Identity", "Mish", "ReLU", "Sigmoid", "SiLU", "Softplus", "Tanh")
     ),
 }
+MODEL = ("transform", "field", "divergence", "solver")  # the parts of a flow
 SAFE_KEYS = {"_target_", "_partial_", "_convert_", "_args_"}
 
 
@@ -72,6 +73,7 @@ def load_flow(
     if flow is None:
         return load_run(path, trust).flow
     content = load_checkpoint(find_checkpoint(path))
+    check_content(content, path, FLOW)
     _fill(flow, content, path)
     return flow.eval()
 
@@ -81,9 +83,13 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
     file = find_checkpoint(path)
     content = load_checkpoint(file)
     config = checkpoint_config(content, file, trust)
-    shape = None if content.get("context_shape") is None else tuple(content["context_shape"])
-    levels = content.get("num_levels")
-    flow = build_flow(config, content["event_shape"], None, _dtype(content), context_shape=shape, num_levels=levels)
+    check_content(content, file, FLOW)
+    try:
+        shape = None if content.get("context_shape") is None else tuple(content["context_shape"])
+        levels = content.get("num_levels")
+        flow = build_flow(config, content["event_shape"], None, _dtype(content), context_shape=shape, num_levels=levels)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"no flow can be built from the settings in {file}: {error}") from error
     _fill(flow, content, file)
     return LoadedRun(flow.eval(), config, file, content["position"]["step"], shape, content.get("num_classes"))
 
@@ -91,7 +97,12 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
 def checkpoint_config(
     content: Mapping[str, Any], path: str | os.PathLike[str], trust: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The vetted settings in a checkpoint."""
+    """The vetted settings in a checkpoint.
+
+    Raises:
+        CheckpointError: there are none, or they describe no flow.
+        UntrustedConfigError: see :func:`vet`.
+    """
     if content.get("config") is None:
         raise CheckpointError(
             f"{path} holds no settings, since the run was started from Python without config=...; build the flow "
@@ -99,9 +110,13 @@ def checkpoint_config(
         )
     try:
         config = yaml.safe_load(content["config"])
-    except yaml.YAMLError as error:
+        vet(config, trust)
+    except (yaml.YAMLError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the settings in {path} are not valid yaml: {error}") from error
-    vet(config, trust)
+    parts = config if isinstance(config, dict) else {}
+    missing = [part for part in MODEL if not (isinstance(parts.get(part), dict) and "_target_" in parts[part])]
+    if missing:
+        raise CheckpointError(f"the settings in {path} do not describe a flow: they have no {', '.join(missing)}")
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -90,9 +91,13 @@ class RunState:
         next weights that are validated are the best.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another model, other stages or another number of devices.
+            CheckpointError: the checkpoint belongs to another model, other stages or another number of devices, or is
+                damaged.
         """
-        position = Position(**checkpoint["position"])
+        try:
+            position = Position(**checkpoint["position"])
+        except TypeError as error:
+            raise CheckpointError(f"the checkpoint cannot be resumed: it has no position of a run ({error})") from error
         if position.stage not in stages:
             raise CheckpointError(
                 f"the checkpoint stopped in the stage {position.stage!r}, this run has {', '.join(stages)}; "
@@ -120,16 +125,33 @@ class RunState:
         mine = best is not None and best.get("run") == self.run
         position.best_nll = best["position"]["best_nll"] if mine else None
         position.best_step = best["position"]["best_step"] if mine else None
-        self._set_up(list(stages).index(position.stage), stages[position.stage])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.schedule.load_state_dict(checkpoint["schedule"])
-        self.means.load_state_dict(checkpoint["means"])
-        own = ranks[self.fabric.global_rank]
+        index = list(stages).index(position.stage)
+        self._set_up(index, stages[position.stage])
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.schedule.load_state_dict(checkpoint["schedule"])
+            self.means.load_state_dict(checkpoint["means"])
+            self._resume_randomness(ranks[self.fabric.global_rank], index)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise CheckpointError(
+                "the checkpoint cannot be resumed: its optimiser, schedule or random numbers do not fit this run "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    def _resume_randomness(self, own: Mapping[str, Any], index: int) -> None:
         self.stream.load_state_dict(own["data"])
-        self.generator.set_state(own["objective"])
         torch.set_rng_state(own["cpu"])
-        if own["cuda"] is not None and self.fabric.device.type == "cuda":
-            torch.cuda.set_rng_state(own["cuda"], self.fabric.device)
+        if (own["cuda"] is not None) == (self.fabric.device.type == "cuda"):
+            self.generator.set_state(own["objective"])
+            if own["cuda"] is not None:
+                torch.cuda.set_rng_state(own["cuda"], self.fabric.device)
+        else:
+            warnings.warn(
+                f"the run is resumed on {self.fabric.device.type}, another kind of device than it was started on: the "
+                "random numbers of the objective start anew, and the run goes on well, but not bit for bit",
+                stacklevel=2,
+            )
+            seeded(self.generator, self._seed, "objective", index, self.fabric.global_rank, self.position.step)
 
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint; every process must call this, since each adds its generators."""

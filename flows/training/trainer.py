@@ -18,7 +18,15 @@ from torch.optim import Optimizer
 from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.solvers import SolverError
-from flows.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, own_run_folder, save_checkpoint
+from flows.training.checkpoint import (
+    FOLDER,
+    RUN,
+    check_content,
+    find_checkpoint,
+    load_checkpoint,
+    own_run_folder,
+    save_checkpoint,
+)
 from flows.training.conditioning import check_context_shape, check_samples
 from flows.training.fabric import Fabric, on_first_process
 from flows.training.folder import branch_run, claimed_folder, write_text
@@ -116,12 +124,19 @@ class Trainer:
         self.checkpoint_every = checkpoint_every
         self.seed = seed
         self.config = None if config is None else dict(config)
+        if str(precision) in ("16", "16-mixed"):
+            raise ValueError(
+                f"precision {precision} scales the loss and skips steps whose gradients overflow, so that neither "
+                "diverging nor resuming could be told apart from it; use bf16-mixed, which needs no scaling"
+            )
         try:
             self.fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
         except Exception as error:  # of many types, some of them Lightning's own
             raise ValueError(f"this machine cannot train with these settings: {error}") from error
         resumed = None if resume is None else find_checkpoint(resume, prefer="last")
         self._checkpoint = None if resumed is None else load_checkpoint(resumed)
+        if resumed is not None:
+            check_content(self._checkpoint, resumed, RUN)
         self._resumed_folder = None if resumed is None else own_run_folder(resumed)
         self._output_dir = self._resumed_folder if output_dir is None else Path(output_dir)
         self._new_state = lambda: RunState(self.fabric, flow, dataset, optimizer, ema_decay, seed)
