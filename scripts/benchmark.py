@@ -6,8 +6,8 @@ import argparse
 
 import torch
 
+from flows.benchmarks import compilation, gradients, probing_likelihood, probing_noise, subjects
 from flows.benchmarks import divergence as costs
-from flows.benchmarks import gradients, probing_likelihood, probing_noise, subjects
 
 PARTS = ("mlp", "bottleneck", "structured", "conv", "noise")
 
@@ -66,6 +66,7 @@ def main() -> None:
     part.add_argument("--steps", type=int, default=100, help="of training (%(default)s)")
     part.set_defaults(run=likelihood_by_probing)
     gradients.add_command(benchmarks)
+    compilation.add_command(benchmarks)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -40,7 +40,7 @@ ALLOWED["cnf"] = CNF
 ABOVE = CNF | {"cnf", "datasets"}
 ALLOWED |= {"objectives": ABOVE, "evaluation": ABOVE, "plots": ABOVE | {"evaluation"}}
 ALLOWED["training"] = ABOVE | {"objectives", "evaluation", "plots"}
-ALLOWED["benchmarks"] = ABOVE | {"objectives", "evaluation", "plots"}
+ALLOWED["benchmarks"] = ABOVE | {"objectives", "evaluation", "plots", "training"}
 ALLOWED["__init__"] = set(ALLOWED) - {"training", "benchmarks"}
 
 

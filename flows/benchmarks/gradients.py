@@ -33,9 +33,9 @@ def add_command(benchmarks: Any) -> None:
     """Add "gradients" to the subparsers of a program; ``run(arguments)`` prints the table."""
     description = "Memory and time of gradients through a solve: backprop, checkpoints and the adjoint."
     part = benchmarks.add_parser("gradients", help=description, description=description)
-    part.add_argument("--steps", type=int, nargs="+", default=[20, 50, 100, 200, 500], help="default: %(default)s")
+    part.add_argument("--steps", type=int, nargs="+", default=[20, 100, 500], help="default: %(default)s")
     part.add_argument("--batch", type=int, default=512, help="points (%(default)s)")
-    part.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, at least (%(default)s)")
+    part.add_argument("--seconds", type=float, default=0.5, help="to spend on each case, at least (%(default)s)")
     part.set_defaults(run=_print_report)
 
 

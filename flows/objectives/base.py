@@ -32,6 +32,7 @@ class Objective(ABC):
     """
 
     uses_data: ClassVar[bool] = True  # False: of a batch only the size counts; it holds no points, (B, 0)
+    solves: ClassVar[bool] = True  # whether a call solves the ODE, with its divergence
 
     @abstractmethod
     def __call__(

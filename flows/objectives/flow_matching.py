@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class FlowMatching(Objective):
             all contexts. [Ho & Salimans 2022, arXiv:2207.12598]
     """
 
+    solves: ClassVar[bool] = False
     target: Literal["sampled", "marginal"] = "sampled"
     num_queries: int | None = None
     path: ProbabilityPath | str = Linear()  # noqa: RUF009 (frozen)

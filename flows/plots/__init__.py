@@ -25,6 +25,7 @@ from flows.plots.images import (
 )
 from flows.plots.metrics import curves
 from flows.plots.plane import density, evolution, scatter, trajectories
+from flows.plots.solve import steps
 
 __all__ = [
     "class_densities",
@@ -42,6 +43,7 @@ __all__ = [
     "samples",
     "save_samples",
     "scatter",
+    "steps",
     "trajectories",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from flows.solvers.stepping import passed, state_at
 from flows.solvers.task import Task
 
 CHECKPOINTS = 32  # for each step of a segment, the checkpoints to have before segments get twice as long
+EVALUATIONS = 6  # at least, of a segment; shorter ones would save little, and spend time on starting over
 
 
 def solve_with_checkpoints(task: Task, state: State, parameters: tuple[Tensor, ...]) -> State:
     """The states at all times; the backward pass solves one segment after the other again, on the same steps.
 
     The first pass keeps no graph. Segments get longer with the number of steps n: there are at most √(32 n)
-    checkpoints (a state and its slope), and at most √(n/8) steps in a segment, whose graph lives alone. A state is
-    much smaller than the graph of a step, hence the uneven balance.
+    checkpoints (a state and its slope), and at most √(n/8) steps in a segment, or as many as six evaluations make.
+    The graph of a segment lives alone. A state is much smaller than the graph of a step, hence the uneven balance.
 
     Random numbers that the dynamics draw from torch's global generators (dropout) are drawn again alike, on the CPU
     and on the device of the state; those of generators of their own are not.
@@ -54,7 +56,7 @@ class _Record:
         self.task = task
         self.steps: list[_RecordedStep] = []
         self.checkpoints: list[_Checkpoint] = []
-        self.segment = 1  # steps between checkpoints
+        self.segment = math.ceil(EVALUATIONS / task.method.evaluations)  # steps between checkpoints
         self.draws = False  # whether the dynamics take random numbers
         self.random: tuple[Tensor, ...] = ()  # the states of the generators at the start
         self._random: tuple[Tensor, ...] = ()

@@ -27,6 +27,10 @@ class SolverError(RuntimeError):
         self.component = component
         self.sample = sample
 
+    def retold(self, message: str) -> SolverError:
+        """The same failure in other words."""
+        return SolverError(message, self.t, self.dt, self.component, self.sample)
+
 
 def step_limit(direction: str, max_steps: int, t: float, dt: float, last: Attempt | None = None) -> SolverError:
     """No end in sight."""

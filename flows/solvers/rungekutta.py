@@ -37,6 +37,11 @@ class RungeKutta:
         """Whether the last stage is evaluated at the end of the step, and so serves as the first of the next."""
         return self.weights[-1] == 0 and self.coefficients[-1] == self.weights[:-1]
 
+    @property
+    def evaluations(self) -> int:
+        """Evaluations a step."""
+        return len(self.weights) - (1 if self.is_adaptive and self.last_stage_is_next else 0)
+
 
 FIXED = {
     "euler": RungeKutta(1, (), (), (1.0,)),

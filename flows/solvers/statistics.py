@@ -27,6 +27,7 @@ class Attempt(NamedTuple):
 class SolverStatistics:
     """What a solve has cost so far, and where. The backward part grows while gradients are computed."""
 
+    components: tuple[str, ...] = ()  # names, in the order of the state
     nfe_forward: int = 0  # evaluations of the dynamics
     nfe_backward: int = 0  # by the adjoint solve, or to solve the segments between checkpoints again
     attempts: list[Attempt] = field(default_factory=list)  # forward
@@ -64,10 +65,10 @@ class SolverStatistics:
 
     @property
     def limited_by(self) -> Mapping[str, float]:
-        """For each component, the share of the forward attempts whose size it limited."""
+        """For each component, the share of the forward attempts whose size it limited; none with fixed steps."""
         counts = Counter(attempt.component for attempt in self.attempts if attempt.component is not None)
         total = counts.total()
-        return {name: count / total for name, count in counts.items()}
+        return {name: counts[name] / total for name in self.components} if total else {}
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Times and values of what the dynamics ``observe``, such as "divergence_standard_error"."""

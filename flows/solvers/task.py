@@ -35,9 +35,9 @@ class Task:
         self.solver = solver
         self.method = runge_kutta(solver.method)
         self.dynamics = dynamics
-        self.statistics = SolverStatistics()
         self.precision = Precision(state[0].device)
         names = component_names(dynamics, state)
+        self.statistics = SolverStatistics(names)
         weights = solver.error_control.weights(dynamics, names)
         size, per_sample = batch_size_of(state), solver.error_control.per_sample
         self._norm = ErrorNorm(names, weights, solver.rtol, solver.atol, size, per_sample)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from flows.cnf import CNF
 from flows.datasets import Batch
 from flows.objectives import LossOutput, Objective
+from flows.solvers import SolverStatistics
 from flows.training.metrics import Metric
 
 
@@ -39,6 +40,19 @@ class LossModule(nn.Module):
         """What the last step has to report; read after the backward pass, which the solver's counts include."""
         metrics: dict[str, Metric] = {"loss": self.output.loss.detach(), **self.output.metrics}
         if self.output.statistics is not None:
-            metrics["nfe_forward"] = self.output.statistics.nfe_forward
-            metrics["nfe_backward"] = self.output.statistics.nfe_backward
+            metrics |= solver_metrics(self.output.statistics)
         return metrics
+
+
+def solver_metrics(statistics: SolverStatistics) -> dict[str, float]:
+    """What a solve has to tell, as numbers for curves over training."""
+    metrics = {
+        "nfe_forward": statistics.nfe_forward,
+        "nfe_backward": statistics.nfe_backward,
+        "steps_accepted": statistics.accepted,
+        "steps_rejected": statistics.rejected,
+    }
+    if statistics.limited_by:  # an adaptive method
+        metrics |= {f"limited_by_{name}": share for name, share in statistics.limited_by.items()}
+        metrics |= {"shortest_step": abs(statistics.shortest.dt), "steps_forced": statistics.forced}
+    return metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from flows import plots
 from flows.cnf import CNF
 from flows.datasets import Dataset, Energy
 from flows.evaluation import BitsPerDim, ImportanceWeights, Likelihood, importance_weights, likelihood, part_batches
-from flows.solvers import SolverError
+from flows.solvers import SolverError, SolverStatistics
 from flows.training.checkpoint import FOLDER, load_checkpoint
 from flows.training.fabric import Fabric, on_first_process
 from flows.training.folder import write_text
@@ -138,8 +140,16 @@ class Reporter:
             position.best_nll, position.best_step = nll, position.step
         return best
 
-    def plot(self, flow: CNF | None = None, suffix: str | None = None) -> None:
-        """Draw the averaged flow, or ``flow``, into ``plots/`` and TensorBoard."""
+    def warn(self, text: str) -> None:
+        """Tell the person at the terminal, and TensorBoard."""
+        if self.fabric.is_global_zero:
+            tqdm.write(f"Warning: at step {self.state.position.step}, {text}", file=sys.stderr)
+            self._log({"warnings": text})
+
+    def plot(
+        self, flow: CNF | None = None, suffix: str | None = None, statistics: SolverStatistics | None = None
+    ) -> None:
+        """Draw the averaged flow, or ``flow``, and a training solve into ``plots/`` and TensorBoard."""
         if not self.pictures or not self.fabric.is_global_zero:
             return
         with self._aside():
@@ -149,6 +159,8 @@ class Reporter:
             except SolverError as error:  # far from the data a field may be stiff; a picture is not worth the run
                 self._log({"plots/failed": str(error)})
                 return
+        if statistics is not None:
+            figures["solve"] = plots.steps(statistics)
         suffix = f"_{self.state.position.step:06d}" if suffix is None else suffix
         self._save_figures(figures, suffix)
         self._log({f"plots/{name}": figure for name, figure in figures.items()})

@@ -7,12 +7,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from flows.cnf import CNF
@@ -27,6 +28,7 @@ from flows.training.checkpoint import (
     own_run_folder,
     save_checkpoint,
 )
+from flows.training.compiled import check_compilable, compiled, solves
 from flows.training.conditioning import check_context_shape, check_samples
 from flows.training.fabric import Fabric, on_first_process
 from flows.training.folder import branch_run, claimed_folder, write_text
@@ -37,8 +39,10 @@ from flows.training.reporting import Reporter
 from flows.training.settings import check_arguments
 from flows.training.stage import Stage
 from flows.training.state import Position, RunState
+from flows.training.step import OptimiserStep, RepeatedSolverError, SolverErrorPolicy
 from flows.training.stopping import StopSignals, TrainingInterrupted
 from flows.training.summary import Summary
+from flows.training.watch import EvaluationWatch
 
 
 class Trainer:
@@ -68,6 +72,10 @@ class Trainer:
         solver_error_points: test points whose NLL is computed again at tighter tolerances.
         loggers: further loggers, beside TensorBoard, ``metrics.jsonl`` and the progress bar.
         progress_bar: whether to show one.
+        compile: run what training evaluates through torch.compile, see :func:`flows.training.compiled.compiled`.
+        on_solver_error: ``"raise"`` when a batch cannot be solved, or ``"skip"`` it and take another; skipped ones are
+            counted, and ``max_solver_errors`` in a row end the run with its state saved.
+        max_solver_errors: see ``on_solver_error``.
     """
 
     def __init__(
@@ -95,6 +103,9 @@ class Trainer:
         solver_error_points: int = 2_000,
         loggers: Sequence[Logger] = (),
         progress_bar: bool = True,
+        compile: bool = False,
+        on_solver_error: Literal["raise", "skip"] = "raise",
+        max_solver_errors: int = 10,
     ) -> None:
         check_arguments(Trainer.__init__, locals())
         if not stages:
@@ -114,6 +125,8 @@ class Trainer:
         check_context_shape(flow, dataset)
         check_samples(dataset, stages)
         check_levels(flow.transform, dataset)
+        self.policy = SolverErrorPolicy(on_solver_error, max_solver_errors)
+        self.compile = compile
         self.flow = flow
         self.dataset = dataset
         self.stages = dict(stages)
@@ -133,6 +146,9 @@ class Trainer:
             self.fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
         except Exception as error:  # of many types, some of them Lightning's own
             raise ValueError(f"this machine cannot train with these settings: {error}") from error
+        self.policy.check(self.fabric.world_size)
+        if compile and any(solves(stage.objective) for stage in stages.values()):
+            check_compilable(flow)
         resumed = None if resume is None else find_checkpoint(resume, prefer="last")
         self._checkpoint = None if resumed is None else load_checkpoint(resumed)
         if resumed is not None:
@@ -158,7 +174,7 @@ class Trainer:
             OutputFolderError: the folder cannot be written, or another run lives in it.
             TrainingInterrupted: SIGINT or SIGTERM came; the step was finished and ``last.pt`` written.
             NonFiniteLossError: the loss or its gradient is NaN or infinite.
-            SolverError: a solve cannot go on.
+            SolverError: a solve cannot go on, see ``on_solver_error``.
         """
         self.fabric.launch()
         with contextlib.ExitStack() as claim:
@@ -196,13 +212,15 @@ class Trainer:
             self.fabric, self.dataset, state, self.folder, steps, self.seed, config=self.config, **self._reporting
         )
         names = list(self.stages)
+        step = OptimiserStep(self.fabric, module, loss, state, self.gradient_clip, self.policy, reporter.warn)
         with reporter, StopSignals() as stop:
             for index in range(names.index(state.position.stage or names[0]), len(names)):
                 name, stage = names[index], self.stages[names[index]]
                 if state.position.stage != name:
                     state.begin(index, name, stage)
                 loss.objective, loss.generator = stage.objective, state.generator
-                self._train_stage(stage, state, module, loss, reporter, stop)
+                with compiled(self.flow, stage.objective) if self.compile else contextlib.nullcontext():
+                    self._train_stage(stage, step, reporter, stop)
             try:
                 stop.no_more_steps()
                 return reporter.conclude(self.flow)
@@ -210,13 +228,11 @@ class Trainer:
                 last = self.folder / FOLDER / "last.pt"
                 raise TrainingInterrupted(last, state.position.step, stop.requested or signal.SIGINT) from None
 
-    def _train_stage(
-        self, stage: Stage, state: RunState, module: nn.Module, loss: LossModule, reporter: Reporter, stop: StopSignals
-    ) -> None:
+    def _train_stage(self, stage: Stage, step: OptimiserStep, reporter: Reporter, stop: StopSignals) -> None:
+        state, loss, watch = step.state, step.loss, EvaluationWatch()
         started = time.perf_counter() - state.position.seconds
         position = state.position
         total = sum(stage.steps for stage in self.stages.values())
-        max_norm = float("inf") if self.gradient_clip is None else self.gradient_clip
         while position.step_in_stage < stage.steps:
             position.step_in_stage += 1
             position.step += 1
@@ -226,23 +242,20 @@ class Trainer:
                 for every in (self.log_every, self.validate_every, self.plot_every, self.checkpoint_every)
             )
 
-            loss.batch = state.stream.next()
             try:
-                value = module()
-                self.fabric.backward(value)
+                value, norm = step.gradient()
             except SolverError as error:
+                if isinstance(error, RepeatedSolverError):
+                    self._save_before(state)
                 raise self._told_where("training", error, stage, position) from error
-            norm = self.fabric.clip_gradients(module, state.optimizer, max_norm=max_norm, error_if_nonfinite=False)
             if self.fabric.device.type == "cpu" or log or validate or checkpoint:  # a GPU would have to be waited for
                 self._check_finite(value, norm, stage, state)
-            learning_rate = state.schedule.get_last_lr()[0]
-            state.optimizer.step()
-            state.schedule.step()
-            state.optimizer.zero_grad()
-            state.ema.update_parameters(self.flow)
+            learning_rate = step.follow()
 
             state.means.add(loss.metrics() | {"gradient_norm": norm})
             position.seconds = time.perf_counter() - started
+            if warning := watch(loss.output.statistics):
+                reporter.warn(warning)
             if log:
                 reporter.log_training(learning_rate)
             save = checkpoint or validate or plot
@@ -251,7 +264,7 @@ class Trainer:
             if validate and self._validate(reporter, stage, position):
                 self._save(state, "best")
             if plot and position.step < total:  # the best weights are drawn after the last step
-                reporter.plot()
+                reporter.plot(statistics=loss.output.statistics)
             stopping = self._agree(stop.requested)
             if stopping:
                 if not save:
@@ -272,6 +285,13 @@ class Trainer:
         self.fabric.barrier()
         return path
 
+    def _save_before(self, state: RunState) -> None:
+        """Save as ``last`` what the step that has just failed started from."""
+        position = state.position
+        state.position = replace(position, step=position.step - 1, step_in_stage=position.step_in_stage - 1)
+        self._save(state, "last")
+        state.position = position
+
     def _agree(self, signal_number: int | None) -> int:
         """The signal that some process has received, 0 if none: all stop after the same step."""
         if self.fabric.world_size == 1:
@@ -291,7 +311,7 @@ class Trainer:
 
     def _told_where(self, what: str, error: SolverError | ValueError, stage: Stage, position: Position) -> Exception:
         message = f"{what} stopped {self._where(stage, position)}: {error}"
-        return SolverError(message, error.t, error.dt) if isinstance(error, SolverError) else ValueError(message)
+        return error.retold(message) if isinstance(error, SolverError) else ValueError(message)
 
     def _where(self, stage: Stage, position: Position) -> str:
         """The step in words, and what can be gone back to."""

@@ -1,0 +1,265 @@
+"""Training and its solves: batches that cannot be solved, warnings, what is logged, and compiled evaluations."""
+
+import functools
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from small_run import STAGES, Memory, small_flow, small_gaussian, small_table, small_trainer, stopping_at
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import flows
+from flows import ODESolver, plots
+from flows.divergence import Analytic, Exact, Hutchinson
+from flows.objectives import FlowMatching, MaximumLikelihood
+from flows.solvers import Attempt, SolverError, SolverStatistics
+from flows.training import Stage, TrainingInterrupted, load_checkpoint
+from flows.training.compiled import compiled
+from flows.training.step import SolverErrorPolicy
+from flows.training.watch import WINDOW, EvaluationWatch
+
+ADAPTIVE = ODESolver(rtol=1e-3, atol=1e-3)
+
+
+class Unsolvable(FlowMatching):
+    """Fails on batches of which the test says so."""
+
+    def __init__(self, fails):
+        super().__init__()
+        object.__setattr__(self, "fails", fails)
+
+    def __call__(self, flow, batch, generator=None):
+        output = super().__call__(flow, batch, generator)
+        if self.fails(batch):
+            raise SolverError("the solve underflowed", 0.25, 1e-9, "log_density", 7)
+        return output
+
+
+def stages(fails, steps=6):
+    return {"matching": Stage(Unsolvable(fails), steps=steps, batch_size=16, learning_rate=1e-2)}
+
+
+def on_calls(*numbers):
+    """Fails at these calls, from 1."""
+    count = itertools.count(1)
+    return lambda batch: next(count) in numbers
+
+
+def in_half_plane(batch):
+    """A property of the batch alone, so that a resumed run meets the same failures."""
+    return bool(batch.x.mean(0)[0] > 1.1)
+
+
+def flow_of(trainer):
+    return {name: value.clone() for name, value in trainer.flow.state_dict().items()}
+
+
+def test_skipped_batches_leave_the_number_of_steps_alone(tmp_path, capsys):
+    memory = Memory()
+    trainer = small_trainer(
+        tmp_path, stages=stages(on_calls(2, 3, 6)), on_solver_error="skip", max_solver_errors=3, loggers=[memory]
+    )
+    summary = trainer.fit()
+    assert (summary.position.step, summary.position.skipped) == (6, 3)
+    warnings = memory.series("warnings")
+    assert [step for step, _ in warnings] == [2, 2, 4]
+    assert warnings[0][1].startswith("a batch was skipped, number 1 of this run: the solve underflowed")
+    assert capsys.readouterr().err.count("Warning: at step") == 3
+    assert load_checkpoint(tmp_path / "checkpoints/last.pt")["position"]["skipped"] == 3
+
+
+def test_a_skipped_batch_leaves_no_trace_but_itself(tmp_path):
+    """The weights are those of a run that is never given the batch."""
+    skipped = small_trainer(tmp_path / "skipped", stages=stages(on_calls(3)), on_solver_error="skip")
+    skipped.fit()
+    dataset = small_gaussian()
+    original = dataset.train_stream
+
+    def without_third(*args, **kwargs):
+        stream = original(*args, **kwargs)
+        draw, count = stream.next, itertools.count(1)
+
+        def following():
+            batch = draw()
+            if next(count) == 3:
+                stage_generator["draws"](batch)
+                batch = draw()
+            return batch
+
+        stream.next = following
+        return stream
+
+    dataset.train_stream = without_third
+    trainer = small_trainer(tmp_path / "plain", dataset, stages=stages(lambda batch: False))
+    # the objective of the skipped batch has drawn its noise as well
+    stage_generator = {}
+    new_state = trainer._new_state
+
+    def state_with_generator():
+        state = new_state()
+        stage_generator["draws"] = lambda batch: FlowMatching()(trainer.flow, batch, state.generator)
+        return state
+
+    trainer._new_state = state_with_generator
+    trainer.fit()
+    for name, value in flow_of(skipped).items():
+        torch.testing.assert_close(value, flow_of(trainer)[name], rtol=0, atol=0)
+
+
+def test_so_many_failures_in_a_row_end_the_run_with_its_state_saved(tmp_path):
+    fails = on_calls(2, 4, 5, 6)
+    trainer = small_trainer(tmp_path, stages=stages(fails), on_solver_error="skip", max_solver_errors=3,
+                            checkpoint_every=0, validate_every=0)  # fmt: skip
+    with pytest.raises(
+        SolverError, match=r"training stopped at step 3 .*last.pt.*: 3 batches in a row could not be solved .*underfl"
+    ) as e:
+        trainer.fit()
+    assert (e.value.t, e.value.dt, e.value.component, e.value.sample) == (0.25, 1e-9, "log_density", 7)
+    position = load_checkpoint(tmp_path / "checkpoints/last.pt")["position"]
+    assert (position["step"], position["step_in_stage"], position["skipped"]) == (2, 2, 4)
+    resumed = small_trainer(None, stages=stages(lambda batch: False), resume=tmp_path)
+    assert resumed.fit().position.step == 6
+
+
+def test_a_resumed_run_skips_the_same_batches(tmp_path):
+    def trainer(folder, dataset=None, **settings):
+        settings = {"on_solver_error": "skip", **settings}
+        return small_trainer(folder, dataset or small_gaussian(), stages=stages(in_half_plane, 12), **settings)
+
+    whole = trainer(tmp_path / "whole")
+    summary = whole.fit()
+    assert summary.position.skipped > 1
+    with pytest.raises(TrainingInterrupted):
+        trainer(tmp_path / "parts", stopping_at(small_gaussian(), 7)).fit()
+    parts = trainer(None, resume=tmp_path / "parts")
+    assert parts.fit().position.skipped == summary.position.skipped
+    for name, value in flow_of(whole).items():
+        torch.testing.assert_close(value, flow_of(parts)[name], rtol=0, atol=0)
+
+
+def test_without_the_policy_the_first_failure_raises_with_all_it_knows(tmp_path):
+    with pytest.raises(SolverError, match=r"training stopped at step 2 .*the solve underflowed") as e:
+        small_trainer(tmp_path, stages=stages(on_calls(2))).fit()
+    assert (e.value.component, e.value.sample) == ("log_density", 7)
+
+
+def test_bad_policies_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="on_solver_error must be 'raise' or 'skip', got 'ignore'"):
+        small_trainer(tmp_path, on_solver_error="ignore")
+    with pytest.raises(ValueError, match="max_solver_errors must be a whole number >= 1, got 0"):
+        small_trainer(tmp_path, max_solver_errors=0)
+    with pytest.raises(ValueError, match="on_solver_error='skip' works in one process"):
+        SolverErrorPolicy("skip").check(world_size=2)
+
+
+# Telemetry
+
+
+def statistics_of(nfe, steps=()):
+    return SolverStatistics(("state", "log_density"), nfe_forward=nfe, attempts=list(steps))
+
+
+def test_the_watch_tells_early_which_sample_and_time_make_solves_dear():
+    watch = EvaluationWatch()
+    for i in range(WINDOW):
+        assert watch(statistics_of(60 + i % 3)) is None
+    assert watch(None) is None
+    assert watch(statistics_of(150)) is None
+    steps = [Attempt(0.1 * i, 0.1, True, 0.5, "state", 3) for i in range(8)]
+    steps += [Attempt(0.8 + 0.001 * i, 0.001, i % 5 > 0, 2.0, "log_density", 11 if i % 9 else 2) for i in range(100)]
+    told = watch(statistics_of(660, steps))
+    assert told.startswith(
+        "the solve took 660 evaluations, 10.8 times the usual 61: the field gets stiff around t = 0.8"
+    )
+    assert "the shortest step is 1.0e-03 and the log-density of sample 11 of the batch has the largest error" in told
+    assert watch(statistics_of(660, steps)) is None  # told once, and again when it has doubled
+    assert watch(statistics_of(1500, steps)) is not None
+
+
+def test_the_watch_notices_a_slow_rise_too():
+    watch = EvaluationWatch()
+    told = [nfe for nfe in range(100, 900, 2) if watch(statistics_of(nfe))]
+    assert len(told) == 2
+    assert told == [358, 714]  # three and six times the first median
+
+
+def test_few_evaluations_are_no_reason_to_worry():
+    watch = EvaluationWatch()
+    for nfe in [10] * WINDOW + [90]:
+        assert watch(statistics_of(nfe)) is None
+
+
+def test_what_solves_tell_is_in_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "figures", lambda *arguments: {})
+    dataset = small_gaussian()
+    flow = small_flow(dataset, Hutchinson(num_probes=2))
+    flow.solver = ADAPTIVE
+    memory = Memory()
+    small_trainer(tmp_path, dataset, flow=flow, plot_every=10, loggers=[memory], log_every=1).fit()
+    content = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0})
+    content.Reload()
+    tags = content.Tags()
+    names = {"steps_accepted", "steps_rejected", "steps_forced", "shortest_step", "limited_by_state"}
+    assert {f"train/{name}" for name in names} <= set(tags["scalars"])
+    assert "plots/solve" in tags["images"]
+    assert (tmp_path / "plots/solve_000010.png").exists()
+    shares = [dict(memory.series(f"train/limited_by_{name}")) for name in ("state", "log_density")]
+    for step, share in shares[0].items():
+        assert share + shares[1][step] == pytest.approx(1)
+    for step, accepted in memory.series("train/steps_accepted"):
+        rejected, nfe = (dict(memory.series(f"train/{name}"))[step] for name in ("steps_rejected", "nfe_forward"))
+        assert nfe == 2 + 6 * (accepted + rejected)
+
+
+# Compilation
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Traces as the compiler does, and leaves out what takes it minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("estimator", [Analytic(), Hutchinson(2, mode="forward")])
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+def test_compiled_training_is_training(tmp_path, quick_compiler, estimator):
+    runs = {}
+    for setting in (False, True):
+        dataset = small_table()
+        flow = small_flow(dataset, estimator)
+        short = {name: replace(stage, steps=2, warmup_steps=0) for name, stage in STAGES.items()}
+        trainer = small_trainer(tmp_path / str(setting), dataset, stages=short, flow=flow, compile=setting)
+        trainer.fit()
+        runs[setting] = flow_of(trainer)
+        assert flow.divergence == estimator
+        assert flow.field._compiled_call_impl is None
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, value in runs[False].items():
+        torch.testing.assert_close(runs[True][name], value, rtol=1e-6, atol=1e-8)
+
+
+def test_double_backward_is_refused_with_a_way_out(tmp_path):
+    dataset = small_table()
+    for estimator in (Exact(), Hutchinson(2)):
+        with pytest.raises(ValueError, match=r"does not go with divergence \w+\(mode='reverse'\): .*divergence.mode=f"):
+            small_trainer(tmp_path, dataset, flow=small_flow(dataset, estimator), compile=True)
+    flow = small_flow(dataset, Analytic())
+    flow.solver = ODESolver(gradient="adjoint")
+    with pytest.raises(ValueError, match=r"does not go with solver.gradient=adjoint.*use solver.gradient=backprop"):
+        small_trainer(tmp_path, dataset, flow=flow, compile=True)
+    small_trainer(tmp_path, dataset, stages={"m": STAGES["flow_matching"]}, compile=True)  # differentiates once
+
+
+def test_a_stage_that_solves_nothing_leaves_the_estimator_alone(quick_compiler):
+    flow = small_flow(small_table(), Exact())
+    with compiled(flow, FlowMatching()):
+        assert flow.divergence == Exact()
+        assert flow.field._compiled_call_impl is not None
+    with pytest.raises(ValueError, match="does not go with"), compiled(flow, MaximumLikelihood()):
+        pass
+    assert flow.field._compiled_call_impl is None
+    assert math.isfinite(float(flow.log_prob(torch.zeros(1, 2)).detach()))
+    assert flows.CNF is type(flow)
