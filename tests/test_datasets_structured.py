@@ -107,5 +107,5 @@ def test_errors():
         FreeField((8, 1))
     with pytest.raises(ValueError, match="mass must be a positive number, got 0"):
         FreeField(mass=0)
-    with pytest.raises(ValueError, match=r"expects points of shape \(\*batch, 1, 8, 8\), got \(5, 64\)"):
+    with pytest.raises(ValueError, match=r"expected fields of shape \(\*batch, 1, 8, 8\), got \(5, 64\)"):
         FreeField().log_prob(torch.zeros(5, 64))
