@@ -13,6 +13,7 @@ from flows.training import TensorBoardLogger
 from flows.training.choices import instances
 from flows.training.console import readable_errors
 from flows.training.folder import new_folder, open_run_folder, write_result
+from flows.training.overrides import register_parts
 from flows.training.settings import plain_settings
 from flows.training.subject import subject
 from flows.training.summary import to_json
@@ -52,5 +53,6 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    register_parts()
     with readable_errors(CONFIG):
         main()

@@ -14,7 +14,8 @@ from flows.evaluation import importance_weights, likelihood, outlier_scores, par
 from flows.training.checkpoint import run_folder
 from flows.training.console import readable_errors
 from flows.training.folder import write_result
-from flows.training.rebuild import build_dataset, load_run, place, with_changes
+from flows.training.overrides import PARTS, register_parts, with_changes
+from flows.training.rebuild import build_dataset, load_run, place
 from flows.training.settings import instantiate, plain_settings
 from flows.training.state import seeded
 from flows.training.summary import aligned, likelihood_dict, to_json
@@ -27,7 +28,7 @@ def main(composed: DictConfig) -> float:
     with readable_errors():
         settings = plain_settings(composed)
         run = load_run(settings["checkpoint"], settings["trust"])
-        config = with_changes(run.config, {part: settings.get(part) for part in ("data", "divergence", "solver")})
+        config = with_changes(run.config, {part: settings.get(part) for part in PARTS})
         dataset = build_dataset(config)
         flow = place(run.flow, settings["device"], settings["dtype"])
         flow.divergence, flow.solver = (instantiate(config[name], name) for name in ("divergence", "solver"))
@@ -47,7 +48,7 @@ def main(composed: DictConfig) -> float:
             "step": run.step,
             "part": part,
             **figures,
-            **{part: config[part] for part in ("data", "divergence", "solver")},
+            **{part: config[part] for part in PARTS},
         }
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
         output = Path(settings["output"] or default)
@@ -64,5 +65,6 @@ def main(composed: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    register_parts()
     with readable_errors(CONFIG):
         main()

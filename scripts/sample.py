@@ -10,10 +10,11 @@ from omegaconf import DictConfig
 
 from flows import plots
 from flows.training.checkpoint import run_folder
-from flows.training.conditioning import comparable_points, sampling_contexts
+from flows.training.conditioning import comparable_points, readable_dataset, sampling_contexts
 from flows.training.console import readable_errors
-from flows.training.rebuild import build_dataset, load_run, place, with_changes
-from flows.training.sampling import draw, save_samples
+from flows.training.overrides import register_parts, with_changes
+from flows.training.rebuild import load_run, place
+from flows.training.sampling import draw, samples_file, save_samples
 from flows.training.settings import instantiate, plain_settings
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "sample.yaml"
@@ -23,8 +24,9 @@ CONFIG = Path(__file__).resolve().parents[1] / "conf" / "sample.yaml"
 def main(composed: DictConfig) -> None:
     with readable_errors():
         settings = plain_settings(composed)
+        output = None if settings["output"] is None else samples_file(settings["output"])
         run = load_run(settings["checkpoint"], settings["trust"])
-        config = with_changes(run.config, {"solver": settings.get("solver")})
+        config = with_changes(run.config, {part: settings.get(part) for part in ("data", "solver")})
         run.flow.solver = instantiate(config["solver"], "solver")
         flow = place(run.flow, settings["device"])
         if settings["guidance"] is not None:
@@ -32,18 +34,20 @@ def main(composed: DictConfig) -> None:
         generator = torch.Generator().manual_seed(settings["seed"])
         context = sampling_contexts(run, settings["num_samples"], settings["class"], settings["context"])
         samples = draw(flow, settings["num_samples"], settings["batch_size"], generator, context)
-        dataset = build_dataset(config) if settings["plot"] else None
-        dataset = dataset if dataset is not None and dataset.has_samples else None
-        output = Path(settings["output"] or run_folder(run.checkpoint) / "samples.npy")
+        output = output or run_folder(run.checkpoint) / "samples.npy"
+        named = settings["plot"] or output.suffix == ".csv"
+        dataset, unknown = readable_dataset(config) if named else (None, "")
         columns = getattr(dataset, "columns", None)
         save_samples(output, samples, columns, flow.transform.num_levels)
         print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}")
-        if dataset is not None:
+        if settings["plot"]:
             picture = output.with_suffix(".png")
-            plots.save_samples(picture, samples, comparable_points(dataset, context), columns)
-            print(f"picture in {picture}")
+            data = None if dataset is None else comparable_points(dataset, context)
+            plots.save_samples(picture, samples, data, columns)
+            print(f"picture in {picture}" + (f", of the samples alone: {unknown}" if unknown else ""))
 
 
 if __name__ == "__main__":
+    register_parts()
     with readable_errors(CONFIG):
         main()

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from small_run import small_flow, small_gaussian
 
 import flows
 from flows.datasets import Batch
 from flows.divergence import Exact, Hutchinson
-from flows.evaluation import likelihood
+from flows.evaluation import likelihood, part_batches
 from flows.transforms import Compose, Dequantise, UnitInterval
 
 MATRIX = 0.5 * torch.tensor([[0.3, 1.0, -0.4], [0.2, -0.5, 0.6], [0.7, 0.1, 0.2]], dtype=torch.float64)
@@ -61,3 +62,13 @@ def test_noise_of_the_probes_flatters_a_bound_of_several_draws():
     assert any(name == "probe bias" for name, _ in noisy.table())
     blind = likelihood(linear_flow(Hutchinson(), transform), [Batch(x[:100])], rng(), num_draws=2)
     assert blind.probe_bias is None
+
+
+@pytest.mark.parametrize("most", [1, 20, 21, 39, 40, 1000])
+def test_the_first_points_of_a_part(most):
+    dataset = small_gaussian()
+    flow = small_flow(dataset)
+    batches, number = part_batches(flow, dataset, "validation", 20, most)
+    every = torch.cat([batch.x for batch in dataset.validation_batches(40)])
+    assert torch.equal(torch.cat([batch.x for batch in batches]), every[:most])
+    assert number == min(most, 40)

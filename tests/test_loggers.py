@@ -180,3 +180,10 @@ def test_a_resumed_bar_starts_where_the_run_stands(capsys):
     bar.log({"train/loss": 1.0}, 6)
     bar.close()
     assert "6/10" in capsys.readouterr().err
+
+
+def test_the_bar_moves_with_every_step(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(ProgressBar, "advance", lambda bar, step: steps.append(step))
+    small_trainer(tmp_path, log_every=0, validate_every=0, progress_bar=True).fit()
+    assert list(dict.fromkeys(steps)) == list(range(1, 12))

@@ -12,6 +12,8 @@ from small_run import small_flow, small_gaussian, small_table
 import flows
 from flows import plots
 from flows.datasets import Gaussian, Table
+from flows.plots.plane import square
+from flows.plots.ranges import quantiles
 
 
 class ZeroField(torch.nn.Module):
@@ -125,3 +127,21 @@ def test_figures_can_be_saved_and_leave_no_global_state(tmp_path):
     assert pixels.shape[:2] == (348, 1500)
     assert [axes.get_title() for axes in figure.axes] == ["t = 0", "t = 0.25", "t = 0.5", "t = 0.75", "t = 1"]
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_pictures_of_samples_without_data():
+    for shape, panels in (((2,), 1), ((3,), 9), ((1, 4, 4), 1)):
+        drawn = torch.randn(30, *shape)
+        assert len(plots.samples(drawn, None).axes) == panels
+        assert len(plots.samples(drawn, drawn + 1).axes) == (panels if shape == (3,) else 2)
+
+
+def test_the_range_of_very_many_points():
+    """More than torch.quantile takes."""
+    many = torch.tensor([[0.0, 1.0]]).expand(2**24 + 1, 2)
+    low, high = square(many)
+    assert low[0] <= 0 <= high[0]
+    assert torch.equal(quantiles(many[:, 1], (0.1, 0.9)), torch.ones(2).double())
+    few = torch.randn(1000)
+    levels = torch.tensor([0.25, 0.5])
+    assert torch.equal(quantiles(few, levels.tolist()), torch.quantile(few.double(), levels.double()))

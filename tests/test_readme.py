@@ -10,6 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from flows.training.overrides import register_parts
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -20,6 +22,8 @@ COMMANDS = [
     for line in block.splitlines()
     if re.match(r"python scripts/(train|evaluate|sample|compare_estimators)\.py", line)
 ]
+
+register_parts()
 
 
 @pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])

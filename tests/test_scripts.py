@@ -16,6 +16,8 @@ import torch
 import yaml
 from test_checkpoint import assert_same_state
 
+import flows
+from flows.datasets.readers import read_table
 from flows.training import CheckpointError, load_checkpoint, load_flow, read_metrics
 from flows.training.console import explain, is_deliberate, quoted_override, readable_errors
 from flows.training.sweeps import job_name
@@ -41,7 +43,7 @@ TINY = [
 ]
 
 
-def test_train_evaluate_and_sample(run, tmp_path):
+def test_train_evaluate_and_sample(run, tmp_path, monkeypatch):
     code, out, _ = run("train", *TINY, "output_dir=run", "seed=3")
     assert code == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -98,6 +100,7 @@ def test_train_evaluate_and_sample(run, tmp_path):
         code, _, err = run("train", "resume=run", choice)
         assert code == 2
         assert f"{choice.partition('=')[0]} cannot change" in err
+    monkeypatch.setattr(flows.CNF, "sample", None)  # nothing is drawn for it
     code, _, err = run("sample", "checkpoint=run", "output=samples.txt")
     assert code == 2
     assert "output must end in .npy or .csv" in err
@@ -246,6 +249,46 @@ def test_a_conditional_flow_is_trained_evaluated_and_sampled_by_class(run, tmp_p
     assert not np.allclose(upper, lower)
     assert np.all(np.isclose(mixed, upper, atol=1e-5) | np.isclose(mixed, lower, atol=1e-5))
     assert run("sample", "checkpoint=run", "class=2")[0] == 2
+
+
+def test_a_table_that_has_moved(run, tmp_path):
+    """Sampling goes on without it, evaluation with its new path alone; column names with commas survive."""
+    rows = np.random.default_rng(0).normal(size=(60, 3)).round(4)
+    lines = ['"a, in m","b ""quoted""",c', *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    tiny = [override for override in TINY if not override.startswith("data")]
+    code, _, err = run("train", *tiny, "data=tabular", "data.path=table.csv", "divergence=hutchinson", "output_dir=run")
+    assert code == 0, err
+    drawing = ("checkpoint=run", "num_samples=20", "output=drawn.csv")
+    code, out, err = run("sample", *drawing)
+    assert (code, "of the samples alone" in out) == (0, False), err
+    assert (
+        read_table(tmp_path / "drawn.csv")[1] == read_table(tmp_path / "table.csv")[1] == ["a, in m", 'b "quoted"', "c"]
+    )
+
+    (tmp_path / "table.csv").rename(tmp_path / "moved.csv")
+    drawn = (tmp_path / "drawn.csv").read_text().splitlines()
+    (tmp_path / "drawn.png").unlink()
+    code, out, err = run("sample", *drawing)
+    assert code == 0, err
+    assert "of the samples alone: the data cannot be read (data: " in out
+    assert (tmp_path / "drawn.csv").read_text().splitlines()[1:] == drawn[1:]
+    assert (tmp_path / "drawn.png").stat().st_size > 1000
+    code, out, _ = run("sample", *drawing, "data.path=moved.csv")
+    assert "of the samples alone" not in out
+    assert (tmp_path / "drawn.csv").read_text().splitlines() == drawn
+
+    assert run("evaluate", "checkpoint=run")[0] == 2
+    changes = ("data.path=moved.csv", "divergence.num_probes=3", "divergence.mode=forward", "solver.method=midpoint")
+    code, _, err = run("evaluate", "checkpoint=run", *changes, "output=new.json")
+    assert code == 0, err
+    content = json.loads((tmp_path / "new.json").read_text())
+    assert (content["divergence"]["num_probes"], content["divergence"]["mode"]) == (3, "forward")
+    assert content["divergence"]["probes"] == "rademacher"
+    assert (content["solver"]["method"], content["solver"]["step_size"]) == ("midpoint", 0.25)
+    code, _, err = run("evaluate", "checkpoint=run", "data.path=moved.csv", "divergence.strid=3")
+    assert code == 2
+    assert "there is no setting divergence.strid; divergence has num_probes, probes, mode, chunk_size" in err
 
 
 def test_jobs_are_named_after_what_is_swept():

@@ -88,6 +88,11 @@ def test_an_experiment_goes_with_another_objective(tmp_path):
     assert list(build_trainer(settings(*overrides, "~objective.flow_matching")).stages) == ["maximum_likelihood"]
 
 
+def test_the_quick_experiment_suits_any_data(tmp_path):
+    overrides = ["experiment=quick", "data=breast_cancer", "trainer.accelerator=cpu", f"output_dir={tmp_path}"]
+    assert "quick" not in build_trainer(settings(*overrides)).stages
+
+
 def test_whole_numbers_make_a_linear_field():
     field = instantiate({"_target_": "flows.fields.Linear", "matrix": [[0, 1], [-1, 0]]}, "field", event_shape=(2,))
     assert field.matrix.dtype == field.offset.dtype == torch.get_default_dtype()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -58,17 +58,31 @@ class Likelihood:
         return [*rows, ("NFE", f"{self.nfe:.0f}")]
 
 
-def part_batches(flow: CNF, dataset: Dataset, part: str, batch_size: int) -> tuple[Iterable[Batch], int]:
+def part_batches(
+    flow: CNF, dataset: Dataset, part: str, batch_size: int, most_points: int | None = None
+) -> tuple[Iterable[Batch], int]:
     """The fixed batches of the part called ``"validation"`` or ``"test"``, and its number of points.
 
-    They come on the device and in the dtype of ``flow``, rounded once.
+    They come on the device and in the dtype of ``flow``, rounded once; with ``most_points`` only its first points.
     """
     place = {"device": flow.base.zero.device, "dtype": flow.base.zero.dtype}
     if part == "test":
-        return dataset.test_batches(batch_size, **place), dataset.num_test
-    if part == "validation":
-        return dataset.validation_batches(batch_size, **place), dataset.num_validation
-    raise ValueError(f"part must be test or validation, got {part!r}")
+        batches, num_points = dataset.test_batches(batch_size, **place), dataset.num_test
+    elif part == "validation":
+        batches, num_points = dataset.validation_batches(batch_size, **place), dataset.num_validation
+    else:
+        raise ValueError(f"part must be test or validation, got {part!r}")
+    if most_points is None or most_points >= num_points:
+        return batches, num_points
+    return _first(batches, most_points), most_points
+
+
+def _first(batches: Iterable[Batch], num_points: int) -> Iterator[Batch]:
+    for batch in batches:
+        yield Batch(batch.x[:num_points], None if batch.context is None else batch.context[:num_points])
+        num_points -= len(batch)
+        if num_points <= 0:
+            return
 
 
 def likelihood(

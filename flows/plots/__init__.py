@@ -84,25 +84,25 @@ def figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = Non
 
 def samples(
     drawn: Tensor,  # (n, *event)
-    data: Tensor,  # (m, *event)
+    data: Tensor | None,  # (m, *event); None: there is nothing to compare with
     names: Sequence[str] | None = None,  # of the features
 ) -> Figure:
     """Samples of the flow beside the data: images, points of the plane, or the first four features in pairs."""
-    drawn, data = drawn.cpu(), data.cpu()
-    if is_image(data.shape[1:]):
+    drawn, data = drawn.cpu(), None if data is None else data.cpu()
+    if is_image(drawn.shape[1:]):
         return image_samples(drawn, data)
-    drawn, data = drawn.flatten(1), data.flatten(1)
-    return scatter(drawn, data, names) if data.shape[1] == 2 else pairs(drawn, data, names)
+    drawn, data = drawn.flatten(1), None if data is None else data.flatten(1)
+    return scatter(drawn, data, names) if drawn.shape[1] == 2 else pairs(drawn, data, names)
 
 
 def save_samples(
     path: str | os.PathLike[str],
     drawn: Tensor,  # (n, *event)
-    data: Tensor,  # (m, *event)
+    data: Tensor | None,  # (m, *event); None: there is nothing to compare with
     names: Sequence[str] | None = None,  # of the features
 ) -> None:
     """Write a picture of samples: a grid of images in the shades of the data, or :func:`samples` of anything else."""
-    if is_image(data.shape[1:]):
-        save_grid(path, drawn.cpu(), data.cpu())
+    if is_image(drawn.shape[1:]):
+        save_grid(path, drawn.cpu(), (drawn if data is None else data).cpu())
     else:
         samples(drawn, data, names).savefig(path)

@@ -16,6 +16,7 @@ from torch import Tensor
 from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.plots.paths import draw_paths
+from flows.plots.ranges import quantiles
 
 NUM_SAMPLES, NUM_UNSEEN = 64, 1000  # images drawn; images of the validation part to compare with
 GAP, WIDTH, DPI = 0.94, 0.62, 120  # shade between images; inches an image; dots per inch
@@ -28,8 +29,7 @@ def is_image(event_shape: Sequence[int]) -> bool:
 
 def shades(data: Tensor) -> tuple[float, float]:
     """The values of ``data`` to show as black and white: all but the last thousandth at either end."""
-    ends = torch.quantile(data.flatten()[:1_000_000].double(), torch.tensor([0.001, 0.999]).double())
-    low, high = ends.tolist()
+    low, high = quantiles(data.flatten(), (0.001, 0.999)).tolist()
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
@@ -80,14 +80,15 @@ def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None
     return pictures
 
 
-def image_samples(drawn: Tensor, data: Tensor, num_images: int = NUM_SAMPLES) -> Figure:
-    """Images of the data beside samples of the flow, in the shades of the data."""
-    black, white = shades(data)
-    panels = {"data": grid(data[:num_images]), "flow samples": grid(drawn[:num_images])}
+def image_samples(drawn: Tensor, data: Tensor | None, num_images: int = NUM_SAMPLES) -> Figure:
+    """Images of the data, if there are any, beside samples of the flow, in the shades of the data."""
+    black, white = shades(drawn if data is None else data)
+    panels = {} if data is None else {"data": grid(data[:num_images])}
+    panels["flow samples"] = grid(drawn[:num_images])
     columns = sum(images.shape[1] for images in panels.values()) + 1
     rows = max(len(images) for images in panels.values())
     figure = Figure(figsize=(columns * WIDTH, rows * WIDTH + 0.4), dpi=DPI, layout="compressed")
-    for axes, (title, images) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _show(axes, images, black, white)
         axes.set_title(title, fontsize=11)
     return figure

@@ -15,6 +15,7 @@ from torch import Tensor
 from flows.cnf import CNF
 from flows.datasets import Dataset
 from flows.plots.paths import draw_paths
+from flows.plots.ranges import quantiles
 from flows.plots.style import DATA, DENSITY, FLOW, MUTED, TIME, tidy
 
 
@@ -52,19 +53,21 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128) -> Figure:
 
 def scatter(
     drawn: Tensor,  # (n, 2)
-    data: Tensor,  # (m, 2)
+    data: Tensor | None,  # (m, 2)
     names: Sequence[str] | None = None,  # of the features
 ) -> Figure:
-    """Samples of the flow beside points of the data."""
-    low, high = square(data)
-    figure = Figure(figsize=(9, 4.8), dpi=120, layout="compressed")
-    count = min(len(drawn), len(data), 5000)
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, name, points, colour in zip(panels, ("data", "flow samples"), (data, drawn), (DATA, FLOW), strict=True):
+    """Samples of the flow beside points of the data, if there are any."""
+    shown = [("flow samples", drawn, FLOW)] if data is None else [("data", data, DATA), ("flow samples", drawn, FLOW)]
+    low, high = square(shown[0][1])
+    figure = Figure(figsize=(4.5 * len(shown), 4.8), dpi=120, layout="compressed")
+    count = min(5000, *(len(points) for _, points, _ in shown))
+    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, points, colour) in zip(panels, shown, strict=True):
         axes.scatter(*points[:count].T.numpy(), s=4, color=colour, alpha=0.35, linewidths=0)
         axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
         _plane(axes, name, names)
-    panels[1].set_ylabel("")
+    for axes in panels[1:]:
+        axes.set_ylabel("")
     return figure
 
 
@@ -116,7 +119,7 @@ def evolution(
 
 def square(points: Tensor, quantile: float = 0.001, margin: float = 0.12) -> tuple[list[float], list[float]]:
     """The corners of a square that holds nearly all ``points`` (n, 2)."""
-    ends = torch.quantile(points.double(), torch.tensor([quantile, 1 - quantile]).double(), dim=0)
+    ends = quantiles(points, (quantile, 1 - quantile))
     half = float((ends[1] - ends[0]).max()) * (0.5 + margin)
     centre = (ends[0] + ends[1]) / 2
     return (centre - half).tolist(), (centre + half).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,15 @@ def sampling_contexts(
     if chosen is not None:
         return chosen.expand(num_samples, *chosen.shape)
     return None if run.context_shape is None else build_dataset(run.config).contexts(num_samples)
+
+
+def readable_dataset(config: Mapping[str, Any]) -> tuple[Dataset | None, str]:
+    """The data to compare samples with; where they have moved or have no points None, and why."""
+    try:
+        dataset = build_dataset(config)
+    except (ValueError, OSError) as error:
+        return None, f"the data cannot be read ({error})"
+    return (dataset, "") if dataset.has_samples else (None, f"{dataset.name} has no samples")
 
 
 def comparable_points(dataset: Dataset, context: Tensor | None) -> Tensor:  # (n, *event)

@@ -140,6 +140,10 @@ class ProgressBar:
         self._shown.update(new)
         self._bar.set_description(self._stage_at(step), refresh=False)
         self._bar.set_postfix(self._shown, refresh=False)
+        self.advance(step)
+
+    def advance(self, step: int) -> None:
+        """Show that ``step`` is done; the terminal is written to a few times a second at the most."""
         self._bar.update(step - self._bar.n)
 
     def _stage_at(self, step: int) -> str:

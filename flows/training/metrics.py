@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-Metric = float | Tensor | Callable[[], float]
+Metric = float | Tensor
 
 
 class MetricMeans:
@@ -21,9 +21,8 @@ class MetricMeans:
         self._counts: dict[str, int] = {}
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
-        """Add the values of one step; a function among them, known only after the backward pass, is called."""
+        """Add the values of one step."""
         for name, value in metrics.items():
-            value = value() if callable(value) else value
             value = value.detach() if isinstance(value, Tensor) else float(value)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1

@@ -206,19 +206,6 @@ def place(flow: CNF, device: str | None = None, dtype: str | None = None) -> CNF
         raise ValueError(f"the flow cannot be moved to device {device!r}: {str(error).splitlines()[0]}") from error
 
 
-def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which the parts named in ``changes`` are others.
-
-    A part with a ``_target_`` replaces the old one, any other changes single settings of it; None changes
-    nothing, be it for a part or for a setting.
-    """
-    changed = dict(config)
-    for part, new in changes.items():
-        given = {key: value for key, value in (new or {}).items() if value is not None}
-        changed[part] = given if "_target_" in given else {**config[part], **given}
-    return changed
-
-
 def _with_shape(
     config: Mapping[str, Any], part: str, event_shape: tuple[int, ...], context_shape: Sequence[int] | None = None
 ) -> Any:

@@ -46,6 +46,7 @@ class Reporter:
         progress_bar: whether to show one.
         pictures: whether to draw any.
         batch_size: points a solve.
+        most_points: of validation and test; ``None``: all.
         solver_error_points: test points with a solver error.
         config: settings for TensorBoard, nested.
     """
@@ -62,6 +63,7 @@ class Reporter:
         progress_bar: bool,
         pictures: bool,
         batch_size: int,
+        most_points: int | None,
         solver_error_points: int,
         config: Mapping[str, Any] | None,
     ) -> None:
@@ -73,6 +75,7 @@ class Reporter:
         self.progress_bar = progress_bar
         self.pictures = pictures
         self.batch_size = batch_size
+        self.most_points = most_points
         self.solver_error_points = solver_error_points
         self.config = config or {}
         self._clock = (time.perf_counter(), state.position.step)
@@ -96,6 +99,12 @@ class Reporter:
         for logger in self._loggers:
             logger.close()
         self._loggers = []
+
+    def advance(self) -> None:
+        """Show that another step is done."""
+        for logger in self._loggers:
+            if isinstance(logger, ProgressBar):
+                logger.advance(self.state.position.step)
 
     def log_training(self, learning_rate: float) -> None:
         """Log the means of the training metrics since the last time."""
@@ -217,12 +226,12 @@ class Reporter:
 
     def _importance_weights(self, flow: CNF, energy: Energy, part: str) -> ImportanceWeights:
         testing = part == "test"
-        num_samples = energy.num_test if testing else energy.num_validation
+        num_samples = min(energy.num_test if testing else energy.num_validation, self.most_points or math.inf)
         progress = part if testing and self.progress_bar else None
         return importance_weights(flow, energy, num_samples, self.batch_size, self._generator(part), progress)
 
     def _likelihood(self, flow: CNF, part: str) -> Likelihood:
-        batches, num_points = part_batches(flow, self.dataset, part, self.batch_size)
+        batches, num_points = part_batches(flow, self.dataset, part, self.batch_size, self.most_points)
         testing = part == "test"
         return likelihood(
             flow,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,20 @@ from torch import Tensor
 
 from flows.cnf import CNF
 from flows.training.folder import OutputFolderError
+
+ENDINGS = (".npy", ".csv")
+
+
+def samples_file(path: str | os.PathLike[str]) -> Path:
+    """A file that :func:`save_samples` can write; tell before samples are drawn for it.
+
+    Raises:
+        ValueError: it has another ending.
+    """
+    path = Path(path)
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"output must end in {' or '.join(ENDINGS)}, got {str(path)!r}")
+    return path
 
 
 def draw(
@@ -50,9 +65,7 @@ def save_samples(
         ValueError: another ending.
         OutputFolderError: the file cannot be written.
     """
-    path = Path(path)
-    if path.suffix not in (".npy", ".csv"):
-        raise ValueError(f"output must end in .npy or .csv, got {str(path)!r}")
+    path = samples_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npy":
@@ -60,8 +73,11 @@ def save_samples(
             np.save(path, samples.numpy().astype(kind))
         else:
             rows = samples.flatten(1).numpy()
-            header = ",".join(f"x{i}" for i in range(rows.shape[1])) if names is None else ",".join(names)
-            np.savetxt(path, rows, delimiter=",", header=header, comments="", fmt="%.9g")
+            with path.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(
+                    [f"x{i}" for i in range(rows.shape[1])] if names is None else names
+                )
+                np.savetxt(file, rows, delimiter=",", fmt="%.9g")
     except OSError as error:
         raise OutputFolderError(f"{path} cannot be written ({error.strerror}); choose another output") from error
     return path

@@ -69,6 +69,7 @@ class Trainer:
         log_every, validate_every, plot_every, checkpoint_every: in steps; all happen at the end of a stage as
             well, and 0 leaves it at that. ``plot_every=None``: no pictures at all.
         evaluation_batch_size: points a solve in validation and test.
+        evaluation_points: the first points of validation and test, to evaluate on no more; ``None``: all of them.
         solver_error_points: test points whose NLL is computed again at tighter tolerances.
         loggers: further loggers, beside TensorBoard, ``metrics.jsonl`` and the progress bar.
         progress_bar: whether to show one.
@@ -100,6 +101,7 @@ class Trainer:
         plot_every: int | None = 2000,
         checkpoint_every: int = 1000,
         evaluation_batch_size: int = 10_000,
+        evaluation_points: int | None = None,
         solver_error_points: int = 2_000,
         loggers: Sequence[Logger] = (),
         progress_bar: bool = True,
@@ -116,6 +118,8 @@ class Trainer:
             raise ValueError(f"gradient_clip must be > 0, or None for no limit, got {gradient_clip}")
         if evaluation_batch_size < 1:
             raise ValueError(f"evaluation_batch_size must be a whole number >= 1, got {evaluation_batch_size}")
+        if evaluation_points is not None and evaluation_points < 1:
+            raise ValueError(f"evaluation_points must be a whole number >= 1, or None for all, got {evaluation_points}")
         if solver_error_points < 0:
             raise ValueError(f"solver_error_points must be >= 0 (0: no solver error), got {solver_error_points}")
         for name in ("log_every", "validate_every", "plot_every", "checkpoint_every"):
@@ -161,6 +165,7 @@ class Trainer:
             "progress_bar": progress_bar,
             "pictures": plot_every is not None,
             "batch_size": evaluation_batch_size,
+            "most_points": evaluation_points,
             "solver_error_points": solver_error_points,
         }
 
@@ -256,6 +261,7 @@ class Trainer:
             position.seconds = time.perf_counter() - started
             if warning := watch(loss.output.statistics):
                 reporter.warn(warning)
+            reporter.advance()
             if log:
                 reporter.log_training(learning_rate)
             save = checkpoint or validate or plot
