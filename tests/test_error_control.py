@@ -32,7 +32,7 @@ def test_path_costs_do_not_drive_the_steps_unless_asked_and_the_log_density_does
     plain = ODESolver(rtol=1e-6, atol=1e-6).solve(lambda t, s: (-s[0],), (torch.ones(4, 2),), (0.0, 1.0))
     cost = solved(Named("kinetic"))
     assert cost.statistics.nfe_forward == plain.statistics.nfe_forward
-    assert cost.statistics.limited_by == {"state": 1.0}
+    assert cost.statistics.limited_by == {"state": 1.0, "kinetic": 0.0}
     for name, weights in (("kinetic", {"path_costs": 1.0}), ("log_density", {})):
         driven = solved(Named(name), error_control=ErrorControl(**weights))
         assert driven.statistics.nfe_forward > 3 * plain.statistics.nfe_forward
