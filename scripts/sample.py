@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import hydra
@@ -34,7 +35,7 @@ def main(composed: DictConfig) -> None:
         generator = torch.Generator().manual_seed(settings["seed"])
         context = sampling_contexts(run, settings["num_samples"], settings["class"], settings["context"])
         samples = draw(flow, settings["num_samples"], settings["batch_size"], generator, context)
-        output = output or run_folder(run.checkpoint) / "samples.npy"
+        output = output or run_folder(run.checkpoint) / "samples" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.npy"
         named = settings["plot"] or output.suffix == ".csv"
         dataset, unknown = readable_dataset(config) if named else (None, "")
         columns = getattr(dataset, "columns", None)

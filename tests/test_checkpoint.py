@@ -23,7 +23,8 @@ from flows.training import (
     vet,
 )
 from flows.training.checkpoint import RUN
-from flows.training.rebuild import MODEL, UntrustedConfigError, build_flow
+from flows.training.rebuild import MODEL, build_flow
+from flows.training.vetting import UntrustedConfigError, foreign_packages
 
 CONFIG = {
     "data": {"_target_": "flows.datasets.EightGaussians", "num_test": 50},
@@ -257,6 +258,8 @@ def test_a_trusted_package_is_let_through():
     with pytest.raises(UntrustedConfigError, match=r"pass trust=\[my_package\]"):
         vet(config)
     vet(config, trust=["my_package"])
+    assert foreign_packages([config, {"optimizer": {"_target_": "torch.optim.Adam"}}]) == ["my_package"]
+    assert foreign_packages(CONFIG) == foreign_packages(None) == []
     with pytest.raises(UntrustedConfigError, match=r"os\.system"):
         vet({"field": {"_target_": "os.system"}}, trust=["my_package"])
 

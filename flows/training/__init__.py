@@ -5,11 +5,12 @@ from flows.training.ema import ExponentialMovingAverage
 from flows.training.folder import OutputFolderError
 from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, TensorBoardLogger, read_metrics
 from flows.training.loss import NonFiniteLossError
-from flows.training.rebuild import build_dataset, build_flow, load_flow, vet
+from flows.training.rebuild import build_dataset, build_flow, load_flow
 from flows.training.stage import Stage
 from flows.training.stopping import TrainingInterrupted
 from flows.training.summary import Summary
 from flows.training.trainer import Trainer
+from flows.training.vetting import vet
 
 __all__ = [
     "CheckpointError",

@@ -114,7 +114,9 @@ def quoted_override(key: str, value: object) -> str:
 
 def resume_command(stop: TrainingInterrupted) -> str:
     """The command that continues an interrupted run."""
-    return f"python {shlex.quote(sys.argv[0])} {quoted_override('resume', stop.checkpoint.parents[1])}"
+    resume = quoted_override("resume", stop.checkpoint.parents[1])
+    trust = [shlex.quote(f"trust=[{','.join(stop.packages)}]")] if stop.packages else []
+    return " ".join(["python", shlex.quote(sys.argv[0]), resume, *trust])
 
 
 def _explain_key(error: OmegaConfBaseException, config_file: Path | None) -> str:

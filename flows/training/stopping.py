@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -15,13 +16,15 @@ class TrainingInterrupted(KeyboardInterrupt):
         checkpoint: the file that continues the run.
         step: the number of steps done.
         signal_number: SIGINT or SIGTERM.
+        packages: whose classes the settings of the run call, beside this one; the run that goes on must trust them.
     """
 
-    def __init__(self, checkpoint: Path, step: int, signal_number: int) -> None:
+    def __init__(self, checkpoint: Path, step: int, signal_number: int, packages: Sequence[str] = ()) -> None:
         super().__init__(f"training was stopped after step {step} and saved in {checkpoint}")
         self.checkpoint = checkpoint
         self.step = step
         self.signal_number = signal_number
+        self.packages = tuple(packages)
 
 
 class StopSignals:

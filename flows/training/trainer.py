@@ -42,6 +42,7 @@ from flows.training.state import Position, RunState
 from flows.training.step import OptimiserStep, RepeatedSolverError, SolverErrorPolicy
 from flows.training.stopping import StopSignals, TrainingInterrupted
 from flows.training.summary import Summary
+from flows.training.vetting import foreign_packages
 from flows.training.watch import EvaluationWatch
 
 
@@ -231,7 +232,7 @@ class Trainer:
                 return reporter.conclude(self.flow)
             except KeyboardInterrupt:
                 last = self.folder / FOLDER / "last.pt"
-                raise TrainingInterrupted(last, state.position.step, stop.requested or signal.SIGINT) from None
+                raise self._interrupted(last, state.position.step, stop.requested or signal.SIGINT) from None
 
     def _train_stage(self, stage: Stage, step: OptimiserStep, reporter: Reporter, stop: StopSignals) -> None:
         state, loss, watch = step.state, step.loss, EvaluationWatch()
@@ -275,7 +276,10 @@ class Trainer:
             if stopping:
                 if not save:
                     last = self._save(state, "last")
-                raise TrainingInterrupted(last, position.step, stopping)
+                raise self._interrupted(last, position.step, stopping)
+
+    def _interrupted(self, checkpoint: Path, step: int, signal_number: int) -> TrainingInterrupted:
+        return TrainingInterrupted(checkpoint, step, signal_number, foreign_packages(self.config))
 
     def _validate(self, reporter: Reporter, stage: Stage, position: Position) -> bool:
         try:
