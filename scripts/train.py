@@ -13,7 +13,7 @@ from flows.training.compose import build_trainer
 from flows.training.console import readable_errors
 from flows.training.resume import resumed_config
 from flows.training.settings import plain_settings
-from flows.training.sweeps import current_job, register_resolvers
+from flows.training.sweeps import current_job, sweeping
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "train.yaml"
 
@@ -40,6 +40,5 @@ def settings(composed: DictConfig) -> tuple[dict[str, Any], Path | None]:
 
 
 if __name__ == "__main__":
-    register_resolvers()
-    with readable_errors(CONFIG):
+    with readable_errors(CONFIG), sweeping():
         main()

@@ -1,5 +1,6 @@
 """The three programs as a person runs them: files, figures, messages and exit codes."""
 
+import csv
 import json
 import os
 import re
@@ -204,7 +205,7 @@ def test_a_finished_run_can_be_made_longer(run, tmp_path):
 
 
 def test_a_sweep_gives_each_job_a_folder(run, tmp_path):
-    code, _, err = run("train", "-m", *TINY, "divergence=exact,analytic")
+    code, out, err = run("train", "-m", *TINY, "divergence=exact,analytic")
     assert code == 0, err
     (sweep,) = (tmp_path / "runs/sweeps").iterdir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", sweep.name)
@@ -220,6 +221,14 @@ def test_a_sweep_gives_each_job_a_folder(run, tmp_path):
         "divergence-analytic",
     }
     assert found["Exact"] == pytest.approx(found["Analytic"], abs=1e-4)
+    header, *rows = out.strip().splitlines()[-5:-2]
+    assert header.split() == ["run", "NLL", "gap", "NFE", "steps", "seconds"]
+    assert [row.split()[:2] for row in rows] == [
+        [f"divergence-{name.lower()}", f"{found[name]:.4f}"] for name in ("Analytic", "Exact")
+    ]
+    with (sweep / "sweep.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["test_nll"]) for row in table] == [found["Analytic"], found["Exact"]]
 
 
 def test_a_sweep_goes_on_after_a_failed_job(run, tmp_path):
@@ -231,6 +240,7 @@ def test_a_sweep_goes_on_after_a_failed_job(run, tmp_path):
     assert "Traceback" not in err
     assert "NLL" in out
     assert (tmp_path / "sweep/solver.step_size-0.5/summary.json").exists()
+    assert out.strip().endswith("all figures in sweep/sweep.csv")
 
 
 def test_a_conditional_flow_is_trained_evaluated_and_sampled_by_class(run, tmp_path):

@@ -1,10 +1,15 @@
-"""Names for a sweep and its jobs."""
+"""Sweeps: names for the jobs, and a table of their results at the end."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from flows.training.folder import RUNS, new_folder
 
@@ -40,15 +45,73 @@ def current_job() -> str | None:
     return job_name(settings.overrides.task, sys.argv[1:], settings.job.num)
 
 
-def register_resolvers() -> None:
-    """Make ``${job_name:}`` and ``${sweep_folder:...}`` available to settings.
+@contextlib.contextmanager
+def sweeping() -> Iterator[None]:
+    """Around a program that may turn out to be a sweep: makes its folder, and sums up its runs at the end.
 
-    They are the name of the current job of a sweep, and the folder of the sweep: the one given, or a new one for null.
+    Settings may use ``${job_name:}`` and ``${sweep_folder:...}``: the name of the current job, and the folder of the
+    sweep, which is the one given, or a new one for null. When a sweep ends, however it ends, a table of the runs is
+    printed, and written as ``sweep.csv`` into its folder.
     """
     from omegaconf import OmegaConf
 
+    folders: dict[str | None, Path] = {}
+
     def folder(given: str | None) -> str:
-        return given or str(new_folder(RUNS / "sweeps"))
+        if given not in folders:
+            folders[given] = new_folder(RUNS / "sweeps") if given is None else Path(given)
+        return str(folders[given])
 
     OmegaConf.register_new_resolver("job_name", current_job, replace=True)
-    OmegaConf.register_new_resolver("sweep_folder", folder, replace=True, use_cache=True)  # one folder a sweep
+    OmegaConf.register_new_resolver("sweep_folder", folder, replace=True)
+    try:
+        yield
+    finally:
+        for path in folders.values():
+            results = sweep_results(path)
+            if results:
+                _write_csv(path / "sweep.csv", results)
+                print(f"\n{sweep_table(results)}\n\nall figures in {path / 'sweep.csv'}")
+
+
+def sweep_results(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """The contents of ``summary.json`` for each finished run in the folder of a sweep, by the name of its job."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/summary.json"))}
+
+
+def sweep_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each run, with the columns that at least one of them has."""
+    columns = {
+        "NLL": [_with_error(result, "test_nll") for result in results.values()],
+        "gap": [_with_error(result, "gap", "test_nll_se") for result in results.values()],
+        "bits/dim": [_with_error(result, "test_bits_per_dim") for result in results.values()],
+        "NFE": [_number(result.get("nfe"), ".0f") for result in results.values()],
+        "steps": [_number(result.get("steps"), ",") for result in results.values()],
+        "seconds": [_number(result.get("seconds"), ".0f") for result in results.values()],
+    }
+    columns = {"run": list(results)} | {name: cells for name, cells in columns.items() if any(cells)}
+    widths = [max(len(name), *map(len, cells)) for name, cells in columns.items()]
+    rows = [list(columns), *zip(*columns.values(), strict=True)]
+    forms = ["<", *[">"] * (len(columns) - 1)]
+    return "\n".join(
+        "  ".join(f"{cell:{form}{width}}" for cell, form, width in zip(row, forms, widths, strict=True)) for row in rows
+    )
+
+
+def _with_error(result: Mapping[str, Any], name: str, error: str | None = None) -> str:
+    error = result.get(error or f"{name}_se")
+    value = _number(result.get(name), ".4f")
+    return f"{value} ± {error:.4f}" if value and error is not None else value
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _write_csv(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    figures = {run: {k: v for k, v in result.items() if not isinstance(v, dict)} for run, result in results.items()}
+    names = list(dict.fromkeys(name for row in figures.values() for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["run", *names], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"run": run, **row} for run, row in figures.items())
