@@ -145,3 +145,12 @@ def test_the_range_of_very_many_points():
     few = torch.randn(1000)
     levels = torch.tensor([0.25, 0.5])
     assert torch.equal(quantiles(few, levels.tolist()), torch.quantile(few.double(), levels.double()))
+
+
+def test_pictures_of_several_runs_on_one_sheet(tmp_path):
+    for name, size in (("a", 2), ("b", 3), ("c", 4)):
+        plots.scatter(torch.randn(9, 2), None if size == 2 else torch.randn(9, 2)).savefig(tmp_path / name)
+    sheet = plots.contact_sheet({f"run {name}": tmp_path / f"{name}.png" for name in "abc"})
+    assert [axes.get_title() for axes in sheet.axes if axes.images] == ["run a", "run b", "run c"]
+    sheet.savefig(tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000

@@ -221,6 +221,7 @@ def test_a_sweep_gives_each_job_a_folder(run, tmp_path):
         "divergence-analytic",
     }
     assert found["Exact"] == pytest.approx(found["Analytic"], abs=1e-4)
+    assert not (sweep / "sweep.png").exists()  # TINY has no pictures
     header, *rows = out.strip().splitlines()[-5:-2]
     assert header.split() == ["run", "NLL", "gap", "NFE", "steps", "seconds"]
     assert [row.split()[:2] for row in rows] == [

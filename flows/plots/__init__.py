@@ -25,11 +25,13 @@ from flows.plots.images import (
 )
 from flows.plots.metrics import curves
 from flows.plots.plane import density, evolution, scatter, trajectories
+from flows.plots.sheet import contact_sheet
 from flows.plots.solve import steps
 
 __all__ = [
     "class_densities",
     "class_samples",
+    "contact_sheet",
     "curves",
     "density",
     "evolution",

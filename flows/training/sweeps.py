@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flows import plots
 from flows.training.folder import RUNS, new_folder
 
 LONGEST = 100  # characters; folders have a limit, and names a reader
@@ -51,7 +52,7 @@ def sweeping() -> Iterator[None]:
 
     Settings may use ``${job_name:}`` and ``${sweep_folder:...}``: the name of the current job, and the folder of the
     sweep, which is the one given, or a new one for null. When a sweep ends, however it ends, a table of the runs is
-    printed, and written as ``sweep.csv`` into its folder.
+    printed, and written as ``sweep.csv`` into its folder, with their densities or samples on one sheet, ``sweep.png``.
     """
     from omegaconf import OmegaConf
 
@@ -68,10 +69,11 @@ def sweeping() -> Iterator[None]:
         yield
     finally:
         for path in folders.values():
-            results = sweep_results(path)
-            if results:
+            if results := sweep_results(path):
                 _write_csv(path / "sweep.csv", results)
                 print(f"\n{sweep_table(results)}\n\nall figures in {path / 'sweep.csv'}")
+                if _draw(path / "sweep.png", results):
+                    print(f"all pictures in {path / 'sweep.png'}")
 
 
 def sweep_results(folder: Path) -> dict[str, Mapping[str, Any]]:
@@ -106,6 +108,18 @@ def _with_error(result: Mapping[str, Any], name: str, error: str | None = None) 
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Put the densities, or else the samples, of the runs on one sheet; whether there are any."""
+    for name in ("density", "samples"):
+        pictures = {run: path.parent / run / "plots" / f"{name}.png" for run in results}
+        if all(picture.exists() for picture in pictures.values()):
+            gaps = {run: _with_error(result, "gap", "test_nll_se") for run, result in results.items()}
+            titles = {run: f"{run}, gap {gap} nats" if gap else run for run, gap in gaps.items()}
+            plots.contact_sheet({titles[run]: picture for run, picture in pictures.items()}).savefig(path)
+            return True
+    return False
 
 
 def _write_csv(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
