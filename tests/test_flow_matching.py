@@ -194,6 +194,16 @@ def test_optimal_transport_has_the_least_cost_of_all_assignments():
     torch.testing.assert_close(cost, torch.stack(every).min())
 
 
+@pytest.mark.parametrize(("n", "dimension", "spread"), [(1, 2, 1.0), (60, 2, 3.0), (40, 16, 0.1), (5, 2, 0.0)])
+def test_optimal_transport_searches_less_for_the_same_assignment(n, dimension, spread):
+    noise, data = torch.randn(n, dimension, generator=rng()), spread * torch.randn(n, dimension, generator=rng(1)) + 1
+    cost = torch.cdist(data, noise).square()
+    rows, columns = linear_sum_assignment(cost.numpy())
+    found = OptimalTransport().pair(noise, data)
+    assert sorted(found.tolist()) == list(range(n))
+    torch.testing.assert_close(cost[range(n), found].sum(), cost[rows, columns].sum())
+
+
 def test_optimal_transport_of_gaussians_tends_to_the_linear_map():
     """x₁ = 1 + SD x₀ is the optimal map, along which velocities are a function of x_t: the targets scatter less."""
     noise, data = torch.randn(1000, 2), 1 + SD * torch.randn(1000, 2)

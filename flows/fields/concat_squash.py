@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flows.fields.activations import Activation
 from flows.fields.base import Field
@@ -55,8 +56,8 @@ class ConcatSquashMLP(Field):
 
     def value_and_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """v (B, *event) and div v (B,)."""
-        value, slopes, gate = self._value_and_slopes(t, x, context)
-        return value, self._divergence(slopes, gate)
+        value, weights, slopes, gate = self._value_and_slopes(t, x, context)
+        return value, self._divergence(weights, slopes, gate)
 
     def value_divergence_and_products(
         self,
@@ -66,35 +67,46 @@ class ConcatSquashMLP(Field):
         context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Beside v and div v the products J u (P, B, *event), each at the price of one evaluation."""
-        value, slopes, gate = self._value_and_slopes(t, x, context)
-        products = gate.view(-1, *self.event_shape) * perceptron_products(self._weights(), slopes, directions)
-        return value, self._divergence(slopes, gate), products
+        value, weights, slopes, gate = self._value_and_slopes(t, x, context)
+        products = perceptron_products(weights, slopes, directions)
+        if gate is not None:
+            products = gate.view(-1, *self.event_shape) * products
+        return value, self._divergence(weights, slopes, gate), products
 
     def _value_and_slopes(
         self, t: Tensor, x: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:  # with the gate of the output, (1 or B, d)
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
+        """v, and J as diag(gate) W_out diag(slopes_L) W_L ··· diag(slopes_1) W_1.
+
+        Gates that the batch shares go into the weights, which are smaller than a batch; then ``gate`` is None.
+        """
         condition = self._condition(t, context)
         h = x.flatten(1)
         slopes = []
+        if len(condition) == 1:
+            *maps, (weight, bias) = [layer.folded(condition) for layer in self.layers]
+            for w, b in maps:
+                h, slope = self.activation.value_and_slope(functional.linear(h, w, b))
+                slopes.append(slope)
+            return functional.linear(h, weight, bias).view_as(x), [*(w for w, _ in maps), weight], slopes, None
         for layer in self.layers[:-1]:
             z, gate = layer(h, condition)
             h, slope = self.activation.value_and_slope(z)
             slopes.append(slope * gate)
         value, gate = self.layers[-1](h, condition)
-        return value.view_as(x), slopes, gate
+        return value.view_as(x), self._weights(), slopes, gate
 
-    def _divergence(self, slopes: list[Tensor], gate: Tensor) -> Tensor:  # (B,)
-        if len(gate) == 1:
-            return PerceptronTrace(self._weights(), gate)(slopes)
-        return PerceptronTrace(self._weights(), gate_per_sample=True)(slopes, gate)
+    def _divergence(self, weights: list[Tensor], slopes: list[Tensor], gate: Tensor | None) -> Tensor:  # (B,)
+        if gate is None:
+            return PerceptronTrace(weights)(slopes)
+        return PerceptronTrace(weights, gate_per_sample=True)(slopes, gate)
 
     def _weights(self) -> list[Tensor]:
         return [layer.linear.weight for layer in self.layers]
 
     @property
     def divergence_cost(self) -> int:
-        weights = [layer.linear.weight for layer in self.layers]
-        return PerceptronTrace.num_tangents(weights, gate_per_sample=self.context_shape is not None)
+        return PerceptronTrace.num_tangents(self._weights(), gate_per_sample=self.context_shape is not None)
 
     def _condition(self, t: Tensor, context: Tensor | None) -> Tensor:  # (1 or B, 1 + context)
         self.check_context(context)
@@ -114,3 +126,9 @@ class _ConcatSquash(nn.Module):
     def forward(self, h: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         gate = self.gate(condition).sigmoid()
         return torch.addcmul(self.shift(condition), self.linear(h), gate), gate
+
+    def folded(self, condition: Tensor) -> tuple[Tensor, Tensor]:  # condition: (1, c)
+        """Weight and bias of the affine map that the layer is under this condition."""
+        gate = self.gate(condition).sigmoid()
+        bias = torch.addcmul(self.shift(condition), self.linear.bias, gate)
+        return gate.T * self.linear.weight, bias.squeeze(0)

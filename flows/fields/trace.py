@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 from torch import Tensor
+from torch.nn import functional
 
 
 class CycleTrace:
@@ -45,11 +46,11 @@ class CycleTrace:
             return ((slopes[0] @ self.constant.T) * slopes[1]).sum(-1)
         nodes = [slopes[(self.start + 1 + k) % self.count] for k in range(self.count)]
         first, *middle, last = self.weights
-        tangents = nodes[0].unsqueeze(-1) * first  # (B, w, w_start)
+        tangents = nodes[0] * first.T.unsqueeze(1)  # (w_start, B, w), so that one product serves all of them
         for weight, slope in zip(middle, nodes[1:-1], strict=True):
-            tangents = slope.unsqueeze(-1) * (weight @ tangents)
-        closing = (tangents * last.T).sum(-2)  # (B, w_start), the diagonal of last @ tangents
-        return (closing * nodes[-1]).sum(-1)
+            tangents = slope * functional.linear(tangents, weight)
+        closing = (tangents * last.unsqueeze(1)).sum(-1)  # (w_start, B), the diagonal of last @ tangents
+        return (closing * nodes[-1].T).sum(0)
 
 
 def _cost(widths: list[int], start: int) -> int:
@@ -72,22 +73,20 @@ def perceptron_products(
 
 
 class PerceptronTrace:
-    r"""div of x ↦ diag(g) W_out σ_L(W_L ··· σ_1(W_1 x)) from the slopes of its activations and the gate g.
+    r"""div of x ↦ diag(g) W_out σ_L(W_L ··· σ_1(W_1 x)) from the slopes of its activations and, if any, the gate g.
 
-    The cycle of :class:`CycleTrace` either skips the event space, through the edge W_1 diag(g) W_out, or, where
-    that is cheaper (a narrow event between three or more wide layers), counts it as one more node.
+    The cycle of :class:`CycleTrace` either skips the event space, through the edge W_1 W_out, or, where that is
+    cheaper (a narrow event between three or more wide layers) or there is a gate, counts it as one more node.
 
     Args:
         weights: W_1, ..., W_L, W_out.
-        gate: g, shared by the batch, of shape (1, d); ``None`` for ones.
-        gate_per_sample: the gate differs between samples and is given with the slopes instead.
+        gate_per_sample: there is a gate, which differs between samples and is given with the slopes. One that the
+            batch shares is a part of W_out.
     """
 
-    def __init__(self, weights: list[Tensor], gate: Tensor | None = None, gate_per_sample: bool = False) -> None:
+    def __init__(self, weights: list[Tensor], gate_per_sample: bool = False) -> None:
         *hidden, out = weights
         self.visits_event = len(self._nodes(weights, gate_per_sample)) == len(weights)
-        if gate is not None:
-            out = gate.T * out
         self.ones = None if gate_per_sample else out.new_ones(1, len(out))
         if self.visits_event:
             self.cycle = CycleTrace([*hidden, out])
