@@ -194,6 +194,10 @@ def test_a_finished_run_can_be_made_longer(run, tmp_path):
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 9
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert (config["objective"]["maximum_likelihood"]["steps"], config["trainer"]["validate_every"]) == (5, 1)
+    code, out, err = run("train", "resume=run")
+    assert code == 0
+    assert "NLL" in out
+    assert "at step 9, nothing is left to train" in err
     code, _, err = run("train", "resume=run", "output_dir=longer", "objective.maximum_likelihood.steps=6")
     assert (code, err) == (0, "")
     assert json.loads((tmp_path / "longer/summary.json").read_text())["steps"] == 10

@@ -220,6 +220,11 @@ class Trainer:
         names = list(self.stages)
         step = OptimiserStep(self.fabric, module, loss, state, self.gradient_clip, self.policy, reporter.warn)
         with reporter, StopSignals() as stop:
+            if state.position.stage == names[-1] and state.position.step_in_stage >= self.stages[names[-1]].steps:
+                reporter.warn(
+                    "nothing is left to train, so the best weights are only tested again; to train on, resume with "
+                    f"more steps: objective.{names[-1]}.steps=..."
+                )
             for index in range(names.index(state.position.stage or names[0]), len(names)):
                 name, stage = names[index], self.stages[names[index]]
                 if state.position.stage != name:
