@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
 
 from flows.benchmarks import compilation, gradients, probing_likelihood, probing_noise, subjects
 from flows.benchmarks import divergence as costs
+from flows.benchmarks.images import command as images
+from flows.training.console import readable_errors
+from flows.training.settings import plain_settings
 
+CONF = Path(__file__).resolve().parents[1] / "conf"
 PARTS = ("mlp", "bottleneck", "structured", "conv", "noise")
 
 
@@ -45,12 +52,10 @@ def divergence(arguments: argparse.Namespace) -> None:
         print("\n".join(probing_noise.table(probing_noise.measure_noise(flow, digits[:128]))))
 
 
-def likelihood_by_probing(arguments: argparse.Namespace) -> None:
-    """The likelihood of digits by probing at the exact stride of a ConvNet, against every product there is."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float64")
-    savings = [probing_likelihood.on_digits(size, arguments.steps, device) for size in arguments.sizes]
-    print("\n".join(probing_likelihood.table(savings)))
+def settings(*overrides: str) -> dict[str, Any]:
+    """What train.py would be run with."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain_settings(compose("train", overrides=list(overrides)))
 
 
 def main() -> None:
@@ -61,14 +66,13 @@ def main() -> None:
     part.add_argument("--dimensions", type=int, nargs="+", default=list(subjects.WIDTHS), help="default: %(default)s")
     part.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, at least (%(default)s)")
     part.set_defaults(run=divergence)
-    part = benchmarks.add_parser("probing_likelihood", help=likelihood_by_probing.__doc__)
-    part.add_argument("--sizes", type=int, nargs="+", default=[8, 28], help="pixels along each side (%(default)s)")
-    part.add_argument("--steps", type=int, default=100, help="of training (%(default)s)")
-    part.set_defaults(run=likelihood_by_probing)
+    probing_likelihood.add_command(benchmarks)
     gradients.add_command(benchmarks)
     compilation.add_command(benchmarks)
+    images.add_command(benchmarks, settings)
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    with readable_errors():
+        arguments.run(arguments)
 
 
 if __name__ == "__main__":

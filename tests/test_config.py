@@ -1,6 +1,7 @@
 """Every yaml of every group is composed, instantiated and trained for two steps; a new one is found by itself."""
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,8 @@ def pictures(tmp_path, monkeypatch):
 def test_every_choice_trains(tmp_path, request, group, name):
     overrides = [f"{group}={name}"]
     text = (CONF / group / f"{name}.yaml").read_text()
-    if group == "data" and "HubImages" in text:
+    data = re.search(r"override /data: (\w+)", text)
+    if "HubImages" in (text if data is None else (CONF / "data" / f"{data[1]}.yaml").read_text()):
         overrides.append(f"data.path={request.getfixturevalue('pictures')}")
     elif group == "data" and "path: ???" in text:
         overrides.append(f"data.path={request.getfixturevalue('table')}")

@@ -15,11 +15,14 @@ from flows.transforms import (
     Dequantise,
     Identity,
     Logit,
+    NormalMarginals,
+    NormalRadius,
     Standardise,
     TruncatedNormalNoise,
     UniformNoise,
     UnitInterval,
     VariationalNoise,
+    Whiten,
 )
 
 SHAPE = (2, 3, 2)
@@ -422,3 +425,117 @@ def test_bad_settings():
         Compose(logit=None)
     with pytest.raises(ValueError, match=r"'noise' dequantises and must come first, got \['logit', 'noise'\]"):
         Compose(logit=Logit(), noise=Dequantise(4))
+
+
+# Marginals and covariance
+
+
+def test_marginals_alone_are_the_independent_shares_of_the_levels():
+    x = torch.randint(4, (300, *SHAPE), generator=rng(0)).double() * (torch.rand(300, *SHAPE, generator=rng(1)) < 0.5)
+    transform = Compose(dequantise=Dequantise(4), marginals=NormalMarginals(SHAPE, 4, 0.5, 1e-9)).double().fit(x)
+    flow = flows.CNF(nn.Identity(), transform=transform, event_shape=SHAPE).double()
+    unseen = levels(20).double()
+    y, log_det = transform(unseen, rng(5))
+    counts = torch.stack([(x.flatten(1) == level).sum(0) for level in range(4)])  # (L, d)
+    shares = ((counts + 0.5) / (300 + 4 * 0.5)).log().gather(0, unseen.flatten(1).long())
+    torch.testing.assert_close(flow.base.log_prob(y) + log_det, shares.sum(1), rtol=0, atol=1e-6)
+    z = torch.randn(20_000, *SHAPE, generator=rng(6), dtype=torch.float64)
+    drawn = transform.inverse(z)[0].flatten(1)
+    frequencies = torch.stack([(drawn == level).double().mean(0) for level in range(4)])
+    torch.testing.assert_close(frequencies, (counts + 0.5) / (300 + 4 * 0.5), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("whiten", [False, True], ids=["marginals", "whitened"])
+def test_marginals_and_whitening_have_the_dense_jacobian(whiten):
+    mixing = torch.randn(12, 12, generator=rng(0)).double()
+    data = 2 + torch.einsum("ij,nj->ni", mixing, torch.randn(500, 12, generator=rng(1)).double()).view(-1, *SHAPE)
+    x = data[:5]
+    transform = Whiten(SHAPE, shrinkage=0.3)
+    if not whiten:
+        data = levels(500).double() + torch.rand(500, *SHAPE, generator=rng(1)).double()
+        x, transform = data[:5], NormalMarginals(SHAPE, 4)
+    transform = transform.double().fit(data)
+    y, log_det = transform(x)
+    dense = torch.stack([torch.func.jacrev(lambda one: transform(one[None])[0][0])(one) for one in x])
+    torch.testing.assert_close(log_det, dense.reshape(5, 12, 12).slogdet().logabsdet)
+    back, inverse_log_det = transform.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_log_det, -log_det)
+
+
+def test_whitened_data_have_unit_covariance_and_the_likelihood_of_their_gaussian():
+    mixing = torch.randn(12, 12, generator=rng(0)).double()
+    data = 3 + torch.einsum("ij,nj->ni", mixing, torch.randn(500, 12, generator=rng(1)).double()).view(-1, *SHAPE)
+    transform = Whiten(SHAPE).double().fit(data)
+    y, log_det = transform(data)
+    torch.testing.assert_close(y.flatten(1).T.cov(), torch.eye(12).double())
+    torch.testing.assert_close(transform.inverse_root, transform.inverse_root.T)
+    normal = torch.distributions.MultivariateNormal(data.flatten(1).mean(0), data.flatten(1).T.cov())
+    base = flows.CNF(nn.Identity(), event_shape=SHAPE).double().base
+    torch.testing.assert_close(base.log_prob(y) + log_det, normal.log_prob(data.flatten(1)))
+
+
+def test_too_few_points_to_whiten_by_are_shrunk_or_refused():
+    few = torch.randn(8, *SHAPE)
+    with pytest.raises(ValueError, match=r"do not vary in 5 of 12 directions, .* or set shrinkage"):
+        Whiten(SHAPE).fit(few)
+    assert Whiten(SHAPE, shrinkage=0.5).fit(few)(few)[0].isfinite().all()
+    with pytest.raises(ValueError, match=r"shrinkage must be in \[0, 1\), got 1"):
+        Whiten(SHAPE, shrinkage=1)
+
+
+def test_marginals_are_of_levels_that_were_not_scaled():
+    with pytest.raises(ValueError, match=r"levels from 0 to 4, got 4.5 \(1 values outside\)"):
+        NormalMarginals((1,), 4).check(torch.tensor([[4.5]]))
+    with pytest.raises(ValueError, match="pseudo_count must be a positive number, got 0"):
+        NormalMarginals((1,), 4, pseudo_count=0)
+    with pytest.raises(ValueError, match=r"alpha must lie between 0 and 0\.5"):
+        NormalMarginals((1,), 4, alpha=0.5)
+    with pytest.raises(ValueError, match=r"shape \(1,\) to count levels in, got \(3, 2\)"):
+        NormalMarginals((1,), 4).fit(torch.zeros(3, 2))
+
+
+def heavy_tailed(n, seed=1, freedom=2.0):
+    """Points (n, *SHAPE) of an elliptical density whose covariance does not exist, and the shape of it."""
+    mixing = torch.randn(12, 12, generator=rng(0))
+    normal = torch.randn(n, 12, generator=rng(seed))
+    chi2 = torch.distributions.Chi2(torch.tensor(freedom))
+    torch.manual_seed(seed)
+    scale = (freedom / chi2.sample((n, 1))).sqrt()
+    return ((scale * normal) @ mixing.T).view(-1, *SHAPE), mixing @ mixing.T
+
+
+def test_the_radius_has_the_dense_jacobian_and_an_inverse():
+    data, _ = heavy_tailed(500)
+    transform = NormalRadius(SHAPE, num_quantiles=16).fit(data)
+    x = data[:8]
+    y, log_det = transform(x)
+    dense = torch.stack([torch.func.jacrev(lambda one: transform(one[None])[0][0])(one) for one in x])
+    torch.testing.assert_close(log_det, dense.reshape(8, 12, 12).slogdet().logabsdet)
+    back, inverse_log_det = transform.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_log_det, -log_det)
+    assert transform(torch.cat([1e6 * x, 1e-6 * x]))[1].isfinite().all()  # far from all data
+
+
+def test_radii_become_those_of_normal_points():
+    data, _ = heavy_tailed(4000)
+    y, _ = NormalRadius(SHAPE, num_quantiles=200, bandwidth=0.02).fit(data)(data)
+    assert kstest(y.flatten(1).square().sum(1).numpy(), "chi2", (12,)).statistic < 0.02
+    cosine = nn.functional.cosine_similarity(y.flatten(1), data.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(4000))
+    with pytest.raises(ValueError, match=r"at least 5 entries to be worth it, got \(2,\)"):
+        NormalRadius((2,))
+    with pytest.raises(ValueError, match="in the origin, where a radius has no direction"):
+        NormalRadius(SHAPE).check(torch.zeros(1, *SHAPE))
+
+
+def test_robust_whitening_finds_the_shape_where_there_is_no_covariance():
+    data, shape = heavy_tailed(4000)
+    errors = {}
+    for robust in (False, True):
+        root = Whiten(SHAPE, robust=robust).fit(data).inverse_root
+        left = root @ shape @ root.T
+        errors[robust] = (12 * left / left.trace() - torch.eye(12)).norm()
+    assert errors[True] < 0.35  # sd of an entry of a covariance of 4,000 normal points: 12/√4000 in all
+    assert errors[False] > 2 * errors[True]

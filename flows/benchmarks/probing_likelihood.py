@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,22 @@ class Saving:
     @property
     def speedup(self) -> float:
         return self.seconds[0] / self.seconds[1]
+
+
+def add_command(benchmarks: Any) -> None:
+    """Add "probing_likelihood" to the subparsers of a program; ``run(arguments)`` prints the table."""
+    description = "Digits' likelihood by probing at the exact stride of a ConvNet, against every product there is."
+    part = benchmarks.add_parser("probing_likelihood", help=description, description=description)
+    part.add_argument("--sizes", type=int, nargs="+", default=[8, 28], help="pixels along each side (%(default)s)")
+    part.add_argument("--steps", type=int, default=100, help="of training (%(default)s)")
+    part.set_defaults(run=_print_report)
+
+
+def _print_report(arguments: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float64")
+    savings = [on_digits(size, arguments.steps, device) for size in arguments.sizes]
+    print("\n".join(table(savings)))
 
 
 def on_digits(size: int, steps: int = 100, device: torch.device | str = "cpu", num_images: int = 1) -> Saving:

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
+
+import torch
 
 try:
     from lightning_fabric import Fabric
 except ModuleNotFoundError:
     from lightning.fabric import Fabric
 
-__all__ = ["Fabric", "FirstProcessError", "on_first_process"]
+__all__ = ["Fabric", "FirstProcessError", "build_fabric", "on_first_process"]
 
 T = TypeVar("T")
 
 
 class FirstProcessError(RuntimeError):
     """The first of several processes failed at something that the others wait for."""
+
+
+def build_fabric(accelerator: str, devices: int | str | Sequence[int], strategy: str, precision: str) -> Fabric:
+    """Fabric with these settings; precision ``"auto"`` is bf16-mixed on a GPU that computes in it, else 32-true.
+
+    Raises:
+        ValueError: this machine cannot train so.
+    """
+    if str(precision) in ("16", "16-mixed"):
+        raise ValueError(
+            f"precision {precision} scales the loss and skips steps whose gradients overflow, so that neither "
+            "diverging nor resuming could be told apart from it; use bf16-mixed, which needs no scaling"
+        )
+    try:
+        if precision == "auto":
+            kind = Fabric(accelerator=accelerator, devices=devices, strategy=strategy).device.type
+            half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16-mixed" if half else "32-true"
+        return Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
+    except Exception as error:  # of many types, some of them Lightning's own
+        raise ValueError(f"this machine cannot train with these settings: {error}") from error
 
 
 def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:

@@ -30,7 +30,7 @@ from flows.training.checkpoint import (
 )
 from flows.training.compiled import check_compilable, compiled, solves
 from flows.training.conditioning import check_context_shape, check_samples
-from flows.training.fabric import Fabric, on_first_process
+from flows.training.fabric import build_fabric, on_first_process
 from flows.training.folder import branch_run, claimed_folder, write_text
 from flows.training.levels import check_levels
 from flows.training.loggers import Logger
@@ -64,7 +64,8 @@ class Trainer:
         resume: a checkpoint file, or the folder of a run: continue it as if it had never stopped, in its own
             folder or in a fresh one.
         config: the settings as nested dicts of plain values; kept in the folder and in the checkpoints.
-        accelerator, devices, strategy, precision: see ``lightning_fabric.Fabric``.
+        accelerator, devices, strategy: see ``lightning_fabric.Fabric``.
+        precision: see there; ``"auto"``: bf16-mixed on a GPU, 32-true elsewhere.
         gradient_clip: the largest norm of the gradient, longer ones are scaled down; ``None``: no limit.
         ema_decay: of the moving average; 0 turns it off.
         log_every, validate_every, plot_every, checkpoint_every: in steps; all happen at the end of a stage as
@@ -74,7 +75,8 @@ class Trainer:
         solver_error_points: test points whose NLL is computed again at tighter tolerances.
         loggers: further loggers, beside TensorBoard, ``metrics.jsonl`` and the progress bar.
         progress_bar: whether to show one.
-        compile: run what training evaluates through torch.compile, see :func:`flows.training.compiled.compiled`.
+        compile: run what training evaluates through torch.compile, see :func:`flows.training.compiled.compiled`;
+            ``"auto"``: on a GPU.
         on_solver_error: ``"raise"`` when a batch cannot be solved, or ``"skip"`` it and take another; skipped ones are
             counted, and ``max_solver_errors`` in a row end the run with its state saved.
         max_solver_errors: see ``on_solver_error``.
@@ -106,7 +108,7 @@ class Trainer:
         solver_error_points: int = 2_000,
         loggers: Sequence[Logger] = (),
         progress_bar: bool = True,
-        compile: bool = False,
+        compile: bool | Literal["auto"] = False,
         on_solver_error: Literal["raise", "skip"] = "raise",
         max_solver_errors: int = 10,
     ) -> None:
@@ -131,7 +133,6 @@ class Trainer:
         check_samples(dataset, stages)
         check_levels(flow.transform, dataset)
         self.policy = SolverErrorPolicy(on_solver_error, max_solver_errors)
-        self.compile = compile
         self.flow = flow
         self.dataset = dataset
         self.stages = dict(stages)
@@ -142,17 +143,10 @@ class Trainer:
         self.checkpoint_every = checkpoint_every
         self.seed = seed
         self.config = None if config is None else dict(config)
-        if str(precision) in ("16", "16-mixed"):
-            raise ValueError(
-                f"precision {precision} scales the loss and skips steps whose gradients overflow, so that neither "
-                "diverging nor resuming could be told apart from it; use bf16-mixed, which needs no scaling"
-            )
-        try:
-            self.fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
-        except Exception as error:  # of many types, some of them Lightning's own
-            raise ValueError(f"this machine cannot train with these settings: {error}") from error
+        self.fabric = build_fabric(accelerator, devices, strategy, precision)
+        self.compile = self.fabric.device.type == "cuda" if compile == "auto" else compile
         self.policy.check(self.fabric.world_size)
-        if compile and any(solves(stage.objective) for stage in stages.values()):
+        if self.compile and any(solves(stage.objective) for stage in stages.values()):
             check_compilable(flow)
         resumed = None if resume is None else find_checkpoint(resume, prefer="last")
         self._checkpoint = None if resumed is None else load_checkpoint(resumed)

@@ -3,8 +3,11 @@
 from flows.transforms.base import Compose, Identity, Transform
 from flows.transforms.dequantise import DequantisationNoise, Dequantise, TruncatedNormalNoise, UniformNoise
 from flows.transforms.logit import Logit
+from flows.transforms.marginals import NormalMarginals
+from flows.transforms.radial import NormalRadius
 from flows.transforms.scaling import Standardise, UnitInterval
 from flows.transforms.variational import VariationalNoise
+from flows.transforms.whiten import Whiten
 
 __all__ = [
     "Compose",
@@ -12,10 +15,13 @@ __all__ = [
     "Dequantise",
     "Identity",
     "Logit",
+    "NormalMarginals",
+    "NormalRadius",
     "Standardise",
     "Transform",
     "TruncatedNormalNoise",
     "UniformNoise",
     "UnitInterval",
     "VariationalNoise",
+    "Whiten",
 ]

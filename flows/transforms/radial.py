@@ -1,0 +1,98 @@
+"""To the distance from the origin that a normal point has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flows.transforms.base import Transform
+
+SPREAD = 1e-5  # of the probability, left out at either end so that the radius stays finite
+
+
+class NormalRadius(Transform):
+    r"""y = ρ(‖x‖) x/‖x‖ with a monotone ρ that turns the radii of the training data into those of N(0, I).
+
+    Patches of natural images are smooth or textured as a whole: whitened, their radii differ by factors of fifty where
+    those of normal points hardly differ, and a flow would have to learn a stiff field for it. Directions stay as
+    they are. With u = log ‖x‖, z = Φ⁻¹(F(u)) and the cube-root law of χ² (Wilson & Hilferty 1931),
+
+        ρ = √d w^{3/2},   w = 1 − 2/(9d) + z √(2/(9d)),
+
+    where F is a mixture of logistic distributions at quantiles of u, so that data further out than all before stay
+    possible. log|det ∂y/∂x| = log ρ′ + (d − 1) log(ρ/‖x‖). [Lyu & Simoncelli 2009, radial Gaussianization]
+
+    It goes after :class:`Whiten` (with ``robust=True``). Until :meth:`fit`, F is one logistic distribution.
+
+    Args:
+        event_shape: shape of a point, of at least five entries.
+        num_quantiles: in the mixture.
+        bandwidth: scale of the logistic distributions over the standard deviation of u.
+    """
+
+    term = "radius"
+
+    def __init__(self, event_shape: Sequence[int], num_quantiles: int = 64, bandwidth: float = 0.1) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.size = math.prod(self.event_shape)
+        if self.size < 5:
+            raise ValueError(f"a radius takes a point of at least 5 entries to be worth it, got {self.event_shape}")
+        if num_quantiles < 1 or not bandwidth > 0:
+            raise ValueError(f"num_quantiles must be >= 1 and bandwidth above 0, got {num_quantiles} and {bandwidth}")
+        self.bandwidth = bandwidth
+        self.register_buffer("centres", torch.full((num_quantiles,), 0.5 * math.log(self.size)))  # of u
+        self.register_buffer("scale", torch.ones(()))
+
+    def check(self, x: Tensor) -> None:
+        if not x.flatten(1).any(1).all():
+            raise ValueError("a point lies in the origin, where a radius has no direction")
+
+    def fit(self, points: Tensor) -> NormalRadius:
+        """Take the quantiles from ``points`` (n, *event)."""
+        if tuple(points.shape[1:]) != self.event_shape or len(points) < 2:
+            raise ValueError(f"expected at least two points of shape {self.event_shape}, got {tuple(points.shape)}")
+        self.check(points)
+        u = points.flatten(1).double().norm(dim=1).log()
+        steps = (torch.arange(len(self.centres), dtype=u.dtype, device=u.device) + 0.5) / len(self.centres)
+        self.centres.copy_(u.quantile(steps))
+        self.scale.copy_(self.bandwidth * u.std())
+        return self
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        flat = x.flatten(1)
+        u = flat.norm(dim=1).log()
+        log_ratio, log_det = self._move(u)
+        return (flat * log_ratio.exp().unsqueeze(1)).view_as(x), log_det
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        flat = y.flatten(1)
+        v = flat.norm(dim=1).log()
+        with torch.no_grad():
+            reach = 20 * self.scale
+            low, high = (end.expand_as(v) for end in (self.centres.min() - reach, self.centres.max() + reach))
+            for _ in range(50):  # halvings
+                middle = (low + high) / 2
+                above = middle + self._move(middle)[0] > v
+                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+            u = (low + high) / 2
+        log_ratio, log_det = self._move(u)
+        return (flat * (-log_ratio).exp().unsqueeze(1)).view_as(y), -log_det
+
+    def _move(self, u: Tensor) -> tuple[Tensor, Tensor]:  # (B,) each
+        """log(ρ/r) and log|det| at u = log r."""
+        d = self.size
+        distance = (u.unsqueeze(-1) - self.centres) / self.scale
+        log_density = functional.logsigmoid(distance) + functional.logsigmoid(-distance)  # dF/du, of each, times scale
+        log_density = log_density.logsumexp(-1) - math.log(len(self.centres)) - self.scale.log()
+        z = torch.special.ndtri(SPREAD + (1 - 2 * SPREAD) * distance.sigmoid().mean(-1))
+        spread = math.sqrt(2 / (9 * d))
+        w = 1 - spread**2 + spread * z
+        log_rate = math.log(1 - 2 * SPREAD) + log_density + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)  # dz/du
+        log_ratio = 0.5 * math.log(d) + 1.5 * w.log() - u
+        # d log ρ/du = 1.5 spread/w · dz/du, and ρ′ = ρ/r · d log ρ/du
+        return log_ratio, math.log(1.5 * spread) - w.log() + log_rate + d * log_ratio

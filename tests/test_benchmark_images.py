@@ -1,0 +1,110 @@
+"""The comparison of image models: baselines are judged by the account of flows, and samples by a classifier."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import flows
+from flows.benchmarks.images import classes, comparison, fitting
+from flows.benchmarks.images.densities import Gaussian, Mixture, Spline, spline_flow
+from flows.datasets import Digits, one_hot
+from flows.evaluation import likelihood
+from flows.transforms import Compose, Dequantise, NormalMarginals, Whiten
+
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Digits()
+
+
+@pytest.fixture
+def transform(digits):
+    parts = {"dequantise": Dequantise(17), "marginals": NormalMarginals(SHAPE, 17), "whiten": Whiten(SHAPE, 0.02)}
+    return Compose(**parts).fit(digits.reference())
+
+
+def test_a_standard_normal_is_the_flow_that_stays_where_it_is(digits, transform):
+    """So differences between models are not due to different accounts."""
+    model = Gaussian(transform, SHAPE, torch.zeros(2, 64), floor=1.0)
+    solver = flows.ODESolver("euler", step_size=1.0)
+    flow = flows.CNF(flows.fields.MLP(SHAPE, hidden=(1,)), solver=solver, transform=transform)
+    torch.nn.init.zeros_(flow.field.out.weight)
+    torch.nn.init.zeros_(flow.field.modulation.heads.weight)
+    torch.nn.init.zeros_(flow.field.out.bias)
+    for draws in (1, 3):
+        bits = [
+            likelihood(m, digits.test_batches(50), torch.Generator().manual_seed(0), num_draws=draws).bits_per_dim
+            for m in (model, flow)
+        ]
+        assert bits[0].parts == pytest.approx(bits[1].parts, abs=1e-5)
+        assert bits[0].standard_error == pytest.approx(bits[1].standard_error, abs=1e-5)
+
+
+def test_a_mixture_of_one_is_the_gaussian(digits, transform):
+    points = fitting.flow_points(digits, transform, seed=0, least=2000)
+    one, other = Gaussian(transform, SHAPE, points, 0.01), Mixture(transform, SHAPE, points, 1, 0.01)
+    y = points[:50]
+    torch.testing.assert_close(one.log_density(y), other.log_density(y), rtol=1e-3, atol=1e-3)  # n or n - 1
+    assert one.num_parameters == other.num_parameters == 64 + 64 * 65 // 2
+
+
+def test_every_baseline_is_fitted_and_beats_what_it_starts_from(digits, transform):
+    start = Gaussian(transform, SHAPE, torch.zeros(2, 64), floor=1.0)
+    for name, fit in fitting.BASELINES.items():
+        found = fit(digits, transform, seconds=0.0, seed=0)
+        assert found.validation_nll < fitting.validation_nll(start, digits), name
+        assert found.validation_nll == pytest.approx(fitting.validation_nll(found.model, digits), abs=1e-3)
+        assert found.model.num_parameters > 2000
+
+
+def test_table_states_paired_differences(digits, transform):
+    points = fitting.flow_points(digits, transform, seed=0, least=2000)
+    rows = []
+    for floor in (0.01, 1.0):
+        model = Gaussian(transform, SHAPE, points, floor)
+        one, many = comparison.tested(model, digits, 2)
+        rows.append(comparison.Row("a model", "a setting", one, many, 1.0, model.num_parameters))
+    _, first, second = comparison.table(rows, SHAPE)
+    assert f"{rows[0].one.bits_per_dim.value:.4f} ± {rows[0].one.bits_per_dim.standard_error:.4f}" in first
+    gap = (rows[1].many.nll - rows[0].many.nll) / (64 * math.log(2))
+    assert f"{gap:+.4f} ± " in second
+    assert "+" not in first
+
+
+def test_samples_are_judged_by_their_class(digits):
+    conditional = Digits(conditional=True)
+    batch = next(conditional.test_batches(1000))
+
+    class Real:
+        """Draws test images of the class, or of any."""
+
+        base = flows.CNF(nn.Identity(), event_shape=SHAPE).base
+
+        def __init__(self, obeys):
+            self.obeys = obeys
+
+        def sample(self, shape, context, generator):
+            found = []
+            for label in context.argmax(1).tolist():
+                chosen = (batch.context.argmax(1) == label).nonzero().flatten() if self.obeys else torch.arange(300)
+                found.append(chosen[torch.randint(len(chosen), (), generator=generator)])
+            return batch.x[torch.stack(found)]
+
+    good, bad = (classes.labelled_samples(Real(obeys), conditional, 20) for obeys in (True, False))
+    assert good.real > 0.97
+    assert good.share == pytest.approx(good.real, abs=0.03)
+    assert bad.share == pytest.approx(0.1, abs=4 * bad.standard_error)
+    assert bad.standard_error == pytest.approx(math.sqrt(0.1 * 0.9 / 200), rel=0.2)
+    assert one_hot(torch.tensor([3]), 10).argmax() == 3
+
+
+def test_a_missing_spline_library_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "zuko.flows", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'flows\[bench\]', or choose among the others"):
+        spline_flow()
+    with pytest.raises(ModuleNotFoundError):
+        Spline(Dequantise(17), SHAPE)
