@@ -28,6 +28,7 @@ from flows.training import (
     TrainingInterrupted,
     load_checkpoint,
 )
+from flows.training.fabric import build_fabric
 from flows.training.metrics import MetricMeans
 from flows.training.stopping import StopSignals
 
@@ -503,3 +504,22 @@ def test_a_single_point_has_no_standard_error():
     result = likelihood(flows.CNF(ZeroField()), [Batch(torch.zeros(1, 2))])
     assert math.isnan(result.standard_error)
     assert "±" not in str(result.table())
+
+
+@pytest.mark.parametrize(("kind", "half", "expected"), [("cuda", True, "bf16-mixed"), ("cuda", False, "32-true")])
+def test_precision_auto_is_what_the_gpu_computes_in(monkeypatch, kind, half, expected):
+    class Recorded:
+        def __init__(self, precision=None, **settings):
+            self.precision = precision
+            self.device = torch.device(kind)
+
+    monkeypatch.setattr("flows.training.fabric.Fabric", Recorded)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: half)
+    assert build_fabric("auto", 1, "auto", "auto").precision == expected
+    assert build_fabric("auto", 1, "auto", "64-true").precision == "64-true"
+
+
+def test_precision_and_compilation_auto_on_a_cpu(tmp_path):
+    trainer = small_trainer(tmp_path, precision="auto", compile="auto")
+    assert trainer.fabric._precision.precision == "32-true"
+    assert trainer.compile is False
