@@ -537,5 +537,7 @@ def test_robust_whitening_finds_the_shape_where_there_is_no_covariance():
         root = Whiten(SHAPE, robust=robust).fit(data).inverse_root
         left = root @ shape @ root.T
         errors[robust] = (12 * left / left.trace() - torch.eye(12)).norm()
+    directions = nn.functional.normalize(Whiten(SHAPE, robust=True).fit(data)(data)[0].flatten(1))
+    torch.testing.assert_close(12 * directions.T @ directions / 4000, torch.eye(12), rtol=0, atol=1e-3)  # Tyler's law
     assert errors[True] < 0.35  # sd of an entry of a covariance of 4,000 normal points: 12/√4000 in all
     assert errors[False] > 2 * errors[True]
