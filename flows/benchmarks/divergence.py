@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flows.benchmarks import probing_noise, subjects
 from flows.benchmarks.timing import alternating_medians
 from flows.divergence import DivergenceEstimator
 from flows.fields import bind
 
 BARE, LOOP = "bare field", "plain loop"
+PARTS = ("mlp", "bottleneck", "structured", "conv", "noise")
 EVALUATIONS = 6  # right-hand sides that share what is computed once a solve: one step of dopri5
 
 
@@ -25,6 +29,47 @@ class Cost:
     exact: bool | None
     forward: float  # seconds an evaluation without gradients
     training: float  # seconds an evaluation forward and backward
+
+
+def add_command(benchmarks: Any) -> None:
+    """Add "divergence" to the subparsers of a program; ``run(arguments)`` prints the tables."""
+    description = "The cost of each estimator in bare field evaluations, and against a plain reverse-mode loop."
+    part = benchmarks.add_parser("divergence", help=description, description=description)
+    part.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    part.add_argument("--dimensions", type=int, nargs="+", default=list(subjects.WIDTHS), help="default: %(default)s")
+    part.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, at least (%(default)s)")
+    part.set_defaults(run=_print_report)
+
+
+def _print_report(arguments: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
+    print(f"{device}, {threads} threads, torch {torch.__version__}; the cost of one evaluation in bare evaluations of")
+    print(f"the field (median of alternating runs of {EVALUATIONS}), and how many times cheaper than the loop")
+    groups = {
+        "mlp": lambda: [subjects.perceptron(dimension) for dimension in arguments.dimensions],
+        "bottleneck": lambda: [subjects.bottleneck()],
+        "structured": subjects.structured,
+        "conv": subjects.convolutional,
+    }
+    for subject in (subject for part in arguments.parts if part in groups for subject in groups[part]()):
+        torch.manual_seed(0)
+        rows = measure(
+            subject.build(subject.event_shape),
+            subject.event_shape,
+            subject.estimators,
+            *subject.batches,
+            arguments.seconds,
+            device,
+            loop=subject.loop,
+            progress=subject.title.split(",")[0],
+        )
+        print(f"\n{subject.title}; batch {subject.batches[0]} forward, {subject.batches[1]} with backward")
+        print("\n".join(table(rows)), flush=True)
+    if "noise" in arguments.parts:
+        flow, digits = probing_noise.trained_on_digits(device=device)
+        print("\nstandard deviation on a ConvNet trained on 8 × 8 digits, as many products each")
+        print("\n".join(probing_noise.table(probing_noise.measure_noise(flow, digits[:128]))))
 
 
 def measure(

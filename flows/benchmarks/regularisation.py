@@ -1,0 +1,166 @@
+"""What path costs buy: evaluations of the field, at which price in likelihood."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flows.cnf import CNF
+from flows.datasets import Dataset
+from flows.evaluation import part_batches
+from flows.objectives import MaximumLikelihood
+from flows.regularizers import JacobianNorm, KineticEnergy, PathCost
+from flows.training import Stage, Trainer, build_dataset, build_flow
+from flows.training.folder import new_folder
+from flows.training.settings import instantiate
+from flows.training.summary import to_json
+
+PLAIN, REGULARISED = "unregularised", "kinetic + Frobenius"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of a run whose last stage is likelihood, as overrides of train.yaml, and the weight of both costs."""
+
+    overrides: tuple[str, ...]
+    weight: float
+    allowed: float  # what a regularised flow may lose: nats, or bits/dim of images
+
+
+CASES = {
+    "8gaussians": Case(
+        (
+            "data=8gaussians",
+            "objective.flow_matching.steps=1500",
+            "objective.maximum_likelihood.steps=400",
+            "objective.maximum_likelihood.learning_rate=2e-3",
+            "trainer.ema_decay=0.99",
+        ),
+        0.03,
+        0.02,
+    ),
+    "digits": Case(
+        (
+            "experiment=digits",
+            "objective=flow_matching_then_likelihood",
+            "objective.maximum_likelihood.steps=100",
+            "objective.maximum_likelihood.batch_size=256",
+            "objective.maximum_likelihood.learning_rate=1e-3",
+            "solver=dopri5",
+            "solver.rtol=1e-4",
+            "solver.atol=1e-4",
+        ),
+        0.01,
+        0.01,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A flow after training: how well it fits, and what a solve of its likelihood takes."""
+
+    name: str
+    nll: float  # nats, or bits/dim of images
+    standard_error: float
+    solver_error: float  # nats
+    nfe: float
+    path_costs: Mapping[str, float]  # mean integrals of ‖v‖² and ‖J‖²
+    seconds: float  # of the likelihood stage
+
+
+def add_command(benchmarks: Any, settings: Callable[..., Mapping[str, Any]]) -> None:
+    """Add "regularisation" to the subparsers of a program; ``settings`` composes those of a run from overrides."""
+    description = (
+        "Train a flow by likelihood with and without kinetic energy and squared Jacobian norm in the loss, from one "
+        "start by flow matching and for the same steps; print the evaluations of the field and the NLL of both."
+    )
+    part = benchmarks.add_parser("regularisation", help="evaluations that path costs save", description=description)
+    part.add_argument("--data", nargs="+", choices=list(CASES), default=list(CASES), help="default: both")
+    part.add_argument("--weight", type=float, help="of both costs (default: one for each data set)")
+    part.add_argument("--output", type=Path, default=Path("runs/benchmarks/regularisation"), help="(%(default)s)")
+    part.set_defaults(run=lambda arguments: _print_report(arguments, settings))
+
+
+def _print_report(arguments: argparse.Namespace, settings: Callable[..., Mapping[str, Any]]) -> None:
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    folder = new_folder(arguments.output)
+    for name in arguments.data:
+        case = CASES[name] if arguments.weight is None else replace(CASES[name], weight=arguments.weight)
+        outcomes = compare(settings(*case.overrides), case.weight, folder / name)
+        (folder / f"{name}.json").write_text(to_json({outcome.name: asdict(outcome) for outcome in outcomes}))
+        print("\n".join(table(name, case, *outcomes)), flush=True)
+    print(f"\nthe runs are in {folder}")
+
+
+def compare(settings: Mapping[str, Any], weight: float, folder: Path) -> tuple[Outcome, Outcome]:
+    """Train both: all stages but the last together, the last, a likelihood, with and without the costs."""
+    torch.manual_seed(settings["seed"])
+    dataset = build_dataset(settings)
+    start = build_flow(settings, dataset.event_shape, dataset)
+    *before, (_, last) = [
+        (name, instantiate(stage, f"objective.{name}")) for name, stage in settings["objective"].items()
+    ]
+    if before:
+        _trainer(settings, start, dataset, dict(before), folder / "start").fit()
+    outcomes = []
+    for name, costs in {PLAIN: (), REGULARISED: (KineticEnergy(weight), JacobianNorm(weight))}.items():
+        stage = replace(last, objective=MaximumLikelihood(costs))
+        flow = copy.deepcopy(start)
+        summary = _trainer(settings, flow, dataset, {"maximum_likelihood": stage}, folder / name.split()[0]).fit()
+        bits = summary.test.bits_per_dim
+        nll, error = (bits.value, bits.standard_error) if bits else (summary.test_nll, summary.test.standard_error)
+        outcomes.append(
+            Outcome(
+                name,
+                nll,
+                error,
+                summary.test.solver_error,
+                summary.test.nfe,
+                path_costs(flow, dataset),
+                summary.position.seconds,
+            )
+        )
+    return outcomes[0], outcomes[1]
+
+
+def _trainer(
+    settings: Mapping[str, Any], flow: CNF, dataset: Dataset, stages: Mapping[str, Stage], folder: Path
+) -> Trainer:
+    given = {**settings["trainer"], "validate_every": 0, "plot_every": None, "checkpoint_every": 0}
+    return instantiate(given, "trainer", _partial_=True)(
+        flow, dataset, stages, instantiate(settings["optimizer"], "optimizer"), output_dir=folder, seed=settings["seed"]
+    )
+
+
+def path_costs(flow: CNF, dataset: Dataset, points: int = 1000) -> dict[str, float]:
+    """Mean integrals of ‖v‖² and ‖J‖² along the paths of test points."""
+    costs: Sequence[PathCost] = (KineticEnergy(), JacobianNorm())
+    generator = torch.Generator(flow.base.zero.device).manual_seed(0)
+    with torch.no_grad():
+        batch = next(iter(part_batches(flow, dataset, "test", points)[0]))
+        estimate = flow.estimate_log_prob(batch.x, batch.context, generator, solver_error=False, path_costs=costs)
+    return {name: float(integral.mean()) for name, integral in estimate.path_costs.items()}
+
+
+def table(data: str, case: Case, plain: Outcome, regularised: Outcome) -> Iterator[str]:
+    """A line for each flow, and what the costs have bought."""
+    unit = "bits/dim" if data == "digits" else "nats"
+    yield f"\n{data + ', ' + unit:22}{'NLL':>17}{'solver error':>14}{'NFE':>6}{'∫‖v‖²':>9}{'∫‖J‖²':>9}{'seconds':>9}"
+    for flow in (plain, regularised):
+        yield (
+            f"{flow.name:22}{flow.nll:8.4f} ± {flow.standard_error:.4f}{flow.solver_error:14.1e}{flow.nfe:6.0f}"
+            f"{flow.path_costs['kinetic_energy']:9.2f}{flow.path_costs['jacobian_norm']:9.1f}{flow.seconds:9.0f}"
+        )
+    difference = regularised.nll - plain.nll
+    verdict = "within" if difference <= case.allowed else "more than"
+    yield (
+        f"{plain.nfe / regularised.nfe:.1f} times fewer evaluations with weights {case.weight:g}; "
+        f"NLL {difference:+.4f} {unit}, {verdict} {case.allowed:g}"
+    )

@@ -1,0 +1,219 @@
+"""Benchmarks that train: against the clock, beside other packages, and with path costs."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flows.benchmarks import clock, regularisation
+from flows.benchmarks.clock import train_for
+from flows.benchmarks.floor import compare, timed
+from flows.benchmarks.floor_report import line, save
+from flows.benchmarks.rivals import own_matching
+from flows.benchmarks.training import (
+    STEP,
+    after_equal_time,
+    installed,
+    matchings,
+    measure,
+    nll_table,
+    picture,
+    timing_table,
+)
+from flows.datasets import Batch, EightGaussians
+from flows.fields import ConcatSquashMLP, Linear
+from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood
+from flows.training import Stage
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Clock:
+    """Every second look at it shows half a second more: a step takes that long, what lies between steps nothing."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def perf_counter(self):
+        self.looks += 1
+        return 0.5 * (self.looks // 2)
+
+
+class Noughts:
+    """Batches that hold nothing of interest."""
+
+    def train_stream(self, batch_size, generator):
+        return self
+
+    def next(self):
+        return Batch(torch.zeros(1, 1))
+
+
+def test_training_lasts_as_long_as_it_is_told_and_the_schedule_follows_the_time(monkeypatch):
+    monkeypatch.setattr(clock, "time", Clock())
+    rates, model = [], nn.Linear(1, 1, bias=False)
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1]
+    )
+    stage = Stage(
+        lambda model, batch, generator: LossOutput(model.weight.sum()), 1000, 1, 0.1, schedule=lambda t: 1 - t
+    )
+    second = Stage(stage.objective, 1000, 1, 0.01, schedule="constant")
+    seen = train_for(model, [(stage, 5.0), (second, 2.0)], Noughts(), lambda model: model.weight.item(), [2.0, 6.1])
+    assert [look.seconds for look in seen] == [2.0, 6.5, 7.0]
+    assert [look.steps for look in seen] == [4, 13, 14]
+    torch.testing.assert_close(rates, [0.1 * (1 - k / 10) for k in range(10)] + [0.01] * 4)
+    assert seen[0].value > seen[1].value > seen[2].value  # of a loss that falls for ever
+    assert model.weight.item() == seen[2].value  # the average
+
+
+def test_stages_that_solve_share_their_part_of_the_time():
+    matching, likelihood = Stage(FlowMatching(), 1), Stage(MaximumLikelihood(), 1)
+    assert [seconds for _, seconds in timed([matching, likelihood], 60, 0.25)] == [45, 15]
+    assert [seconds for _, seconds in timed([likelihood, matching, likelihood], 60, 0.5)] == [15, 30, 15]
+    assert timed([matching], 60, 0.25) == [(matching, 60)]
+    assert timed([likelihood], 60, 0.25) == [(likelihood, 60)]
+
+
+def test_every_package_gives_the_same_likelihood_and_gradient():
+    torch.manual_seed(0)
+    field = ConcatSquashMLP((2,), (8, 8, 8))
+    methods, missing = installed(field)
+    assert {"flows", "FFJORD's way", "zuko"} <= {method.name for method in methods}
+    assert len(methods) + len(missing) == 4
+    x = torch.randn(20, 2)
+    results = {}
+    for method in methods:
+        value = method(x)
+        value.mean().backward()
+        results[method.name] = value.detach(), method.field.layers[1].linear.weight.grad.clone()
+    expected, expected_gradient = results["flows"]
+    for value, gradient in results.values():
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-4)
+
+
+def test_evaluations_are_counted():
+    class Counting(Linear):
+        calls = 0
+
+        def forward(self, *arguments):
+            Counting.calls += 1
+            return super().forward(*arguments)
+
+    methods, _ = installed(Counting((2,)))
+    for method in methods[1:]:
+        Counting.calls = 0
+        forward, backward = method.evaluations_of_a_step(torch.randn(5, 2))
+        assert forward + backward == Counting.calls
+        assert forward > 0
+        assert (backward > 0) == (method.name in ("FFJORD's way", "zuko"))
+
+
+def test_flow_matching_of_every_package_has_the_same_loss():
+    """Of a field that is zero it is E(x₁ − x₀)² = 2 for standard normal data."""
+    field = Linear((2,))
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter.zero_()
+    x = torch.randn(4000, 2)
+    found, missing = matchings(field, "independent")
+    assert len(found) + len(missing) == 2
+    for _, loss in found.values():
+        assert loss(x).item() == pytest.approx(2, abs=0.15)
+    assert own_matching(field, "optimal_transport")(x[:200]).item() < 0.5
+
+
+def test_the_comparison_of_training_measures_and_prints_all(tmp_path):
+    dataset = EightGaussians(num_test=40, num_reference=100)
+    report = measure(dataset, 8, 10, 2, 0.0, (4, 4, 4), progress=False)
+    report.nll = after_equal_time(dataset, 0.02, 8, (4, 4, 4), progress=False)
+    assert set(report.times[STEP]) == set(report.evaluations) == set(report.agreement)
+    assert all(seconds > 0 for times in report.times.values() for seconds in times.values())
+    assert max(report.agreement.values()) < 1e-2
+    assert all(steps > 0 for _, _, steps in report.nll.values())
+    lines = [*timing_table(report), *nll_table(report, dataset.entropy, 0.02)]
+    (own,) = (line for line in lines if line.startswith("flows ") and "+" in line)
+    assert own.split()[2] == "1.00"
+    picture(report, dataset.entropy).savefig(tmp_path / "training.png")
+
+
+def test_floor_compares_with_a_spline_flow_and_saves_the_curves(tmp_path, script):
+    settings = script.recipe("moons")
+    settings["field"]["hidden"] = [8, 8]
+    settings["solver"] |= {"rtol": 1e-3, "atol": 1e-3}
+    for stage in settings["objective"].values():
+        stage["batch_size"] = 16
+    pair = compare(settings, 0.2, test_points=200, looks=3, progress=False)
+    for outcome in (pair.flow, pair.spline):
+        assert outcome.data == "moons"
+        assert 0.2 <= outcome.seconds < 2
+        assert len(outcome.curve) == 3
+        assert 0 < outcome.gap < 3
+        assert outcome.curve[-1].value == pytest.approx(outcome.gap, abs=0.3)  # other points
+    assert pair.difference == pytest.approx(pair.spline.gap - pair.flow.gap, abs=1e-6)
+    assert line(pair).split()[:2] == ["moons", "0.2"]
+    save([pair], tmp_path)
+    with open(tmp_path / "floor.csv") as file:
+        assert len(list(csv.DictReader(file))) == 6
+    assert json.loads((tmp_path / "floor.json").read_text())["pairs"][0]["flow"]["gap"] == pair.flow.gap
+    assert (tmp_path / "floor.png").stat().st_size > 0
+
+
+def test_floor_refuses_data_without_an_entropy(script):
+    with pytest.raises(ValueError, match="breast_cancer is no density of vectors with a known entropy; choose one"):
+        compare(script.recipe("breast_cancer"), 0.1)
+
+
+def test_regularisation_prints_what_the_costs_buy(tmp_path, script):
+    case = regularisation.CASES["8gaussians"]
+    tiny = (
+        "field.hidden=[16,16]",
+        "field.sine_frequency=null",
+        "data.num_test=100",
+        "data.num_validation=100",
+        "objective.flow_matching.steps=20",
+        "objective.flow_matching.batch_size=64",
+        "objective.flow_matching.objective.num_queries=64",
+        "objective.maximum_likelihood.steps=20",
+        "objective.maximum_likelihood.warmup_steps=0",
+        "objective.maximum_likelihood.batch_size=32",
+        "solver.rtol=1e-3",
+        "solver.atol=1e-3",
+        "trainer.solver_error_points=100",
+        "trainer.progress_bar=false",
+        "trainer.accelerator=cpu",
+    )
+    plain, regularised = regularisation.compare(script.settings(*case.overrides, *tiny), 10.0, tmp_path / "runs")
+    assert regularised.path_costs["kinetic_energy"] < plain.path_costs["kinetic_energy"]
+    assert regularised.path_costs["jacobian_norm"] < plain.path_costs["jacobian_norm"]
+    assert (tmp_path / "runs" / "kinetic" / "summary.json").exists()
+    *_, verdict = regularisation.table("8gaussians", case, plain, regularised)
+    assert f"{plain.nfe / regularised.nfe:.1f} times fewer evaluations" in verdict
+    assert ("within" in verdict) == (regularised.nll - plain.nll <= case.allowed)
+
+
+@pytest.mark.parametrize("data", list(regularisation.CASES))
+def test_settings_of_each_regularisation_case_end_with_a_likelihood(data, script):
+    settings = script.settings(*regularisation.CASES[data].overrides)
+    *_, last = settings["objective"].values()
+    assert last["objective"]["_target_"] == "flows.objectives.MaximumLikelihood"
+
+
+def test_a_density_with_an_experiment_of_its_name_trains_by_it(script):
+    assert script.recipe("moons")["field"] == script.settings("data=moons")["field"]
+    own = script.recipe("digits")["objective"]
+    assert own == script.settings("experiment=digits")["objective"]
