@@ -28,8 +28,7 @@ class Outcome:
     steps: int
     gap: float
     standard_error: float
-    solver_error: float | None
-    nfe: float | None  # evaluations of the field in a likelihood
+    nfe: float  # evaluations of the field in a likelihood
     curve: list[Look]  # gaps on the validation points
 
 
@@ -41,6 +40,7 @@ class Pair:
     spline: Outcome
     difference: float  # of the gaps, spline flow − flow
     standard_error: float  # of the difference
+    solver_error: float  # of the flow's log p, nats
 
 
 HEADER = (
@@ -54,7 +54,7 @@ def line(pair: Pair) -> str:
     return (
         f"{flow.data:13}{flow.budget:8g}{flow.gap:10.4f} ± {flow.standard_error:.4f}"
         f"{spline.gap:12.4f} ± {spline.standard_error:.4f}{pair.difference:+11.4f} ± {pair.standard_error:.4f}"
-        f"{flow.steps:7}/{spline.steps:<6}{flow.nfe:5.0f}{flow.solver_error:14.1e}"
+        f"{flow.steps:7}/{spline.steps:<6}{flow.nfe:5.0f}{pair.solver_error:14.1e}"
     )
 
 
