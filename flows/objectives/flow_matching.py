@@ -123,9 +123,13 @@ def posterior_mean(
     precision = b.square().reciprocal()
     queries = torch.cat([precision * a * points, -0.5 * precision * a.square()], dim=1)
     keys = torch.cat([points_j, points_j.square().sum(1, keepdim=True)], dim=1)
-    logits = queries @ keys.T
-    if possible is not None:
-        logits = logits.masked_fill(~possible, -torch.inf)
-    weights = (logits - logits.amax(1, keepdim=True)).to(flat.dtype).softmax(1)
+    size = 128 if flat.device.type == "cpu" else len(queries)  # rows that stay in the cache of a core: twice as fast
+    means = []
     with torch.autocast(flat.device.type, enabled=False):  # the target is divided by 1 − t: it needs its digits
-        return (weights @ flat).view_as(position)
+        for start in range(0, len(queries), size):
+            logits = queries[start : start + size] @ keys.T
+            if possible is not None:
+                logits = logits.masked_fill(~possible[start : start + size], -torch.inf)
+            weights = (logits - logits.amax(1, keepdim=True)).to(flat.dtype).softmax(1)
+            means.append(weights @ flat)
+    return torch.cat(means).view_as(position)
