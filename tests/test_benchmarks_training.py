@@ -13,17 +13,10 @@ from flows.benchmarks import clock, regularisation
 from flows.benchmarks.clock import train_for
 from flows.benchmarks.floor import compare, timed
 from flows.benchmarks.floor_report import line, save
+from flows.benchmarks.floor_report import picture as picture_of_curves
 from flows.benchmarks.rivals import own_matching
-from flows.benchmarks.training import (
-    STEP,
-    after_equal_time,
-    installed,
-    matchings,
-    measure,
-    nll_table,
-    picture,
-    timing_table,
-)
+from flows.benchmarks.training import after_equal_time, installed, matchings, measure
+from flows.benchmarks.training_report import STEP, nll_table, picture, timing_table
 from flows.datasets import Batch, EightGaussians
 from flows.fields import ConcatSquashMLP, Linear
 from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood
@@ -139,7 +132,7 @@ def test_flow_matching_of_every_package_has_the_same_loss():
 
 def test_the_comparison_of_training_measures_and_prints_all(tmp_path):
     dataset = EightGaussians(num_test=40, num_reference=100)
-    report = measure(dataset, 8, 10, 2, 0.0, (4, 4, 4), progress=False)
+    report = measure(dataset, 8, 10, 2, 0.0, hidden=(4, 4, 4), progress=False)
     report.nll = after_equal_time(dataset, 0.02, 8, (4, 4, 4), progress=False)
     assert set(report.times[STEP]) == set(report.evaluations) == set(report.agreement)
     assert all(seconds > 0 for times in report.times.values() for seconds in times.values())
@@ -170,7 +163,10 @@ def test_floor_compares_with_a_spline_flow_and_saves_the_curves(tmp_path, script
     with open(tmp_path / "floor.csv") as file:
         assert len(list(csv.DictReader(file))) == 6
     assert json.loads((tmp_path / "floor.json").read_text())["pairs"][0]["flow"]["gap"] == pair.flow.gap
-    assert (tmp_path / "floor.png").stat().st_size > 0
+    assert (tmp_path / "floor.png").exists()
+    (panel,) = (axes for axes in picture_of_curves([pair]).axes if axes.get_visible())
+    assert panel.get_title() == "moons"
+    assert [len(curve.get_xdata()) for curve in panel.lines] == [3, 1, 3, 1]
 
 
 def test_floor_refuses_data_without_an_entropy(script):

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from flows.benchmarks.clock import Look
 from flows.plots.style import DATA, FLOW, MUTED, tidy
@@ -81,7 +82,7 @@ def picture(pairs: Sequence[Pair]) -> Figure:
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3.0 * columns, 2.6 * rows), dpi=120, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.set_visible(False)
     for name, axes in zip(names, panels, strict=False):
@@ -89,10 +90,16 @@ def picture(pairs: Sequence[Pair]) -> Figure:
         for outcome in (outcome for outcome in _outcomes(pairs) if outcome.data == name):
             colour = FLOW if outcome.model == FLOWS else DATA
             seconds = [look.seconds for look in outcome.curve]
-            gaps = [max(look.value, 1e-4) for look in outcome.curve]
+            gaps = [max(look.value, 1e-3) for look in outcome.curve]
             axes.plot(seconds, gaps, color=colour, linewidth=1.2, marker=".", markersize=3, label=outcome.model)
             axes.plot(seconds[-1], gaps[-1], "o", color=colour, markersize=5)
-        axes.set(xscale="log", yscale="log", title=name, xlabel="seconds", ylabel="nats above the entropy")
+        axes.set(xscale="log", yscale="log", xlabel="seconds", ylabel="nats above the entropy")
+        axes.set_title(name, fontsize=9)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+            axis.label.set_size(8)
         axes.grid(alpha=0.25, color=MUTED)
         tidy(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()

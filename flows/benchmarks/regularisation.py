@@ -37,10 +37,12 @@ CASES = {
     "8gaussians": Case(
         (
             "data=8gaussians",
+            "data.num_test=20000",
             "objective.flow_matching.steps=1500",
-            "objective.maximum_likelihood.steps=400",
+            "objective.maximum_likelihood.steps=200",
             "objective.maximum_likelihood.learning_rate=2e-3",
             "trainer.ema_decay=0.99",
+            "trainer.evaluation_batch_size=2000",
         ),
         0.03,
         0.02,

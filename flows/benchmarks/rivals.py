@@ -14,8 +14,9 @@ from flows.base import StandardNormal
 from flows.cnf import CNF
 from flows.datasets import Batch
 from flows.fields import Field
-from flows.objectives import FlowMatching
+from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.solvers import ODESolver
+from flows.training.compiled import compiled
 
 
 class LikelihoodMethod(ABC):
@@ -78,6 +79,17 @@ class Flows(LikelihoodMethod):
         self(x).mean().backward()
         self.field.zero_grad()
         return self.statistics.nfe_forward, self.statistics.nfe_backward
+
+
+class CompiledFlows(Flows):
+    """This package with ``trainer.compile=true``."""
+
+    name = "flows, compiled"
+
+    def __init__(self, field: Field, tolerance: float = 1e-5) -> None:
+        super().__init__(field, tolerance)
+        self.code = compiled(self.flow, MaximumLikelihood())  # to be kept: leaving it undoes it
+        self.code.__enter__()
 
 
 class PublishedFFJORD(LikelihoodMethod):

@@ -4,43 +4,36 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from flows.benchmarks.clock import train_for
-from flows.benchmarks.rivals import COUPLINGS, LIKELIHOODS, MATCHINGS, Flows, LikelihoodMethod, MatchingLoss
+from flows.benchmarks.rivals import (
+    COUPLINGS,
+    LIKELIHOODS,
+    MATCHINGS,
+    CompiledFlows,
+    LikelihoodMethod,
+    MatchingLoss,
+)
 from flows.benchmarks.timing import alternating_medians
+from flows.benchmarks.training_report import EVALUATION, PAIRED, STEP, Report, nll_table, picture, timing_table
 from flows.cnf import CNF
 from flows.datasets import Batch, Density, EightGaussians
 from flows.evaluation import likelihood
 from flows.fields import ConcatSquashMLP, Field
 from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood
-from flows.plots.style import DATA, FLOW, MUTED, tidy
 from flows.training import Stage
 from flows.training.summary import to_json
 from flows.transforms import Standardise, Transform
 
-STEP, EVALUATION = "likelihood step", "log_prob of {:,} points"
-PAIRED = {"independent": "flow-matching step", "optimal_transport": "with optimal transport"}
 TOLERANCE = 1e-5
-
-
-@dataclass
-class Report:
-    """What was measured; seconds are medians of runs in turns."""
-
-    times: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds, by what was done and by package
-    evaluations: dict[str, tuple[int, int]] = field(default_factory=dict)  # of a step, forward and backward
-    agreement: dict[str, float] = field(default_factory=dict)  # largest |difference| of log p from this package's, nats
-    nll: dict[str, tuple[float, float, int]] = field(default_factory=dict)  # NLL, its standard error, steps
-    missing: dict[str, str] = field(default_factory=dict)  # packages, and why they were left out
 
 
 def add_command(benchmarks: Any) -> None:
@@ -63,6 +56,7 @@ def add_command(benchmarks: Any) -> None:
         "has learned nothing is solved in fewer evaluations (%(default)s)",
     )
     part.add_argument("--each", type=float, default=5.0, help="seconds for each timing, at least (%(default)s)")
+    part.add_argument("--compile", action="store_true", help="also time this project with trainer.compile=true")
     part.add_argument("--output", type=Path, default=Path("runs/benchmarks/training"), help="folder (%(default)s)")
     part.set_defaults(run=_print_report)
 
@@ -74,7 +68,7 @@ def _print_report(arguments: argparse.Namespace) -> None:
         flush=True,
     )
     dataset = EightGaussians(num_test=arguments.test_points)
-    report = measure(dataset, arguments.batch, arguments.points, arguments.pretrain, arguments.each)
+    report = measure(dataset, arguments.batch, arguments.points, arguments.pretrain, arguments.each, arguments.compile)
     print("\n".join(timing_table(report)), flush=True)
     if arguments.seconds:
         report.nll.update(after_equal_time(dataset, arguments.seconds, arguments.batch))
@@ -116,6 +110,7 @@ def measure(
     points: int,
     pretrain: int,
     seconds_each: float,
+    compile: bool = False,
     hidden: Sequence[int] = (64, 64, 64),
     progress: bool = True,
 ) -> Report:
@@ -126,6 +121,8 @@ def measure(
     x = transform(dataset.train_stream(batch_size, torch.Generator().manual_seed(1)).next().x)[0]
     many = transform(dataset.train_stream(points, torch.Generator().manual_seed(2)).next().x)[0]
     methods, report.missing = installed(start)
+    if compile:
+        methods.append(CompiledFlows(copy.deepcopy(start), TOLERANCE))
     reference = methods[0](x).detach()
     for method in methods:
         report.agreement[method.name] = float((method(x).detach() - reference).abs().max())
@@ -206,45 +203,3 @@ def _mean_loss(loss: MatchingLoss, transform: Transform) -> Callable[..., LossOu
         return LossOutput(loss(transform(batch.x)[0]))
 
     return objective
-
-
-def timing_table(report: Report) -> Iterator[str]:
-    """A block for each thing that was timed: milliseconds, and the ratio to this package."""
-    for what, times in report.times.items():
-        yield f"\n{what:26}{'ms':>10}{'/ flows':>9}" + (f"{'NFE':>10}{'|Δ log p|':>12}" if what == STEP else "")
-        for name, seconds in times.items():
-            row = f"{name:26}{1e3 * seconds:10.1f}{seconds / times[Flows.name]:9.2f}"
-            if what == STEP:
-                row += f"{'{} + {}'.format(*report.evaluations[name]):>10}{report.agreement[name]:12.1e}"
-            yield row
-
-
-def nll_table(report: Report, entropy: float, seconds: float) -> Iterator[str]:
-    """A row for each way to train."""
-    yield f"\n{f'after {seconds:g} s of training':34}{'NLL':>17}{'gap':>9}{'steps':>8}"
-    for name, (nll, error, steps) in report.nll.items():
-        yield f"{name:34}{nll:8.4f} ± {error:.4f}{nll - entropy:9.4f}{steps:8}"
-
-
-def picture(report: Report, entropy: float) -> Figure:
-    """Bars: times relative to this package, and gaps after equal time."""
-    panels: dict[str, Mapping[str, float]] = {
-        f"{what}, times as long": {name: value / times[Flows.name] for name, value in times.items()}
-        for what, times in report.times.items()
-    }
-    if report.nll:
-        panels["nats above the entropy"] = {name: nll - entropy for name, (nll, _, _) in report.nll.items()}
-    figure = Figure(
-        figsize=(7.5, 0.7 + sum(0.55 + 0.25 * len(bars) for bars in panels.values())), dpi=120, layout="constrained"
-    )
-    heights = [2 + len(bars) for bars in panels.values()]
-    axes_of = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (title, bars) in zip(axes_of, panels.items(), strict=True):
-        colours = [FLOW if name.startswith(Flows.name) else DATA for name in bars]
-        drawn = axes.barh(list(bars), list(bars.values()), color=colours)
-        axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8, color=MUTED)
-        axes.invert_yaxis()
-        axes.margins(x=0.12)
-        axes.set_title(title, fontsize=9, loc="left")
-        tidy(axes)
-    return figure
