@@ -33,18 +33,20 @@ def main(composed: DictConfig) -> None:
         if settings["guidance"] is not None:
             flow = flow.guided(settings["guidance"])
         generator = torch.Generator().manual_seed(settings["seed"])
-        context = sampling_contexts(run, settings["num_samples"], settings["class"], settings["context"])
-        samples = draw(flow, settings["num_samples"], settings["batch_size"], generator, context)
         output = output or run_folder(run.checkpoint) / "samples" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.npy"
-        named = settings["plot"] or output.suffix == ".csv"
-        dataset, unknown = readable_dataset(config) if named else (None, "")
+        dataset, unknown = None, ""
+        if settings["plot"] or output.suffix == ".csv" or settings.get("data"):
+            dataset, unknown = readable_dataset(config, chosen=bool(settings.get("data")))
+        data = config["data"]
+        context = sampling_contexts(run, data, settings["num_samples"], settings["class"], settings["context"])
+        samples = draw(flow, settings["num_samples"], settings["batch_size"], generator, context)
         columns = getattr(dataset, "columns", None)
         save_samples(output, samples, columns, flow.transform.num_levels)
         print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}")
         if settings["plot"]:
             picture = output.with_suffix(".png")
-            data = None if dataset is None else comparable_points(dataset, context)
-            plots.save_samples(picture, samples, data, columns)
+            points = None if dataset is None else comparable_points(dataset, context)
+            plots.save_samples(picture, samples, points, columns)
             print(f"picture in {picture}" + (f", of the samples alone: {unknown}" if unknown else ""))
 
 

@@ -194,7 +194,7 @@ def test_training_learns_the_density_given_the_context(tmp_path, data, gap):
     density = get_class(f"flows.datasets.{data}")()
     assert run.context_shape == density.context_shape == run.flow.field.context_shape
     assert run.num_classes == density.num_classes
-    context = sampling_contexts(run, 500, label=1 if run.num_classes else None)
+    context = sampling_contexts(run, run.config["data"], 500, label=1 if run.num_classes else None)
     drawn = run.flow.sample((), context, rng())
     typical = density.log_prob(drawn, context.to(drawn)).clamp_min(-50).mean()
     assert abs(typical + density.entropy) < 1

@@ -295,6 +295,9 @@ def test_a_table_that_has_moved(run, tmp_path):
     assert "of the samples alone" not in out
     assert (tmp_path / "drawn.csv").read_text().splitlines() == drawn
 
+    code, _, err = run("sample", *drawing, "data.pth=moved.csv", "plot=false", "output=drawn.npy")
+    assert code == 2
+    assert "there is no setting data.pth" in err
     assert run("evaluate", "checkpoint=run")[0] == 2
     changes = ("data.path=moved.csv", "divergence.num_probes=3", "divergence.mode=forward", "solver.method=midpoint")
     code, _, err = run("evaluate", "checkpoint=run", *changes, "output=new.json")

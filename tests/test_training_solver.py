@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.solvers import Attempt, SolverError, SolverStatistics
 from flows.training import Stage, TrainingInterrupted, load_checkpoint
 from flows.training.compiled import compiled
+from flows.training.reporting import Reporter
 from flows.training.step import SolverErrorPolicy
 from flows.training.watch import WINDOW, EvaluationWatch
 
@@ -68,6 +70,27 @@ def test_skipped_batches_leave_the_number_of_steps_alone(tmp_path, capsys):
     assert warnings[0][1].startswith("a batch was skipped, number 1 of this run: the solve underflowed")
     assert capsys.readouterr().err.count("Warning: at step") == 3
     assert load_checkpoint(tmp_path / "checkpoints/last.pt")["position"]["skipped"] == 3
+    assert json.loads((tmp_path / "summary.json").read_text())["skipped_batches"] == 3
+    assert "(3 batches skipped)" in str(summary)
+    assert dict(memory.series("train/skipped")) == {2: 2, 3: 2, 4: 3, 5: 3, 6: 3}
+
+
+def test_weights_whose_validation_fails_are_passed_over(tmp_path, monkeypatch):
+    validate, memory = Reporter.validate, Memory()
+
+    def fail(reporter):
+        if reporter.state.position.step == 3:
+            raise SolverError("the solve underflowed", 0.25, 1e-9, "log_density", 7)
+        return validate(reporter)
+
+    monkeypatch.setattr(Reporter, "validate", fail)
+    with pytest.raises(SolverError, match="validation stopped at step 3"):
+        small_trainer(tmp_path / "raise").fit()
+    summary = small_trainer(tmp_path / "skip", on_solver_error="skip", loggers=[memory]).fit()
+    assert summary.position.best_step in (6, 9, 11)
+    (warning,) = memory.series("warnings")
+    assert warning[0] == 3
+    assert "these weights were not compared with the best: validation stopped at step 3" in warning[1]
 
 
 def test_a_skipped_batch_leaves_no_trace_but_itself(tmp_path):
@@ -205,6 +228,7 @@ def test_what_solves_tell_is_in_tensorboard(tmp_path, monkeypatch):
     assert {f"train/{name}" for name in names} <= set(tags["scalars"])
     assert "plots/solve" in tags["images"]
     assert (tmp_path / "plots/solve_000010.png").exists()
+    assert (tmp_path / "plots/solve.png").exists()  # of the last step
     shares = [dict(memory.series(f"train/limited_by_{name}")) for name in ("state", "log_density")]
     for step, share in shares[0].items():
         assert share + shares[1][step] == pytest.approx(1)

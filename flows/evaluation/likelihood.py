@@ -100,9 +100,9 @@ def likelihood(
         flow: as it is, in whichever mode; no gradients are recorded.
         batches: of any sizes, each on its own solve; they are moved to the device and dtype of the flow.
         generator: makes noise and probes repeatable.
-        solver_error_points: on at least this many points, in whole batches, solve again at much tighter
-            tolerances, which costs more than the evaluation itself. Where a single probe says nothing of its error,
-            the same points are solved twice more with other probes.
+        solver_error_points: solve the first so many points again at much tighter tolerances, which costs more than
+            the evaluation itself. Where a single probe says nothing of its error, the same points are solved twice
+            more with other probes.
         progress: the title of a progress bar; no bar if None.
         num_points: the number of points to come, for the bar.
         num_draws: K, draws of the dequantisation noise, one solve each; more than one for discrete data only.
@@ -137,7 +137,7 @@ def likelihood(
         probe_standard_error=None if probe_variance is None else math.sqrt(probe_variance / len(nll)),
         solver_error=float(torch.cat(solver_errors).mean()) if solver_errors else None,
         solver_error_points=sum(map(len, solver_errors)),
-        nfe=sum(batch.nfe for batch in points) / len(points),
+        nfe=sum(len(batch.value) * batch.nfe for batch in points) / len(nll),
         values=nll,
         bits_per_dim=bits,
         num_draws=num_draws,
@@ -176,14 +176,16 @@ def pointwise(
             f"num_draws = {num_draws} are draws of dequantisation noise, and the flow's transform, "
             f"{type(flow.transform).__name__}, adds none; use num_draws=1"
         )
-    checked = 0
     with torch.no_grad(), tqdm(total=num_points, desc=progress, unit="pt", disable=progress is None) as bar:
         for batch in batches:
             x = batch.x.to(flow.base.zero)
             context = None if batch.context is None else batch.context.to(x)
-            check = checked < solver_error_points
-            yield _evaluate(flow, x, context, generator, num_draws, check)
-            checked += len(x) if check else 0
+            checked = min(len(x), solver_error_points)
+            solver_error_points -= checked
+            for part in filter(len, (range(checked), range(checked, len(x)))):
+                rows = slice(part.start, part.stop)
+                own = None if context is None else context[rows]
+                yield _evaluate(flow, x[rows], own, generator, num_draws, check=rows.stop <= checked)
             bar.update(len(x))
 
 

@@ -91,20 +91,29 @@ def chosen_context(
 
 
 def sampling_contexts(
-    run: LoadedRun, num_samples: int, label: int | None = None, values: float | Sequence[float] | None = None
+    run: LoadedRun,
+    data: Mapping[str, Any],
+    num_samples: int,
+    label: int | None = None,
+    values: float | Sequence[float] | None = None,
 ) -> Tensor | None:  # (num_samples, *context)
-    """The context of each sample of a trained flow: the chosen one, else those of the data it was trained on."""
+    """The context of each sample of a trained flow: the chosen one, else those of the data with these settings."""
     chosen = chosen_context(run.context_shape, run.num_classes, label, values)
     if chosen is not None:
         return chosen.expand(num_samples, *chosen.shape)
-    return None if run.context_shape is None else build_dataset(run.config).contexts(num_samples)
+    return None if run.context_shape is None else build_dataset({"data": data}).contexts(num_samples)
 
 
-def readable_dataset(config: Mapping[str, Any]) -> tuple[Dataset | None, str]:
-    """The data to compare samples with; where they have moved or have no points None, and why."""
+def readable_dataset(config: Mapping[str, Any], chosen: bool = False) -> tuple[Dataset | None, str]:
+    """The data to compare samples with; where they have moved or have no points None, and why.
+
+    Data that were ``chosen`` for this have no excuse.
+    """
     try:
         dataset = build_dataset(config)
     except (ValueError, OSError) as error:
+        if chosen:
+            raise
         return None, f"the data cannot be read ({error})"
     return (dataset, "") if dataset.has_samples else (None, f"{dataset.name} has no samples")
 

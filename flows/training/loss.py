@@ -25,11 +25,11 @@ class LossModule(nn.Module):
 
     objective: Objective
     batch: Batch
-    output: LossOutput
 
     def __init__(self, flow: CNF) -> None:
         super().__init__()
         self.flow = flow
+        self.output: LossOutput | None = None  # of the last step
         self.generator: torch.Generator | None = None
 
     def forward(self) -> Tensor:

@@ -25,7 +25,7 @@ from flows.training.fabric import Fabric, on_first_process
 from flows.training.folder import write_text
 from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, TensorBoardLogger, read_metrics
 from flows.training.state import RunState, seeded
-from flows.training.summary import Summary, to_json
+from flows.training.summary import Summary, flat, to_json
 
 METRICS = "metrics.jsonl"
 
@@ -112,6 +112,8 @@ class Reporter:
         now, step = time.perf_counter(), self.state.position.step
         metrics = self.state.means.pop()
         metrics |= {"learning_rate": learning_rate, "steps_per_second": (step - before) / (now - then)}
+        if self.state.position.skipped:
+            metrics["skipped"] = float(self.state.position.skipped)
         if "nll" in metrics and self.dataset.entropy is not None:
             metrics["gap"] = metrics["nll"] - self.dataset.entropy
         if "nll" in metrics and self.dataset.num_levels is not None:
@@ -174,18 +176,21 @@ class Reporter:
         self._save_figures(figures, suffix)
         self._log({f"plots/{name}": figure for name, figure in figures.items()})
 
-    def conclude(self, flow: CNF) -> Summary:
-        """Load the best weights into ``flow``, test them, and write the summary and the final plots."""
+    def conclude(self, flow: CNF, statistics: SolverStatistics | None = None) -> Summary:
+        """Load the best weights into ``flow``, test them, and write the summary and the final plots.
+
+        ``statistics`` are of the last training solve, which is drawn as well.
+        """
         flow.load_state_dict(on_first_process(self.fabric, self._best_weights))
         flow.eval()
-        return on_first_process(self.fabric, lambda: self._conclude(flow))
+        return on_first_process(self.fabric, lambda: self._conclude(flow, statistics))
 
     def _best_weights(self) -> dict[str, Any]:
         if self.state.position.best_step is None:  # nothing was validated
             return copy.deepcopy(self.state.ema.module.state_dict())
         return load_checkpoint(self.folder / FOLDER / "best.pt")["ema"]
 
-    def _conclude(self, flow: CNF) -> Summary:
+    def _conclude(self, flow: CNF, statistics: SolverStatistics | None) -> Summary:
         for logger in self._loggers:
             if isinstance(logger, ProgressBar):
                 logger.close()  # the test has a bar of its own
@@ -203,11 +208,11 @@ class Reporter:
             seed=self.seed,
             output_dir=str(self.folder),
         )
-        self.plot(flow, suffix="")
+        self.plot(flow, "", statistics)
         if self.pictures:
             self._save_figures({"curves": plots.curves(read_metrics(self.folder / METRICS), self.dataset.entropy)}, "")
         results = {f"test/{name}": value for name, value in summary.headline().items()}
-        settings = {**_flat(self.config), "parameters": summary.parameters}
+        settings = {**flat(self.config), "parameters": summary.parameters}
         self._log({"summary": HParams(settings, {**results, "seconds": summary.position.seconds})})
         write_text(self.folder / "summary.json", to_json(summary.as_dict()))
         return summary
@@ -269,14 +274,3 @@ class Reporter:
     def _log(self, metrics: Mapping[str, Any]) -> None:
         for logger in self._loggers:
             logger.log(metrics, self.state.position.step)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, with dotted names; a list stays one value."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -77,7 +77,7 @@ def save_samples(
                 csv.writer(file, lineterminator="\n").writerow(
                     [f"x{i}" for i in range(rows.shape[1])] if names is None else names
                 )
-                np.savetxt(file, rows, delimiter=",", fmt="%.9g")
+                np.savetxt(file, rows, delimiter=",", fmt="%.17g" if rows.dtype == np.float64 else "%.9g")
     except OSError as error:
         raise OutputFolderError(f"{path} cannot be written ({error.strerror}); choose another output") from error
     return path

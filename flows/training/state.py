@@ -31,6 +31,7 @@ class Position:
     step: int = 0  # steps done over all stages
     best_nll: float | None = None  # the lowest on the validation part, nats; of an energy, the free energy
     best_step: int | None = None
+    validated: int | None = None  # the step whose weights were last validated
     skipped: int = 0  # batches that could not be solved
     seconds: float = 0.0  # spent in training, validation included
 

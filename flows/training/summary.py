@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,7 @@ class Summary:
             "best_step": self.position.best_step,
             "nfe": (test or self.weights).nfe,
             "steps": self.position.step,
+            "skipped_batches": self.position.skipped,
             "seconds": self.position.seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "parameters": self.parameters,
@@ -75,6 +77,8 @@ class Summary:
 
     def __str__(self) -> str:
         training = f"{self.position.seconds:.1f} s for {self.position.step:,} steps"
+        if self.position.skipped:
+            training += f" ({self.position.skipped} batches skipped)"
         rows = [("data", self.data)]
         for result in (self.weights and self.weights.table(), self.test and self.test.table(self.entropy)):
             rows += result or []
@@ -85,6 +89,14 @@ class Summary:
 def aligned(rows: list[tuple[str, str]]) -> str:
     """Names and values in two columns."""
     return "\n".join(f"{name:>12}  {value}" for name, value in rows)
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values within values as one level, with dotted names; a list stays one value."""
+    level: dict[str, Any] = {}
+    for name, value in nested.items():
+        level |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return level
 
 
 def to_json(content: dict[str, Any]) -> str:

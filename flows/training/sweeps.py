@@ -13,7 +13,18 @@ from typing import Any
 
 from flows import plots
 from flows.training.folder import RUNS, new_folder
+from flows.training.summary import flat
 
+COLUMNS = (  # of the table: title, figure, its standard error, form
+    ("NLL", "test_nll", "test_nll_se", ".4f"),
+    ("free energy", "importance_weights.free_energy", "importance_weights.free_energy_se", ".4f"),
+    ("ESS", "importance_weights.effective_sample_size", None, ".3f"),
+    ("gap", "gap", "test_nll_se", ".4f"),
+    ("bits/dim", "test_bits_per_dim", "test_bits_per_dim_se", ".4f"),
+    ("NFE", "nfe", None, ".0f"),
+    ("steps", "steps", None, ","),
+    ("seconds", "seconds", None, ".0f"),
+)
 LONGEST = 100  # characters; folders have a limit, and names a reader
 
 
@@ -76,20 +87,15 @@ def sweeping() -> Iterator[None]:
                     print(f"all pictures in {path / 'sweep.png'}")
 
 
-def sweep_results(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """The contents of ``summary.json`` for each finished run in the folder of a sweep, by the name of its job."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/summary.json"))}
+def sweep_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """What ``summary.json`` holds for each finished run in the folder of a sweep, flat, by the name of its job."""
+    return {path.parent.name: flat(json.loads(path.read_text())) for path in sorted(folder.glob("*/summary.json"))}
 
 
 def sweep_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for each run, with the columns that at least one of them has."""
     columns = {
-        "NLL": [_with_error(result, "test_nll") for result in results.values()],
-        "gap": [_with_error(result, "gap", "test_nll_se") for result in results.values()],
-        "bits/dim": [_with_error(result, "test_bits_per_dim") for result in results.values()],
-        "NFE": [_number(result.get("nfe"), ".0f") for result in results.values()],
-        "steps": [_number(result.get("steps"), ",") for result in results.values()],
-        "seconds": [_number(result.get("seconds"), ".0f") for result in results.values()],
+        title: [_cell(result, name, error, form) for result in results.values()] for title, name, error, form in COLUMNS
     }
     columns = {"run": list(results)} | {name: cells for name, cells in columns.items() if any(cells)}
     widths = [max(len(name), *map(len, cells)) for name, cells in columns.items()]
@@ -100,14 +106,12 @@ def sweep_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _with_error(result: Mapping[str, Any], name: str, error: str | None = None) -> str:
-    error = result.get(error or f"{name}_se")
-    value = _number(result.get(name), ".4f")
-    return f"{value} ± {error:.4f}" if value and error is not None else value
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _cell(result: Mapping[str, Any], name: str, error: str | None = None, form: str = ".4f") -> str:
+    """A figure with its standard error, as far as they are known."""
+    value, spread = result.get(name), result.get(error) if error else None
+    if value is None:
+        return ""
+    return format(value, form) + (f" ± {spread:{form}}" if spread is not None else "")
 
 
 def _draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -115,7 +119,7 @@ def _draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> bool:
     for name in ("density", "samples"):
         pictures = {run: path.parent / run / "plots" / f"{name}.png" for run in results}
         if all(picture.exists() for picture in pictures.values()):
-            gaps = {run: _with_error(result, "gap", "test_nll_se") for run, result in results.items()}
+            gaps = {run: _cell(result, "gap", "test_nll_se") for run, result in results.items()}
             titles = {run: f"{run}, gap {gap} nats" if gap else run for run, gap in gaps.items()}
             plots.contact_sheet({titles[run]: picture for run, picture in pictures.items()}).savefig(path)
             return True
@@ -123,9 +127,8 @@ def _draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def _write_csv(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    figures = {run: {k: v for k, v in result.items() if not isinstance(v, dict)} for run, result in results.items()}
-    names = list(dict.fromkeys(name for row in figures.values() for name in row))
+    names = list(dict.fromkeys(name for row in results.values() for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["run", *names], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({"run": run, **row} for run, row in figures.items())
+        writer.writerows({"run": run, **row} for run, row in results.items())

@@ -78,7 +78,8 @@ class Trainer:
         compile: run what training evaluates through torch.compile, see :func:`flows.training.compiled.compiled`;
             ``"auto"``: on a GPU.
         on_solver_error: ``"raise"`` when a batch cannot be solved, or ``"skip"`` it and take another; skipped ones are
-            counted, and ``max_solver_errors`` in a row end the run with its state saved.
+            counted, and ``max_solver_errors`` in a row end the run with its state saved. Weights whose validation
+            cannot be solved are passed over too.
         max_solver_errors: see ``on_solver_error``.
     """
 
@@ -146,6 +147,7 @@ class Trainer:
         self.fabric = build_fabric(accelerator, devices, strategy, precision)
         self.compile = self.fabric.device.type == "cuda" if compile == "auto" else compile
         self.policy.check(self.fabric.world_size)
+        self._checks_every_step = self.fabric.device.type == "cpu"  # a GPU would have to be waited for
         if self.compile and any(solves(stage.objective) for stage in stages.values()):
             check_compilable(flow)
         resumed = None if resume is None else find_checkpoint(resume, prefer="last")
@@ -228,7 +230,7 @@ class Trainer:
                     self._train_stage(stage, step, reporter, stop)
             try:
                 stop.no_more_steps()
-                return reporter.conclude(self.flow)
+                return reporter.conclude(self.flow, loss.output and loss.output.statistics)
             except KeyboardInterrupt:
                 last = self.folder / FOLDER / "last.pt"
                 raise self._interrupted(last, state.position.step, stop.requested or signal.SIGINT) from None
@@ -238,22 +240,28 @@ class Trainer:
         started = time.perf_counter() - state.position.seconds
         position = state.position
         total = sum(stage.steps for stage in self.stages.values())
+        if (
+            position.step_in_stage
+            and position.validated != position.step
+            and _due(self.validate_every, stage, position)
+        ):
+            self._validate(reporter, stage, state)  # the process that came here first died before it could
         while position.step_in_stage < stage.steps:
             position.step_in_stage += 1
             position.step += 1
-            ends = position.step_in_stage == stage.steps
-            log, validate, plot, checkpoint = (
-                ends or bool(every and position.step % every == 0)
-                for every in (self.log_every, self.validate_every, self.plot_every, self.checkpoint_every)
-            )
-
             try:
                 value, norm = step.gradient()
             except SolverError as error:
                 if isinstance(error, RepeatedSolverError):
                     self._save_before(state)
                 raise self._told_where("training", error, stage, position) from error
-            if self.fabric.device.type == "cpu" or log or validate or checkpoint:  # a GPU would have to be waited for
+            log, validate, plot, checkpoint = (
+                _due(every, stage, position)
+                for every in (self.log_every, self.validate_every, self.plot_every, self.checkpoint_every)
+            )
+            stopping = self._agree(stop.requested)
+            save = checkpoint or validate or plot or bool(stopping)
+            if self._checks_every_step or log or save:
                 self._check_finite(value, norm, stage, state)
             learning_rate = step.follow()
 
@@ -264,27 +272,31 @@ class Trainer:
             reporter.advance()
             if log:
                 reporter.log_training(learning_rate)
-            save = checkpoint or validate or plot
             if save:  # before what may fail
                 last = self._save(state, "last")
-            if validate and self._validate(reporter, stage, position):
-                self._save(state, "best")
+            if validate:
+                self._validate(reporter, stage, state)
             if plot and position.step < total:  # the best weights are drawn after the last step
                 reporter.plot(statistics=loss.output.statistics)
-            stopping = self._agree(stop.requested)
             if stopping:
-                if not save:
-                    last = self._save(state, "last")
                 raise self._interrupted(last, position.step, stopping)
 
     def _interrupted(self, checkpoint: Path, step: int, signal_number: int) -> TrainingInterrupted:
         return TrainingInterrupted(checkpoint, step, signal_number, foreign_packages(self.config))
 
-    def _validate(self, reporter: Reporter, stage: Stage, position: Position) -> bool:
+    def _validate(self, reporter: Reporter, stage: Stage, state: RunState) -> None:
+        """Look at the validation part; a run that goes on from the state saved now need not do it again."""
+        position = state.position
         try:
-            return reporter.validate()
+            if reporter.validate():
+                self._save(state, "best")
         except (SolverError, ValueError) as error:
-            raise self._told_where("validation", error, stage, position) from error
+            told = self._told_where("validation", error, stage, position)
+            if self.policy.action == "raise" or not isinstance(error, SolverError):
+                raise told from error
+            reporter.warn(f"these weights were not compared with the best: {told}")
+        position.validated = position.step
+        self._save(state, "last")
 
     def _save(self, state: RunState, name: str) -> Path:
         path = self.folder / FOLDER / f"{name}.pt"
@@ -295,7 +307,10 @@ class Trainer:
         return path
 
     def _save_before(self, state: RunState) -> None:
-        """Save as ``last`` what the step that has just failed started from."""
+        """Save as ``last`` the weights that the step which has just failed started from.
+
+        A run that goes on from there draws other batches than those that failed.
+        """
         position = state.position
         state.position = replace(position, step=position.step - 1, step_in_stage=position.step_in_stage - 1)
         self._save(state, "last")
@@ -324,10 +339,15 @@ class Trainer:
 
     def _where(self, stage: Stage, position: Position) -> str:
         """The step in words, and what can be gone back to."""
-        exactly = "at" if self.fabric.device.type == "cpu" else "at or shortly before"
+        exactly = "at" if self._checks_every_step else "at or shortly before"
         last = self.folder / FOLDER / "last.pt"
         saved = f"; the state to resume from is in {last}" if last.exists() else ""
         return (
             f"{exactly} step {position.step} (step {position.step_in_stage} of {stage.steps} in the stage "
             f"{position.stage}{saved})"
         )
+
+
+def _due(every: int | None, stage: Stage, position: Position) -> bool:
+    """Whether what happens every so many steps, and at the end of a stage, happens now."""
+    return position.step_in_stage == stage.steps or bool(every and position.step % every == 0)
