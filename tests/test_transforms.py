@@ -463,13 +463,16 @@ def test_marginals_and_whitening_have_the_dense_jacobian(whiten):
     torch.testing.assert_close(inverse_log_det, -log_det)
 
 
-def test_whitened_data_have_unit_covariance_and_the_likelihood_of_their_gaussian():
+@pytest.mark.parametrize("axes", ["pixels", "principal"])
+def test_whitened_data_have_unit_covariance_and_the_likelihood_of_their_gaussian(axes):
     mixing = torch.randn(12, 12, generator=rng(0)).double()
     data = 3 + torch.einsum("ij,nj->ni", mixing, torch.randn(500, 12, generator=rng(1)).double()).view(-1, *SHAPE)
-    transform = Whiten(SHAPE).double().fit(data)
+    transform = Whiten(SHAPE, axes=axes).double().fit(data)
     y, log_det = transform(data)
     torch.testing.assert_close(y.flatten(1).T.cov(), torch.eye(12).double())
-    torch.testing.assert_close(transform.inverse_root, transform.inverse_root.T)
+    torch.testing.assert_close(transform.inverse(y)[0], data)
+    if axes == "pixels":
+        torch.testing.assert_close(transform.inverse_root, transform.inverse_root.T)
     normal = torch.distributions.MultivariateNormal(data.flatten(1).mean(0), data.flatten(1).T.cov())
     base = flows.CNF(nn.Identity(), event_shape=SHAPE).double().base
     torch.testing.assert_close(base.log_prob(y) + log_det, normal.log_prob(data.flatten(1)))
@@ -505,9 +508,10 @@ def heavy_tailed(n, seed=1, freedom=2.0):
     return ((scale * normal) @ mixing.T).view(-1, *SHAPE), mixing @ mixing.T
 
 
-def test_the_radius_has_the_dense_jacobian_and_an_inverse():
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_radius_has_the_dense_jacobian_and_an_inverse(groups):
     data, _ = heavy_tailed(500)
-    transform = NormalRadius(SHAPE, num_quantiles=16).fit(data)
+    transform = NormalRadius(SHAPE, groups, num_quantiles=16).fit(data)
     x = data[:8]
     y, log_det = transform(x)
     dense = torch.stack([torch.func.jacrev(lambda one: transform(one[None])[0][0])(one) for one in x])
@@ -524,8 +528,8 @@ def test_radii_become_those_of_normal_points():
     assert kstest(y.flatten(1).square().sum(1).numpy(), "chi2", (12,)).statistic < 0.02
     cosine = nn.functional.cosine_similarity(y.flatten(1), data.flatten(1))
     torch.testing.assert_close(cosine, torch.ones(4000))
-    with pytest.raises(ValueError, match=r"at least 5 entries to be worth it, got \(2,\)"):
-        NormalRadius((2,))
+    with pytest.raises(ValueError, match=r"must cut 12 entries into equal parts of at least 5 .*, got 3"):
+        NormalRadius(SHAPE, 3)
     with pytest.raises(ValueError, match="in the origin, where a radius has no direction"):
         NormalRadius(SHAPE).check(torch.zeros(1, *SHAPE))
 

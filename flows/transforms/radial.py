@@ -26,69 +26,81 @@ class NormalRadius(Transform):
     where F is a mixture of logistic distributions at quantiles of u, so that data further out than all before stay
     possible. log|det ∂y/∂x| = log ρ′ + (d − 1) log(ρ/‖x‖). [Lyu & Simoncelli 2009, radial Gaussianization]
 
-    It goes after :class:`Whiten` (with ``robust=True``). Until :meth:`fit`, F is one logistic distribution.
+    It goes after :class:`Whiten` (with ``robust=True``). With several groups, the entries are cut into as many parts of
+    equal size in their order, and each has a radius of its own: after ``Whiten(axes="principal")``, bands from fine to
+    coarse. Until :meth:`fit`, F is one logistic distribution.
 
     Args:
-        event_shape: shape of a point, of at least five entries.
+        event_shape: shape of a point.
+        num_groups: must leave at least five entries in each.
         num_quantiles: in the mixture.
         bandwidth: scale of the logistic distributions over the standard deviation of u.
     """
 
     term = "radius"
 
-    def __init__(self, event_shape: Sequence[int], num_quantiles: int = 64, bandwidth: float = 0.1) -> None:
+    def __init__(
+        self, event_shape: Sequence[int], num_groups: int = 1, num_quantiles: int = 64, bandwidth: float = 0.1
+    ) -> None:
         super().__init__()
         self.event_shape = tuple(event_shape)
-        self.size = math.prod(self.event_shape)
-        if self.size < 5:
-            raise ValueError(f"a radius takes a point of at least 5 entries to be worth it, got {self.event_shape}")
+        entries = math.prod(self.event_shape)
+        if num_groups < 1 or entries % num_groups or entries // num_groups < 5:
+            raise ValueError(
+                f"num_groups must cut {entries} entries into equal parts of at least 5 (fewer have no radius worth the "
+                f"name), got {num_groups}"
+            )
+        self.size = entries // num_groups
         if num_quantiles < 1 or not bandwidth > 0:
             raise ValueError(f"num_quantiles must be >= 1 and bandwidth above 0, got {num_quantiles} and {bandwidth}")
         self.bandwidth = bandwidth
-        self.register_buffer("centres", torch.full((num_quantiles,), 0.5 * math.log(self.size)))  # of u
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("centres", torch.full((num_groups, num_quantiles), 0.5 * math.log(self.size)))  # of u
+        self.register_buffer("scale", torch.ones(num_groups, 1))
 
     def check(self, x: Tensor) -> None:
-        if not x.flatten(1).any(1).all():
-            raise ValueError("a point lies in the origin, where a radius has no direction")
+        if not self._groups(x).any(-1).all():
+            raise ValueError("a point, or a group of its entries, lies in the origin, where a radius has no direction")
 
     def fit(self, points: Tensor) -> NormalRadius:
         """Take the quantiles from ``points`` (n, *event)."""
         if tuple(points.shape[1:]) != self.event_shape or len(points) < 2:
             raise ValueError(f"expected at least two points of shape {self.event_shape}, got {tuple(points.shape)}")
         self.check(points)
-        u = points.flatten(1).double().norm(dim=1).log()
-        steps = (torch.arange(len(self.centres), dtype=u.dtype, device=u.device) + 0.5) / len(self.centres)
-        self.centres.copy_(u.quantile(steps))
-        self.scale.copy_(self.bandwidth * u.std())
+        u = self._groups(points.double()).norm(dim=-1).log()  # (n, G)
+        count = self.centres.shape[1]
+        steps = (torch.arange(count, dtype=u.dtype, device=u.device) + 0.5) / count
+        self.centres.copy_(u.quantile(steps, dim=0).T)
+        self.scale.copy_(self.bandwidth * u.std(0).unsqueeze(1))
         return self
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        flat = x.flatten(1)
-        u = flat.norm(dim=1).log()
-        log_ratio, log_det = self._move(u)
-        return (flat * log_ratio.exp().unsqueeze(1)).view_as(x), log_det
+        groups = self._groups(x)
+        log_ratio, log_det = self._move(groups.norm(dim=-1).log())
+        return (groups * log_ratio.exp().unsqueeze(-1)).view_as(x), log_det.sum(1)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        flat = y.flatten(1)
-        v = flat.norm(dim=1).log()
+        groups = self._groups(y)
+        v = groups.norm(dim=-1).log()
         with torch.no_grad():
-            reach = 20 * self.scale
-            low, high = (end.expand_as(v) for end in (self.centres.min() - reach, self.centres.max() + reach))
+            reach = 20 * self.scale[:, 0]
+            low, high = (self.centres.amin(1) - reach).expand_as(v), (self.centres.amax(1) + reach).expand_as(v)
             for _ in range(50):  # halvings
                 middle = (low + high) / 2
                 above = middle + self._move(middle)[0] > v
                 low, high = torch.where(above, low, middle), torch.where(above, middle, high)
             u = (low + high) / 2
         log_ratio, log_det = self._move(u)
-        return (flat * (-log_ratio).exp().unsqueeze(1)).view_as(y), -log_det
+        return (groups * (-log_ratio).exp().unsqueeze(-1)).view_as(y), -log_det.sum(1)
 
-    def _move(self, u: Tensor) -> tuple[Tensor, Tensor]:  # (B,) each
+    def _groups(self, x: Tensor) -> Tensor:  # (B, *event) -> (B, G, size)
+        return x.flatten(1).unflatten(1, (-1, self.size))
+
+    def _move(self, u: Tensor) -> tuple[Tensor, Tensor]:  # (B, G) each
         """log(ρ/r) and log|det| at u = log r."""
         d = self.size
         distance = (u.unsqueeze(-1) - self.centres) / self.scale
         log_density = functional.logsigmoid(distance) + functional.logsigmoid(-distance)  # dF/du, of each, times scale
-        log_density = log_density.logsumexp(-1) - math.log(len(self.centres)) - self.scale.log()
+        log_density = log_density.logsumexp(-1) - math.log(self.centres.shape[1]) - self.scale[:, 0].log()
         z = torch.special.ndtri(SPREAD + (1 - 2 * SPREAD) * distance.sigmoid().mean(-1))
         spread = math.sqrt(2 / (9 * d))
         w = 1 - spread**2 + spread * z

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ class Whiten(Transform):
     A flow that leaves y as it is, is the Gaussian of these moments. The likelihood of a linear map of the data is the
     same, but flow matching is not: its squares count an error in a direction by the variance there, the likelihood by
     the variance relative to that of the data. Pixels of natural images differ by factors of thousands in this.
-    C^(−1/2) is the whitening that changes an image least. [Kessy, Lewin & Strimmer 2018, arXiv:1512.00809]
+    C^(−1/2) is the whitening that changes an image least; with ``axes="principal"`` it is Λ^(−1/2) Uᵀ for C = U Λ Uᵀ,
+    whose entries are principal components from the least variance to the most. [Kessy, Lewin & Strimmer 2018,
+    arXiv:1512.00809]
 
     It is the identity until :meth:`fit`; the moments are buffers, so a checkpoint carries them.
 
@@ -29,20 +32,30 @@ class Whiten(Transform):
         robust: weigh every point by the inverse square of its radius after whitening, so that a few points far out do
             not decide how the many others are scaled. The points of an elliptical density all count the same then, but
             C has an arbitrary factor. [Tyler 1987, Annals of Statistics 15, 234]
+        axes: ``"pixels"`` or ``"principal"``.
     """
 
-    def __init__(self, event_shape: Sequence[int], shrinkage: float = 0.0, robust: bool = False) -> None:
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        shrinkage: float = 0.0,
+        robust: bool = False,
+        axes: Literal["pixels", "principal"] = "pixels",
+    ) -> None:
         super().__init__()
         if not 0 <= shrinkage < 1:
             raise ValueError(f"shrinkage must be in [0, 1), got {shrinkage}")
+        if axes not in ("pixels", "principal"):
+            raise ValueError(f"axes must be 'pixels' or 'principal', got {axes!r}")
+        self.axes = axes
         self.event_shape = tuple(event_shape)
         self.shrinkage = shrinkage
         self.robust = robust
         size = math.prod(self.event_shape)
         self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("root", torch.eye(size))  # C^(1/2)
+        self.register_buffer("root", torch.eye(size))  # C^(1/2), or Λ^(1/2) Uᵀ
         self.register_buffer("inverse_root", torch.eye(size))
-        self.register_buffer("log_det", torch.zeros(()))  # of C^(−1/2)
+        self.register_buffer("log_det", torch.zeros(()))  # of the inverse root
 
     def fit(self, points: Tensor) -> Whiten:
         """Take both moments from ``points`` (n, *event).
@@ -68,8 +81,9 @@ class Whiten(Transform):
                 "covariance to whiten by; bring more points, drop entries that follow from others, or set shrinkage"
             )
         self.mean.copy_(mean)
-        for buffer, power in ((self.root, 0.5), (self.inverse_root, -0.5)):
-            buffer.copy_((directions * variances**power) @ directions.T)
+        rotation = directions.T if self.axes == "pixels" else torch.eye(len(variances)).to(directions)
+        self.inverse_root.copy_((directions * variances**-0.5) @ rotation)
+        self.root.copy_((rotation.T * variances**0.5) @ directions.T)
         self.log_det.copy_(-0.5 * variances.log().sum())
         return self
 
