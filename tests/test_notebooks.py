@@ -41,3 +41,21 @@ def test_the_estimators_are_measured_in_their_notebook():
     assert few == every
     assert re.search(r"For training    Analytic: exact at [\d.]+ field evaluations forward and backward", text)
     assert re.search(r"For evaluation  Analytic: exact at [\d.]+ field evaluations", text)
+
+
+def test_bits_are_audited_in_their_notebook():
+    (path,) = [path for path in NOTEBOOKS if path.stem == "images"]
+    text = "\n".join(
+        output.text
+        for cell in nbformat.read(path, as_version=4).cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream"
+    )
+    total, by_hand = re.search(r"sum of the parts ([\d.]+), NLL / \(d log 2\) ([\d.]+)", text).groups()
+    assert total == by_hand
+    pairs = float(re.search(r"and pairs of pixels +([\d.]+)", text)[1])
+    draws = [float(value) for value in re.findall(r"\n +\d+ draws: ([\d.]+)", text)]
+    assert pairs > float(total) > draws[1] > draws[2]
+    coarse = dict(re.findall(r" +(\d+) steps: Euler ([\d.]+)", text))
+    assert float(coarse["10"]) < float(total)  # the trap that the text warns of
+    assert 1e-1 > float(re.search(r"solver error +(\S+) nats", text)[1])

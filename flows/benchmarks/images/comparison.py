@@ -39,7 +39,7 @@ def recipe(config: Mapping[str, Any], num_draws: int) -> Row:
     )
     one, many = tested(trainer.flow, trainer.dataset, num_draws)
     title = f"flows, {type(trainer.flow.field).__name__}"
-    setting = f"{stages}; {summary.output_dir}"
+    setting = f"{stages}, solver error {summary.test.solver_error or 0:.0e} nats; {summary.output_dir}"
     return Row(title, setting, one, many, summary.position.seconds, summary.parameters)
 
 
