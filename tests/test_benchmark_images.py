@@ -46,7 +46,7 @@ def test_a_standard_normal_is_the_flow_that_stays_where_it_is(digits, transform)
 
 def test_a_mixture_of_one_is_the_gaussian(digits, transform):
     points = fitting.flow_points(digits, transform, seed=0, least=2000)
-    one, other = Gaussian(transform, SHAPE, points, 0.01), Mixture(transform, SHAPE, points, 1, 0.01)
+    one, other = Gaussian(transform, SHAPE, points, 1e-9), Mixture(transform, SHAPE, points, 1, 1e-9)
     y = points[:50]
     torch.testing.assert_close(one.log_density(y), other.log_density(y), rtol=1e-3, atol=1e-3)  # n or n - 1
     assert one.num_parameters == other.num_parameters == 64 + 64 * 65 // 2

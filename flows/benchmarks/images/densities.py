@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flows.base import StandardNormal
 from flows.estimates import LogProbEstimate
 from flows.solvers import SolverStatistics
-from flows.transforms import Transform
+from flows.transforms import Transform, Whiten
 
 
 class TransformedDensity(nn.Module):
@@ -73,7 +73,7 @@ class Mixture(TransformedDensity):
 
     Args:
         num_components: how many.
-        floor: added to the diagonals of all covariances.
+        floor: added to the diagonals of all covariances, in units of the variance of all points in a direction.
         seed: of the start.
     """
 
@@ -89,11 +89,13 @@ class Mixture(TransformedDensity):
         super().__init__(transform, event_shape)
         from sklearn.mixture import GaussianMixture
 
+        self.whiten = Whiten((points.shape[1],)).double().fit(points.double())
         model = GaussianMixture(num_components, reg_covar=floor, random_state=seed, max_iter=50, tol=0.02)
-        self.model = model.fit(points.double().numpy())
+        self.model = model.fit(self.whiten(points.double())[0].numpy())
 
     def log_density(self, y: Tensor) -> Tensor:
-        return torch.from_numpy(self.model.score_samples(y.double().numpy()))
+        white, log_det = self.whiten(y.double())
+        return torch.from_numpy(self.model.score_samples(white.numpy())) + log_det
 
     @property
     def num_parameters(self) -> int:
