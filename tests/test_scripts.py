@@ -21,7 +21,7 @@ import flows
 from flows.datasets.readers import read_table
 from flows.training import CheckpointError, load_checkpoint, load_flow, read_metrics
 from flows.training.console import explain, is_deliberate, quoted_override, readable_errors
-from flows.training.sweeps import job_name
+from flows.training.sweeps import job_name, sweep_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -496,3 +496,13 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(run, tmp_path):
 
 def without_config(content):
     return {key: value for key, value in content.items() if key != "config"}
+
+
+def test_a_table_of_runs_shows_what_they_have():
+    energy = {"nfe": 20.0, "importance_weights.free_energy": -1.5, "importance_weights.free_energy_se": 0.25}
+    density = {"test_nll": 2.0, "test_nll_se": None, "gap": 0.5, "steps": 4060}
+    assert sweep_table({"a": energy, "run b": density}).splitlines() == [
+        "run       NLL       free energy     gap  NFE  steps",
+        "a              -1.5000 ± 0.2500           20       ",
+        "run b  2.0000                    0.5000       4,060",
+    ]
