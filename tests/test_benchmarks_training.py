@@ -150,7 +150,7 @@ def test_floor_compares_with_a_spline_flow_and_saves_the_curves(tmp_path, script
     settings["solver"] |= {"rtol": 1e-3, "atol": 1e-3}
     for stage in settings["objective"].values():
         stage["batch_size"] = 16
-    pair = compare(settings, 0.2, test_points=200, looks=3, progress=False)
+    pair = compare(settings, 0.2, 0.3, test_points=200, looks=3, progress=False)
     for outcome in (pair.flow, pair.spline):
         assert outcome.data == "moons"
         assert 0.2 <= outcome.seconds < 2
@@ -178,7 +178,6 @@ def test_regularisation_prints_what_the_costs_buy(tmp_path, script):
     case = regularisation.CASES["8gaussians"]
     tiny = (
         "field.hidden=[16,16]",
-        "field.sine_frequency=null",
         "data.num_test=100",
         "data.num_validation=100",
         "objective.flow_matching.steps=20",

@@ -33,32 +33,34 @@ class Case:
     allowed: float  # what a regularised flow may lose: nats, or bits/dim of images
 
 
+# Fields whose dependence on time is slow: fast time features take short steps, however straight the paths are.
 CASES = {
     "8gaussians": Case(
         (
             "data=8gaussians",
-            "data.num_test=20000",
-            "objective.flow_matching.steps=1500",
-            "objective.maximum_likelihood.steps=200",
-            "objective.maximum_likelihood.learning_rate=2e-3",
-            "trainer.ema_decay=0.99",
+            "data.num_test=10000",
+            "field=concat_squash",
+            "objective.flow_matching.steps=1000",
+            "objective.maximum_likelihood.steps=150",
+            "objective.maximum_likelihood.learning_rate=3e-3",
+            "trainer.ema_decay=0.9",
             "trainer.evaluation_batch_size=2000",
         ),
-        0.03,
+        0.05,
         0.02,
     ),
     "digits": Case(
         (
             "experiment=digits",
             "objective=flow_matching_then_likelihood",
-            "objective.maximum_likelihood.steps=100",
+            "objective.maximum_likelihood.steps=60",
             "objective.maximum_likelihood.batch_size=256",
             "objective.maximum_likelihood.learning_rate=1e-3",
+            "field.num_frequencies=1",
             "solver=dopri5",
-            "solver.rtol=1e-4",
-            "solver.atol=1e-4",
+            "trainer.ema_decay=0.9",
         ),
-        0.01,
+        0.1,
         0.01,
     ),
 }
