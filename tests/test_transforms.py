@@ -1,5 +1,6 @@
 """Transforms against dense Jacobians, noise densities against quadrature, and the bound against exact probabilities."""
 
+import copy
 import itertools
 import math
 
@@ -545,3 +546,51 @@ def test_robust_whitening_finds_the_shape_where_there_is_no_covariance():
     torch.testing.assert_close(12 * directions.T @ directions / 4000, torch.eye(12), rtol=0, atol=1e-3)  # Tyler's law
     assert errors[True] < 0.35  # sd of an entry of a covariance of 4,000 normal points: 12/√4000 in all
     assert errors[False] > 2 * errors[True]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_inverse_of_the_radius_has_the_dense_jacobian_and_gradients(groups):
+    transform = NormalRadius(SHAPE, groups, num_quantiles=16).fit(heavy_tailed(500)[0]).double()
+    y = torch.randn(6, *SHAPE, generator=rng(3)).double() * torch.tensor([0.05, 0.3, 1, 1, 1.5, 3]).view(-1, 1, 1, 1)
+    _, log_det = transform.inverse(y)
+    dense = torch.stack([torch.func.jacrev(lambda one: transform.inverse(one[None])[0][0])(one) for one in y])
+    torch.testing.assert_close(log_det, dense.reshape(6, 12, 12).slogdet().logabsdet)
+    assert torch.autograd.gradcheck(lambda y: transform.inverse(y)[1], y.requires_grad_())
+
+
+def test_points_far_out_keep_their_digits():
+    data, _ = heavy_tailed(500)
+    transform = NormalRadius(SHAPE, num_quantiles=16).fit(data)
+    steps = torch.logspace(-6, 6, 49)  # z from −13 to 24
+    x = nn.functional.normalize(data[:49].flatten(1)).view(-1, *SHAPE) * steps.view(-1, *[1] * len(SHAPE))
+    y, log_det = transform(x)
+    back, inverse_log_det = transform.inverse(y)
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=0)
+    torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-4, atol=1e-2)
+    exact, exact_log_det = copy.deepcopy(transform).double()(x.double())
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(log_det.double(), exact_log_det, rtol=1e-5, atol=1e-3)
+    assert (y.flatten(1).norm(dim=1).diff() > 0).all()
+    double, far = copy.deepcopy(transform).double(), x[::8].double()
+    dense = torch.stack([torch.func.jacrev(lambda one: double(one[None])[0][0])(one) for one in far])
+    torch.testing.assert_close(exact_log_det[::8], dense.reshape(-1, 12, 12).slogdet().logabsdet)
+
+
+@pytest.mark.parametrize("robust", [False, True])
+def test_entries_that_do_not_vary_are_refused_to_whiten_by(robust):
+    points = torch.randn(50, *SHAPE, generator=rng(0))
+    dependent, constant = points.clone(), points.clone()
+    dependent.flatten(1)[:, 3] = dependent.flatten(1)[:, 1]
+    constant.flatten(1)[:, 3] = 2.0
+    for bad in (dependent, constant):
+        with pytest.raises(ValueError, match="50 points do not vary in 1 of 12 directions"):
+            Whiten(SHAPE, robust=robust).fit(bad)
+
+
+def test_robust_whitening_allows_points_in_the_mean():
+    half = torch.randn(50, *SHAPE, generator=rng(0), dtype=torch.float64)
+    points = torch.cat([half, -half, torch.zeros(1, *SHAPE, dtype=torch.float64)])
+    with_centre, without = (Whiten(SHAPE, robust=True).double().fit(some) for some in (points, points[:-1]))
+    assert with_centre.mean.norm() < 1e-9
+    scale = with_centre.root.trace() / without.root.trace()
+    torch.testing.assert_close(with_centre.root / scale, without.root, rtol=1e-6, atol=1e-6)

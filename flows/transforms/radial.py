@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from flows.transforms.base import Transform
 
-SPREAD = 1e-5  # of the probability, left out at either end so that the radius stays finite
+LOWEST = -4.0  # z from which the cube-root law holds; a probability of 3e-5 lies below
+NEWTON_STEPS = 7  # to Φ⁻¹ in float64
 
 
 class NormalRadius(Transform):
@@ -24,7 +25,9 @@ class NormalRadius(Transform):
         ρ = √d w^{3/2},   w = 1 − 2/(9d) + z √(2/(9d)),
 
     where F is a mixture of logistic distributions at quantiles of u, so that data further out than all before stay
-    possible. log|det ∂y/∂x| = log ρ′ + (d − 1) log(ρ/‖x‖). [Lyu & Simoncelli 2009, radial Gaussianization]
+    possible. Below z = −4 an exponential takes the place of w, value and slope alike, so that ρ stays positive: the
+    image is all of ℝᵈ but the origin, and far points keep their digits, as z comes from log F and log(1 − F).
+    log|det ∂y/∂x| = log ρ′ + (d − 1) log(ρ/‖x‖). [Lyu & Simoncelli 2009, radial Gaussianization]
 
     It goes after :class:`Whiten` (with ``robust=True``). With several groups, the entries are cut into as many parts of
     equal size in their order, and each has a radius of its own: after ``Whiten(axes="principal")``, bands from fine to
@@ -81,30 +84,71 @@ class NormalRadius(Transform):
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         groups = self._groups(y)
         v = groups.norm(dim=-1).log()
+        z = self._normal_of(v)
+        log_odds = torch.special.log_ndtr(z) - torch.special.log_ndtr(-z)
         with torch.no_grad():
-            reach = 20 * self.scale[:, 0]
-            low, high = (self.centres.amin(1) - reach).expand_as(v), (self.centres.amax(1) + reach).expand_as(v)
+            # The log-odds of one logistic distribution are straight, and those of the mixture between the outermost.
+            ends = self.centres.amin(1), self.centres.amax(1)
+            low, high = (self.scale[:, 0] * log_odds + end for end in ends)
             for _ in range(50):  # halvings
                 middle = (low + high) / 2
-                above = middle + self._move(middle)[0] > v
+                log_cdf, log_survival, _ = self._mixture(middle)
+                above = log_cdf - log_survival > log_odds
                 low, high = torch.where(above, low, middle), torch.where(above, middle, high)
             u = (low + high) / 2
-        log_ratio, log_det = self._move(u)
-        return (groups * (-log_ratio).exp().unsqueeze(-1)).view_as(y), -log_det.sum(1)
+            log_cdf, log_survival, log_density = self._mixture(u)
+            slope = (log_density - log_cdf - log_survival).exp()
+        u = u + (log_odds - (log_cdf - log_survival)) / slope  # a step of Newton's, which gradients go through
+        return (groups * (u - v).exp().unsqueeze(-1)).view_as(y), -self._move(u)[1].sum(1)
 
     def _groups(self, x: Tensor) -> Tensor:  # (B, *event) -> (B, G, size)
         return x.flatten(1).unflatten(1, (-1, self.size))
 
     def _move(self, u: Tensor) -> tuple[Tensor, Tensor]:  # (B, G) each
         """log(ρ/r) and log|det| at u = log r."""
-        d = self.size
-        distance = (u.unsqueeze(-1) - self.centres) / self.scale
-        log_density = functional.logsigmoid(distance) + functional.logsigmoid(-distance)  # dF/du, of each, times scale
-        log_density = log_density.logsumexp(-1) - math.log(self.centres.shape[1]) - self.scale[:, 0].log()
-        z = torch.special.ndtri(SPREAD + (1 - 2 * SPREAD) * distance.sigmoid().mean(-1))
-        spread = math.sqrt(2 / (9 * d))
-        w = 1 - spread**2 + spread * z
-        log_rate = math.log(1 - 2 * SPREAD) + log_density + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)  # dz/du
-        log_ratio = 0.5 * math.log(d) + 1.5 * w.log() - u
+        log_cdf, log_survival, log_density = self._mixture(u)
+        z = _quantile(log_cdf, log_survival)
+        spread, lowest = self._cube_root()
+        w = (1 - spread**2 + spread * z).clamp(min=lowest)
+        log_w = w.log() + spread / lowest * (z - LOWEST).clamp(max=0)
+        log_ratio = 0.5 * math.log(self.size) + 1.5 * log_w - u
+        log_rate = log_density + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)  # dz/du
         # d log ρ/du = 1.5 spread/w · dz/du, and ρ′ = ρ/r · d log ρ/du
-        return log_ratio, math.log(1.5 * spread) - w.log() + log_rate + d * log_ratio
+        return log_ratio, math.log(1.5 * spread) - w.log() + log_rate + self.size * log_ratio
+
+    def _normal_of(self, v: Tensor) -> Tensor:  # (B, G)
+        """z where log ρ = v."""
+        spread, lowest = self._cube_root()
+        log_w = (v - 0.5 * math.log(self.size)) / 1.5
+        w = log_w.clamp(min=math.log(lowest)).exp()
+        return (w - 1 + spread**2) / spread + lowest / spread * (log_w - math.log(lowest)).clamp(max=0)
+
+    def _cube_root(self) -> tuple[float, float]:
+        """√(2/(9d)), and w at z = −4."""
+        spread = math.sqrt(2 / (9 * self.size))
+        return spread, 1 - spread**2 + spread * LOWEST
+
+    def _mixture(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, G) each
+        """log F, log(1 − F) and log F′ at u."""
+        distance = (u.unsqueeze(-1) - self.centres) / self.scale
+        below, above = functional.logsigmoid(distance), functional.logsigmoid(-distance)
+        terms = (below, above, below + above - self.scale.log())
+        return tuple(term.logsumexp(-1) - math.log(self.centres.shape[1]) for term in terms)
+
+
+def _quantile(log_cdf: Tensor, log_survival: Tensor) -> Tensor:
+    """Φ⁻¹ of a probability from its logarithm and that of what is left, exact in both tails."""
+    tail = torch.minimum(log_cdf, log_survival)
+    with torch.no_grad():
+        # log Φ is concave and log Φ(z) <= −z²/2 for z <= 0: from here no step goes past the root.
+        z = -(-2 * tail).sqrt()
+        for _ in range(NEWTON_STEPS):
+            z = _newton(z, tail)
+    z = _newton(z, tail)  # which gradients go through
+    return torch.where(log_cdf < log_survival, z, -z)
+
+
+def _newton(z: Tensor, tail: Tensor) -> Tensor:
+    """A step towards log Φ(z) = tail."""
+    value = torch.special.log_ndtr(z)
+    return z + (tail - value) * (value + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)).exp()

@@ -69,17 +69,14 @@ class Whiten(Transform):
             )
         exact = points.flatten(1).double()
         mean, covariance = self._moments(exact, torch.ones_like(exact[:, 0]))
-        for _ in range(ROUNDS if self.robust else 0):
-            centred = exact - mean
-            radii = (torch.linalg.solve(covariance, centred.T).T * centred).sum(1)
-            mean, covariance = self._moments(exact, exact.shape[1] / radii)
-        variances, directions = torch.linalg.eigh(covariance)
-        flat = int((variances <= 1e-12 * variances[-1]).sum())
-        if flat:
-            raise ValueError(
-                f"{len(points)} points do not vary in {flat} of {len(variances)} directions, so that they have no "
-                "covariance to whiten by; bring more points, drop entries that follow from others, or set shrinkage"
-            )
+        variances, directions = _spectrum(covariance, len(points))
+        if self.robust:
+            for _ in range(ROUNDS):
+                centred = exact - mean
+                radii = (torch.linalg.solve(covariance, centred.T).T * centred).sum(1)
+                radii = radii.clamp(min=1e-9 * radii.mean())  # a point may lie in the mean
+                mean, covariance = self._moments(exact, exact.shape[1] / radii)
+            variances, directions = _spectrum(covariance, len(points))
         self.mean.copy_(mean)
         rotation = directions.T if self.axes == "pixels" else torch.eye(len(variances)).to(directions)
         self.inverse_root.copy_((directions * variances**-0.5) @ rotation)
@@ -99,3 +96,15 @@ class Whiten(Transform):
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return (y.flatten(1) @ self.root + self.mean).view_as(y), -self.log_det.expand(len(y))
+
+
+def _spectrum(covariance: Tensor, num_points: int) -> tuple[Tensor, Tensor]:  # (d,) and (d, d)
+    """Its eigenvalues, rising, and eigenvectors; ``ValueError`` unless the points vary in all directions."""
+    variances, directions = torch.linalg.eigh(covariance)
+    flat = int((variances <= 1e-12 * variances[-1]).sum())
+    if flat:
+        raise ValueError(
+            f"{num_points} points do not vary in {flat} of {len(variances)} directions, so that they have no "
+            "covariance to whiten by; bring more points, drop entries that follow from others, or set shrinkage"
+        )
+    return variances, directions
