@@ -155,8 +155,11 @@ def test_the_marginal_target_needs_an_independent_coupling():
     with pytest.raises(ValueError, match="coupling OptimalTransport is not; use target='sampled'"):
         FlowMatching("marginal", coupling="optimal_transport")
     for bad, message in [
-        ({"target": "mean"}, "target must be 'sampled' or 'marginal', got 'mean'"),
-        ({"num_queries": 4}, "num_queries must be >= 1 and goes with target='marginal' or a coupling"),
+        ({"target": "mean"}, "target must be 'auto', 'sampled' or 'marginal', got 'mean'"),
+        (
+            {"target": "sampled", "num_queries": 4},
+            "num_queries must be >= 1 and goes with target='marginal' or a coupling",
+        ),
         ({"path": "zigzag"}, "unknown ProbabilityPath 'zigzag'; expected one of cosine, linear, variancepreserving"),
         ({"coupling": "none"}, "unknown Coupling 'none'"),
         ({"context_dropout": 1.0}, "context_dropout must be a probability below 1"),
@@ -165,6 +168,21 @@ def test_the_marginal_target_needs_an_independent_coupling():
             FlowMatching(**bad)
     assert FlowMatching(path="variance_preserving").path == VariancePreserving()
     assert FlowMatching(coupling="optimal_transport", num_queries=4).num_queries == 4
+
+
+@pytest.mark.parametrize(
+    ("dimension", "coupling", "same"),
+    [
+        (8, "independent", {"target": "marginal", "num_queries": 3}),
+        (9, "independent", {"target": "sampled"}),
+        (8, "optimal_transport", {"target": "sampled", "num_queries": 3}),
+    ],
+)
+def test_the_automatic_target_is_marginal_in_low_dimensions(dimension, coupling, same):
+    flow = CNF(MLP((dimension,), hidden=(8,)))
+    batch = Batch(torch.randn(7, dimension))
+    auto = FlowMatching(num_queries=3, coupling=coupling)(flow, batch, rng(1)).loss
+    assert torch.equal(auto, FlowMatching(**same, coupling=coupling)(flow, batch, rng(1)).loss)
 
 
 def test_a_setting_out_of_range_is_refused():

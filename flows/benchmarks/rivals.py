@@ -180,7 +180,7 @@ MatchingLoss = Callable[[Tensor], Tensor]  # (B, d), flow space, to 0-d
 
 def own_matching(field: Field, coupling: str) -> MatchingLoss:
     """This package's flow matching with sampled targets."""
-    flow, objective = CNF(field), FlowMatching(coupling=coupling)
+    flow, objective = CNF(field), FlowMatching("sampled", coupling=coupling)
     return lambda x: objective(flow, Batch(x)).loss
 
 

@@ -17,6 +17,8 @@ from flows.objectives.contexts import drop_contexts, same_context
 from flows.objectives.couplings import Coupling, Independent
 from flows.objectives.paths import Linear, ProbabilityPath
 
+LOW_DIMENSION = 8  # up to which a batch of some hundred points covers a density
+
 
 @dataclass(frozen=True)
 class FlowMatching(Objective):
@@ -39,9 +41,11 @@ class FlowMatching(Objective):
     [Xu, Tong & Jaakkola 2023, arXiv:2302.00670; Ryzhakov et al. 2024, arXiv:2402.03232]
 
     Args:
-        target: ``"sampled"`` or ``"marginal"``.
+        target: ``"sampled"``, ``"marginal"``, or ``"auto"``: marginal for events of up to 8 numbers and independent
+            couplings, else sampled.
         num_queries: the number of points x_t at which the field is evaluated; by default one for each point of the
-            batch. Fewer make the batch a larger pool for the marginal target, or for the coupling.
+            batch. Fewer make the batch a larger pool for the marginal target, or for the coupling; where "auto"
+            samples the target of an independent coupling, all points are queries.
         path: a :class:`ProbabilityPath` or its lower-case name, ``"linear"``, ``"cosine"`` or
             ``"variance_preserving"``.
         coupling: of x₀ and x₁ within the batch, a :class:`Coupling` or its lower-case name, ``"independent"``,
@@ -52,7 +56,7 @@ class FlowMatching(Objective):
     """
 
     solves: ClassVar[bool] = False
-    target: Literal["sampled", "marginal"] = "sampled"
+    target: Literal["auto", "sampled", "marginal"] = "auto"
     num_queries: int | None = None
     path: ProbabilityPath | str = Linear()  # noqa: RUF009 (frozen)
     coupling: Coupling | str = Independent()  # noqa: RUF009 (frozen)
@@ -61,8 +65,8 @@ class FlowMatching(Objective):
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", by_name(ProbabilityPath, self.path))
         object.__setattr__(self, "coupling", by_name(Coupling, self.coupling))
-        if self.target not in ("sampled", "marginal"):
-            raise ValueError(f"target must be 'sampled' or 'marginal', got {self.target!r}")
+        if self.target not in ("auto", "sampled", "marginal"):
+            raise ValueError(f"target must be 'auto', 'sampled' or 'marginal', got {self.target!r}")
         independent = self.coupling.is_independent
         if self.target == "marginal" and not independent:
             raise ValueError(
@@ -80,9 +84,13 @@ class FlowMatching(Objective):
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         with torch.no_grad():  # noise that is learned is learned by the likelihood, whose bound it tightens
             data, _ = flow.transform(batch.x, generator)
-        queries = slice(self.num_queries)
+        independent = self.coupling.is_independent
+        marginal = self.target == "marginal" or (
+            self.target == "auto" and independent and data[0].numel() <= LOW_DIMENSION
+        )
+        queries = slice(self.num_queries if marginal or not independent else None)
         ends = data[queries]
-        if self.coupling.is_independent:
+        if independent:
             noise = flow.base.sample((len(ends),), generator)
         else:
             noise = flow.base.sample((len(data),), generator)
@@ -97,7 +105,7 @@ class FlowMatching(Objective):
             context = context[queries]
             if self.context_dropout:
                 context, dropped = drop_contexts(context, self.context_dropout, generator)
-        if self.target == "marginal":
+        if marginal:
             possible = same_context(batch.context, len(ends))
             if dropped is not None:
                 possible = possible | dropped.unsqueeze(1)
