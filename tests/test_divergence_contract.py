@@ -101,6 +101,18 @@ def test_equal_to_the_dense_trace_or_unbiased(estimator, event_shape):
 
 @every_estimator
 @every_event
+def test_single_precision_gives_the_same_number(estimator, event_shape):
+    field, x = perceptron(event_shape), torch.randn(6, *event_shape)
+    probes, t = estimator.draw_probes(x, seeded(0), field), torch.tensor(0.3)
+    double = estimator(bind(field), t, x, probes)
+    probes = probes.float() if probes is not None and probes.is_floating_point() else probes
+    single = estimator(bind(field.float()), t.float(), x.float(), probes)
+    assert single.estimates.dtype == torch.float32
+    torch.testing.assert_close(single.estimates.double(), double.estimates, rtol=1e-4, atol=2e-4)
+
+
+@every_estimator
+@every_event
 def test_the_norm_of_the_jacobian_beside_it_is_unbiased(estimator, event_shape):
     """Asking for it changes neither value nor estimates."""
     field = perceptron(event_shape)
