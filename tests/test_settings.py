@@ -1,23 +1,30 @@
 """Settings of a wrong name, type or value: the message names the setting, before anything is done with it."""
 
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from small_run import small_trainer
+from small_run import Memory, small_trainer
 from test_config import CONF
 from test_scripts import TINY
 
+from flows.fields import MLP
 from flows.training.compose import build_trainer
+from flows.training.fabric import Fabric
+from flows.training.loggers import Logger
+from flows.training.rebuild import build_flow
 from flows.training.settings import (
     SettingsError,
+    _signature,
     check_arguments,
     check_settings,
     check_type,
     instantiate,
+    parameter_names,
     plain_settings,
 )
 
@@ -40,6 +47,12 @@ def settings(*overrides):
         ("trainer.progress_bar=abc", "trainer.progress_bar must be true or false"),
         ("trainer.devices=abc", "this machine cannot train with these settings"),
         ("trainer.devices=2.5", "trainer.devices must be a whole number or text or a list, each a whole number"),
+        ("trainer.precision=[16]", "trainer.precision must be text or a whole number, got"),
+        ("trainer.precision=16", "precision 16 scales the loss .* use bf16-mixed"),
+        ("trainer.strategy=3", "trainer.strategy must be text or Strategy, got 3"),
+        ("+trainer.loggers=[3]", r"trainer.loggers must be a list, each Logger, got \[3\]"),
+        ("+solver.error_control=3", "solver.error_control must be ErrorControl, got 3"),
+        ("+solver.error_control=null", "solver.error_control must be ErrorControl, got None"),
         ("seed=abc", "seed must be a whole number, got 'abc'"),
         ("seed=-1", "seed must be a whole number >= 0, got -1"),
         ("output_dir=3", "output_dir must be text or null, got 3"),
@@ -73,12 +86,60 @@ def test_the_same_in_plain_python(tmp_path):
         small_trainer(tmp_path, solver_error_points="abc")
 
 
+def targets(config):
+    """All import paths in settings."""
+    if isinstance(config, list):
+        config = dict(enumerate(config))
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from [value] if key == "_target_" else targets(value)
+
+
+class Unseen(MLP):
+    """Of an annotation that exists for type checkers alone."""
+
+    def __init__(self, event_shape: Sequence[int], units: "Units" = None, context_shape=None):  # noqa: F821
+        super().__init__(event_shape, hidden=(4,), context_shape=context_shape)
+
+
+def test_a_class_whose_annotations_cannot_be_looked_up_is_built(tmp_path):
+    target = f"{Unseen.__module__}.Unseen"
+    assert list(parameter_names(target)) == ["event_shape", "units", "context_shape"]
+    parts = {
+        "divergence": "flows.divergence.Auto",
+        "solver": "flows.ODESolver",
+        "transform": "flows.transforms.Identity",
+    }
+    config = {part: {"_target_": name} for part, name in (parts | {"field": target}).items()}
+    flow = build_flow(config, (3,), context_shape=(2,))
+    assert (flow.event_shape, flow.field.context_shape) == ((3,), (2,))
+    with pytest.raises(SettingsError, match=r"there is no setting field.unit \(did you mean units\?\)"):
+        check_settings({"_target_": target, "unit": 3}, "field")
+
+
+@pytest.mark.parametrize(("precision", "kind"), [(32, "32-true"), (64, "64-true"), ("64", "64-true")])
+def test_precision_is_a_number_or_text(tmp_path, precision, kind):
+    overrides = [*TINY, f"trainer.precision={precision!r}", f"output_dir={tmp_path}"]
+    assert build_trainer(settings(*overrides)).fabric._precision.precision == kind
+
+
+def test_fabric_takes_objects_too(tmp_path):
+    made = Fabric(accelerator="cpu", devices=1)
+    accelerator, strategy = type(made.accelerator)(), type(made.strategy)("cpu")
+    assert small_trainer(tmp_path, strategy=strategy).fabric.strategy is strategy
+    assert small_trainer(tmp_path, accelerator=accelerator).fabric.accelerator is accelerator
+
+
 def test_everything_in_conf_fits_its_constructor():
     for path in CONF.glob("*/*.yaml"):
         if path.parent.name not in ("experiment", "hydra"):
             loaded = OmegaConf.to_container(OmegaConf.load(path))
             loaded.pop("defaults", None)
             check_settings(loaded if "_target_" in loaded else {"stages": loaded}, path.parent.name)
+            for target in targets(loaded):
+                names, hints, _ = _signature(target)
+                assert names or target == "flows.divergence.Analytic", f"no signature of {target} in {path}"
+                assert set(names) == set(hints) or not target.startswith("flows."), f"{target} lacks annotations"
 
 
 def test_an_experiment_goes_with_another_objective(tmp_path):
@@ -124,7 +185,13 @@ def test_a_failure_inside_a_constructor_lists_its_settings():
         (tuple[int, ...], [[], [1, 2, 3]], [[0.5]]),
         (Mapping[str, Any], [{}, {"a": 1}], [[], "a"]),
         (str | Callable[[float], float], ["cosine", float], []),
-        (torch.nn.Module, [{"_target_": "torch.nn.ReLU"}], []),
+        (torch.nn.Module, [{"_target_": "torch.nn.ReLU"}, torch.nn.ReLU()], [3, 0.5, True, "relu", None]),
+        (Sequence[Logger], [[Memory()]], [[3], ["a"], [None]]),
+        (Sequence[torch.nn.Module], [[torch.nn.ReLU()]], [[3], [torch.nn.ReLU(), None]]),
+        (pathlib.Path, ["a", pathlib.Path("a")], [3, None]),
+        (Any, [3, "a", None], []),
+        (object, [3, "a", None], []),
+        (SupportsFloat, [3], []),
         (str, [], [{"_target_": "torch.nn.ReLU"}]),
     ],
 )

@@ -9,10 +9,14 @@ import torch
 
 try:
     from lightning_fabric import Fabric
+    from lightning_fabric.accelerators import Accelerator
+    from lightning_fabric.strategies import Strategy
 except ModuleNotFoundError:
     from lightning.fabric import Fabric
+    from lightning.fabric.accelerators import Accelerator
+    from lightning.fabric.strategies import Strategy
 
-__all__ = ["Fabric", "FirstProcessError", "build_fabric", "on_first_process"]
+__all__ = ["Accelerator", "Fabric", "FirstProcessError", "Strategy", "build_fabric", "on_first_process"]
 
 T = TypeVar("T")
 
@@ -21,7 +25,9 @@ class FirstProcessError(RuntimeError):
     """The first of several processes failed at something that the others wait for."""
 
 
-def build_fabric(accelerator: str, devices: int | str | Sequence[int], strategy: str, precision: str) -> Fabric:
+def build_fabric(
+    accelerator: str | Accelerator, devices: int | str | Sequence[int], strategy: str | Strategy, precision: str | int
+) -> Fabric:
     """Fabric with these settings; precision ``"auto"`` is bf16-mixed on a GPU that computes in it, else 32-true.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
+import os
 import re
 import types
 import typing
@@ -150,7 +151,21 @@ def _fits(value: Any, hint: Any) -> bool:
         return not arguments or all(_fits(element, arguments[0]) for element in value)
     if kind is Mapping or kind is dict:
         return isinstance(value, Mapping)
+    if value is None or isinstance(value, (str, numbers.Number)):
+        return _may_be(value, kind)
     return True
+
+
+def _may_be(value: Any, kind: Any) -> bool:
+    """Whether text, a number or null may stand for an object of a class; what is no class allows all."""
+    if not inspect.isclass(kind) or kind is Any:  # which is a class in Python 3.11
+        return True
+    if getattr(kind, "_is_protocol", False):
+        members = (name for base in kind.__mro__[:-1] for name in vars(base) if not name.startswith("_"))
+        return all(hasattr(value, name) for name in members)
+    if issubclass(kind, os.PathLike):
+        return isinstance(value, (str, kind))
+    return isinstance(value, kind)
 
 
 def _describe(hint: Any) -> str:
@@ -178,11 +193,18 @@ def _signature(target: Any) -> tuple[list[str], dict[str, Any], bool]:
     try:
         function = get_object(target)
         parameters = inspect.signature(function).parameters
-        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception:  # what cannot be looked at is not checked; Hydra says what is wrong with it
         return [], {}, False
+    try:
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except Exception:  # such as a name that is imported for type checkers alone
+        hints = {}
     closed = all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values())
-    return list(parameters), {name: hints[name] for name in parameters if name in hints}, closed
+    stated = {name: hints[name] for name in parameters if name in hints}
+    for name, hint in stated.items():
+        if parameters[name].default is None:
+            stated[name] = typing.Optional[hint]  # noqa: UP045 (of any annotation)
+    return list(parameters), stated, closed
 
 
 def _explain(error: BaseException, config: Mapping[str, Any], part: str) -> str:

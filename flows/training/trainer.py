@@ -30,7 +30,7 @@ from flows.training.checkpoint import (
 )
 from flows.training.compiled import check_compilable, compiled, solves
 from flows.training.conditioning import check_context_shape, check_samples
-from flows.training.fabric import build_fabric, on_first_process
+from flows.training.fabric import Accelerator, Strategy, build_fabric, on_first_process
 from flows.training.folder import branch_run, claimed_folder, write_text
 from flows.training.levels import check_levels
 from flows.training.loggers import Logger
@@ -65,7 +65,7 @@ class Trainer:
             folder or in a fresh one.
         config: the settings as nested dicts of plain values; kept in the folder and in the checkpoints.
         accelerator, devices, strategy: see ``lightning_fabric.Fabric``.
-        precision: see there; ``"auto"``: bf16-mixed on a GPU, 32-true elsewhere.
+        precision: see there, such as 64 or ``"bf16-mixed"``; ``"auto"``: bf16-mixed on a GPU, 32-true elsewhere.
         gradient_clip: the largest norm of the gradient, longer ones are scaled down; ``None``: no limit.
         ema_decay: of the moving average; 0 turns it off.
         log_every, validate_every, plot_every, checkpoint_every: in steps; all happen at the end of a stage as
@@ -94,10 +94,10 @@ class Trainer:
         seed: int = 0,
         resume: str | os.PathLike[str] | None = None,
         config: Mapping[str, Any] | None = None,
-        accelerator: str = "auto",
+        accelerator: str | Accelerator = "auto",
         devices: int | str | Sequence[int] = 1,
-        strategy: str = "auto",
-        precision: str = "32-true",
+        strategy: str | Strategy = "auto",
+        precision: str | int = "32-true",
         gradient_clip: float | None = 10.0,
         ema_decay: float = 0.999,
         log_every: int = 20,
