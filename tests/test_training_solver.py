@@ -11,7 +11,6 @@ import torch
 from small_run import STAGES, Memory, small_flow, small_gaussian, small_table, small_trainer, stopping_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import flows
 from flows import ODESolver, plots
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.objectives import FlowMatching, MaximumLikelihood
@@ -204,8 +203,69 @@ def test_the_watch_tells_early_which_sample_and_time_make_solves_dear():
 def test_the_watch_notices_a_slow_rise_too():
     watch = EvaluationWatch()
     told = [nfe for nfe in range(100, 900, 2) if watch(statistics_of(nfe))]
-    assert len(told) == 2
     assert told == [358, 714]  # three and six times the first median
+
+
+def test_an_explosion_within_the_first_solves_of_a_run_is_told():
+    watch = EvaluationWatch()
+    told = [watch(statistics_of(nfe)) for nfe in (400, 50, 60, 61, 62, 300)]  # the first of all says nothing
+    assert told[:5] == [None] * 5
+    assert told[5].startswith("the solve took 300 evaluations, 4.9 times the usual 61")
+
+
+def test_a_resumed_watch_goes_on_as_the_one_that_stopped():
+    whole, first = EvaluationWatch(), EvaluationWatch()
+    series = [60] * 25 + [70, 400, 500] + [900] * 25 + [1500]
+    expected = [whole(statistics_of(nfe)) for nfe in series]
+    assert sum(told is not None for told in expected) == 3
+    for stop in (3, 10, 27, 40):
+        first, second = EvaluationWatch(), EvaluationWatch()
+        told = [first(statistics_of(nfe)) for nfe in series[:stop]]
+        second.load_state_dict(first.state_dict())
+        assert told + [second(statistics_of(nfe)) for nfe in series[stop:]] == expected
+
+
+class Exploding(MaximumLikelihood):
+    """Its solves say that they took far more evaluations from some call on."""
+
+    def __init__(self, calls):
+        super().__init__()
+        object.__setattr__(self, "calls", itertools.chain(calls))
+
+    def __call__(self, flow, batch, generator=None):
+        output = super().__call__(flow, batch, generator)
+        return replace(output, statistics=statistics_of(next(self.calls)))
+
+
+def test_a_run_resumed_after_an_explosion_does_not_take_it_as_usual(tmp_path):
+    """Nor does a stage that begins with one."""
+
+    def run(first, second, folder=tmp_path, **settings):
+        memory = Memory()
+        two = {
+            name: Stage(Exploding(calls), steps=8, batch_size=16, learning_rate=1e-3)
+            for name, calls in (("first", first), ("second", second))
+        }
+        return small_trainer(folder, stages=two, loggers=[memory], **settings), memory
+
+    stopped, _ = run([60] * 8, [60, 60, 60], dataset=stopping_at(small_gaussian(), 11))
+    with pytest.raises(TrainingInterrupted):
+        stopped.fit()
+    last = tmp_path / "checkpoints/last.pt"
+    content = load_checkpoint(last)
+    resumed, memory = run([], [900] * 5, None, resume=tmp_path)
+    resumed.fit()
+    ((step, text),) = memory.series("warnings")
+    assert (step, "took 900 evaluations, 15.0 times the usual 60" in text) == (12, True)
+    for rank in content["ranks"]:
+        del rank["watch"]
+    torch.save(content, last)  # as written before it was kept
+    old, memory = run([], [900] * 5, None, resume=tmp_path)
+    old.fit()
+    assert not memory.series("warnings")
+    whole, memory = run([60] * 8, [900] * 8, tmp_path / "whole")
+    whole.fit()
+    assert [step for step, _ in memory.series("warnings")] == [9]
 
 
 def test_few_evaluations_are_no_reason_to_worry():
@@ -286,4 +346,3 @@ def test_a_stage_that_solves_nothing_leaves_the_estimator_alone(quick_compiler):
         pass
     assert flow.field._compiled_call_impl is None
     assert math.isfinite(float(flow.log_prob(torch.zeros(1, 2)).detach()))
-    assert flows.CNF is type(flow)

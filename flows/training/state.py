@@ -20,6 +20,7 @@ from flows.training.ema import ExponentialMovingAverage
 from flows.training.fabric import Fabric
 from flows.training.metrics import MetricMeans
 from flows.training.stage import Stage
+from flows.training.watch import EvaluationWatch
 
 
 @dataclass
@@ -68,6 +69,7 @@ class RunState:
         self.position = Position()
         self.run = uuid.uuid4().hex  # tells this run's checkpoints from those of any other
         self.means = MetricMeans()
+        self.watch = EvaluationWatch()
         self.generator = torch.Generator(fabric.device)  # of the objective
         self._new_optimizer = optimizer
         self._seed = seed
@@ -133,7 +135,10 @@ class RunState:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.schedule.load_state_dict(checkpoint["schedule"])
             self.means.load_state_dict(checkpoint["means"])
-            self._resume_randomness(ranks[self.fabric.global_rank], index)
+            own = ranks[self.fabric.global_rank]
+            self._resume_randomness(own, index)
+            if "watch" in own:  # checkpoints used to be without
+                self.watch.load_state_dict(own["watch"])
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(
                 "the checkpoint cannot be resumed: its optimiser, schedule or random numbers do not fit this run "
@@ -160,6 +165,7 @@ class RunState:
         cuda = self.fabric.device.type == "cuda"
         own = {
             "data": self.stream.state_dict(),
+            "watch": self.watch.state_dict(),
             "objective": self.generator.get_state(),
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,

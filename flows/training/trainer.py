@@ -43,7 +43,6 @@ from flows.training.step import OptimiserStep, RepeatedSolverError, SolverErrorP
 from flows.training.stopping import StopSignals, TrainingInterrupted
 from flows.training.summary import Summary
 from flows.training.vetting import foreign_packages
-from flows.training.watch import EvaluationWatch
 
 
 class Trainer:
@@ -236,7 +235,7 @@ class Trainer:
                 raise self._interrupted(last, state.position.step, stop.requested or signal.SIGINT) from None
 
     def _train_stage(self, stage: Stage, step: OptimiserStep, reporter: Reporter, stop: StopSignals) -> None:
-        state, loss, watch = step.state, step.loss, EvaluationWatch()
+        state, loss = step.state, step.loss
         started = time.perf_counter() - state.position.seconds
         position = state.position
         total = sum(stage.steps for stage in self.stages.values())
@@ -267,7 +266,7 @@ class Trainer:
 
             state.means.add(loss.metrics() | {"gradient_norm": norm})
             position.seconds = time.perf_counter() - started
-            if warning := watch(loss.output.statistics):
+            if warning := state.watch(loss.output.statistics):
                 reporter.warn(warning)
             reporter.advance()
             if log:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics as stats
 from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Any
 
 from flows.solvers import Attempt, SolverStatistics
 
 WINDOW = 20  # solves whose median is typical
+EARLY = 5  # solves whose median stands for it before there are so many
 FACTOR = 3.0  # times the typical number of evaluations is an explosion; told again at each doubling
 LEAST = 100  # evaluations; fewer are no trouble
 
@@ -15,8 +18,8 @@ LEAST = 100  # evaluations; fewer are no trouble
 class EvaluationWatch:
     """Notices when a training solve takes many times the evaluations that solves have taken so far.
 
-    The yardstick is the lowest median of 20 solves in a row, so that a slow rise is noticed as well as a jump. What
-    is told names the time and the sample that the shortest steps are due to.
+    The yardstick is the lowest median of 20 solves in a row, so that a slow rise is noticed as well as a jump; before
+    there are 20, from the fifth on, the median of those. It holds for all stages of a run. What is told names the time and the sample that the shortest steps are due to.
     """
 
     def __init__(self) -> None:
@@ -29,10 +32,12 @@ class EvaluationWatch:
         if statistics is None:
             return None
         nfe, typical = statistics.nfe_forward, self._typical
+        if typical is None and len(self._recent) >= EARLY:
+            typical = stats.median(self._recent)
         self._recent.append(nfe)
         if len(self._recent) == WINDOW:
             median = stats.median(self._recent)
-            self._typical = median if typical is None else min(typical, median)
+            self._typical = median if self._typical is None else min(self._typical, median)
         if typical is None or nfe < max(LEAST, self._threshold * typical):
             return None
         while nfe >= self._threshold * typical:
@@ -41,6 +46,15 @@ class EvaluationWatch:
             f"the solve took {nfe} evaluations, {nfe / typical:.1f} times the usual {typical:.0f}: the field gets "
             f"stiff{_culprit(statistics)}. Try a regulariser, a lower learning rate, or larger rtol and atol"
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen."""
+        return {"recent": list(self._recent), "typical": self._typical, "threshold": self._threshold}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the watch that had this state."""
+        self._recent = deque(state["recent"], maxlen=WINDOW)
+        self._typical, self._threshold = state["typical"], state["threshold"]
 
 
 def _culprit(statistics: SolverStatistics) -> str:
