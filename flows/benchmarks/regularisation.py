@@ -58,6 +58,8 @@ CASES = {
             "objective.maximum_likelihood.learning_rate=1e-3",
             "field.num_frequencies=1",
             "solver=dopri5",
+            "solver.rtol=1e-4",
+            "solver.atol=1e-4",
             "trainer.ema_decay=0.9",
         ),
         0.1,
