@@ -209,6 +209,5 @@ def test_settings_of_each_regularisation_case_end_with_a_likelihood(data, script
 
 
 def test_a_density_with_an_experiment_of_its_name_trains_by_it(script):
-    assert script.recipe("moons")["field"] == script.settings("data=moons")["field"]
-    own = script.recipe("digits")["objective"]
-    assert own == script.settings("experiment=digits")["objective"]
+    assert script.recipe("gaussian") == script.settings("data=gaussian")
+    assert script.recipe("moons")["objective"] == script.settings("experiment=moons")["objective"]
