@@ -19,7 +19,8 @@ class EvaluationWatch:
     """Notices when a training solve takes many times the evaluations that solves have taken so far.
 
     The yardstick is the lowest median of 20 solves in a row, so that a slow rise is noticed as well as a jump; before
-    there are 20, from the fifth on, the median of those. It holds for all stages of a run. What is told names the time and the sample that the shortest steps are due to.
+    there are 20, from the fifth on, the median of those. It holds for all stages of a run. What is told names the time
+    and the sample that the shortest steps are due to.
     """
 
     def __init__(self) -> None:
