@@ -46,7 +46,7 @@ CASES = {
             "trainer.ema_decay=0.9",
             "trainer.evaluation_batch_size=2000",
         ),
-        0.05,
+        0.02,
         0.02,
     ),
     "digits": Case(
