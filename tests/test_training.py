@@ -467,6 +467,10 @@ def test_fabric_comes_from_either_package(monkeypatch):
     substitute.Fabric = object()
     monkeypatch.setitem(sys.modules, "lightning", types.ModuleType("lightning"))
     monkeypatch.setitem(sys.modules, "lightning.fabric", substitute)
+    for part, name in (("accelerators", "Accelerator"), ("strategies", "Strategy")):
+        module_of_part = types.ModuleType(f"lightning.fabric.{part}")
+        setattr(module_of_part, name, object())
+        monkeypatch.setitem(sys.modules, module_of_part.__name__, module_of_part)
     assert importlib.reload(module).Fabric is substitute.Fabric
     monkeypatch.undo()
     assert importlib.reload(module).Fabric is original
