@@ -12,11 +12,13 @@ from small_run import STAGES, Memory, small_flow, small_gaussian, small_table, s
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flows import ODESolver, plots
-from flows.divergence import Analytic, Exact, Hutchinson
+from flows.divergence import Analytic, Auto, Exact, Hutchinson
+from flows.fields import MLP, Hollow
 from flows.objectives import FlowMatching, MaximumLikelihood
+from flows.regularizers import JacobianNorm, KineticEnergy
 from flows.solvers import Attempt, SolverError, SolverStatistics
 from flows.training import Stage, TrainingInterrupted, load_checkpoint
-from flows.training.compiled import compiled
+from flows.training.compiled import compiled, stages_to_compile
 from flows.training.reporting import Reporter
 from flows.training.step import SolverErrorPolicy
 from flows.training.watch import WINDOW, EvaluationWatch
@@ -325,6 +327,87 @@ def test_compiled_training_is_training(tmp_path, quick_compiler, estimator):
         torch.testing.assert_close(runs[True][name], value, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("estimator", [Auto(), Auto(num_probes=3), Analytic()])
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+def test_the_choice_of_an_estimator_is_no_part_of_what_is_compiled(quick_compiler, estimator):
+    flow, x = small_flow(small_table(), estimator), torch.zeros(4, 2)
+    expected = flow.estimate_log_prob(x)
+    torch._dynamo.utils.counters.clear()
+    with compiled(flow, MaximumLikelihood()):
+        estimate = flow.estimate_log_prob(x)
+        estimate.value.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(estimate.value, expected.value)
+    assert torch.equal(estimate.standard_error, expected.standard_error)
+
+
+class Differentiating(torch.nn.Module):
+    """Takes its divergence by autograd, as fields of one's own may."""
+
+    event_shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+
+    def forward(self, t, x):
+        return self.layers(x) + t
+
+    def value_and_divergence(self, t, x):
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            value = self(t, x)
+            rows = [torch.autograd.grad(value[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2)]
+        return value, sum(rows)
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of the tracer
+def test_double_backward_within_a_field_is_explained(tmp_path, quick_compiler):
+    dataset = small_table()
+    flow = small_flow(dataset, Analytic())
+    flow.field = Differentiating()
+    stage = {"likelihood": Stage(MaximumLikelihood(), steps=2, batch_size=8, learning_rate=1e-3)}
+    small_trainer(tmp_path / "plain", dataset, stages=stage, flow=flow).fit()
+    with pytest.raises(ValueError, match=r"something within an evaluation calls autograd.* or trainer.compile=false"):
+        small_trainer(tmp_path / "compiled", dataset, stages=stage, flow=flow, compile=True).fit()
+    assert flow.field._compiled_call_impl is None
+
+
+def test_norms_by_double_backward_are_refused(tmp_path):
+    dataset = small_table()
+    flow = small_flow(dataset, Auto())
+    flow.field = Hollow((2,), hidden=(4,))
+
+    def trainer(**costs):
+        stage = Stage(MaximumLikelihood(costs), steps=1, batch_size=8, learning_rate=1e-3)
+        return small_trainer(tmp_path, dataset, stages={"m": stage}, flow=flow, compile=True)
+
+    with pytest.raises(ValueError, match=r"the norm of the Jacobian of Hollow: Analytic\(\) takes it by vector-Jac"):
+        trainer(norm=JacobianNorm(0.1))
+    trainer(norm=JacobianNorm(0.0), energy=KineticEnergy(0.1))
+    flow.divergence = Hutchinson(mode="forward")
+    trainer(norm=JacobianNorm(0.1))
+    flow.divergence, flow.field = Analytic(), MLP((2,), hidden=(4,))
+    trainer(norm=JacobianNorm(0.1))
+
+
+def test_auto_compiles_what_it_can(tmp_path, monkeypatch):
+    dataset = small_table()
+    flow = small_flow(dataset, Hutchinson())
+    objectives = {name: stage.objective for name, stage in STAGES.items()}
+    assert stages_to_compile("auto", "cpu", flow, objectives) == (set(), [])
+    chosen, (notice,) = stages_to_compile("auto", "cuda", flow, objectives)
+    assert chosen == {"flow_matching"}
+    assert notice.startswith("trainer.compile=auto leaves the stage maximum_likelihood uncompiled: ")
+    assert stages_to_compile("auto", "cuda", small_flow(dataset, Analytic()), objectives) == (set(STAGES), [])
+    monkeypatch.setattr("flows.training.trainer.stages_to_compile", lambda *arguments: (set(), [notice]))
+    memory = Memory()
+    small_trainer(tmp_path, dataset, flow=flow, compile="auto", loggers=[memory]).fit()
+    assert memory.series("warnings") == [(0, notice)]
+
+
 def test_double_backward_is_refused_with_a_way_out(tmp_path):
     dataset = small_table()
     for estimator in (Exact(), Hutchinson(2)):
@@ -342,7 +425,13 @@ def test_a_stage_that_solves_nothing_leaves_the_estimator_alone(quick_compiler):
     with compiled(flow, FlowMatching()):
         assert flow.divergence == Exact()
         assert flow.field._compiled_call_impl is not None
+    assert flow.field._compiled_call_impl is None
+    flow.field.compile(dynamic=True)
+    own = flow.field._compiled_call_impl
     with pytest.raises(ValueError, match="does not go with"), compiled(flow, MaximumLikelihood()):
         pass
-    assert flow.field._compiled_call_impl is None
+    with compiled(flow, FlowMatching()):
+        assert flow.field._compiled_call_impl is not own
+    assert flow.field._compiled_call_impl is own
+    flow.field._compiled_call_impl = None
     assert math.isfinite(float(flow.log_prob(torch.zeros(1, 2)).detach()))

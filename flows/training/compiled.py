@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flows.cnf import CNF
-from flows.divergence import DivergenceEstimator, FieldSample, VectorField
+from flows.divergence import Analytic, DivergenceEstimator, FieldSample, VectorField
 from flows.objectives import Objective
+from flows.objectives.base import active_costs
+from flows.regularizers import draw_directions
+
+WAY_OUT = "Use divergence.mode=forward, a field with a closed form and divergence=analytic, or trainer.compile=false"
 
 
 @contextmanager
@@ -23,16 +28,49 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
     Raises:
         ValueError: training would differentiate twice, which compiled code cannot.
     """
-    estimator = flow.divergence
+    estimator, call = flow.divergence, flow.field._compiled_call_impl  # what nn.Module.compile sets
     if solves(objective):
-        check_compilable(flow)
-        flow.divergence = _Compiled(estimator)
+        check_compilable(flow, objective)
+        flow.divergence = _Compiled(estimator, estimator.choose(flow.event_shape, flow.field))
     flow.field.compile()
     try:
         yield
+    except RuntimeError as error:
+        if "double backward" not in str(error):
+            raise
+        raise ValueError(
+            "trainer.compile=true does not go with this field or objective: something within an evaluation calls "
+            f"autograd, such as a value_and_divergence or a path cost by torch.autograd.grad. {WAY_OUT}"
+        ) from error
     finally:
         flow.divergence = estimator
-        flow.field._compiled_call_impl = None  # what nn.Module.compile sets
+        flow.field._compiled_call_impl = call
+
+
+def stages_to_compile(
+    setting: bool | Literal["auto"], device: str, flow: CNF, objectives: Mapping[str, Objective]
+) -> tuple[set[str], list[str]]:
+    """The names of the objectives to train compiled, and notices about others that ``"auto"`` would have.
+
+    Args:
+        setting: ``"auto"``: all that can be, if ``device`` is "cuda".
+
+    Raises:
+        ValueError: the setting is ``True``, and an objective cannot be.
+    """
+    if not setting or (setting == "auto" and device != "cuda"):
+        return set(), []
+    chosen, notices = set(), []
+    for name, objective in objectives.items():
+        try:
+            if solves(objective):
+                check_compilable(flow, objective)
+            chosen.add(name)
+        except ValueError as reason:
+            if setting != "auto":
+                raise
+            notices.append(f"trainer.compile=auto leaves the stage {name} uncompiled: {reason}")
+    return chosen, notices
 
 
 def solves(objective: object) -> bool:
@@ -40,8 +78,8 @@ def solves(objective: object) -> bool:
     return getattr(objective, "solves", True)
 
 
-def check_compilable(flow: CNF) -> None:
-    """Raise ``ValueError`` if a training solve of the flow differentiates backwards within its evaluations."""
+def check_compilable(flow: CNF, objective: Objective) -> None:
+    """Raise ``ValueError`` if a training solve of the objective differentiates backwards within its evaluations."""
     estimator = flow.divergence.choose(flow.event_shape, flow.field)
     if flow.solver.gradient == "adjoint":
         raise ValueError(
@@ -52,24 +90,40 @@ def check_compilable(flow: CNF) -> None:
         name = type(estimator).__name__
         raise ValueError(
             f"trainer.compile=true does not go with divergence {name}(mode='reverse'): training differentiates its "
-            "vector-Jacobian products once more, and torch.compile has no double backward. Use "
-            "divergence.mode=forward, a field with a closed form and divergence=analytic, or trainer.compile=false"
+            f"vector-Jacobian products once more, and torch.compile has no double backward. {WAY_OUT}"
+        )
+    costs = active_costs(getattr(objective, "regularizers", ()))
+    norms = draw_directions(costs, torch.zeros(1, *flow.event_shape), torch.Generator()) is not None
+    if norms and _takes_norms_in_reverse(estimator, flow.field):
+        raise ValueError(
+            f"trainer.compile=true does not go with a path cost that needs the norm of the Jacobian of "
+            f"{type(flow.field).__name__}: {type(estimator).__name__}() takes it by vector-Jacobian products, and "
+            "torch.compile has no double backward. Use divergence=hutchinson with divergence.mode=forward, a field "
+            "with value_divergence_and_products such as MLP, or trainer.compile=false"
         )
 
 
-class _Compiled(DivergenceEstimator):
-    """An estimator whose evaluation is compiled."""
+def _takes_norms_in_reverse(estimator: DivergenceEstimator, field: object) -> bool:
+    if isinstance(estimator, Analytic):
+        return not hasattr(field, "value_divergence_and_products")
+    return type(estimator).with_jacobian_norm is DivergenceEstimator.with_jacobian_norm
 
-    def __init__(self, estimator: DivergenceEstimator) -> None:
+
+class _Compiled(DivergenceEstimator):
+    """An estimator that evaluates, compiled, the one that it has chosen for the field."""
+
+    def __init__(self, estimator: DivergenceEstimator, chosen: DivergenceEstimator) -> None:
         self.estimator = estimator
+        self.chosen = chosen
         # Forward mode writes zeros that cannot be written to again; reusing their memory would (torch 2.13).
-        forward = getattr(estimator, "mode", None) == "forward"
+        forward = getattr(chosen, "mode", None) == "forward"
         self._evaluate = torch.compile(_evaluate, options={"allow_buffer_reuse": False} if forward else None)
 
     def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None) -> FieldSample:
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # as in all evaluations but the first of a solve: one program less
-        return FieldSample(*self._evaluate(self.estimator, field.fresh(), t, x, probes))
+        value, estimates = self._evaluate(self.chosen, field.fresh(), t, x, probes)
+        return FieldSample(value, estimates.expand(self.num_estimates, -1))  # as Auto does with an exact choice
 
     def draw_probes(
         self, x: Tensor, generator: torch.Generator | None = None, field: object | None = None

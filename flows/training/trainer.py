@@ -28,7 +28,7 @@ from flows.training.checkpoint import (
     own_run_folder,
     save_checkpoint,
 )
-from flows.training.compiled import check_compilable, compiled, solves
+from flows.training.compiled import compiled, stages_to_compile
 from flows.training.conditioning import check_context_shape, check_samples
 from flows.training.fabric import Accelerator, Strategy, build_fabric, on_first_process
 from flows.training.folder import branch_run, claimed_folder, write_text
@@ -75,7 +75,7 @@ class Trainer:
         loggers: further loggers, beside TensorBoard, ``metrics.jsonl`` and the progress bar.
         progress_bar: whether to show one.
         compile: run what training evaluates through torch.compile, see :func:`flows.training.compiled.compiled`;
-            ``"auto"``: on a GPU.
+            ``"auto"``: on a GPU, the stages that can be.
         on_solver_error: ``"raise"`` when a batch cannot be solved, or ``"skip"`` it and take another; skipped ones are
             counted, and ``max_solver_errors`` in a row end the run with its state saved. Weights whose validation
             cannot be solved are passed over too.
@@ -144,11 +144,10 @@ class Trainer:
         self.seed = seed
         self.config = None if config is None else dict(config)
         self.fabric = build_fabric(accelerator, devices, strategy, precision)
-        self.compile = self.fabric.device.type == "cuda" if compile == "auto" else compile
+        objectives = {name: stage.objective for name, stage in self.stages.items()}
+        self._compiled, self._notices = stages_to_compile(compile, self.fabric.device.type, flow, objectives)
         self.policy.check(self.fabric.world_size)
         self._checks_every_step = self.fabric.device.type == "cpu"  # a GPU would have to be waited for
-        if self.compile and any(solves(stage.objective) for stage in stages.values()):
-            check_compilable(flow)
         resumed = None if resume is None else find_checkpoint(resume, prefer="last")
         self._checkpoint = None if resumed is None else load_checkpoint(resumed)
         if resumed is not None:
@@ -215,6 +214,8 @@ class Trainer:
         names = list(self.stages)
         step = OptimiserStep(self.fabric, module, loss, state, self.gradient_clip, self.policy, reporter.warn)
         with reporter, StopSignals() as stop:
+            for notice in self._notices:
+                reporter.warn(notice)
             if state.position.stage == names[-1] and state.position.step_in_stage >= self.stages[names[-1]].steps:
                 reporter.warn(
                     "nothing is left to train, so the best weights are only tested again; to train on, resume with "
@@ -225,7 +226,7 @@ class Trainer:
                 if state.position.stage != name:
                     state.begin(index, name, stage)
                 loss.objective, loss.generator = stage.objective, state.generator
-                with compiled(self.flow, stage.objective) if self.compile else contextlib.nullcontext():
+                with compiled(self.flow, stage.objective) if name in self._compiled else contextlib.nullcontext():
                     self._train_stage(stage, step, reporter, stop)
             try:
                 stop.no_more_steps()
