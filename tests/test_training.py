@@ -561,4 +561,4 @@ def test_precision_auto_is_what_the_gpu_computes_in(monkeypatch, kind, half, exp
 def test_precision_and_compilation_auto_on_a_cpu(tmp_path):
     trainer = small_trainer(tmp_path, precision="auto", compile="auto")
     assert trainer.fabric._precision.precision == "32-true"
-    assert trainer.compile is False
+    assert trainer._compiled == set()
