@@ -73,7 +73,7 @@ class OptimiserStep:
         self.module = module
         self.loss = loss
         self.state = state
-        self.max_norm = float("inf") if gradient_clip is None else gradient_clip
+        self.gradient_clip = gradient_clip
         self.policy = policy
         self.warn = warn
 
@@ -93,9 +93,8 @@ class OptimiserStep:
                 break
             except SolverError as error:
                 self._skip(error, failures)
-        norm = self.fabric.clip_gradients(
-            self.module, state.optimizer, max_norm=self.max_norm, error_if_nonfinite=False
-        )
+        most = float("inf") if self.gradient_clip is None else self.gradient_clip
+        norm = self.fabric.clip_gradients(self.module, state.optimizer, max_norm=most, error_if_nonfinite=False)
         return value, norm
 
     def follow(self) -> float:

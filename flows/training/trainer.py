@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from torch import Tensor
 from torch.optim import Optimizer
 
 from flows.cnf import CNF
 from flows.datasets import Dataset
-from flows.solvers import SolverError
 from flows.training.checkpoint import (
     FOLDER,
     RUN,
@@ -26,7 +22,6 @@ from flows.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     own_run_folder,
-    save_checkpoint,
 )
 from flows.training.compiled import compiled, stages_to_compile
 from flows.training.conditioning import check_context_shape, check_samples
@@ -34,13 +29,14 @@ from flows.training.fabric import Accelerator, Strategy, build_fabric, on_first_
 from flows.training.folder import branch_run, claimed_folder, write_text
 from flows.training.levels import check_levels
 from flows.training.loggers import Logger
-from flows.training.loss import LossModule, NonFiniteLossError
+from flows.training.loop import Loop
+from flows.training.loss import LossModule
 from flows.training.reporting import Reporter
 from flows.training.settings import check_arguments
 from flows.training.stage import Stage
-from flows.training.state import Position, RunState
-from flows.training.step import OptimiserStep, RepeatedSolverError, SolverErrorPolicy
-from flows.training.stopping import StopSignals, TrainingInterrupted
+from flows.training.state import RunState
+from flows.training.step import OptimiserStep, SolverErrorPolicy
+from flows.training.stopping import StopSignals
 from flows.training.summary import Summary
 from flows.training.vetting import foreign_packages
 
@@ -137,10 +133,12 @@ class Trainer:
         self.dataset = dataset
         self.stages = dict(stages)
         self.gradient_clip = gradient_clip
-        self.log_every = log_every
-        self.validate_every = validate_every
-        self.plot_every = plot_every
-        self.checkpoint_every = checkpoint_every
+        self._every = {
+            "log": log_every,
+            "validate": validate_every,
+            "plot": plot_every,
+            "checkpoint": checkpoint_every,
+        }
         self.seed = seed
         self.config = None if config is None else dict(config)
         self.fabric = build_fabric(accelerator, devices, strategy, precision)
@@ -214,6 +212,18 @@ class Trainer:
         names = list(self.stages)
         step = OptimiserStep(self.fabric, module, loss, state, self.gradient_clip, self.policy, reporter.warn)
         with reporter, StopSignals() as stop:
+            loop = Loop(
+                self.fabric,
+                step,
+                reporter,
+                stop,
+                self.folder,
+                self._settings(),
+                foreign_packages(self.config),
+                self._every,
+                sum(steps.values()),
+                self._checks_every_step,
+            )
             for notice in self._notices:
                 reporter.warn(notice)
             if state.position.stage == names[-1] and state.position.step_in_stage >= self.stages[names[-1]].steps:
@@ -227,127 +237,9 @@ class Trainer:
                     state.begin(index, name, stage)
                 loss.objective, loss.generator = stage.objective, state.generator
                 with compiled(self.flow, stage.objective) if name in self._compiled else contextlib.nullcontext():
-                    self._train_stage(stage, step, reporter, stop)
+                    loop.run(stage)
             try:
                 stop.no_more_steps()
                 return reporter.conclude(self.flow, loss.output and loss.output.statistics)
             except KeyboardInterrupt:
-                last = self.folder / FOLDER / "last.pt"
-                raise self._interrupted(last, state.position.step, stop.requested or signal.SIGINT) from None
-
-    def _train_stage(self, stage: Stage, step: OptimiserStep, reporter: Reporter, stop: StopSignals) -> None:
-        state, loss = step.state, step.loss
-        started = time.perf_counter() - state.position.seconds
-        position = state.position
-        total = sum(stage.steps for stage in self.stages.values())
-        if (
-            position.step_in_stage
-            and position.validated != position.step
-            and _due(self.validate_every, stage, position)
-        ):
-            self._validate(reporter, stage, state)  # the process that came here first died before it could
-        while position.step_in_stage < stage.steps:
-            position.step_in_stage += 1
-            position.step += 1
-            try:
-                value, norm = step.gradient()
-            except SolverError as error:
-                if isinstance(error, RepeatedSolverError):
-                    self._save_before(state)
-                raise self._told_where("training", error, stage, position) from error
-            log, validate, plot, checkpoint = (
-                _due(every, stage, position)
-                for every in (self.log_every, self.validate_every, self.plot_every, self.checkpoint_every)
-            )
-            stopping = self._agree(stop.requested)
-            save = checkpoint or validate or plot or bool(stopping)
-            if self._checks_every_step or log or save:
-                self._check_finite(value, norm, stage, state)
-            learning_rate = step.follow()
-
-            state.means.add(loss.metrics() | {"gradient_norm": norm})
-            position.seconds = time.perf_counter() - started
-            if warning := state.watch(loss.output.statistics):
-                reporter.warn(warning)
-            reporter.advance()
-            if log:
-                reporter.log_training(learning_rate)
-            if save:  # before what may fail
-                last = self._save(state, "last")
-            if validate:
-                self._validate(reporter, stage, state)
-            if plot and position.step < total:  # the best weights are drawn after the last step
-                reporter.plot(statistics=loss.output.statistics)
-            if stopping:
-                raise self._interrupted(last, position.step, stopping)
-
-    def _interrupted(self, checkpoint: Path, step: int, signal_number: int) -> TrainingInterrupted:
-        return TrainingInterrupted(checkpoint, step, signal_number, foreign_packages(self.config))
-
-    def _validate(self, reporter: Reporter, stage: Stage, state: RunState) -> None:
-        """Look at the validation part; a run that goes on from the state saved now need not do it again."""
-        position = state.position
-        try:
-            if reporter.validate():
-                self._save(state, "best")
-        except (SolverError, ValueError) as error:
-            told = self._told_where("validation", error, stage, position)
-            if self.policy.action == "raise" or not isinstance(error, SolverError):
-                raise told from error
-            reporter.warn(f"these weights were not compared with the best: {told}")
-        position.validated = position.step
-        self._save(state, "last")
-
-    def _save(self, state: RunState, name: str) -> Path:
-        path = self.folder / FOLDER / f"{name}.pt"
-        content = {"config": self._settings(), **state.state_dict()}
-        if self.fabric.is_global_zero:
-            save_checkpoint(path, content)
-        self.fabric.barrier()
-        return path
-
-    def _save_before(self, state: RunState) -> None:
-        """Save as ``last`` the weights that the step which has just failed started from.
-
-        A run that goes on from there draws other batches than those that failed.
-        """
-        position = state.position
-        state.position = replace(position, step=position.step - 1, step_in_stage=position.step_in_stage - 1)
-        self._save(state, "last")
-        state.position = position
-
-    def _agree(self, signal_number: int | None) -> int:
-        """The signal that some process has received, 0 if none: all stop after the same step."""
-        if self.fabric.world_size == 1:
-            return signal_number or 0
-        received = torch.tensor(float(signal_number or 0), device=self.fabric.device)
-        return int(self.fabric.all_reduce(received, reduce_op="max"))
-
-    def _check_finite(self, loss: Tensor, gradient_norm: Tensor, stage: Stage, state: RunState) -> None:
-        if bool(loss.isfinite() & gradient_norm.isfinite()):
-            return
-        what = "its gradient is not finite" if bool(loss.isfinite()) else f"the loss is {loss.item()}"
-        raise NonFiniteLossError(
-            f"training diverged: {what} {self._where(stage, state.position)}. Try a lower learning_rate (now "
-            f"{stage.learning_rate:g}), more warmup_steps (now {stage.warmup_steps}), a smaller gradient_clip (now "
-            f"{self.gradient_clip}), or tighter solver tolerances"
-        )
-
-    def _told_where(self, what: str, error: SolverError | ValueError, stage: Stage, position: Position) -> Exception:
-        message = f"{what} stopped {self._where(stage, position)}: {error}"
-        return error.retold(message) if isinstance(error, SolverError) else ValueError(message)
-
-    def _where(self, stage: Stage, position: Position) -> str:
-        """The step in words, and what can be gone back to."""
-        exactly = "at" if self._checks_every_step else "at or shortly before"
-        last = self.folder / FOLDER / "last.pt"
-        saved = f"; the state to resume from is in {last}" if last.exists() else ""
-        return (
-            f"{exactly} step {position.step} (step {position.step_in_stage} of {stage.steps} in the stage "
-            f"{position.stage}{saved})"
-        )
-
-
-def _due(every: int | None, stage: Stage, position: Position) -> bool:
-    """Whether what happens every so many steps, and at the end of a stage, happens now."""
-    return position.step_in_stage == stage.steps or bool(every and position.step % every == 0)
+                raise loop.interrupted(stop.requested or signal.SIGINT) from None
