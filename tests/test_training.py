@@ -311,6 +311,7 @@ def test_the_best_weights_are_kept_tested_and_returned(tmp_path):
     validations = dict(memory.series("validation/nll"))
     assert summary.position.best_step == min(validations, key=validations.get) <= 6
     assert summary.validation_nll == min(validations.values())
+    assert f"of step {summary.position.best_step}, the best on the validation part" in str(summary)
     points = torch.cat([batch.x for batch in dataset.test_batches(7)])
     assert summary.test_nll == pytest.approx(float(-flow.log_prob(points).detach().mean()), abs=1e-10)
     validation = torch.cat([batch.x for batch in dataset.validation_batches(7)])

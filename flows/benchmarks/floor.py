@@ -39,7 +39,9 @@ def add_command(benchmarks: Any, settings: Settings) -> None:
         "Train this project's recipe and zuko's neural spline flow for the same time, and print how far the test NLL "
         "of each is above the entropy of the data, which no model can beat. Needs zuko: pip install 'flows[bench]'"
     )
-    part = benchmarks.add_parser("floor", help="beside a spline flow after the same time", description=description)
+    part = benchmarks.add_parser(
+        "floor", help="Gaps to the entropy beside a neural spline flow that trains as long.", description=description
+    )
     part.add_argument("--data", nargs="+", default=list(DENSITIES), help="densities (default: all eight)")
     part.add_argument("--seconds", type=float, nargs="+", default=[60.0], help="of training (default: 60)")
     part.add_argument(

@@ -87,7 +87,9 @@ def add_command(benchmarks: Any, settings: Callable[..., Mapping[str, Any]]) -> 
         "Train a flow by likelihood with and without kinetic energy and squared Jacobian norm in the loss, from one "
         "start by flow matching and for the same steps; print the evaluations of the field and the NLL of both."
     )
-    part = benchmarks.add_parser("regularisation", help="evaluations that path costs save", description=description)
+    part = benchmarks.add_parser(
+        "regularisation", help="Evaluations that kinetic energy and Jacobian norm save.", description=description
+    )
     part.add_argument("--data", nargs="+", choices=list(CASES), default=list(CASES), help="default: both")
     part.add_argument("--weight", type=float, help="of both costs (default: one for each data set)")
     part.add_argument("--output", type=Path, default=Path("runs/benchmarks/regularisation"), help="(%(default)s)")

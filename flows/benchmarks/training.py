@@ -43,7 +43,9 @@ def add_command(benchmarks: Any) -> None:
         "after equal time, of this project, of FFJORD's way, and of those of zuko, torchdyn and torchcfm that are "
         "installed. All train the same network (FFJORD's 64-64-64) on eight Gaussians."
     )
-    part = benchmarks.add_parser("training", help="beside zuko, torchdyn and torchcfm", description=description)
+    part = benchmarks.add_parser(
+        "training", help="Steps, log_prob and NLL beside zuko, torchdyn and torchcfm.", description=description
+    )
     part.add_argument("--seconds", type=float, default=60.0, help="of training for the NLL; 0: none (%(default)s)")
     part.add_argument("--batch", type=int, default=512, help="points a step (%(default)s)")
     part.add_argument("--points", type=int, default=10_000, help="of the timed log_prob (%(default)s)")

@@ -82,6 +82,8 @@ class Summary:
         rows = [("data", self.data)]
         for result in (self.weights and self.weights.table(), self.test and self.test.table(self.entropy)):
             rows += result or []
+        if self.position.best_step not in (None, self.position.step):
+            rows.append(("weights", f"of step {self.position.best_step:,}, the best on the validation part"))
         rows += [("time", f"{training}, {self.evaluation_seconds:.1f} s for the test"), ("files", self.output_dir)]
         return aligned(rows)
 
