@@ -242,6 +242,32 @@ def test_long_gradients_are_scaled_down_and_logged_as_they_were(tmp_path):
     assert memory.series("train/gradient_norm")[0][1] > 0.01
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_batches_whose_gradients_are_averaged_are_one_large_batch(tmp_path, optimizer):
+    """Likelihood with an exact divergence and fixed steps: a mean over points, however they are split."""
+    found = {}
+    for size, number in ((12, 1), (4, 3)):
+        dataset, memory = small_table(), Memory()
+        flow = small_flow(dataset, flows.divergence.Exact())
+        stages = {"likelihood": Stage(MaximumLikelihood(), steps=5, batch_size=size, learning_rate=1e-2)}
+        trainer = small_trainer(
+            tmp_path / str(size),
+            dataset,
+            stages,
+            flow,
+            optimizer=optimizer,
+            accumulate_batches=number,
+            loggers=[memory],
+        )
+        trainer.fit()
+        found[size] = (torch.nn.utils.parameters_to_vector(flow.parameters()), memory.series("train/nll"))
+    torch.testing.assert_close(found[4][0], found[12][0], rtol=0, atol=1e-9)
+    for (step, split), (same, whole) in zip(found[4][1], found[12][1], strict=True):
+        assert (step, split) == (same, pytest.approx(whole, abs=1e-9))
+    with pytest.raises(ValueError, match="accumulate_batches must be a whole number >= 1, got 0"):
+        small_trainer(tmp_path / "none", accumulate_batches=0)
+
+
 class BreaksAt(FlowMatching):
     def __init__(self, step, how):
         object.__setattr__(self, "count", itertools.count(1))

@@ -12,7 +12,9 @@ from flows.training.checkpoint import FOLDER, CheckpointError, find_checkpoint, 
 from flows.training.rebuild import checkpoint_config
 
 # What may change without making it another run: how it is run and watched, and how long a stage lasts.
-CHANGEABLE = re.compile(r"trainer\.(?!(?:precision|ema_decay|gradient_clip)$)\w+|objective\.\w+\.steps")
+CHANGEABLE = re.compile(
+    r"trainer\.(?!(?:precision|ema_decay|gradient_clip|accumulate_batches)$)\w+|objective\.\w+\.steps"
+)
 OWN = ("resume", "output_dir", "trust")  # of the resuming command itself
 
 

@@ -57,6 +57,7 @@ class OptimiserStep:
         gradient_clip: the largest norm of the gradient; ``None``: no limit.
         policy: see :class:`SolverErrorPolicy`.
         warn: told about each batch that is skipped.
+        num_batches: whose gradients are averaged for one step.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class OptimiserStep:
         gradient_clip: float | None,
         policy: SolverErrorPolicy,
         warn: Callable[[str], None],
+        num_batches: int = 1,
     ) -> None:
         self.fabric = fabric
         self.module = module
@@ -76,26 +78,40 @@ class OptimiserStep:
         self.gradient_clip = gradient_clip
         self.policy = policy
         self.warn = warn
+        self.num_batches = num_batches
 
     def gradient(self) -> tuple[Tensor, Tensor]:
-        """The loss of the next batch that can be solved, and the norm of its gradient before clipping.
+        """The loss of the next batches that can be solved, and the norm of its gradient before clipping.
 
         Raises:
             SolverError: a batch cannot be solved, with the policy "raise".
             RepeatedSolverError: too many in a row cannot.
         """
-        state = self.state
         for failures in itertools.count(1):
-            self.loss.batch = state.stream.next()
             try:
-                value = self.module()
-                self.fabric.backward(value)
+                value = self._backward()
                 break
             except SolverError as error:
                 self._skip(error, failures)
         most = float("inf") if self.gradient_clip is None else self.gradient_clip
-        norm = self.fabric.clip_gradients(self.module, state.optimizer, max_norm=most, error_if_nonfinite=False)
+        norm = self.fabric.clip_gradients(self.module, self.state.optimizer, max_norm=most, error_if_nonfinite=False)
         return value, norm
+
+    def _backward(self) -> Tensor:
+        """The mean loss of the next batches, whose gradients add up to that of this mean."""
+        total, metrics = 0.0, []
+        for k in range(self.num_batches):
+            last = k == self.num_batches - 1
+            self.loss.batch = self.state.stream.next()
+            with self.fabric.no_backward_sync(self.module, enabled=not last and self.fabric.world_size > 1):
+                value = self.module() / self.num_batches
+                self.fabric.backward(value)
+            total = total + value.detach()
+            if not last:  # those of the last one are read by the loop
+                metrics.append(self.loss.metrics())
+        for metric in metrics:
+            self.state.means.add(metric)
+        return total
 
     def follow(self) -> float:
         """Move the weights, their average and the schedule; the learning rate that was used."""

@@ -62,6 +62,8 @@ class Trainer:
         accelerator, devices, strategy: see ``lightning_fabric.Fabric``.
         precision: see there, such as 64 or ``"bf16-mixed"``; ``"auto"``: bf16-mixed on a GPU, 32-true elsewhere.
         gradient_clip: the largest norm of the gradient, longer ones are scaled down; ``None``: no limit.
+        accumulate_batches: the number of batches whose gradients are averaged for one step: larger batches than fit
+            into memory at once.
         ema_decay: of the moving average; 0 turns it off.
         log_every, validate_every, plot_every, checkpoint_every: in steps; all happen at the end of a stage as
             well, and 0 leaves it at that. ``plot_every=None``: no pictures at all.
@@ -94,6 +96,7 @@ class Trainer:
         strategy: str | Strategy = "auto",
         precision: str | int = "32-true",
         gradient_clip: float | None = 10.0,
+        accumulate_batches: int = 1,
         ema_decay: float = 0.999,
         log_every: int = 20,
         validate_every: int = 1000,
@@ -115,6 +118,8 @@ class Trainer:
             raise ValueError(f"seed must be a whole number >= 0, got {seed}")
         if gradient_clip is not None and not gradient_clip > 0:
             raise ValueError(f"gradient_clip must be > 0, or None for no limit, got {gradient_clip}")
+        if accumulate_batches < 1:
+            raise ValueError(f"accumulate_batches must be a whole number >= 1, got {accumulate_batches}")
         if evaluation_batch_size < 1:
             raise ValueError(f"evaluation_batch_size must be a whole number >= 1, got {evaluation_batch_size}")
         if evaluation_points is not None and evaluation_points < 1:
@@ -133,6 +138,7 @@ class Trainer:
         self.dataset = dataset
         self.stages = dict(stages)
         self.gradient_clip = gradient_clip
+        self.accumulate_batches = accumulate_batches
         self._every = {
             "log": log_every,
             "validate": validate_every,
@@ -210,7 +216,9 @@ class Trainer:
             self.fabric, self.dataset, state, self.folder, steps, self.seed, config=self.config, **self._reporting
         )
         names = list(self.stages)
-        step = OptimiserStep(self.fabric, module, loss, state, self.gradient_clip, self.policy, reporter.warn)
+        step = OptimiserStep(
+            self.fabric, module, loss, state, self.gradient_clip, self.policy, reporter.warn, self.accumulate_batches
+        )
         with reporter, StopSignals() as stop:
             loop = Loop(
                 self.fabric,
