@@ -39,7 +39,7 @@ def test_probe_error_is_known_with_one_probe_too(num_probes):
     result = likelihood(flow, batches, rng(), solver_error_points=1500)
     expected = math.sqrt(probe_variance() / num_probes / len(x))
     assert result.probe_standard_error == pytest.approx(expected, rel=0.1)
-    assert result.solver_error_points == 2000
+    assert result.solver_error_points == 1500
     assert result.probe_bias == 0
     unchecked = likelihood(flow, batches, rng())
     assert (unchecked.probe_standard_error is None) == (num_probes == 1)
