@@ -14,7 +14,7 @@ from flows.training.checkpoint import run_folder
 from flows.training.conditioning import comparable_points, readable_dataset, sampling_contexts
 from flows.training.console import readable_errors
 from flows.training.overrides import register_parts, with_changes
-from flows.training.rebuild import load_run, place
+from flows.training.rebuild import build_dataset, load_run, place
 from flows.training.sampling import draw, samples_file, save_samples
 from flows.training.settings import instantiate, plain_settings
 
@@ -37,8 +37,13 @@ def main(composed: DictConfig) -> None:
         dataset, unknown = None, ""
         if settings["plot"] or output.suffix == ".csv" or settings.get("data"):
             dataset, unknown = readable_dataset(config, chosen=bool(settings.get("data")))
-        data = config["data"]
-        context = sampling_contexts(run, data, settings["num_samples"], settings["class"], settings["context"])
+        context = sampling_contexts(
+            run,
+            lambda: build_dataset(config) if dataset is None else dataset,
+            settings["num_samples"],
+            settings["class"],
+            settings["context"],
+        )
         samples = draw(flow, settings["num_samples"], settings["batch_size"], generator, context)
         columns = getattr(dataset, "columns", None)
         save_samples(output, samples, columns, flow.transform.num_levels)

@@ -20,7 +20,7 @@ from flows.objectives.flow_matching import posterior_mean
 from flows.training import Stage, Trainer, load_flow
 from flows.training.compose import build_trainer
 from flows.training.conditioning import chosen_context, comparable_points, sampling_contexts
-from flows.training.rebuild import load_run
+from flows.training.rebuild import build_dataset, load_run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CONFIGS = {path.stem: OmegaConf.load(path) for path in sorted((CONF / "data").glob("*.yaml"))}
@@ -194,7 +194,7 @@ def test_training_learns_the_density_given_the_context(tmp_path, data, gap):
     density = get_class(f"flows.datasets.{data}")()
     assert run.context_shape == density.context_shape == run.flow.field.context_shape
     assert run.num_classes == density.num_classes
-    context = sampling_contexts(run, run.config["data"], 500, label=1 if run.num_classes else None)
+    context = sampling_contexts(run, lambda: build_dataset(run.config), 500, label=1 if run.num_classes else None)
     drawn = run.flow.sample((), context, rng())
     typical = density.log_prob(drawn, context.to(drawn)).clamp_min(-50).mean()
     assert abs(typical + density.entropy) < 1

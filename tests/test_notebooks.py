@@ -23,15 +23,20 @@ def test_notebooks_hold_their_results(path):
     assert not re.search(r"/(home|Users|work|tmp)/", path.read_text(encoding="utf-8"))
 
 
-def test_the_estimators_are_measured_in_their_notebook():
-    """The claims of the text, from the printed figures."""
-    (path,) = [path for path in NOTEBOOKS if path.stem == "estimators"]
-    text = "\n".join(
+def printed(stem):
+    """All that a notebook prints."""
+    (path,) = [path for path in NOTEBOOKS if path.stem == stem]
+    return "\n".join(
         output.text
         for cell in nbformat.read(path, as_version=4).cells
         for output in cell.get("outputs", [])
         if output.output_type == "stream"
     )
+
+
+def test_the_estimators_are_measured_in_their_notebook():
+    """The claims of the text, from the printed figures."""
+    text = printed("estimators")
     measured, formula = re.search(r"\n +1 +([\d.]+) +([\d.]+)\n +4 ", text).groups()
     spread = float(re.search(r"varies by ([\d.]+)", text)[1])
     assert float(measured) == pytest.approx(float(formula), rel=0.1)
@@ -44,13 +49,7 @@ def test_the_estimators_are_measured_in_their_notebook():
 
 
 def test_bits_are_audited_in_their_notebook():
-    (path,) = [path for path in NOTEBOOKS if path.stem == "images"]
-    text = "\n".join(
-        output.text
-        for cell in nbformat.read(path, as_version=4).cells
-        for output in cell.get("outputs", [])
-        if output.output_type == "stream"
-    )
+    text = printed("images")
     total, by_hand = re.search(r"sum of the parts ([\d.]+), NLL / \(d log 2\) ([\d.]+)", text).groups()
     assert total == by_hand
     pairs = float(re.search(r"and pairs of pixels +([\d.]+)", text)[1])

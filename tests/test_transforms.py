@@ -446,6 +446,15 @@ def test_marginals_alone_are_the_independent_shares_of_the_levels():
     torch.testing.assert_close(frequencies, (counts + 0.5) / (300 + 4 * 0.5), rtol=0, atol=0.02)
 
 
+def assert_dense_jacobian_and_inverse(transform, x):
+    y, log_det = transform(x)
+    dense = torch.stack([torch.func.jacrev(lambda one: transform(one[None])[0][0])(one) for one in x])
+    torch.testing.assert_close(log_det, dense.reshape(len(x), 12, 12).slogdet().logabsdet)
+    back, inverse_log_det = transform.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_log_det, -log_det)
+
+
 @pytest.mark.parametrize("whiten", [False, True], ids=["marginals", "whitened"])
 def test_marginals_and_whitening_have_the_dense_jacobian(whiten):
     mixing = torch.randn(12, 12, generator=rng(0)).double()
@@ -456,12 +465,7 @@ def test_marginals_and_whitening_have_the_dense_jacobian(whiten):
         data = levels(500).double() + torch.rand(500, *SHAPE, generator=rng(1)).double()
         x, transform = data[:5], NormalMarginals(SHAPE, 4)
     transform = transform.double().fit(data)
-    y, log_det = transform(x)
-    dense = torch.stack([torch.func.jacrev(lambda one: transform(one[None])[0][0])(one) for one in x])
-    torch.testing.assert_close(log_det, dense.reshape(5, 12, 12).slogdet().logabsdet)
-    back, inverse_log_det = transform.inverse(y)
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(inverse_log_det, -log_det)
+    assert_dense_jacobian_and_inverse(transform, x)
 
 
 @pytest.mark.parametrize("axes", ["pixels", "principal"])
@@ -514,12 +518,7 @@ def test_the_radius_has_the_dense_jacobian_and_an_inverse(groups):
     data, _ = heavy_tailed(500)
     transform = NormalRadius(SHAPE, groups, num_quantiles=16).fit(data)
     x = data[:8]
-    y, log_det = transform(x)
-    dense = torch.stack([torch.func.jacrev(lambda one: transform(one[None])[0][0])(one) for one in x])
-    torch.testing.assert_close(log_det, dense.reshape(8, 12, 12).slogdet().logabsdet)
-    back, inverse_log_det = transform.inverse(y)
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(inverse_log_det, -log_det)
+    assert_dense_jacobian_and_inverse(transform, x)
     assert transform(torch.cat([1e6 * x, 1e-6 * x]))[1].isfinite().all()  # far from all data
 
 

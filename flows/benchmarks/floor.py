@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from flows.benchmarks.clock import Look, train_for
+from flows.benchmarks.densities import Spline
 from flows.benchmarks.floor_report import FLOWS, HEADER, SPLINE, Outcome, Pair, line, save
-from flows.benchmarks.images.densities import Spline
 from flows.cnf import CNF
 from flows.datasets import Batch, Density
 from flows.evaluation import Likelihood, likelihood

@@ -56,9 +56,10 @@ class DoubleWell(Energy):
     """U(x) = x1^4 / 4 - 3 x1^2 + x1 + x2^2 / 2: two wells of unequal depth at x1 near -2.5 and 2.3.
 
     The lower one on the left holds 99 % of the mass. log Z and the entropy are quadratures, and sampling inverts a
-    distribution function on a fine grid. [No\\u00e9 et al. 2019, arXiv:1812.01729, with a = 1, b = 6, c = 1, d = 1]
+    distribution function on a fine grid. [Noé et al. 2019, arXiv:1812.01729, with a = 1, b = 6, c = 1, d = 1]
 
     Args:
+        tilt: of the wells against each other, from -10 to 10; 1 in the formula above.
         num_validation, num_test, num_reference: see `Density` and `Energy`.
     """
 

@@ -182,10 +182,10 @@ def pointwise(
             context = None if batch.context is None else batch.context.to(x)
             checked = min(len(x), solver_error_points)
             solver_error_points -= checked
-            for part in filter(len, (range(checked), range(checked, len(x)))):
-                rows = slice(part.start, part.stop)
-                own = None if context is None else context[rows]
-                yield _evaluate(flow, x[rows], own, generator, num_draws, check=rows.stop <= checked)
+            for rows, check in ((slice(checked), True), (slice(checked, None), False)):
+                if len(x[rows]):
+                    own = None if context is None else context[rows]
+                    yield _evaluate(flow, x[rows], own, generator, num_draws, check)
             bar.update(len(x))
 
 

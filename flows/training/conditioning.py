@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,16 +92,16 @@ def chosen_context(
 
 def sampling_contexts(
     run: LoadedRun,
-    data: Mapping[str, Any],
+    dataset: Callable[[], Dataset],  # where contexts come from that are not chosen; asked only then
     num_samples: int,
     label: int | None = None,
     values: float | Sequence[float] | None = None,
 ) -> Tensor | None:  # (num_samples, *context)
-    """The context of each sample of a trained flow: the chosen one, else those of the data with these settings."""
+    """The context of each sample of a trained flow: the chosen one, else those of the data."""
     chosen = chosen_context(run.context_shape, run.num_classes, label, values)
     if chosen is not None:
         return chosen.expand(num_samples, *chosen.shape)
-    return None if run.context_shape is None else build_dataset({"data": data}).contexts(num_samples)
+    return None if run.context_shape is None else dataset().contexts(num_samples)
 
 
 def readable_dataset(config: Mapping[str, Any], chosen: bool = False) -> tuple[Dataset | None, str]:

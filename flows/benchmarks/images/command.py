@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from flows.benchmarks.densities import spline_flow
 from flows.benchmarks.images import classes, comparison
-from flows.benchmarks.images.densities import spline_flow
 from flows.benchmarks.images.fitting import BASELINES
 from flows.training.rebuild import build_dataset
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flows.benchmarks.images.densities import Gaussian, Mixture, Spline, TransformedDensity
+from flows.benchmarks.densities import Gaussian, Mixture, Spline, TransformedDensity
 from flows.datasets import Dataset
 from flows.evaluation import likelihood, part_batches
 from flows.transforms import Transform
