@@ -1,5 +1,6 @@
 """Objectives: their minimisers and gradients, and that all randomness is explicit."""
 
+import pytest
 import torch
 
 from flows import CNF, ODESolver
@@ -81,3 +82,15 @@ def test_the_marginal_target_keeps_its_digits_under_autocast():
         torch.testing.assert_close(
             posterior_mean(position.float(), fraction.float(), 1 - fraction.float(), pool.float()), plain
         )
+
+
+@pytest.mark.parametrize("dims", [1, 8, 9, 20], ids=str)  # summed one by one up to 8, expanded beyond
+def test_the_marginal_target_weighs_by_the_density_of_the_noise(dims):
+    pool, noise, fraction = torch.randn(300, dims), torch.randn(200, dims), torch.linspace(0, 0.999, 200).unsqueeze(1)
+    position = torch.lerp(noise, pool[:200], fraction)
+    noises = torch.distributions.Normal(fraction.unsqueeze(2) * pool, (1 - fraction).unsqueeze(2))
+    log_density = noises.log_prob(position.unsqueeze(1)).sum(2)
+    expected = log_density.softmax(1) @ pool
+    torch.testing.assert_close(posterior_mean(position, fraction, 1 - fraction, pool), expected)
+    narrow = (tensor.float() for tensor in (position, fraction, 1 - fraction, pool))
+    torch.testing.assert_close(posterior_mean(*narrow), expected.float(), rtol=1e-3, atol=1e-3)

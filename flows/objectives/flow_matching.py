@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flows.cnf import CNF
 from flows.datasets import Batch
@@ -124,20 +125,37 @@ def posterior_mean(
     possible: Tensor | None = None,  # (Q, P), at least one in each row; which of the pool it can be, all if None
 ) -> Tensor:  # (Q, *event)
     """E[x₁ | x_t] for x_t = a x₁ + b x₀ when x₁ is one of the pool and x₀ standard normal."""
-    flat = pool.flatten(1)
-    # log w_j = −‖x_t − a x_j‖² / 2b² up to what does not depend on j, as one product. Its terms are large
-    # where b is small, so their difference takes float64.
-    points, points_j, a, b = (tensor.flatten(1).double() for tensor in (position, pool, a, b))
-    precision = b.square().reciprocal()
-    queries = torch.cat([precision * a * points, -0.5 * precision * a.square()], dim=1)
-    keys = torch.cat([points_j, points_j.square().sum(1, keepdim=True)], dim=1)
-    size = 128 if flat.device.type == "cpu" else len(queries)  # rows that stay in the cache of a core: twice as fast
+    flat, points, a, b = (tensor.flatten(1) for tensor in (pool, position, a, b))
+    log_weights = _direct_log_weights if flat.shape[1] <= LOW_DIMENSION else _expanded_log_weights
+    columns = flat.T.contiguous()
+    size = 128 if flat.device.type == "cpu" else len(points)  # rows that stay in the cache of a core: twice as fast
     means = []
     with torch.autocast(flat.device.type, enabled=False):  # the target is divided by 1 − t: it needs its digits
-        for start in range(0, len(queries), size):
-            logits = queries[start : start + size] @ keys.T
+        for start in range(0, len(points), size):
+            rows = slice(start, start + size)
+            logits = log_weights(points[rows], a[rows], b[rows], columns)
             if possible is not None:
-                logits = logits.masked_fill(~possible[start : start + size], -torch.inf)
-            weights = (logits - logits.amax(1, keepdim=True)).to(flat.dtype).softmax(1)
-            means.append(weights @ flat)
+                logits = logits.masked_fill(~possible[rows], -torch.inf)
+            means.append(functional.linear(logits.softmax(1), columns))
     return torch.cat(means).view_as(position)
+
+
+def _direct_log_weights(points: Tensor, a: Tensor, b: Tensor, columns: Tensor) -> Tensor:
+    """−‖x_t − a x_j‖² / 2b² (Q, P) from ``columns`` (d, P), one dimension after the other."""
+    total = None
+    for point, column in zip(points.T.unsqueeze(2), columns, strict=True):
+        difference = (a * column).sub_(point)
+        total = difference.square_() if total is None else total.addcmul_(difference, difference)
+    return total.mul_(-0.5 * b.square().reciprocal())
+
+
+def _expanded_log_weights(points: Tensor, a: Tensor, b: Tensor, columns: Tensor) -> Tensor:
+    """The same up to what does not depend on j, as one product for all dimensions.
+
+    Its terms are large where b is small, so their difference takes float64.
+    """
+    points_64, columns_64, a, b = (tensor.double() for tensor in (points, columns, a, b))
+    precision = b.square().reciprocal()
+    queries = torch.cat([precision * a * points_64, -0.5 * precision * a.square()], dim=1)
+    logits = queries @ torch.cat([columns_64, columns_64.square().sum(0, keepdim=True)])
+    return (logits - logits.amax(1, keepdim=True)).to(points)
