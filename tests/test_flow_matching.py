@@ -185,8 +185,30 @@ def test_the_automatic_target_is_marginal_in_low_dimensions(dimension, coupling,
     assert torch.equal(auto, FlowMatching(**same, coupling=coupling)(flow, batch, rng(1)).loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.5, 3.0])
+def test_times_are_drawn_by_their_power(power, dtype):
+    times = []
+
+    class Recorder(MLP):
+        def forward(self, t, x, context=None):
+            times.append(t)
+            return super().forward(t, x, context)
+
+    flow = CNF(Recorder((2,), hidden=(4,))).to(dtype)
+    loss = FlowMatching("sampled", time_power=power)(flow, Batch(mixture(100_000).to(dtype)), rng()).loss
+    (t,) = times
+    assert loss.isfinite()
+    assert t.min() >= 0
+    assert t.max() < 1
+    for late in (0.1, 0.5, 0.9, 0.99):
+        share = (1 - late) ** (1 / power)
+        assert abs((t > late).double().mean() - share) < 4.5 * math.sqrt(share * (1 - share) / len(t))
+
+
 def test_a_setting_out_of_range_is_refused():
     for build, message in [
+        (lambda: FlowMatching(time_power=0), "time_power must be > 0, 1 for times drawn uniformly, got 0"),
         (lambda: Linear(1.0), r"sigma_min must be in \[0, 1\), got 1.0"),
         (lambda: VariancePreserving(2, 1), "0 < beta_min <= beta_max, got 2 and 1"),
         (lambda: Sinkhorn(0), "regularisation must be > 0, got 0"),
