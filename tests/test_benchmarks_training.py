@@ -189,13 +189,27 @@ def test_regularisation_prints_what_the_costs_buy(tmp_path, script):
         "trainer.progress_bar=false",
         "trainer.accelerator=cpu",
     )
-    plain, regularised = regularisation.compare(script.settings(*case.overrides, *tiny), 10.0, tmp_path / "runs")
+    *outcomes, error = regularisation.compare(script.settings(*case.overrides, *tiny), 10.0, tmp_path / "runs")
+    plain, regularised = outcomes
     assert regularised.path_costs["kinetic_energy"] < plain.path_costs["kinetic_energy"]
     assert regularised.path_costs["jacobian_norm"] < plain.path_costs["jacobian_norm"]
+    assert plain.nll - plain.gap == pytest.approx(EightGaussians().entropy)
+    assert 0 < error < plain.standard_error + regularised.standard_error
     assert (tmp_path / "runs" / "kinetic" / "summary.json").exists()
-    *_, verdict = regularisation.table("8gaussians", case, plain, regularised)
-    assert f"{plain.nfe / regularised.nfe:.1f} times fewer evaluations" in verdict
-    assert ("within" in verdict) == (regularised.nll - plain.nll <= case.allowed)
+
+
+@pytest.mark.parametrize(
+    ("nll", "verdict"), [(1.5, "+0.5000 ± 0.0010 nats, more than"), (1.01, "+0.0100 ± 0.0010 nats, within")]
+)
+def test_regularisation_says_what_the_costs_have_bought(nll, verdict):
+    costs = {"kinetic_energy": 1.0, "jacobian_norm": 2.0}
+    plain, regularised = (
+        regularisation.Outcome(name, value, 0.1, 0.5, 1e-4, nfe, costs, 60.0)
+        for name, value, nfe in (("unregularised", 1.0, 90.0), ("kinetic + Frobenius", nll, 36.0))
+    )
+    case = regularisation.Case((), 0.3, 0.02)
+    *_, last = regularisation.table("8gaussians", case, plain, regularised, 1e-3)
+    assert last == f"2.5 times fewer evaluations with weights 0.3; NLL {verdict} 0.02"
 
 
 @pytest.mark.parametrize("data", list(regularisation.CASES))

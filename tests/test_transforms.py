@@ -378,6 +378,17 @@ def test_mixed_precision_leaves_the_density_of_the_noise_consistent(name):
     torch.testing.assert_close(inverse, -log_det, atol=0.2, rtol=0.01)
 
 
+def test_mixed_precision_leaves_data_their_digits():
+    data = torch.rand(100, *SHAPE).float()
+    transform = Whiten(SHAPE).fit(data.double()).float()
+    expected, _ = transform(data)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = transform(data)
+        back, _ = transform.inverse(y)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    torch.testing.assert_close(back, data)
+
+
 def test_flow_matching_draws_fresh_noise():
     """With one image, a zero field and the noise of the base fixed, only dequantisation can change the loss."""
 

@@ -132,7 +132,7 @@ def spline_flow() -> Callable[..., nn.Module]:
         from zuko.flows import NSF
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "zuko is not installed, whose neural spline flow is a baseline; pip install 'flows[bench]', or, of images, "
+            "zuko is not installed, whose neural spline flow is a baseline; pip install -e '.[bench]', or, of images, "
             "choose among the others with --baselines mixture gaussian"
         ) from error
     return NSF

@@ -37,13 +37,15 @@ def add_command(benchmarks: Any, settings: Settings) -> None:
     """Add "floor" to the subparsers of a program; ``settings`` gives the recipe of each density."""
     description = (
         "Train this project's recipe and zuko's neural spline flow for the same time, and print how far the test NLL "
-        "of each is above the entropy of the data, which no model can beat. Needs zuko: pip install 'flows[bench]'"
+        "of each is above the entropy of the data, which no model can beat. Needs zuko: pip install -e '.[bench]'"
     )
     part = benchmarks.add_parser(
         "floor", help="Gaps to the entropy beside a neural spline flow that trains as long.", description=description
     )
     part.add_argument("--data", nargs="+", default=list(DENSITIES), help="densities (default: all eight)")
-    part.add_argument("--seconds", type=float, nargs="+", default=[60.0], help="of training (default: 60)")
+    part.add_argument(
+        "--seconds", type=float, nargs="+", default=[60.0, 300.0], help="of training (default: 60 and 300)"
+    )
     part.add_argument(
         "--likelihood",
         type=float,

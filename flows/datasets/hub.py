@@ -24,7 +24,7 @@ CHANNELS = {"L": 1, "RGB": 3}  # of the modes that are taken as they are
 class HubImages(Images):
     """Images of a data set of the Hugging Face hub, of a folder of pictures, or of Parquet files.
 
-    All are decoded once and kept in memory, one byte a level. Needs `pip install 'flows[images]'`.
+    All are decoded once and kept in memory, one byte a level. Needs `pip install -e '.[images]'`.
 
     Args:
         source: name on the hub, which is downloaded once and then found in the local cache.
@@ -208,7 +208,7 @@ def _load(source: str | None, path: str | Path | None) -> Mapping[str, datasets.
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"reading {source or path} needs the library datasets of Hugging Face: pip install 'flows[images]'"
+            f"reading {source or path} needs the library datasets of Hugging Face: pip install -e '.[images]'"
         ) from error
     if path is None:
         if source is None:

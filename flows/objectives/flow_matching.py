@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -19,11 +21,12 @@ from flows.objectives.couplings import Coupling, Independent
 from flows.objectives.paths import Linear, ProbabilityPath
 
 LOW_DIMENSION = 8  # up to which a batch of some hundred points covers a density
+FEW_PASSES = 8  # over queries × pool, one a dimension, that take no longer than one product in float64
 
 
 @dataclass(frozen=True)
 class FlowMatching(Objective):
-    r"""E ‖v(t, x_t) − u‖² / d on a path x_t = a(t) x₁ + b(t) x₀ with t uniform.
+    r"""E ‖v(t, x_t) − u‖² / d on a path x_t = a(t) x₁ + b(t) x₀ with t uniform, or late more often.
 
     x₁ is data in flow space and x₀ comes from the base. With ``target="sampled"``, u = a′(t) x₁ + b′(t) x₀. The
     minimiser is the marginal velocity E[u | x_t], whose flow carries the base to the data, but single targets
@@ -54,8 +57,9 @@ class FlowMatching(Objective):
         context_dropout: the probability with which an example's context is replaced by the zero vector, which then
             stands for no context, as :meth:`flows.CNF.guided` needs. The marginal target of such a query is over
             all contexts. [Ho & Salimans 2022, arXiv:2207.12598]
-        time_power: k > 0 of t = 1 − (1 − u)ᵏ with u uniform: above 1, late times, at which detail forms, are drawn more
-            often. The minimiser is the same; what a network that cannot reach it learns best is not.
+        time_power: k > 0 of t = 1 − (1 − u)ᵏ with u uniform. Above 1, late times, at which detail forms, are drawn more
+            often. The minimiser is the same, but a network too small to reach it spends its capacity there: the loss
+            at t has the weight (1 − t)^(1/k − 1).
     """
 
     solves: ClassVar[bool] = False
@@ -80,10 +84,10 @@ class FlowMatching(Objective):
         if self.num_queries is not None and (self.num_queries < 1 or (self.target == "sampled" and independent)):
             raise ValueError(
                 f"num_queries must be >= 1 and goes with target='marginal' or a coupling, which use the rest of the "
-                f"batch; got {self.num_queries} with target={self.target!r}"
+                f"batch; got {self.num_queries} with target={self.target!r}; null takes each point of the batch"
             )
-        if not self.time_power > 0:
-            raise ValueError(f"time_power must be > 0, 1 for times drawn uniformly, got {self.time_power}")
+        if not 0 < self.time_power < math.inf:
+            raise ValueError(f"time_power must be > 0 and finite, 1 for times drawn uniformly, got {self.time_power}")
         if not 0 <= self.context_dropout < 1:
             raise ValueError(f"context_dropout must be a probability below 1, got {self.context_dropout}")
 
@@ -115,8 +119,9 @@ class FlowMatching(Objective):
             possible = same_context(batch.context, len(ends))
             if dropped is not None:
                 possible = possible | dropped.unsqueeze(1)
-            ends = posterior_mean(position, a, b, data, possible)
-            noise = (position - a * ends) / b
+            mean = posterior_mean(position, a, b, data, possible)
+            noise = noise + a * (ends - mean) / b  # (x_t − a m) / b, without the rounding of x_t
+            ends = mean
         velocity = checked_value(flow.field(*((t, position) if context is None else (t, position, context))), position)
         loss = (velocity - (a_rate * ends + b_rate * noise)).square().mean()
         return LossOutput(loss, {"velocity_error": loss.detach()})
@@ -130,22 +135,27 @@ def posterior_mean(
     possible: Tensor | None = None,  # (Q, P), at least one in each row; which of the pool it can be, all if None
 ) -> Tensor:  # (Q, *event)
     """E[x₁ | x_t] for x_t = a x₁ + b x₀ when x₁ is one of the pool and x₀ standard normal."""
-    flat, points, a, b = (tensor.flatten(1) for tensor in (pool, position, a, b))
-    log_weights = _direct_log_weights if flat.shape[1] <= LOW_DIMENSION else _expanded_log_weights
+    flat, points, a, b = (tensor.flatten(1) for tensor in (pool.to(position), position, a, b))
     columns = flat.T.contiguous()
-    size = 128 if flat.device.type == "cpu" else len(points)  # rows that stay in the cache of a core: twice as fast
+    if len(columns) <= FEW_PASSES or flat.device.type == "mps":  # which has no float64
+        log_weights = partial(_summed_log_weights, columns=columns)
+    else:
+        keys = torch.cat([columns, columns.double().square().sum(0, keepdim=True)])
+        log_weights = partial(_expanded_log_weights, keys=keys)
+    # Rows that stay in the cache of a core are twice as fast there; elsewhere, some hundred megabytes at a time.
+    size = 128 if flat.device.type == "cpu" else max(1, 2**26 // len(flat))
     means = []
     with torch.autocast(flat.device.type, enabled=False):  # the target is divided by 1 − t: it needs its digits
         for start in range(0, len(points), size):
             rows = slice(start, start + size)
-            logits = log_weights(points[rows], a[rows], b[rows], columns)
+            logits = log_weights(points[rows], a[rows], b[rows])
             if possible is not None:
                 logits = logits.masked_fill(~possible[rows], -torch.inf)
             means.append(functional.linear(logits.softmax(1), columns))
     return torch.cat(means).view_as(position)
 
 
-def _direct_log_weights(points: Tensor, a: Tensor, b: Tensor, columns: Tensor) -> Tensor:
+def _summed_log_weights(points: Tensor, a: Tensor, b: Tensor, columns: Tensor) -> Tensor:
     """−‖x_t − a x_j‖² / 2b² (Q, P) from ``columns`` (d, P), one dimension after the other."""
     total = None
     for point, column in zip(points.T.unsqueeze(2), columns, strict=True):
@@ -154,13 +164,12 @@ def _direct_log_weights(points: Tensor, a: Tensor, b: Tensor, columns: Tensor) -
     return total.mul_(-0.5 * b.square().reciprocal())
 
 
-def _expanded_log_weights(points: Tensor, a: Tensor, b: Tensor, columns: Tensor) -> Tensor:
-    """The same up to what does not depend on j, as one product for all dimensions.
+def _expanded_log_weights(points: Tensor, a: Tensor, b: Tensor, keys: Tensor) -> Tensor:
+    """The same up to what does not depend on j, as one product with ``keys``: x_j and ‖x_j‖² (d + 1, P).
 
     Its terms are large where b is small, so their difference takes float64.
     """
-    points_64, columns_64, a, b = (tensor.double() for tensor in (points, columns, a, b))
+    points_64, a, b = points.double(), a.double(), b.double()
     precision = b.square().reciprocal()
-    queries = torch.cat([precision * a * points_64, -0.5 * precision * a.square()], dim=1)
-    logits = queries @ torch.cat([columns_64, columns_64.square().sum(0, keepdim=True)])
+    logits = torch.cat([precision * a * points_64, -0.5 * precision * a.square()], dim=1) @ keys
     return (logits - logits.amax(1, keepdim=True)).to(points)

@@ -92,10 +92,12 @@ class Whiten(Transform):
         return mean, torch.lerp(covariance, covariance.diagonal().diag(), self.shrinkage)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return ((x.flatten(1) - self.mean) @ self.inverse_root).view_as(x), self.log_det.expand(len(x))
+        with torch.autocast(x.device.type, enabled=False):  # data need all their digits
+            return ((x.flatten(1) - self.mean) @ self.inverse_root).view_as(x), self.log_det.expand(len(x))
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return (y.flatten(1) @ self.root + self.mean).view_as(y), -self.log_det.expand(len(y))
+        with torch.autocast(y.device.type, enabled=False):
+            return (y.flatten(1) @ self.root + self.mean).view_as(y), -self.log_det.expand(len(y))
 
 
 def _spectrum(covariance: Tensor, num_points: int) -> tuple[Tensor, Tensor]:  # (d,) and (d, d)
