@@ -103,7 +103,7 @@ def test_samples_are_judged_by_their_class(digits):
 
 def test_a_missing_spline_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zuko.flows", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'flows\[bench\]', or, of images, choose"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[bench\]', or, of images, choose"):
         spline_flow()
     with pytest.raises(ModuleNotFoundError):
         Spline(Dequantise(17), SHAPE)

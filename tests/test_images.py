@@ -351,7 +351,7 @@ def test_a_missing_download_says_what_would_provide_it(monkeypatch):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"reading ylecun/mnist needs .* pip install 'flows\[images\]'"):
+    with pytest.raises(ImportError, match=r"reading ylecun/mnist needs .* pip install -e '\.\[images\]'"):
         HubImages(source="ylecun/mnist")
 
 
