@@ -75,6 +75,16 @@ def levels(n, event_shape=SHAPE, num_levels=4, seed=3):
 # Bijections
 
 
+def assert_dense_jacobian_and_inverse(transform, x):
+    y, log_det = transform(x)
+    dense = torch.stack([torch.func.jacrev(lambda one: transform(one[None])[0][0])(one) for one in x])
+    torch.testing.assert_close(log_det, dense.reshape(len(x), 12, 12).slogdet().logabsdet)
+    back, inverse_log_det = transform.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_log_det, -log_det)
+    return y, log_det
+
+
 @pytest.mark.parametrize(
     "transform",
     [
@@ -91,12 +101,7 @@ def levels(n, event_shape=SHAPE, num_levels=4, seed=3):
 def test_log_determinants_are_those_of_the_dense_jacobian(transform):
     transform = transform.double().fit(points(50))
     x = points()
-    y, log_det = transform(x)
-    dense = torch.stack([torch.func.jacrev(lambda one: transform(one[None])[0][0])(one) for one in x])
-    torch.testing.assert_close(log_det, dense.reshape(len(x), 12, 12).slogdet().logabsdet)
-    back, inverse_log_det = transform.inverse(y)
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(inverse_log_det, -log_det)
+    y, log_det = assert_dense_jacobian_and_inverse(transform, x)
     again, terms = transform.account(x)
     assert torch.equal(again, y)
     torch.testing.assert_close(sum(terms.values()), log_det)
@@ -455,15 +460,6 @@ def test_marginals_alone_are_the_independent_shares_of_the_levels():
     drawn = transform.inverse(z)[0].flatten(1)
     frequencies = torch.stack([(drawn == level).double().mean(0) for level in range(4)])
     torch.testing.assert_close(frequencies, (counts + 0.5) / (300 + 4 * 0.5), rtol=0, atol=0.02)
-
-
-def assert_dense_jacobian_and_inverse(transform, x):
-    y, log_det = transform(x)
-    dense = torch.stack([torch.func.jacrev(lambda one: transform(one[None])[0][0])(one) for one in x])
-    torch.testing.assert_close(log_det, dense.reshape(len(x), 12, 12).slogdet().logabsdet)
-    back, inverse_log_det = transform.inverse(y)
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(inverse_log_det, -log_det)
 
 
 @pytest.mark.parametrize("whiten", [False, True], ids=["marginals", "whitened"])
