@@ -16,7 +16,7 @@ from flows.evaluation import likelihood
 from flows.fields import MLP, Linear
 from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.objectives.contexts import same_context
-from flows.objectives.flow_matching import posterior_mean
+from flows.objectives.posterior import posterior_mean
 from flows.training import Stage, Trainer, load_flow
 from flows.training.compose import build_trainer
 from flows.training.conditioning import chosen_context, comparable_points, sampling_contexts

@@ -10,12 +10,12 @@ from scipy.optimize import linear_sum_assignment
 
 from flows import CNF, ODESolver
 from flows.datasets import Batch, MoonsByClass, one_hot
-from flows.divergence import Analytic, Hutchinson
+from flows.divergence import Analytic, Exact, Hutchinson
 from flows.fields import MLP, Adapter, Guided
-from flows.objectives import FlowMatching, ProbabilityPath
+from flows.objectives import FlowMatching, MaximumLikelihood, ProbabilityPath
 from flows.objectives.couplings import Independent, OptimalTransport, Sinkhorn
-from flows.objectives.flow_matching import posterior_mean
 from flows.objectives.paths import Cosine, Linear, VariancePreserving
+from flows.objectives.posterior import posterior_mean, posterior_moments
 
 PATHS = [Linear(), Linear(sigma_min=0.1), Cosine(), VariancePreserving()]
 SD = 0.5  # of the data, N(1, SD²) in each coordinate
@@ -214,6 +214,122 @@ def test_the_latest_times_leave_the_marginal_target_its_digits(monkeypatch):
         FlowMatching(target, time_power=3.0)(flow, batch, rng()).loss for target in ("marginal", "sampled")
     )
     torch.testing.assert_close(marginal, sampled)
+
+
+# The divergence
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("target", ["sampled", "marginal"])
+def test_the_divergence_is_matched_without_bias_for_every_path_and_target(path, target):
+    """At the marginal velocity the gradient of the divergence's error vanishes, in the direction of several fields."""
+    velocity = GaussianVelocity(path)
+
+    class Perturbed(torch.nn.Module):
+        event_shape = (2,)
+
+        def forward(self, t, x):
+            t = column(t)
+            features = torch.stack([x, t * x, (t < 0.3) * x, torch.sin(3 * x), x.flip(1) ** 2 * x])
+            return velocity(t, x) + (t < 0.95) * torch.tensordot(weights, features, 1)
+
+    flow, gradients = CNF(Perturbed(), Exact()), []
+    for i, batch in enumerate(1 + SD * torch.randn(40, 500, 2)):
+        weights = torch.zeros(5, requires_grad=True)
+        losses = [
+            FlowMatching(target, path=path, divergence_weight=weight)(flow, Batch(batch), rng(i)).loss
+            for weight in (1.0, 0.0)
+        ]
+        gradients.append(torch.autograd.grad(losses[0] - losses[1], weights)[0])
+    gradients = torch.stack(gradients)
+    error = gradients.std(0) / math.sqrt(len(gradients))
+    # With few points behind a late x_t, their mean is off by its scatter; the error of the divergence by its square.
+    assert (gradients.mean(0).abs() < 4 * error).all(), gradients.mean(0) / error
+    assert error.max() < (0.3 if target == "marginal" else 1.0)  # so that the statement means something
+
+
+def test_the_error_of_the_divergence_is_that_of_a_known_field():
+    """A constant added to v leaves div v, and adds t ‖constant‖² to what b div u is taken for, through m_v."""
+    velocity, shift = GaussianVelocity(Linear()), 0.7
+
+    class Shifted(torch.nn.Module):
+        event_shape = (2,)
+
+        def forward(self, t, x):
+            return velocity(t, x) + shift * torch.ones_like(x)
+
+    batch, errors = Batch(1 + SD * torch.randn(20000, 2)), []
+    for field in (velocity, Shifted()):
+        flow = CNF(field, Exact(), event_shape=(2,))
+        plain = FlowMatching("marginal", 500)(flow, batch, rng())
+        full = FlowMatching("marginal", 500, divergence_weight=2.0)(flow, batch, rng())
+        errors.append(full.metrics["divergence_error"])
+        torch.testing.assert_close(full.loss, plain.loss + 2 * errors[-1])
+        assert torch.equal(full.metrics["velocity_error"], plain.loss)
+    assert errors[0] < 0.05  # the scatter of what 20,000 points tell of the divergence
+    torch.testing.assert_close(errors[1], torch.tensor((2 * shift**2) ** 2 / 3 / 2), rtol=0.15, atol=0)
+
+
+def test_the_spread_of_the_posterior_is_that_of_its_weights():
+    pool, position = mixture(50), mixture(7)
+    a, b = torch.rand(7, 1), 0.1 + torch.rand(7, 1)
+    near, offset = torch.randn(2, 7, 2)
+    weights = torch.distributions.Normal(a[:, None] * pool, b[:, None]).log_prob(position[:, None]).sum(2).softmax(1)
+    mean, spread = posterior_moments(position, a, b, pool, centre=(near, offset))
+    torch.testing.assert_close(mean, weights @ pool)
+    torch.testing.assert_close(spread, (weights * (pool - (near + offset)[:, None]).square().sum(2)).sum(1))
+
+
+def test_the_latest_times_leave_the_divergence_its_digits(monkeypatch):
+    """There one point of the batch explains x_t, and both targets are the same, far from zero as well."""
+
+    class Outward(torch.nn.Module):
+        def forward(self, t, x):
+            return x
+
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, 1 - 1e-4, dtype=options["dtype"]))
+    flow, batch = CNF(Outward(), event_shape=(2,)).float(), Batch((100 + mixture(50)).float())
+    marginal, sampled = (
+        FlowMatching(target, time_power=1.5, divergence_weight=1.0)(flow, batch, rng()).metrics["divergence_error"]
+        for target in ("marginal", "sampled")
+    )
+    assert sampled < 10  # as v is wrong by no more than the noise
+    torch.testing.assert_close(marginal, sampled, rtol=1e-4, atol=0)
+
+
+def test_matching_the_divergence_takes_an_exact_one():
+    flow, batch = CNF(MLP((2,), hidden=(4,)), Hutchinson(2)), Batch(mixture(8))
+    with pytest.raises(ValueError, match=r"divergence_weight=0.1 needs an exact divergence, and Hutchinson is none"):
+        FlowMatching(divergence_weight=0.1)(flow, batch, rng())
+    with pytest.raises(ValueError, match="coupling Sinkhorn is not; use divergence_weight=0 with it"):
+        FlowMatching(coupling="sinkhorn", divergence_weight=0.1)
+    with pytest.raises(ValueError, match="divergence_weight must be >= 0 and finite, or 'auto', got -1"):
+        FlowMatching(divergence_weight=-1)
+    with pytest.raises(ValueError, match="or 'auto', got 'often'"):
+        FlowMatching(divergence_weight="often")
+
+
+def test_the_divergence_is_matched_by_default_settings_where_that_is_exact_and_quiet():
+    batch, auto = Batch(mixture(8)), FlowMatching(divergence_weight="auto")
+    small, noisy, large = CNF(MLP((2,))), CNF(MLP((2,)), Hutchinson(2)), CNF(MLP((9,)))
+    assert [auto.takes_divergence(flow) for flow in (small, noisy, large)] == [True, False, False]
+    assert not FlowMatching("sampled", divergence_weight="auto").takes_divergence(small)
+    assert not FlowMatching(coupling="sinkhorn", divergence_weight="auto").takes_divergence(small)
+    assert not FlowMatching().takes_divergence(small)
+    assert MaximumLikelihood().takes_divergence(noisy)
+    assert "divergence_error" in auto(small, batch, rng()).metrics
+    assert "divergence_error" not in auto(noisy, batch, rng()).metrics
+    assert torch.equal(auto(noisy, batch, rng()).loss, FlowMatching()(noisy, batch, rng()).loss)
+
+
+def test_the_divergence_is_matched_by_context():
+    """Two classes far apart: what the other one is like does not matter to the divergence."""
+    flow = CNF(MLP((2,), hidden=(8,), context_shape=(2,)))
+    x, context = torch.cat([mixture(30), 50 + mixture(30)]), one_hot(torch.arange(60) // 30, 2)
+    objective = FlowMatching("marginal", num_queries=30, divergence_weight=1.0)
+    both = objective(flow, Batch(x, context), rng()).metrics["divergence_error"]
+    one = objective(flow, Batch(x[:30], context[:30]), rng()).metrics["divergence_error"]
+    torch.testing.assert_close(both, one)
 
 
 def test_a_setting_out_of_range_is_refused():

@@ -8,7 +8,7 @@ from flows.datasets import Batch
 from flows.divergence import Hutchinson
 from flows.fields import MLP, Linear
 from flows.objectives import FlowMatching, MaximumLikelihood
-from flows.objectives.flow_matching import posterior_mean
+from flows.objectives.posterior import posterior_mean
 from flows.transforms import Standardise
 
 

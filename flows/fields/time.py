@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 
 class SinusoidalTime(nn.Module):
-    r"""t ↦ (cos πkt, sin πkt) for k = 1, ..., K: smooth, bounded, and not periodic on [0, 1].
+    r"""t ↦ (cos πkt / k, sin πkt / k) for k = 1, ..., K: smooth, bounded, and not periodic on [0, 1].
+
+    All features change at most at the rate π. Without 1/k a field starts with changes as fast as the K-th frequency,
+    which it never needs and hardly unlearns, and a solve takes up to twice the steps.
 
     Args:
         num_frequencies: K >= 1; the features number 2K.
@@ -20,15 +23,13 @@ class SinusoidalTime(nn.Module):
         if num_frequencies < 1:
             raise ValueError(f"num_frequencies must be >= 1, got {num_frequencies}")
         self.num_features = 2 * num_frequencies
-        self.register_buffer(
-            "frequencies",
-            math.pi * torch.arange(1, num_frequencies + 1).to(torch.get_default_dtype()),
-            persistent=False,
-        )
+        count = torch.arange(1, num_frequencies + 1).to(torch.get_default_dtype())
+        self.register_buffer("frequencies", math.pi * count, persistent=False)
+        self.register_buffer("amplitudes", torch.cat([1 / count, 1 / count]), persistent=False)
 
     def forward(
         self,
         t: Tensor,  # 0-d or (B,)
     ) -> Tensor:  # (1, 2K) or (B, 2K)
         phase = t.reshape(-1, 1) * self.frequencies
-        return torch.cat([phase.cos(), phase.sin()], dim=1)
+        return self.amplitudes * torch.cat([phase.cos(), phase.sin()], dim=1)

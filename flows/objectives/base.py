@@ -43,6 +43,10 @@ class Objective(ABC):
     ) -> LossOutput:
         """The loss on a batch; every random number comes from ``generator``."""
 
+    def takes_divergence(self, flow: CNF) -> bool:
+        """Whether a call evaluates the divergence of the flow's field."""
+        return self.solves
+
 
 def active_costs(costs: Sequence[PathCost] | Mapping[str, PathCost]) -> tuple[PathCost, ...]:
     """The path costs of a setting whose weight is not 0."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 FORMAT = "flows checkpoint"
-VERSION = 1
+VERSION = 2  # of the arrangement, and of what fields make of the same weights
 FOLDER = "checkpoints"
 
 # What a checkpoint must hold: to use its flow, and to continue its run.
@@ -83,7 +83,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a flows checkpoint (it was written by something else)")
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint version {content.get('version')}, this version of flows reads {VERSION}"
+            f"{path} has checkpoint version {content.get('version')}, this version of flows reads {VERSION}; read it with "
+            "the version that wrote it, or train again"
         )
     return content
 

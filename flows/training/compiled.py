@@ -29,7 +29,7 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
         ValueError: training would differentiate twice, which compiled code cannot.
     """
     estimator, call = flow.divergence, flow.field._compiled_call_impl  # what nn.Module.compile sets
-    if solves(objective):
+    if takes_divergence(objective, flow):
         check_compilable(flow, objective)
         flow.divergence = _Compiled(estimator, estimator.choose(flow.event_shape, flow.field))
     flow.field.compile()
@@ -63,7 +63,7 @@ def stages_to_compile(
     chosen, notices = set(), []
     for name, objective in objectives.items():
         try:
-            if solves(objective):
+            if takes_divergence(objective, flow):
                 check_compilable(flow, objective)
             chosen.add(name)
         except ValueError as reason:
@@ -73,13 +73,13 @@ def stages_to_compile(
     return chosen, notices
 
 
-def solves(objective: object) -> bool:
-    """Whether it solves the ODE; one that does not say so may."""
-    return getattr(objective, "solves", True)
+def takes_divergence(objective: object, flow: CNF) -> bool:
+    """Whether it evaluates the divergence; a function that is no :class:`Objective` may."""
+    return objective.takes_divergence(flow) if isinstance(objective, Objective) else True
 
 
 def check_compilable(flow: CNF, objective: Objective) -> None:
-    """Raise ``ValueError`` if a training solve of the objective differentiates backwards within its evaluations."""
+    """Raise ``ValueError`` if the objective differentiates backwards within an evaluation."""
     estimator = flow.divergence.choose(flow.event_shape, flow.field)
     if flow.solver.gradient == "adjoint":
         raise ValueError(
