@@ -150,7 +150,7 @@ def test_missing_damaged_and_foreign_checkpoints_are_explained(tmp_path):
     save_checkpoint(foreign, {})
     content = torch.load(foreign) | {"version": 99}
     torch.save(content, foreign)
-    with pytest.raises(CheckpointError, match="has checkpoint version 99, this version of flows reads 2; read it with"):
+    with pytest.raises(CheckpointError, match="has checkpoint version 99, this version of flows reads 2; read it"):
         load_checkpoint(foreign)
 
 

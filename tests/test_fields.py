@@ -182,6 +182,16 @@ def test_errors_say_what_came_and_what_to_do():
         Adapter(nn.Tanh(), (2,), ("x", "context"))
 
 
+def test_time_features_are_distinct_and_none_changes_faster_than_pi():
+    t = torch.linspace(0, 1, 500, requires_grad=True)
+    features = SinusoidalTime(8)(t)
+    assert features.shape == (500, 16)
+    rates = torch.stack([torch.autograd.grad(column.sum(), t, retain_graph=True)[0] for column in features.T])
+    torch.testing.assert_close(rates.abs().amax(1), torch.full((16,), torch.pi), rtol=1e-3, atol=0)
+    assert torch.linalg.matrix_rank(features.detach()) == 16
+    assert (features[0] - features[-1]).norm() > 1  # the ends of the unit of time are told apart
+
+
 @pytest.mark.parametrize("kind", [MLP, ConcatSquashMLP, Potential, Planar, Hollow])
 def test_a_context_can_be_one_number(kind) -> None:
     field = kind((2,), context_shape=())

@@ -314,6 +314,7 @@ def test_the_divergence_is_matched_by_default_settings_where_that_is_exact_and_q
     small, noisy, large = CNF(MLP((2,))), CNF(MLP((2,)), Hutchinson(2)), CNF(MLP((9,)))
     assert [auto.takes_divergence(flow) for flow in (small, noisy, large)] == [True, False, False]
     assert not FlowMatching("sampled", divergence_weight="auto").takes_divergence(small)
+    assert not FlowMatching("marginal", divergence_weight="auto").takes_divergence(large)
     assert not FlowMatching(coupling="sinkhorn", divergence_weight="auto").takes_divergence(small)
     assert not FlowMatching().takes_divergence(small)
     assert MaximumLikelihood().takes_divergence(noisy)

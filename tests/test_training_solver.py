@@ -12,6 +12,7 @@ from small_run import STAGES, Memory, small_flow, small_gaussian, small_table, s
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flows import ODESolver, plots
+from flows.datasets import Batch
 from flows.divergence import Analytic, Auto, Exact, Hutchinson
 from flows.fields import MLP, Hollow
 from flows.objectives import FlowMatching, MaximumLikelihood
@@ -418,6 +419,23 @@ def test_double_backward_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(ValueError, match=r"does not go with solver.gradient=adjoint.*use solver.gradient=backprop"):
         small_trainer(tmp_path, dataset, flow=flow, compile=True)
     small_trainer(tmp_path, dataset, stages={"m": STAGES["flow_matching"]}, compile=True)  # differentiates once
+
+
+def test_matching_the_divergence_compiles_where_it_can(quick_compiler):
+    flow, objective = small_flow(small_table(), Analytic()), FlowMatching(divergence_weight=1.0)
+    flow.solver = ODESolver(gradient="adjoint")  # it is not used
+    batch, plain = Batch(torch.randn(8, 2)), flow.divergence
+    losses = [objective(flow, batch, torch.Generator().manual_seed(0)).loss]
+    with compiled(flow, objective):
+        assert flow.divergence is not plain
+        losses.append(objective(flow, batch, torch.Generator().manual_seed(0)).loss)
+    assert flow.divergence is plain
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss, list(flow.field.parameters())) for loss in losses]
+    torch.testing.assert_close(*gradients)
+    flow.divergence = Exact()
+    with pytest.raises(ValueError, match=r"does not go with divergence Exact\(mode='rev"), compiled(flow, objective):
+        pass
 
 
 def test_a_stage_that_solves_nothing_leaves_the_estimator_alone(quick_compiler):

@@ -81,7 +81,7 @@ def takes_divergence(objective: object, flow: CNF) -> bool:
 def check_compilable(flow: CNF, objective: Objective) -> None:
     """Raise ``ValueError`` if the objective differentiates backwards within an evaluation."""
     estimator = flow.divergence.choose(flow.event_shape, flow.field)
-    if flow.solver.gradient == "adjoint":
+    if getattr(objective, "solves", True) and flow.solver.gradient == "adjoint":
         raise ValueError(
             "trainer.compile=true does not go with solver.gradient=adjoint, whose backward pass calls autograd at each "
             "evaluation; use solver.gradient=backprop or checkpoint"
