@@ -22,7 +22,7 @@ from flows.training import (
     save_checkpoint,
     vet,
 )
-from flows.training.checkpoint import RUN
+from flows.training.checkpoint import RUN, VERSION
 from flows.training.rebuild import MODEL, build_flow
 from flows.training.vetting import UntrustedConfigError, foreign_packages
 
@@ -163,7 +163,7 @@ class Bomb:
 
 
 def test_a_pickled_call_in_a_checkpoint_is_not_run(tmp_path):
-    content = {"format": "flows checkpoint", "version": 1, "config": Bomb(str(tmp_path / "owned"))}
+    content = {"format": "flows checkpoint", "version": VERSION, "config": Bomb(str(tmp_path / "owned"))}
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="could run code"):
         load_checkpoint(tmp_path / "x.pt")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flows.cnf import CNF
 from flows.datasets import Batch
+from flows.divergence import DivergenceEstimator
 from flows.regularizers import PathCost
 from flows.solvers import SolverStatistics
 
@@ -43,9 +44,9 @@ class Objective(ABC):
     ) -> LossOutput:
         """The loss on a batch; every random number comes from ``generator``."""
 
-    def takes_divergence(self, flow: CNF) -> bool:
-        """Whether a call evaluates the divergence of the flow's field."""
-        return self.solves
+    def divergence(self, flow: CNF) -> DivergenceEstimator | None:
+        """What a call takes the divergence of the flow's field with, if it takes it."""
+        return flow.divergence if self.solves else None
 
 
 def active_costs(costs: Sequence[PathCost] | Mapping[str, PathCost]) -> tuple[PathCost, ...]:

@@ -24,7 +24,8 @@ class Coefficients(NamedTuple):
 class ProbabilityPath(ABC):
     """x_t = a(t) x₁ + b(t) x₀ from noise x₀ at t = 0 to data x₁ at t = 1, with velocity a′(t) x₁ + b′(t) x₀.
 
-    To add one: subclass it with :meth:`coefficients`; settings may then give it by its lower-case name.
+    To add one: subclass it with :meth:`coefficients`, a/b rising strictly, that is a′b − ab′ > 0, from t = 0 on;
+    settings may then give it by its lower-case name.
     """
 
     last_time: ClassVar[float] = 1.0  # training draws t from [0, last_time); less than 1 where b′ is singular at 1

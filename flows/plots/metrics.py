@@ -14,10 +14,13 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]  # for each metric its (step,
 def curves(metrics: Curves, entropy: float | None = None) -> Figure:
     """Loss, negative log-likelihood and evaluations of the field over the steps of a run.
 
-    Of the losses, that of flow matching and the likelihood have panels; any other is shown where both are missing.
+    Of the losses, those of flow matching and the likelihood have panels; any other is shown where both are missing.
     """
     panels = {
-        "loss of flow matching": [("train/velocity_error", DATA, "training")],
+        "square errors of flow matching": [
+            ("train/velocity_error", DATA, "velocity"),
+            ("train/divergence_error", FLOW, "divergence"),
+        ],
         "NLL in nats": [("train/nll", DATA, "training"), ("validation/nll", FLOW, "validation")],
         "evaluations of the field": [
             ("train/nfe_forward", DATA, "training, forward"),

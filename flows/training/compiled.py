@@ -28,8 +28,9 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
     Raises:
         ValueError: training would differentiate twice, which compiled code cannot.
     """
-    estimator, call = flow.divergence, flow.field._compiled_call_impl  # what nn.Module.compile sets
-    if takes_divergence(objective, flow):
+    own, call = flow.divergence, flow.field._compiled_call_impl  # what nn.Module.compile sets
+    estimator = divergence_of(objective, flow)
+    if estimator is not None:
         check_compilable(flow, objective)
         flow.divergence = _Compiled(estimator, estimator.choose(flow.event_shape, flow.field))
     flow.field.compile()
@@ -43,7 +44,7 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
             f"autograd, such as a value_and_divergence or a path cost by torch.autograd.grad. {WAY_OUT}"
         ) from error
     finally:
-        flow.divergence = estimator
+        flow.divergence = own
         flow.field._compiled_call_impl = call
 
 
@@ -63,8 +64,7 @@ def stages_to_compile(
     chosen, notices = set(), []
     for name, objective in objectives.items():
         try:
-            if takes_divergence(objective, flow):
-                check_compilable(flow, objective)
+            check_compilable(flow, objective)
             chosen.add(name)
         except ValueError as reason:
             if setting != "auto":
@@ -73,15 +73,20 @@ def stages_to_compile(
     return chosen, notices
 
 
-def takes_divergence(objective: object, flow: CNF) -> bool:
-    """Whether it evaluates the divergence; a function that is no :class:`Objective` may."""
-    return objective.takes_divergence(flow) if isinstance(objective, Objective) else True
+def divergence_of(objective: object, flow: CNF) -> DivergenceEstimator | None:
+    """What an objective takes the divergence with; a function that is no :class:`Objective` may use the flow's."""
+    if isinstance(objective, Objective):
+        return objective.divergence(flow)
+    return flow.divergence if getattr(objective, "solves", True) else None
 
 
 def check_compilable(flow: CNF, objective: Objective) -> None:
     """Raise ``ValueError`` if the objective differentiates backwards within an evaluation."""
-    estimator = flow.divergence.choose(flow.event_shape, flow.field)
-    if getattr(objective, "solves", True) and flow.solver.gradient == "adjoint":
+    estimator, solves = divergence_of(objective, flow), getattr(objective, "solves", True)
+    if estimator is None:
+        return
+    estimator = estimator.choose(flow.event_shape, flow.field)
+    if solves and flow.solver.gradient == "adjoint":
         raise ValueError(
             "trainer.compile=true does not go with solver.gradient=adjoint, whose backward pass calls autograd at each "
             "evaluation; use solver.gradient=backprop or checkpoint"
@@ -91,6 +96,7 @@ def check_compilable(flow: CNF, objective: Objective) -> None:
         raise ValueError(
             f"trainer.compile=true does not go with divergence {name}(mode='reverse'): training differentiates its "
             f"vector-Jacobian products once more, and torch.compile has no double backward. {WAY_OUT}"
+            f"{'' if solves else ', or do without the divergence: divergence_weight=0'}"
         )
     costs = active_costs(getattr(objective, "regularizers", ()))
     norms = draw_directions(costs, torch.zeros(1, *flow.event_shape), torch.Generator()) is not None
