@@ -23,6 +23,10 @@ from flows.training.compiled import compiled
 SOLVER = ODESolver(rtol=1e-5, atol=1e-5)
 SUBJECTS: dict[str, Callable[[], tuple[CNF, Objective]]] = {
     "flow matching, MLP 128-128": lambda: (CNF(MLP((2,), (128, 128)), solver=SOLVER), FlowMatching()),
+    "flow matching with divergence, MLP 128-128": lambda: (
+        CNF(MLP((2,), (128, 128)), Analytic(), SOLVER),
+        FlowMatching(divergence_weight=0.1),
+    ),
     "likelihood, MLP 128-128, Analytic": lambda: (
         CNF(MLP((2,), (128, 128)), Analytic(), SOLVER),
         MaximumLikelihood(),
