@@ -33,8 +33,7 @@ class Case:
     allowed: float  # what a regularised flow may lose: nats, or bits/dim of images
 
 
-# By likelihood from the start, for costs hardly straighten the paths that flow matching has laid. A field makes use of
-# fast changes in time, which take short steps; costs keep it from that, sooner without a sine layer.
+# By likelihood from the start, for costs hardly straighten the paths that flow matching has laid.
 CASES = {
     "8gaussians": Case(
         (

@@ -96,7 +96,7 @@ def check_compilable(flow: CNF, objective: Objective) -> None:
         raise ValueError(
             f"trainer.compile=true does not go with divergence {name}(mode='reverse'): training differentiates its "
             f"vector-Jacobian products once more, and torch.compile has no double backward. {WAY_OUT}"
-            f"{'' if solves else ', or do without the divergence: divergence_weight=0'}"
+            f"{'' if solves else '; this objective can also do without, by its divergence_weight=0'}"
         )
     costs = active_costs(getattr(objective, "regularizers", ()))
     norms = draw_directions(costs, torch.zeros(1, *flow.event_shape), torch.Generator()) is not None
