@@ -110,7 +110,8 @@ def test_paths_begin_at_the_base_and_end_at_samples_in_data_space():
 def test_curves_show_the_floor():
     metrics = {"train/velocity_error": [(1, 2.0), (2, 1.5)], "validation/nll": [(2, 3.0)], "train/loss": [(1, 2.0)]}
     figure = plots.curves(metrics, entropy=2.5)
-    assert [axes.get_title() for axes in figure.axes] == ["loss of flow matching", "NLL in nats"]
+    assert [axes.get_title() for axes in figure.axes] == ["square errors of flow matching", "NLL in nats"]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["velocity"]
     assert [line.get_label() for line in figure.axes[1].lines] == ["validation", "entropy of the data"]
     assert [axes.get_title() for axes in plots.curves({"train/loss": [(1, 2.0)]}).axes] == ["loss"]
     assert plots.curves({}).axes == []

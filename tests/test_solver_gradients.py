@@ -299,7 +299,7 @@ def test_checks_say_which_tolerance_to_change():
     def check(**settings):
         flow = CNF(field, Hutchinson(2), ODESolver(**settings))
         before = copy.copy(flow.solver)
-        result = check_gradients(flow, x, tolerance=1e-3)
+        result = check_gradients(flow, x, tolerance=3e-4)
         assert flow.solver == before
         assert all(parameter.grad is None for parameter in field.parameters())
         assert f"{result.difference:.1e}" in str(result)
