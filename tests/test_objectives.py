@@ -8,7 +8,7 @@ from flows.datasets import Batch
 from flows.divergence import Hutchinson
 from flows.fields import MLP, Linear
 from flows.objectives import FlowMatching, MaximumLikelihood
-from flows.objectives.posterior import posterior_mean
+from flows.objectives.posterior import posterior_moments
 from flows.transforms import Standardise
 
 
@@ -77,10 +77,10 @@ def test_context_reaches_the_field():
 def test_the_marginal_target_keeps_its_digits_under_autocast():
     pool, noise, fraction = torch.randn(256, 2), torch.randn(64, 2), torch.full((64, 1), 0.99)
     position = torch.lerp(noise, pool[:64], fraction)
-    plain = posterior_mean(position.float(), fraction.float(), 1 - fraction.float(), pool.float())
+    plain = posterior_moments(position.float(), fraction.float(), 1 - fraction.float(), pool.float())[0]
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(
-            posterior_mean(position.float(), fraction.float(), 1 - fraction.float(), pool.float()), plain
+            posterior_moments(position.float(), fraction.float(), 1 - fraction.float(), pool.float())[0], plain
         )
 
 
@@ -91,6 +91,6 @@ def test_the_marginal_target_weighs_by_the_density_of_the_noise(dims):
     noises = torch.distributions.Normal(fraction.unsqueeze(2) * pool, (1 - fraction).unsqueeze(2))
     log_density = noises.log_prob(position.unsqueeze(1)).sum(2)
     expected = log_density.softmax(1) @ pool
-    torch.testing.assert_close(posterior_mean(position, fraction, 1 - fraction, pool), expected)
+    torch.testing.assert_close(posterior_moments(position, fraction, 1 - fraction, pool)[0], expected)
     narrow = (tensor.float() for tensor in (position, fraction, 1 - fraction, pool))
-    torch.testing.assert_close(posterior_mean(*narrow), expected.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(posterior_moments(*narrow)[0], expected.float(), rtol=1e-3, atol=1e-3)

@@ -25,7 +25,7 @@ class SinusoidalTime(nn.Module):
         self.num_features = 2 * num_frequencies
         count = torch.arange(1, num_frequencies + 1).to(torch.get_default_dtype())
         self.register_buffer("frequencies", math.pi * count, persistent=False)
-        self.register_buffer("amplitudes", torch.cat([1 / count, 1 / count]), persistent=False)
+        self.register_buffer("amplitudes", (1 / count).repeat(2), persistent=False)
 
     def forward(
         self,

@@ -139,19 +139,20 @@ class FlowMatching(Objective):
                 context, dropped = drop_contexts(context, self.context_dropout, generator)
         weight, estimator = self._matching(flow, marginal)
         velocity, divergence = _evaluate(flow, t, position, context, estimator, generator)
-        rate = a_rate * b - a * b_rate  # > 0
-        offset = b * (velocity.detach() - a_rate * ends - b_rate * noise) / rate if weight else None  # m_v − x₁
-        mean, spread = ends, None if offset is None else offset.flatten(1).square().sum(1)
+        mean, spread, centre = ends, None, None
+        if estimator is not None:
+            rate = a_rate * b - a * b_rate  # > 0
+            offset = b * (velocity.detach() - a_rate * ends - b_rate * noise) / rate  # m_v − x₁
+            spread, centre = offset.flatten(1).square().sum(1), (ends, offset)
         if marginal:
             possible = same_context(batch.context, len(ends))
             if dropped is not None:
                 possible = possible | dropped.unsqueeze(1)
-            centre = None if offset is None else (ends, offset)
             mean, spread = posterior_moments(position, a, b, data, possible, centre)
             noise = noise + a * (ends - mean) / b  # (x_t − a m) / b, without the rounding of x_t
         loss = (velocity - (a_rate * mean + b_rate * noise)).square().mean()
         metrics = {"velocity_error": loss.detach()}
-        if weight:
+        if estimator is not None:
             a, b, b_rate, rate = (tensor.flatten() for tensor in (a, b, b_rate, rate))
             dimension = position[0].numel()
             error = (b * divergence - rate * a * spread / b**2 - b_rate * dimension).square().mean() / dimension

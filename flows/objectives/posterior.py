@@ -11,17 +11,6 @@ from torch.nn import functional
 FEW_PASSES = 8  # over queries × pool, one a dimension, that take no longer than one product in float64
 
 
-def posterior_mean(
-    position: Tensor,  # (Q, *event), x_t
-    a: Tensor,  # (Q, 1, ...)
-    b: Tensor,  # (Q, 1, ...), > 0
-    pool: Tensor,  # (P, *event), equally likely values of x₁
-    possible: Tensor | None = None,  # (Q, P), at least one in each row; which of the pool it can be, all if None
-) -> Tensor:  # (Q, *event)
-    """E[x₁ | x_t]."""
-    return posterior_moments(position, a, b, pool, possible)[0]
-
-
 def posterior_moments(
     position: Tensor,  # (Q, *event), x_t
     a: Tensor,  # (Q, 1, ...)
