@@ -119,7 +119,7 @@ class FlowMatching(Objective):
         with torch.no_grad():  # noise that is learned is learned by the likelihood, whose bound it tightens
             data, _ = flow.transform(batch.x, generator)
         independent = self.coupling.is_independent
-        marginal = self._is_marginal(data[0].numel())
+        marginal = self._is_marginal(flow)
         queries = slice(self.num_queries if marginal or not independent else None)
         ends = data[queries]
         if independent:
@@ -137,7 +137,7 @@ class FlowMatching(Objective):
             context = context[queries]
             if self.context_dropout:
                 context, dropped = drop_contexts(context, self.context_dropout, generator)
-        weight, estimator = self._matching(flow, marginal)
+        weight, estimator = self._matching(flow)
         velocity, divergence = _evaluate(flow, t, position, context, estimator, generator)
         mean, spread, centre = ends, None, None
         if estimator is not None:
@@ -161,18 +161,17 @@ class FlowMatching(Objective):
         return LossOutput(loss, metrics)
 
     def divergence(self, flow: CNF) -> DivergenceEstimator | None:
-        marginal = self._is_marginal(math.prod(flow.event_shape))
-        return self._matching(flow, marginal)[1]
+        return self._matching(flow)[1]
 
-    def _is_marginal(self, dimension: int) -> bool:
+    def _is_marginal(self, flow: CNF) -> bool:
         return self.target == "marginal" or (
-            self.target == "auto" and self.coupling.is_independent and dimension <= LOW_DIMENSION
+            self.target == "auto" and self.coupling.is_independent and math.prod(flow.event_shape) <= LOW_DIMENSION
         )
 
-    def _matching(self, flow: CNF, marginal: bool) -> tuple[float, DivergenceEstimator | None]:
+    def _matching(self, flow: CNF) -> tuple[float, DivergenceEstimator | None]:
         """The weight of the divergence, and what takes it."""
         shape, weight = flow.event_shape, self.divergence_weight
-        if weight == 0 or (weight == "auto" and not (marginal and math.prod(shape) <= LOW_DIMENSION)):
+        if weight == 0 or (weight == "auto" and not (self._is_marginal(flow) and math.prod(shape) <= LOW_DIMENSION)):
             return 0.0, None
         estimator = next((e for e in (flow.divergence, Auto()) if e.is_exact(shape, flow.field)), None)
         if weight == "auto":

@@ -29,9 +29,8 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
         ValueError: training would differentiate twice, which compiled code cannot.
     """
     own, call = flow.divergence, flow.field._compiled_call_impl  # what nn.Module.compile sets
-    estimator = divergence_of(objective, flow)
+    estimator = compilable_divergence(flow, objective)
     if estimator is not None:
-        check_compilable(flow, objective)
         flow.divergence = _Compiled(estimator, estimator.choose(flow.event_shape, flow.field))
     flow.field.compile()
     try:
@@ -64,7 +63,7 @@ def stages_to_compile(
     chosen, notices = set(), []
     for name, objective in objectives.items():
         try:
-            check_compilable(flow, objective)
+            compilable_divergence(flow, objective)
             chosen.add(name)
         except ValueError as reason:
             if setting != "auto":
@@ -73,19 +72,18 @@ def stages_to_compile(
     return chosen, notices
 
 
-def divergence_of(objective: object, flow: CNF) -> DivergenceEstimator | None:
-    """What an objective takes the divergence with; a function that is no :class:`Objective` may use the flow's."""
-    if isinstance(objective, Objective):
-        return objective.divergence(flow)
-    return flow.divergence if getattr(objective, "solves", True) else None
+def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimator | None:
+    """What the objective takes the divergence with, if it does; a function that is no ``Objective`` may use the flow's.
 
-
-def check_compilable(flow: CNF, objective: Objective) -> None:
-    """Raise ``ValueError`` if the objective differentiates backwards within an evaluation."""
-    estimator, solves = divergence_of(objective, flow), getattr(objective, "solves", True)
-    if estimator is None:
-        return
-    estimator = estimator.choose(flow.event_shape, flow.field)
+    Raises:
+        ValueError: it differentiates backwards within an evaluation.
+    """
+    solves = getattr(objective, "solves", True)
+    assumed = flow.divergence if solves else None
+    taken = objective.divergence(flow) if isinstance(objective, Objective) else assumed
+    if taken is None:
+        return None
+    estimator = taken.choose(flow.event_shape, flow.field)
     if solves and flow.solver.gradient == "adjoint":
         raise ValueError(
             "trainer.compile=true does not go with solver.gradient=adjoint, whose backward pass calls autograd at each "
@@ -107,6 +105,7 @@ def check_compilable(flow: CNF, objective: Objective) -> None:
             "torch.compile has no double backward. Use divergence=hutchinson with divergence.mode=forward, a field "
             "with value_divergence_and_products such as MLP, or trainer.compile=false"
         )
+    return taken
 
 
 def _takes_norms_in_reverse(estimator: DivergenceEstimator, field: object) -> bool:
