@@ -166,13 +166,21 @@ def test_the_bar_shows_stage_loss_evaluations_and_speed(capsys):
     bar = ProgressBar({"flow_matching": 10, "maximum_likelihood": 5})
     bar.log({"train/loss": 1.23456}, 10)
     bar.log({"train/loss": 3.5, "train/nfe_forward": 74.0}, 12)
-    bar.log({"validation/nll": 3.25, "validation/gap": 0.5}, 12)
+    bar.log({"validation/nll": 3.25, "validation/gap": 0.5, "validation/standard_error": 0.125}, 12)
     bar.log({"plots/density": None}, 12)
     bar.log({"train/loss": 3.25, "train/nfe_forward": 80.0}, 15)
     bar.close()
     last = capsys.readouterr().err.split("\r")[-1]
-    for part in ("maximum_likelihood: 100%", "15/15", "step/s", "loss=3.25", "nfe=80", "nll=3.25", "gap=0.5"):
+    for part in ("maximum_likelihood: 100%", "15/15", "step/s", "loss=3.25", "nfe=80", "nll=3.25", "gap=0.5000±0.1250"):
         assert part in last, last
+
+
+def test_the_bar_names_a_new_stage_at_its_first_step(capsys):
+    bar = ProgressBar({"flow_matching": 10, "maximum_likelihood": 5})
+    bar.advance(10)
+    bar.advance(11)
+    bar.close()
+    assert "maximum_likelihood:  73%" in capsys.readouterr().err.split("\r")[-1]
 
 
 def test_a_resumed_bar_starts_where_the_run_stands(capsys):

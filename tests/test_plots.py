@@ -117,6 +117,22 @@ def test_curves_show_the_floor():
     assert plots.curves({}).axes == []
 
 
+def test_curves_show_errors_and_stages_and_leave_out_what_is_zero_throughout():
+    metrics = {
+        "validation/nll": [(2, 3.0), (4, 2.5)],
+        "validation/standard_error": [(2, 0.25), (4, 0.125)],
+        "train/nfe_forward": [(4, 20.0)],
+        "train/nfe_backward": [(4, 0.0)],
+    }
+    likelihood, evaluations = plots.curves(metrics, stages=[3, 1]).axes
+    (band,) = likelihood.collections
+    assert {tuple(corner) for corner in band.get_paths()[0].vertices} == {(2, 2.75), (2, 3.25), (4, 2.375), (4, 2.625)}
+    for axes, labelled in ((likelihood, ["validation"]), (evaluations, ["training, forward"])):
+        *lines, boundary = axes.lines
+        assert [line.get_label() for line in lines] == labelled
+        assert list(boundary.get_xdata()) == [3, 3]
+
+
 def test_figures_can_be_saved_and_leave_no_global_state(tmp_path):
     flow, dataset = small_flow(small_gaussian()), small_gaussian()
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()

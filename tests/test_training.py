@@ -370,6 +370,7 @@ def test_the_summary_file_holds_the_figures(tmp_path):
     summary = small_trainer(tmp_path, seed=3, evaluation_batch_size=20).fit()
     content = json.loads((tmp_path / "summary.json").read_text())
     assert content == summary.as_dict()
+    assert content["total_seconds"] >= content["seconds"] + content["evaluation_seconds"] > 0
     assert content["steps"] == 11
     assert content["test_points"] == 50
     assert content["gap"] == pytest.approx(content["test_nll"] - small_gaussian().entropy)

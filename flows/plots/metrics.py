@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
@@ -11,10 +12,16 @@ from flows.plots.style import DATA, FLOW, MUTED, tidy
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # for each metric its (step, value) pairs
 
 
-def curves(metrics: Curves, entropy: float | None = None) -> Figure:
+def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] = ()) -> Figure:
     """Loss, negative log-likelihood and evaluations of the field over the steps of a run.
 
     Of the losses, those of flow matching and the likelihood have panels; any other is shown where both are missing.
+    A band around the NLL of the validation part is its standard error.
+
+    Args:
+        metrics: of the whole run.
+        entropy: of the data, nats; drawn beside the NLL.
+        stages: the number of steps of each stage; a line stands where one ends and the next begins.
     """
     panels = {
         "square errors of flow matching": [
@@ -28,7 +35,8 @@ def curves(metrics: Curves, entropy: float | None = None) -> Figure:
             ("validation/nfe", FLOW, "validation"),
         ],
     }
-    present = {title: [line for line in lines if line[0] in metrics] for title, lines in panels.items()}
+    drawn = {name for name, curve in metrics.items() if any(value for _, value in curve)}  # adjoint's without one: zero
+    present = {title: [line for line in lines if line[0] in drawn] for title, lines in panels.items()}
     present = {title: lines for title, lines in present.items() if lines}
     if "train/velocity_error" not in metrics and "train/nll" not in metrics and "train/loss" in metrics:
         present = {"loss": [("train/loss", DATA, "training")], **present}
@@ -40,6 +48,12 @@ def curves(metrics: Curves, entropy: float | None = None) -> Figure:
             steps, values = zip(*metrics[name], strict=True)
             marker = "o" if len(steps) < 30 else None
             axes.plot(steps, values, color=colour, label=label, linewidth=1.4, marker=marker, markersize=3)
+            errors = dict(metrics.get("validation/standard_error", ())) if name == "validation/nll" else {}
+            if errors.keys() == set(steps):
+                around = [(value - errors[step], value + errors[step]) for step, value in metrics[name]]
+                axes.fill_between(steps, *zip(*around, strict=True), color=colour, alpha=0.2, linewidth=0)
+        for end in list(itertools.accumulate(stages))[:-1]:
+            axes.axvline(end, color=MUTED, linestyle=":", linewidth=1)
         if title.startswith("NLL") and entropy is not None:
             axes.axhline(entropy, color=MUTED, linestyle="--", linewidth=1, label="entropy of the data")
         axes.set(xlabel="step", title=title)

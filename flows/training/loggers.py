@@ -135,15 +135,18 @@ class ProgressBar:
         new = {label: f"{metrics[name]:.4g}" for name, label in labels.items() if name in metrics}
         if not new or self._bar.disable:
             return
+        error = metrics.get("validation/standard_error")
+        if "gap" in new and error is not None:
+            new["gap"] = f"{metrics['validation/gap']:.4f}±{error:.4f}"
         if "loss" in new and "nfe" not in new:
             self._shown.pop("nfe", None)  # this stage solves no ODE
         self._shown.update(new)
-        self._bar.set_description(self._stage_at(step), refresh=False)
         self._bar.set_postfix(self._shown, refresh=False)
         self.advance(step)
 
     def advance(self, step: int) -> None:
         """Show that ``step`` is done; the terminal is written to a few times a second at the most."""
+        self._bar.set_description(self._stage_at(step), refresh=False)
         self._bar.update(step - self._bar.n)
 
     def _stage_at(self, step: int) -> str:

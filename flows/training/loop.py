@@ -102,6 +102,7 @@ class Loop:
                 self._validate(stage)
             if plot and position.step < self.total:  # the best weights are drawn after the last step
                 reporter.plot(statistics=loss.output.statistics)
+            position.seconds = time.perf_counter() - started
             if stopping:
                 raise self.interrupted(stopping)
 

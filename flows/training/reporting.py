@@ -78,7 +78,9 @@ class Reporter:
         self.most_points = most_points
         self.solver_error_points = solver_error_points
         self.config = config or {}
+        self._steps = dict(steps)
         self._clock = (time.perf_counter(), state.position.step)
+        self._started = self._clock[0] - state.position.seconds  # in a run that is resumed, as if it had never stopped
         self._loggers: list[Logger] = []
         if fabric.is_global_zero:
             resume_step = state.position.step or None
@@ -196,21 +198,24 @@ class Reporter:
                 logger.close()  # the test has a bar of its own
         started = time.perf_counter()
         test, weights = self._test(flow)
+        evaluation_seconds = time.perf_counter() - started
+        self.plot(flow, "", statistics)
         summary = Summary(
             test=test,
             weights=weights,
             entropy=self.dataset.entropy,
             position=copy.copy(self.state.position),
-            evaluation_seconds=time.perf_counter() - started,
+            evaluation_seconds=evaluation_seconds,
+            total_seconds=time.perf_counter() - self._started,
             parameters=sum(p.numel() for p in flow.parameters()),
             data=self.dataset.name,
             device=str(self.fabric.device),
             seed=self.seed,
             output_dir=str(self.folder),
         )
-        self.plot(flow, "", statistics)
         if self.pictures:
-            self._save_figures({"curves": plots.curves(read_metrics(self.folder / METRICS), self.dataset.entropy)}, "")
+            curves = plots.curves(read_metrics(self.folder / METRICS), self.dataset.entropy, list(self._steps.values()))
+            self._save_figures({"curves": curves}, "")
         results = {f"test/{name}": value for name, value in summary.headline().items()}
         settings = {**flat(self.config), "parameters": summary.parameters}
         self._log({"summary": HParams(settings, {**results, "seconds": summary.position.seconds})})

@@ -34,7 +34,7 @@ class Position:
     best_step: int | None = None
     validated: int | None = None  # the step whose weights were last validated
     skipped: int = 0  # batches that could not be solved
-    seconds: float = 0.0  # spent in training, validation included
+    seconds: float = 0.0  # spent in training, validation and pictures included
 
 
 class RunState:

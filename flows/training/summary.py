@@ -21,6 +21,7 @@ class Summary:
     entropy: float | None  # of the data, the lowest NLL possible; None: unknown
     position: Position  # at the end of training
     evaluation_seconds: float  # of the test
+    total_seconds: float  # of training, test and all pictures
     parameters: int
     data: str
     device: str
@@ -68,6 +69,7 @@ class Summary:
             "skipped_batches": self.position.skipped,
             "seconds": self.position.seconds,
             "evaluation_seconds": self.evaluation_seconds,
+            "total_seconds": self.total_seconds,
             "parameters": self.parameters,
             "data": self.data,
             "device": self.device,
@@ -84,8 +86,8 @@ class Summary:
             rows += result or []
         if self.position.best_step not in (None, self.position.step):
             rows.append(("weights", f"of step {self.position.best_step:,}, the best on the validation part"))
-        rows += [("time", f"{training}, {self.evaluation_seconds:.1f} s for the test"), ("files", self.output_dir)]
-        return aligned(rows)
+        time = f"{training}, {self.evaluation_seconds:.1f} s for the test, {self.total_seconds:.1f} s in all"
+        return aligned([*rows, ("time", time), ("files", self.output_dir)])
 
 
 def aligned(rows: list[tuple[str, str]]) -> str:
