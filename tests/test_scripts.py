@@ -343,6 +343,8 @@ def test_the_default_folder_is_named_after_data_and_time(run, tmp_path):
             r"no setting divergence.num_prbes \(did you mean num_probes\?\); divergence has num_probes, probes",
         ),
         ("train", ["datum=3"], r"no setting datum \(did you mean data\?\); the top level has transform, data, "),
+        ("train", ["seeds=3", "data=moons"], r"no setting seeds \(did you mean seed\?\)"),
+        ("train", ["trainer.steps=3"], r"did you mean objective.flow_matching.steps or objective.maximum_likelihood.s"),
         ("train", ["trainer.bar=3"], r"no setting trainer.bar.*; trainer has accelerator, devices"),
         ("train", ["divergence=hutchinson", "divergence.num_probes=0"], r"num_probes must be >= 1, got 0"),
         ("train", ["objective.flow_matching.steps=0"], r"steps must be a whole number >= 1, got 0"),

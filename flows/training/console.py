@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from flows.training.settings import no_setting
 from flows.training.stopping import TrainingInterrupted
+from flows.training.summary import flat
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MISTAKE, FAILURE = 2, 1  # exit codes: the settings or files are wrong; the computation failed
@@ -120,25 +121,28 @@ def resume_command(stop: TrainingInterrupted) -> str:
 
 
 def _explain_key(error: OmegaConfBaseException, config_file: Path | None) -> str:
-    """Name the setting that does not exist, and those that do."""
+    """Name the setting that does not exist, and those that do: beside it, or of that name elsewhere."""
     full_key = str(error.full_key)
     parent, _, key = full_key.rpartition(".")
-    valid = [] if config_file is None else _valid_keys(config_file, full_key, parent)
-    return no_setting(key, parent, valid) if valid else f"there is no setting {full_key}"
+    config = None if config_file is None else _composed_without(full_key, config_file)
+    node = OmegaConf.select(config, parent) if config is not None and parent else config
+    valid = [str(name) for name in node if not str(name).startswith("_")] if isinstance(node, DictConfig) else []
+    if not valid:
+        return f"there is no setting {full_key}"
+    elsewhere = [path for path in flat(OmegaConf.to_container(config)) if path.endswith(f".{key}")]
+    return no_setting(key, parent, valid, elsewhere)
 
 
-def _valid_keys(config_file: Path, full_key: str, parent: str) -> list[str]:
-    """The settings beside the wrong one, from composing again without it."""
+def _composed_without(key: str, config_file: Path) -> DictConfig | None:
+    """The config from the other overrides."""
     from hydra import compose, initialize_config_dir
 
-    kept = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-") and a.partition("=")[0] != full_key]
+    kept = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-") and a.partition("=")[0] != key]
     try:
         with initialize_config_dir(str(config_file.parent.resolve()), version_base="1.3"):
-            config = compose(config_file.stem, overrides=kept)
-            node = OmegaConf.select(config, parent) if parent else config
+            return compose(config_file.stem, overrides=kept)
     except (HydraException, OmegaConfBaseException):
-        return []  # something else is wrong as well, a sweep for instance; the message does without the list
-    return [str(key) for key in node if not str(key).startswith("_")] if isinstance(node, DictConfig) else []
+        return None  # something else is wrong as well, a sweep for instance; the message does without the list
 
 
 def _say(text: str) -> None:

@@ -119,10 +119,10 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         raise SettingsError(f"{name} must be {_describe(hint)}, got {value!r}")
 
 
-def no_setting(key: str, part: str, valid: Sequence[str]) -> str:
-    """Say that a part has no such setting, and which ones it has."""
-    close = difflib.get_close_matches(key, valid, n=1)
-    suggestion = f" (did you mean {close[0]}?)" if close else ""
+def no_setting(key: str, part: str, valid: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    """Say that a part has no such setting, and which ones it has; ``elsewhere``: where one of that name is."""
+    close = elsewhere or difflib.get_close_matches(key, valid, n=1)
+    suggestion = f" (did you mean {' or '.join(close)}?)" if close else ""
     return f"there is no setting {_join(part, key)}{suggestion}; {part or 'the top level'} has {', '.join(valid)}"
 
 
