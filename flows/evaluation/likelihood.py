@@ -50,7 +50,7 @@ class Likelihood:
         if self.probe_standard_error is None:
             rows.append(("probe error", "unknown with one probe; take two or more"))
         elif self.probe_standard_error > 0:
-            rows.append(("probe error", f"{self.probe_standard_error:.1e} nats"))
+            rows.append(("probe error", f"{self.probe_standard_error:.1e} nats, part of the ±"))
         if self.probe_bias:
             rows.append(("probe bias", f"{self.probe_bias:.1e} nats, by which the bound looks better than it is"))
         if self.solver_error is not None:
