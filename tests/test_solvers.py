@@ -7,6 +7,7 @@ import torch
 from torchdiffeq._impl.odeint import SOLVERS
 
 from flows.solvers import ODESolver, SolverError
+from flows.solvers.rungekutta import error_estimate, runge_kutta, take_step
 
 FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": 3, "implicit_adams": 4}
 ADAPTIVE = ["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
@@ -215,3 +216,30 @@ def test_scipy_is_stopped_too(name, message):
 def test_equal_solvers_are_equal():
     assert ODESolver() == ODESolver() != ODESolver(rtol=1e-3)
     assert len({ODESolver(), ODESolver()}) == 1
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_the_error_constant_is_that_of_exponential_growth(name):
+    method, h = runge_kutta(name), 0.02 if name != "dopri8" else 0.2
+    step = take_step(method, lambda t, state: state, 0.0, h, (torch.ones(1),))
+    (error,) = error_estimate(method, step)
+    assert error.abs().item() / h**method.order == pytest.approx(method.error_constant, rel=1.5 * h)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
+def test_first_steps_use_up_a_fair_share_of_the_tolerance(name, tolerance):
+    x = torch.randn(4, 2)
+    for end in (3.0, -3.0):
+        attempts = ODESolver(name, tolerance, tolerance).solve(rotation, (x,), (0.0, end)).statistics.attempts
+        assert attempts[0].accepted
+        assert attempts[0].error > 1e-3
+
+
+def test_the_last_two_steps_share_what_remains_and_no_solve_rests_on_one():
+    for field in (lambda t, state: (torch.zeros_like(state[0]),), lambda t, state: (0.01 * state[0],)):
+        statistics = ODESolver().solve(field, (torch.randn(4, 2),), (1.0, 0.0)).statistics
+        assert [attempt.dt for attempt in statistics.attempts] == [-0.5, -0.5]
+    for end in torch.linspace(0.5, 4, 15).tolist():
+        taken = [a.dt for a in ODESolver().solve(rotation, (torch.randn(4, 2),), (0.0, end)).statistics.attempts]
+        assert taken[-1] > 0.4 * taken[-2]

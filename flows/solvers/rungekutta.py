@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -41,6 +41,17 @@ class RungeKutta:
     def evaluations(self) -> int:
         """Evaluations a step."""
         return len(self.weights) - (1 if self.is_adaptive and self.last_stage_is_next else 0)
+
+    @cached_property
+    def error_constant(self) -> float:
+        """|eᵀ A^(p−1) 1| of an adaptive method: the estimate for y′ = λy at the order p is this times |λh|^p |y|."""
+        rows = [(), *self.coefficients]
+        if len(self.error) > len(rows):  # the estimate also uses the slope at the end
+            rows.append(self.weights)
+        powers = [1.0] * len(rows)
+        for _ in range(self.order - 1):
+            powers = [sum(a * power for a, power in zip(row, powers, strict=False)) for row in rows]
+        return abs(sum(e * power for e, power in zip(self.error, powers, strict=True)))
 
 
 FIXED = {

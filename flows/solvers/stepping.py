@@ -57,7 +57,8 @@ def adaptive_steps(
     """The accepted steps from ``start`` to ``end``, where the last one ends; each is tried from the size before.
 
     With r the error over tolerance of :class:`ErrorNorm`, the next size is 0.9 r^(-1/order) times the last, within
-    [0.2, 10] times, and not above it after a rejection. [Hairer, Nørsett & Wanner 1993, II.4]
+    [0.2, 10] times, and not above it after a rejection. The last two steps share what remains, and a single one may
+    use up the margin of 0.9. [Hairer, Nørsett & Wanner 1993, II.4]
     """
     t, sign = start, math.copysign(1.0, end - start)
     finest = 16 * torch.finfo(state[0].dtype).eps * max(abs(start), abs(end))  # stage times would fall together
@@ -69,7 +70,10 @@ def adaptive_steps(
     last: Attempt | None = None
     for _ in range(max_steps):
         remaining = abs(end - t)
-        target = end if size >= remaining else t + sign * size
+        if size >= SAFETY * remaining:
+            target = end
+        else:
+            target = t + sign * (size if 2 * size <= remaining else max(remaining / 2, min_step))
         size = abs(target - t)
         if size < min(finest, remaining):
             if last is not None and math.isnan(last.error):
@@ -152,24 +156,41 @@ def _factor(ratio: float, order: int) -> float:
 def _initial_size(
     method: RungeKutta, function: RightHandSide, state: State, slope: State, start: float, end: float, norm: ErrorNorm
 ) -> tuple[float, bool]:
-    """A first step whose error is about a hundredth of the tolerance, and whether anything was not finite.
+    """A first step whose error should be within the tolerance, and whether anything was not finite.
 
-    One more evaluation. [Hairer, Nørsett & Wanner 1993, II.4]
+    One more evaluation. It says how fast the slope changes, see :func:`_first_step`. At least two steps are made, as
+    the error estimate of a single one, over all that happens, is not to be trusted.
     """
     span = abs(end - start)
-    sizes, speeds = (max(norm(values, state, state)[0], key=_nan_is_most) for values in (state, slope))
-    if not math.isfinite(sizes) or not math.isfinite(speeds):  # bad values, or an overflow of their squares
+    sizes, speeds = (norm(values, state, state)[0] for values in (state, slope))
+    largest, fastest = (max(values, key=_nan_is_most) for values in (sizes, speeds))
+    if not math.isfinite(largest) or not math.isfinite(fastest):  # bad values, or an overflow of their squares
         return 1e-6 * span, not _all_finite(state, slope)
-    first = min(1e-6 if min(sizes, speeds) < 1e-5 else 0.01 * sizes / speeds, span)
+    first = min(1e-6 if min(largest, fastest) < 1e-5 else 0.01 * largest / fastest, span)
     ahead = start + math.copysign(first, end - start)
     moved = tuple(y + (ahead - start) * k for y, k in zip(state, slope, strict=True))
     difference = tuple(b - a for a, b in zip(slope, function(ahead, moved), strict=True))
-    bend = max(norm(difference, state, state)[0], key=_nan_is_most) / first
-    if not math.isfinite(bend):
+    bends = [bend / first for bend in norm(difference, state, state)[0]]
+    if not all(map(math.isfinite, bends)):
         return first, False
-    steepest = max(speeds, bend)
-    second = max(1e-6, first * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / method.order)
-    return min(100 * first, second, span), False
+    return min(span / 2, *(_first_step(method, *rates) for rates in zip(speeds, bends, strict=True))), False
+
+
+def _first_step(method: RungeKutta, speed: float, bend: float) -> float:
+    """The first step that a component allows whose slope has the norm s, over tolerance, and changes at the rate b.
+
+    If it changed exponentially, with the time τ = s / b, the error of a method of order p would be C s τ (h / τ)^p. Half
+    the step at which this meets the tolerance is taken, as most equations are less simple. The classical choice,
+    h^p max(s, b) = 0.01, is the least: it has no regard for τ, and is far too short for a component that starts at
+    zero, as a log-density does, since the s of that is large. [Hairer, Nørsett & Wanner 1993, II.4]
+    """
+    if max(speed, bend) <= 1e-15:
+        return math.inf
+    classical = (0.01 / max(speed, bend)) ** (1 / method.order)
+    if min(speed, bend) == 0:  # at rest, or moving evenly
+        return classical if speed == 0 else math.inf
+    time = speed / bend
+    return max(classical, 0.5 * time * (method.error_constant * speed * time) ** (-1 / method.order))
 
 
 def _all_finite(*states: State) -> bool:
