@@ -179,10 +179,10 @@ def _initial_size(
 def _first_step(method: RungeKutta, speed: float, bend: float) -> float:
     """The first step that a component allows whose slope has the norm s, over tolerance, and changes at the rate b.
 
-    If it changed exponentially, with the time τ = s / b, the error of a method of order p would be C s τ (h / τ)^p. Half
-    the step at which this meets the tolerance is taken, as most equations are less simple. The classical choice,
-    h^p max(s, b) = 0.01, is the least: it has no regard for τ, and is far too short for a component that starts at
-    zero, as a log-density does, since the s of that is large. [Hairer, Nørsett & Wanner 1993, II.4]
+    If it changed exponentially, with the time τ = s / b, the error of a method of order p would be C s τ (h / τ)^p;
+    0.4 of the step at which this meets the tolerance is taken, as most equations are less simple. The classical
+    choice, h^p max(s, b) = 0.01, is the least: it has no regard for τ, and is far too short for a component that starts
+    at zero, as a log-density does, since the s of that is large. [Hairer, Nørsett & Wanner 1993, II.4]
     """
     if max(speed, bend) <= 1e-15:
         return math.inf
@@ -190,7 +190,7 @@ def _first_step(method: RungeKutta, speed: float, bend: float) -> float:
     if min(speed, bend) == 0:  # at rest, or moving evenly
         return classical if speed == 0 else math.inf
     time = speed / bend
-    return max(classical, 0.5 * time * (method.error_constant * speed * time) ** (-1 / method.order))
+    return max(classical, 0.4 * time * (method.error_constant * speed * time) ** (-1 / method.order))
 
 
 def _all_finite(*states: State) -> bool:
