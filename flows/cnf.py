@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +113,7 @@ class CNF(nn.Module):
         error = None
         if solver_error:
             with torch.no_grad():
-                reference, *_ = self._log_prob(y, context, probes, _tighter(self.solver), base_time=base_time)
+                reference, *_ = self._log_prob(y, context, probes, self.solver.tighter(), base_time=base_time)
             error = (value.detach() - reference).abs().reshape(batch_shape)
         standard_error = self.divergence.standard_error(estimates.detach(), self.event_shape, self.field)
         terms = {name: term.reshape(batch_shape) for name, term in ({"model": value} | terms).items()}
@@ -288,9 +287,3 @@ class CNF(nn.Module):
     def _context_ndim(self, context: Tensor) -> int:
         stated = getattr(self.field, "context_shape", None)
         return min(1, context.ndim) if stated is None else len(stated)
-
-
-def _tighter(solver: ODESolver) -> ODESolver:
-    if solver.is_fixed_step:
-        return replace(solver, step_size=solver.step_size / 10)
-    return replace(solver, rtol=solver.rtol / 100, atol=solver.atol / 100, max_steps=10 * solver.max_steps)

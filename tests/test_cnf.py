@@ -175,6 +175,16 @@ def test_estimate_has_the_errors_that_it_states():
     assert single.standard_error.isnan().all()
 
 
+def test_the_solver_error_of_two_steps_is_not_that_against_themselves():
+    field, x = wavy(), torch.randn(300, 2)
+    with torch.no_grad():
+        estimate = CNF(field, Analytic(), ODESolver(rtol=0.1, atol=0.1)).estimate_log_prob(x)
+        truth = CNF(field, Analytic(), TIGHT).log_prob(x)
+    assert estimate.statistics.accepted == 2
+    true_error = (estimate.value - truth).abs()
+    assert (estimate.solver_error - true_error).abs().mean() < 0.1 * true_error.mean()
+
+
 def test_fixed_step_solver_error_comes_from_a_tenth_of_the_step():
     flow = CNF(wavy(), Analytic(), ODESolver("euler", step_size=0.1))
     x = torch.randn(20, 2)

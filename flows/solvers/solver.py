@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from flows.solvers.statistics import Solution
 from flows.solvers.task import Task
 
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
+TIGHTER, LONGEST = 100.0, 0.2  # times the tolerances, and the longest step, of solves to compare with
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class ODESolver:
             for scipy_solver, ten evaluations are taken for a step.
         min_step: in units of time; an adaptive step of this length is accepted whatever its error, and counted in
             ``statistics.forced`` where that is above the tolerance. 0: never.
+        max_step: in units of time; the longest step of an adaptive Runge-Kutta method. ``None``: any, but there are
+            at least two.
         error_control: which components drive the step size.
         options: further options of torchdiffeq's method, such as ``{"solver": "RK45"}`` for scipy_solver.
 
@@ -73,6 +76,7 @@ class ODESolver:
     adjoint_seminorm: bool = True
     max_steps: int = 1000
     min_step: float = 0.0
+    max_step: float | None = None
     error_control: ErrorControl = field(default_factory=ErrorControl)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -97,6 +101,10 @@ class ODESolver:
                 raise ValueError(f"{name} must be > 0, got {value}")
         if not self.min_step >= 0:
             raise ValueError(f"min_step must be >= 0, got {self.min_step}")
+        if self.max_step is not None and not self.max_step > self.min_step:
+            raise ValueError(
+                f"max_step must be > min_step, which is {self.min_step}, or None for no limit, got {self.max_step}"
+            )
         if runge_kutta(self.method) is not None and self.options:
             raise ValueError(f"method {self.method!r} takes no further options, got {dict(self.options)}")
         if runge_kutta(self.method) is None and self.gradient == "checkpoint":
@@ -109,6 +117,23 @@ class ODESolver:
     def is_fixed_step(self) -> bool:
         """Whether the method takes steps of a fixed size rather than control its error."""
         return issubclass(SOLVERS[self.method], FixedGridODESolver)
+
+    def tighter(self) -> ODESolver:
+        """Settings of a solve to compare with: tolerances 100 times tighter, or steps a tenth as long.
+
+        Steps of an adaptive method are at most a fifth of a unit of time there, or a solve of two steps might be
+        compared with itself.
+        """
+        if self.is_fixed_step:
+            return replace(self, step_size=self.step_size / 10)
+        return replace(
+            self,
+            rtol=self.rtol / TIGHTER,
+            atol=self.atol / TIGHTER,
+            max_steps=10 * self.max_steps,
+            min_step=min(self.min_step, LONGEST / 2),
+            max_step=min(self.max_step or LONGEST, LONGEST),
+        )
 
     def solve(
         self,

@@ -52,6 +52,7 @@ def adaptive_steps(
     norm: ErrorNorm,
     max_steps: int,
     min_step: float,
+    max_step: float,
     log: Log,
 ) -> Iterator[Step]:
     """The accepted steps from ``start`` to ``end``, where the last one ends; each is tried from the size before.
@@ -66,11 +67,11 @@ def adaptive_steps(
     size, bad = _initial_size(method, function, state, slope, start, end, norm)
     if bad:
         raise failure.not_finite(log.direction, t, sign * size, log.names, state, slope)
-    size = max(size, min_step)
+    size = min(max(size, min_step), max_step)
     last: Attempt | None = None
     for _ in range(max_steps):
         remaining = abs(end - t)
-        if size >= SAFETY * remaining:
+        if size >= SAFETY * remaining and max_step >= remaining:
             target = end
         else:
             target = t + sign * (size if 2 * size <= remaining else max(remaining / 2, min_step))
@@ -95,7 +96,7 @@ def adaptive_steps(
             if target == end:
                 return
             t, state, slope = target, step.end, step.next_slope
-        size = max(size * _factor(ratio, method.order), min_step)
+        size = min(max(size * _factor(ratio, method.order), min_step), max_step)
     raise failure.step_limit(log.direction, max_steps, t, sign * size, last)
 
 

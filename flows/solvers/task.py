@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,16 @@ class Task:
         if not self.method.is_adaptive:
             return fixed_steps(self.method, function, state, times, solver.step_size, log)
         return adaptive_steps(
-            self.method, function, state, times[0], times[-1], norm, solver.max_steps, solver.min_step, log
+            self.method,
+            function,
+            state,
+            times[0],
+            times[-1],
+            norm,
+            solver.max_steps,
+            solver.min_step,
+            solver.max_step or math.inf,
+            log,
         )
 
     def _by_torchdiffeq(
