@@ -99,9 +99,9 @@ class CNF(nn.Module):
     ) -> LogProbEstimate:
         """log p(x) with its standard error from the probes and its solver error.
 
-        The solver error compares with a second solve from the same probes, at tolerances 100 times tighter (or
-        steps a tenth as long), which costs more than the value itself. Training may have ``path_costs`` integrated in
-        the same solve, and end it at another ``base_time`` than 0.
+        The solver error compares with a second solve from the same probes, by :meth:`ODESolver.tighter`: at tolerances
+        100 times tighter (or steps a tenth as long), which costs more than the value itself. Training may have
+        ``path_costs`` integrated in the same solve, and end it at another ``base_time`` than 0.
         """
         points, batch_shape = self._flatten(x)
         context = self._flatten_context(context, batch_shape)

@@ -229,11 +229,12 @@ def test_the_error_constant_is_that_of_exponential_growth(name):
 @pytest.mark.parametrize("name", ADAPTIVE)
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
 def test_first_steps_have_at_least_a_third_of_the_length_that_the_tolerance_allows(name, tolerance):
-    x = torch.randn(4, 2)
+    order, time = runge_kutta(name).order, 1 / math.hypot(0.5, 2.0)  # of the spiral's changes
     for end in (3.0, -3.0):
-        attempts = ODESolver(name, tolerance, tolerance).solve(rotation, (x,), (0.0, end)).statistics.attempts
-        assert attempts[0].accepted
-        assert attempts[0].error > (1 / 3) ** runge_kutta(name).order
+        solution = ODESolver(name, tolerance, tolerance).solve(rotation, (torch.randn(4, 2),), (0.0, end))
+        first = solution.statistics.attempts[0]
+        assert first.accepted
+        assert first.error ** (1 / order) > 1 / 3 or abs(first.dt) > time / 3
 
 
 def test_the_last_two_steps_share_what_remains_and_no_solve_rests_on_one():
@@ -243,3 +244,30 @@ def test_the_last_two_steps_share_what_remains_and_no_solve_rests_on_one():
     for end in torch.linspace(0.5, 4, 15).tolist():
         taken = [a.dt for a in ODESolver().solve(rotation, (torch.randn(4, 2),), (0.0, end)).statistics.attempts]
         assert taken[-1] > 0.4 * taken[-2]
+
+
+def test_steps_of_min_step_always_end():
+    """y' = -30 (y - cos t), with steps that are too long for the tolerance."""
+
+    def stiff(t, state):
+        return (-30 * (state[0] - math.cos(t)),)
+
+    for min_step in torch.linspace(0.05, 0.15, 41).tolist():
+        statistics = ODESolver(min_step=min_step).solve(stiff, (torch.zeros(3, 1),), (0.0, 1.0)).statistics
+        assert statistics.accepted <= math.ceil(1 / min_step)
+
+
+def test_the_shortest_spans_are_solved():
+    for dtype, end in ((torch.float32, 1.0 + 3e-6), (torch.float64, 1.0 + 1e-14), (torch.bfloat16, 0.8)):
+        x = torch.ones(2, 2, dtype=dtype)
+        (moved,) = ODESolver(rtol=0.1, atol=0.1).solve(rotation, (x,), (1.0, end)).end
+        torch.testing.assert_close(moved.double(), spiral(x.double(), end - 1.0), rtol=0, atol=0.02)
+
+
+def test_the_adjoint_takes_one_step_between_close_times():
+    rate = torch.tensor(0.5, requires_grad=True)
+    solver = ODESolver(gradient="adjoint")
+    times = torch.linspace(0, 1, 51)
+    solution = solver.solve(lambda t, state: (rate * state[0],), (torch.ones(2, 2),), times, [rate])
+    solution.end[0].sum().backward()
+    assert solution.statistics.nfe_backward <= 8 * 50

@@ -57,8 +57,8 @@ class ODESolver:
             for scipy_solver, ten evaluations are taken for a step.
         min_step: in units of time; an adaptive step of this length is accepted whatever its error, and counted in
             ``statistics.forced`` where that is above the tolerance. 0: never.
-        max_step: in units of time; the longest step of an adaptive Runge-Kutta method. ``None``: any, but there are
-            at least two.
+        max_step: in units of time; the longest step of an adaptive Runge-Kutta method. ``None``: no limit, but
+            the first is at most half of the solve.
         error_control: which components drive the step size.
         options: further options of torchdiffeq's method, such as ``{"solver": "RK45"}`` for scipy_solver.
 
@@ -95,6 +95,10 @@ class ODESolver:
                 f"method {self.method!r} chooses its own steps and takes no step_size, got {self.step_size}; set "
                 "rtol and atol instead"
             )
+        if self.is_fixed_step and self.max_step is not None:
+            raise ValueError(
+                f"method {self.method!r} takes steps of fixed size and no max_step, got {self.max_step}; set step_size"
+            )
         for name in ("rtol", "atol", "adjoint_rtol", "adjoint_atol", "max_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -119,10 +123,10 @@ class ODESolver:
         return issubclass(SOLVERS[self.method], FixedGridODESolver)
 
     def tighter(self) -> ODESolver:
-        """Settings of a solve to compare with: tolerances 100 times tighter, or steps a tenth as long.
+        """Settings of a solve to compare with: tolerances 100 times tighter, or fixed steps a tenth as long.
 
-        Steps of an adaptive method are at most a fifth of a unit of time there, or a solve of two steps might be
-        compared with itself.
+        ``min_step`` is a tenth too, and adaptive Runge-Kutta methods take steps of at most a fifth of a unit of time,
+        or a solve whose steps the tolerances do not limit might be compared with itself.
         """
         if self.is_fixed_step:
             return replace(self, step_size=self.step_size / 10)
@@ -131,7 +135,7 @@ class ODESolver:
             rtol=self.rtol / TIGHTER,
             atol=self.atol / TIGHTER,
             max_steps=10 * self.max_steps,
-            min_step=min(self.min_step, LONGEST / 2),
+            min_step=min(self.min_step / 10, LONGEST / 2),
             max_step=min(self.max_step or LONGEST, LONGEST),
         )
 

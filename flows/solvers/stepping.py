@@ -53,13 +53,15 @@ def adaptive_steps(
     max_steps: int,
     min_step: float,
     max_step: float,
+    first_step: float,
     log: Log,
 ) -> Iterator[Step]:
     """The accepted steps from ``start`` to ``end``, where the last one ends; each is tried from the size before.
 
     With r the error over tolerance of :class:`ErrorNorm`, the next size is 0.9 r^(-1/order) times the last, within
     [0.2, 10] times, and not above it after a rejection. The last two steps share what remains, and a single one may
-    use up the margin of 0.9. [Hairer, Nørsett & Wanner 1993, II.4]
+    use up the margin of 0.9. Sizes are from ``min_step`` to ``max_step``, and the first at most ``first_step``.
+    [Hairer, Nørsett & Wanner 1993, II.4]
     """
     t, sign = start, math.copysign(1.0, end - start)
     finest = 16 * torch.finfo(state[0].dtype).eps * max(abs(start), abs(end))  # stage times would fall together
@@ -67,14 +69,16 @@ def adaptive_steps(
     size, bad = _initial_size(method, function, state, slope, start, end, norm)
     if bad:
         raise failure.not_finite(log.direction, t, sign * size, log.names, state, slope)
-    size = min(max(size, min_step), max_step)
+    size = min(max(min(size, first_step), min_step, finest), max_step)
     last: Attempt | None = None
     for _ in range(max_steps):
         remaining = abs(end - t)
-        if size >= SAFETY * remaining and max_step >= remaining:
+        # One above min_step might be refused again and again; rounding is no step of its own
+        margin = 1 - 5e-7 if size <= min_step else SAFETY
+        if size >= margin * remaining and max_step * (1 + 1e-6) >= remaining:
             target = end
         else:
-            target = t + sign * (size if 2 * size <= remaining else max(remaining / 2, min_step))
+            target = t + sign * (size if 2 * size <= remaining else max(remaining / 2, min_step, finest))
         size = abs(target - t)
         if size < min(finest, remaining):
             if last is not None and math.isnan(last.error):
@@ -159,8 +163,7 @@ def _initial_size(
 ) -> tuple[float, bool]:
     """A first step whose error should be within the tolerance, and whether anything was not finite.
 
-    One more evaluation. It says how fast the slope changes, see :func:`_first_step`. At least two steps are made, as
-    the error estimate of a single one, over all that happens, is not to be trusted.
+    One more evaluation. It says how fast the slope changes, see :func:`_first_step`.
     """
     span = abs(end - start)
     sizes, speeds = (norm(values, state, state)[0] for values in (state, slope))
@@ -174,24 +177,24 @@ def _initial_size(
     bends = [bend / first for bend in norm(difference, state, state)[0]]
     if not all(map(math.isfinite, bends)):
         return first, False
-    return min(span / 2, *(_first_step(method, *rates) for rates in zip(speeds, bends, strict=True))), False
+    return min(span, *(_first_step(method, *rates) for rates in zip(speeds, bends, strict=True))), False
 
 
 def _first_step(method: RungeKutta, speed: float, bend: float) -> float:
     """The first step that a component allows whose slope has the norm s, over tolerance, and changes at the rate b.
 
     If it changed exponentially, with the time τ = s / b, the error of a method of order p would be C s τ (h / τ)^p;
-    0.4 of the step at which this meets the tolerance is taken, as most equations are less simple. The classical
-    choice, h^p max(s, b) = 0.01, is the least: it has no regard for τ, and is far too short for a component that starts
-    at zero, as a log-density does, since the s of that is large. [Hairer, Nørsett & Wanner 1993, II.4]
+    0.4 of the step at which this meets the tolerance is taken, and of τ at most, as most equations are less simple. The
+    classical choice, h^p max(s, b) = 0.01, is the least: it has no regard for τ, and is far too short for a component
+    that starts at zero, as a log-density does, since the s of that is large. A component that is at rest, or moves
+    evenly, sets no bound. [Hairer, Nørsett & Wanner 1993, II.4]
     """
-    if max(speed, bend) <= 1e-15:
+    if bend == 0:
         return math.inf
     classical = (0.01 / max(speed, bend)) ** (1 / method.order)
-    if min(speed, bend) == 0:  # at rest, or moving evenly
-        return classical if speed == 0 else math.inf
     time = speed / bend
-    return max(classical, 0.4 * time * (method.error_constant * speed * time) ** (-1 / method.order))
+    error = method.error_constant * speed * time  # of h = τ
+    return max(classical, 0.4 * time * max(error, 1.0) ** (-1 / method.order))
 
 
 def _all_finite(*states: State) -> bool:

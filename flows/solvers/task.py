@@ -113,6 +113,7 @@ class Task:
             solver.max_steps,
             solver.min_step,
             solver.max_step or math.inf,
+            abs(self.seconds[-1] - self.seconds[0]) / 2,  # the error of one step over all is not to be trusted
             log,
         )
 
