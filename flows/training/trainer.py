@@ -99,7 +99,7 @@ class Trainer:
         accumulate_batches: int = 1,
         ema_decay: float = 0.999,
         log_every: int = 20,
-        validate_every: int = 1000,
+        validate_every: int = 2000,
         plot_every: int | None = 2000,
         checkpoint_every: int = 1000,
         evaluation_batch_size: int = 10_000,
