@@ -316,7 +316,7 @@ def test_checks_say_which_tolerance_to_change():
     coarse = check(bent, rtol=0.5, atol=0.5, adjoint_rtol=1e-7, adjoint_atol=1e-7)
     assert coarse.backprop_error > 1e-3
     assert coarse.advice.startswith("Lower rtol and atol from 0.5 and 0.5 to about")
-    stepped = check(bent, method="euler", step_size=0.5)
+    stepped = check(method="euler", step_size=0.5)
     assert stepped.advice.startswith("Lower step_size (now 0.5)")
 
 

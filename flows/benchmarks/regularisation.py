@@ -129,9 +129,8 @@ def compare(settings: Mapping[str, Any], weight: float, folder: Path) -> tuple[O
         flow = copy.deepcopy(start)
         summary = _trainer(settings, flow, dataset, stages, folder / name.split()[0]).fit()
         test = tested(flow, dataset)
-        nll, error = (
-            (bits.value, bits.standard_error) if (bits := test.bits_per_dim) else (test.nll, test.standard_error)
-        )
+        bits = test.bits_per_dim
+        nll, error = (bits.value, bits.standard_error) if bits else (test.nll, test.standard_error)
         values.append(test.values * (nll / test.nll))
         outcomes.append(
             Outcome(
@@ -152,8 +151,8 @@ def compare(settings: Mapping[str, Any], weight: float, folder: Path) -> tuple[O
 def _trainer(
     settings: Mapping[str, Any], flow: CNF, dataset: Dataset, stages: Mapping[str, Stage], folder: Path
 ) -> Trainer:
-    given = {**settings["trainer"], "validate_every": 0, "plot_every": None, "checkpoint_every": 0}
-    given["solver_error_points"] = 0
+    rare = {"validate_every": 0, "plot_every": None, "checkpoint_every": 0, "solver_error_points": 0}
+    given = {**settings["trainer"], **rare}
     return instantiate(given, "trainer", _partial_=True)(
         flow, dataset, stages, instantiate(settings["optimizer"], "optimizer"), output_dir=folder, seed=settings["seed"]
     )

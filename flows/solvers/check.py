@@ -86,11 +86,14 @@ def check_gradients(
         finer = replace(solver, gradient="adjoint", step_size=solver.step_size / 2)
         exact = replace(finer, gradient="backprop")
     else:
-        most = 10 * solver.max_steps
-        finer = replace(
-            solver, gradient="adjoint", adjoint_rtol=rtol / TIGHTER, adjoint_atol=atol / TIGHTER, max_steps=most
-        )
         exact = replace(solver.tighter(), gradient="backprop")
+        finer = replace(
+            solver,
+            gradient="adjoint",
+            adjoint_rtol=rtol / TIGHTER,
+            adjoint_atol=atol / TIGHTER,
+            max_steps=exact.max_steps,
+        )
     tighter = _gradients(flow, finer, x, context, seed)
     reference = _gradients(flow, exact, x, context, seed)
     own = {name: _relative({name: adjoint[name]}, {name: backprop[name]}) for name in backprop}

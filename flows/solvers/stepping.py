@@ -17,6 +17,7 @@ from flows.solvers.rungekutta import RungeKutta, Step, error_estimate, interpola
 from flows.solvers.statistics import Attempt
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0  # of the step size: below what the error allows, and within these factors
+ROUNDING = 1e-6  # of times, relative to a step
 
 
 @dataclass
@@ -74,8 +75,8 @@ def adaptive_steps(
     for _ in range(max_steps):
         remaining = abs(end - t)
         # One above min_step might be refused again and again; rounding is no step of its own
-        margin = 1 - 5e-7 if size <= min_step else SAFETY
-        if size >= margin * remaining and max_step * (1 + 1e-6) >= remaining:
+        margin = 1 - ROUNDING / 2 if size <= min_step else SAFETY
+        if size >= margin * remaining and max_step * (1 + ROUNDING) >= remaining:
             target = end
         else:
             target = t + sign * (size if 2 * size <= remaining else max(remaining / 2, min_step, finest))
@@ -89,7 +90,7 @@ def adaptive_steps(
         ratios, samples = norm(error_estimate(method, step), state, step.end)
         worst = max(range(len(ratios)), key=lambda i: math.inf if math.isnan(ratios[i]) else ratios[i])
         ratio = ratios[worst]
-        shortest = size <= min_step * (1 + 1e-6)  # rounding of times
+        shortest = size <= min_step * (1 + ROUNDING)
         accepted = ratio <= 1 or (shortest and math.isfinite(ratio))
         last = Attempt(t, target - t, accepted, ratio, log.names[worst], samples[worst])
         log.step(last, slope)
@@ -177,7 +178,7 @@ def _initial_size(
     bends = [bend / first for bend in norm(difference, state, state)[0]]
     if not all(map(math.isfinite, bends)):
         return first, False
-    return min(span, *(_first_step(method, *rates) for rates in zip(speeds, bends, strict=True))), False
+    return min(_first_step(method, *rates) for rates in zip(speeds, bends, strict=True)), False
 
 
 def _first_step(method: RungeKutta, speed: float, bend: float) -> float:
