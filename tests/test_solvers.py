@@ -192,6 +192,14 @@ def test_max_steps_stops_a_stiff_solve_forward_and_backward():
         solution.end[0].sum().backward()
 
 
+def test_where_max_step_keeps_steps_short_the_failure_says_so():
+    solver = ODESolver(max_steps=50, max_step=0.01)
+    with pytest.raises(
+        SolverError, match=r"t = 0\.5 .* of size 0\.01, which is max_step\. Try \(1\) a larger max_step"
+    ):
+        solver.solve(lambda t, state: (-state[0],), (torch.ones(1, 1),), (0.0, 1.0))
+
+
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "scipy_solver"])
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
 def test_nothing_to_solve(method, gradient):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from flows.solvers.problem import ADJOINT, State, batch_size_of, by_sample
@@ -32,12 +33,24 @@ class SolverError(RuntimeError):
         return SolverError(message, self.t, self.dt, self.component, self.sample)
 
 
-def step_limit(direction: str, max_steps: int, t: float, dt: float, last: Attempt | None = None) -> SolverError:
-    """No end in sight."""
+def step_limit(
+    direction: str,
+    max_steps: int,
+    t: float,
+    dt: float,
+    last: Attempt | None = None,
+    max_step: float = math.inf,
+) -> SolverError:
+    """No end in sight, since steps are short, be it that ``max_step`` keeps them so."""
+    if abs(dt) < max_step:
+        cause = f"{'' if last is None else _limited(last)}: the field is stiff there"
+        advice = ("larger rtol and atol", _TRAINING, "a larger max_steps")
+    else:
+        cause = ", which is max_step"
+        advice = ("a larger max_step", "none at all, since rtol and atol limit steps as well", "a larger max_steps")
     return SolverError(
         f"the {direction} solve reached t = {t:.6g} after max_steps = {max_steps} steps, the last of size "
-        f"{abs(dt):.2g}{'' if last is None else _limited(last)}: the field is stiff there. "
-        + _advice("larger rtol and atol", _TRAINING, "a larger max_steps"),
+        f"{abs(dt):.2g}{cause}. {_advice(*advice)}",
         t,
         dt,
         None if last is None else last.component,

@@ -102,7 +102,7 @@ def adaptive_steps(
                 return
             t, state, slope = target, step.end, step.next_slope
         size = min(max(size * _factor(ratio, method.order), min_step), max_step)
-    raise failure.step_limit(log.direction, max_steps, t, sign * size, last)
+    raise failure.step_limit(log.direction, max_steps, t, sign * size, last, max_step)
 
 
 def fixed_steps(
