@@ -160,7 +160,7 @@ def _trainer(
     )
 
 
-def tested(flow: CNF, dataset: Dataset, progress: str | None = None) -> Likelihood:
+def tested(flow: CNF, dataset: Dataset, progress: str | None) -> Likelihood:
     """On all test points; the solver of ``flow`` is the one that tests from then on."""
     flow.solver = replace(flow.solver, rtol=TOLERANCE, atol=TOLERANCE)
     batches, num_points = part_batches(flow, dataset, "test", 10_000)

@@ -17,6 +17,7 @@ from flows.solvers.rungekutta import RungeKutta, Step, error_estimate, interpola
 from flows.solvers.statistics import Attempt
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0  # of the step size: below what the error allows, and within these factors
+SHARED = 4  # the last steps of a solve, of equal size
 ROUNDING = 1e-6  # of times, relative to a step
 
 
@@ -60,8 +61,9 @@ def adaptive_steps(
     """The accepted steps from ``start`` to ``end``, where the last one ends; each is tried from the size before.
 
     With r the error over tolerance of :class:`ErrorNorm`, the next size is 0.9 r^(-1/order) times the last, within
-    [0.2, 10] times, and not above it after a rejection. The last two steps share what remains, and a single one may
-    use up the margin of 0.9. Sizes are from ``min_step`` to ``max_step``, and the first at most ``first_step``.
+    [0.2, 10] times, and not above it after a rejection. Where up to four such steps would reach the end, they share
+    what remains, since shorter ones are refused less; a single one may use up the margin of 0.9. Sizes are from
+    ``min_step`` to ``max_step``, and the first at most ``first_step``.
     [Hairer, Nørsett & Wanner 1993, II.4]
     """
     t, sign = start, math.copysign(1.0, end - start)
@@ -79,7 +81,9 @@ def adaptive_steps(
         if size >= margin * remaining and max_step * (1 + ROUNDING) >= remaining:
             target = end
         else:
-            target = t + sign * (size if 2 * size <= remaining else max(remaining / 2, min_step, finest))
+            if size * SHARED > remaining:
+                size = max(remaining / max(2, math.ceil(remaining / size - ROUNDING)), min_step, finest)
+            target = t + sign * size
         size = abs(target - t)
         if size < min(finest, remaining):
             if last is not None and math.isnan(last.error):
