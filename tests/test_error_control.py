@@ -185,8 +185,12 @@ def test_errors_of_settings():
         ODESolver(min_step=-0.1)
     with pytest.raises(ValueError, match=r"max_step must be > min_step, which is 0\.1, or None .* got 0\.1"):
         ODESolver(min_step=0.1, max_step=0.1)
-    with pytest.raises(ValueError, match=r"'rk4' takes steps of fixed size and no max_step, got 0\.1"):
+    with pytest.raises(ValueError, match=r"max_step has no effect on method 'rk4', got 0\.1; set step_size"):
         ODESolver("rk4", step_size=0.1, max_step=0.1)
+    with pytest.raises(ValueError, match=r"min_step has no effect on method 'scipy_solver', got 0\.1; .* dopri5"):
+        ODESolver("scipy_solver", gradient="adjoint", min_step=0.1)
+    with pytest.raises(ValueError, match=r"error_control has no effect on method 'scipy_solver', got ErrorControl\("):
+        ODESolver("scipy_solver", gradient="adjoint", error_control=ErrorControl(per_sample=True))
     wrong = Named("x")
     wrong.component_names = ("state",)
     with pytest.raises(ValueError, match=r"component_names must name each of the 2 components .*, got \('state',\)"):

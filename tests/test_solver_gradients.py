@@ -127,6 +127,21 @@ def test_dropout_draws_the_same_masks_again():
         assert_same(found["checkpoint"], found["backprop"], rtol=1e-9, atol=1e-11)
 
 
+def test_the_adjoint_refuses_dynamics_that_draw_random_numbers():
+    field = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    solver = ODESolver("rk4", step_size=0.1, gradient="adjoint")
+
+    def solve():
+        return solver.solve(lambda t, s: (field(s[0]),), (torch.ones(2, 3),), (0.0, 1.0), list(field.parameters()))
+
+    with pytest.raises(ValueError, match=r"draw random numbers, as dropout does.*; use gradient='checkpoint'"):
+        solve()
+    with torch.no_grad():
+        solve()
+    field.eval()
+    solve().end[0].sum().backward()
+
+
 def test_a_second_forward_and_a_second_backward_change_nothing():
     field, x = steep(), torch.randn(5, 2)
     flow = CNF(field, solver=build(gradient="checkpoint"))

@@ -7,6 +7,7 @@ import torch
 from torchdiffeq._impl.odeint import SOLVERS
 
 from flows.solvers import ODESolver, SolverError
+from flows.solvers.control import ErrorNorm
 from flows.solvers.rungekutta import error_estimate, runge_kutta, take_step
 
 FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": 3, "implicit_adams": 4}
@@ -152,10 +153,29 @@ def test_a_fixed_step_solve_that_blows_up_says_when_and_which_sample():
     for gradient in ("backprop", "checkpoint", "adjoint"):
         solver = ODESolver("euler", step_size=0.1, gradient=gradient)
         with pytest.raises(
-            SolverError, match=r"the state is not finite at t = 0.4 with method 'euler'.* of sample 1\. Try \(1\) a sm"
+            SolverError,
+            match=r"the forward solve is not finite at t = 0.4 with method 'euler'.* of sample 1\. Try \(1\) a sm",
         ) as e:
             solver.solve(explosive, (points.clone().requires_grad_(),), (0.0, 1.0))
         assert (e.value.component, e.value.sample, e.value.dt) == ("state", 1, pytest.approx(0.1))
+
+
+@pytest.mark.parametrize(("method", "rate"), [("rk4", 60), ("explicit_adams", 30)])
+def test_an_adjoint_solve_of_fixed_steps_that_blows_up_says_so(method, rate):
+    """Points that a steep field draws together fly apart when they are solved for backwards."""
+    x = torch.tensor([[0.0], [0.5]], dtype=torch.float64, requires_grad=True)
+    solver = ODESolver(method, step_size=0.02, gradient="adjoint")
+    end = solver.solve(lambda t, state: (-rate * state[0].sinh(),), (x,), (0.0, 1.0)).end[0]
+    assert end.isfinite().all()
+    with pytest.raises(SolverError, match=r"the adjoint solve is not finite at t = .* of sample 1\. Try \(1\)"):
+        end.sum().backward()
+
+
+def test_the_worst_sample_has_its_index_in_any_precision():
+    norm = ErrorNorm(("state",), (1.0,), 0.0, 1.0, 300)
+    error = torch.ones(300, 2, dtype=torch.bfloat16)
+    error[257] = 9.0
+    assert norm((error,), (error,), (error,))[1] == [257]
 
 
 def test_steps_that_end_outside_the_domain_are_shortened():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.solvers.problem import RightHandSide, State, refuse_second_derivative
+from flows.solvers.problem import RightHandSide, State, random_state, refuse_second_derivative, same_random_state
 from flows.solvers.task import Task
 
 
@@ -17,6 +17,10 @@ def solve_with_adjoint(task: Task, state: State, parameters: tuple[Tensor, ...])
     With the cotangent a = ∂L/∂y, −da/dt = aᵀ ∂f/∂y and dL/dθ = −∫ aᵀ ∂f/∂θ dt, beside y itself, which is solved
     again and put right at each of the times. a is solved for in units of its size at the start, so that the
     tolerances mean the same for the sum and the mean over a batch. [Chen et al. 2018, arXiv:1806.07366]
+
+    Raises:
+        ValueError: the dynamics draw from torch's global generators, as dropout does: the second solve would be that
+            of another ODE.
     """
     return _Adjoint.apply(task, len(state), *state, *parameters)
 
@@ -24,8 +28,16 @@ def solve_with_adjoint(task: Task, state: State, parameters: tuple[Tensor, ...])
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, task: Task, count: int, *tensors: Tensor) -> State:
+        device = tensors[0].device
+        before = random_state(device)
         with task.precision():
             states = task.integrate(tensors[:count])
+        if any(ctx.needs_input_grad) and not same_random_state(before, random_state(device)):
+            raise ValueError(
+                "the dynamics draw random numbers, as dropout does, and the adjoint solve would draw others, for a "
+                "gradient of something else; use gradient='checkpoint', which draws the same again, or call eval() on "
+                "the field"
+            )
         ctx.task, ctx.count = task, count
         ctx.save_for_backward(*tensors[count:], *states)
         ctx.set_materialize_grads(False)

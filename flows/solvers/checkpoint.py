@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.solvers.problem import State, refuse_second_derivative
+from flows.solvers.problem import State, random_state, refuse_second_derivative, same_random_state
 from flows.solvers.rungekutta import take_step
 from flows.solvers.stepping import passed, state_at
 from flows.solvers.task import Task
@@ -65,7 +65,7 @@ class _Record:
         """Solve, and write down what :meth:`segments` needs."""
         task, times, device = self.task, self.task.seconds, state[0].device
         states = [state]
-        self.random = self._random = _random_state(device)
+        self.random = self._random = random_state(device)
         slope = None
         for step in task.steps(task.forward_function(state), state, begin=lambda: self._note_random(device)):
             num_outputs = passed(step, times, len(states))
@@ -94,8 +94,8 @@ class _Record:
 
     def _note_random(self, device: torch.device) -> None:
         """The object stays the same where nothing was drawn."""
-        now = _random_state(device)
-        if not all(torch.equal(a, b) for a, b in zip(now, self._random, strict=True)):
+        now = random_state(device)
+        if not same_random_state(now, self._random):
             self._random = now
 
 
@@ -189,14 +189,6 @@ def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     return total + more
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    """Of the generators that a field on this device may draw from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return tuple(states)
-
-
 def _set_random_state(states: tuple[Tensor, ...], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
@@ -206,7 +198,7 @@ def _set_random_state(states: tuple[Tensor, ...], device: torch.device) -> None:
 @contextmanager
 def _restored_afterwards(draws: bool, device: torch.device) -> Iterator[None]:
     """Leave the generators as they were."""
-    before = _random_state(device) if draws else ()
+    before = random_state(device) if draws else ()
     try:
         yield
     finally:

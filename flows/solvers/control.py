@@ -99,7 +99,8 @@ class ErrorNorm:
         squares = torch.stack(rows)  # (C, B)
         ratios = (squares.amax(1) if self.per_sample else squares.mean(1)).sqrt()
         worst = squares.argmax(1)
-        ratios, worst = torch.stack([ratios, worst.to(ratios.dtype)]).tolist()  # the one wait for the device
+        exact = torch.promote_types(ratios.dtype, torch.float32)  # bfloat16 has no 257
+        ratios, worst = torch.stack([ratios.to(exact), worst.to(exact)]).tolist()  # the one wait for the device
         return ratios, [int(index) for index in worst]
 
     def extended(self, name: str, size: int) -> ErrorNorm:

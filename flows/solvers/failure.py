@@ -102,12 +102,12 @@ def not_finite(
     )
 
 
-def blow_up(method: str, t: float, dt: float, names: Sequence[str], state: State) -> SolverError:
-    """A fixed-step method has arrived at NaN or infinite values."""
-    name, sample, _ = first_bad(names, state)
+def blow_up(direction: str, method: str, t: float, dt: float, names: Sequence[str], state: State) -> SolverError:
+    """A fixed-step method has arrived at NaN or infinite values; what has no name is the gradient of a parameter."""
+    name, sample, _ = first_bad(names, state) or ("gradient of a parameter", None, 0)
     return SolverError(
-        f"the state is not finite at t = {t:.4g} with method {method!r}, dt = {dt:.2g}, the first in the "
-        f"{name.replace('_', '-')} of sample {sample}. "
+        f"the {direction} solve is not finite at t = {t:.4g} with method {method!r}, dt = {dt:.2g}, the first in the "
+        f"{name.replace('_', '-')}{'' if sample is None else f' of sample {sample}'}. "
         + _advice(
             "a smaller step_size",
             "an adaptive method such as 'dopri5', which says where the field gets stiff",

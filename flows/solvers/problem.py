@@ -77,6 +77,19 @@ def by_sample(
     return component.mean().expand(batch_size)
 
 
+def random_state(device: torch.device) -> tuple[Tensor, ...]:
+    """Of torch's global generators that dynamics on this device may draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return tuple(states)
+
+
+def same_random_state(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    """Whether nothing was drawn between the two."""
+    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+
+
 def refuse_second_derivative(gradient: str) -> None:
     """Raise in a backward pass of which autograd would keep a graph: it would silently lack the solve."""
     if torch.is_grad_enabled():

@@ -57,9 +57,10 @@ class ODESolver:
             for scipy_solver, ten evaluations are taken for a step.
         min_step: in units of time; an adaptive step of this length is accepted whatever its error, and counted in
             ``statistics.forced`` where that is above the tolerance. 0: never.
-        max_step: in units of time; the longest step of an adaptive Runge-Kutta method. ``None``: no limit, but
-            the first is at most half of the solve.
-        error_control: which components drive the step size.
+        max_step: in units of time; the longest adaptive step. ``None``: no limit, but the first is at most half of
+            the solve.
+        error_control: which components drive the step size. It, ``min_step`` and ``max_step`` are refused by methods
+            that they have no effect on, those of fixed step or by torchdiffeq.
         options: further options of torchdiffeq's method, such as ``{"solver": "RK45"}`` for scipy_solver.
 
     Raises:
@@ -95,10 +96,6 @@ class ODESolver:
                 f"method {self.method!r} chooses its own steps and takes no step_size, got {self.step_size}; set "
                 "rtol and atol instead"
             )
-        if self.is_fixed_step and self.max_step is not None:
-            raise ValueError(
-                f"method {self.method!r} takes steps of fixed size and no max_step, got {self.max_step}; set step_size"
-            )
         for name in ("rtol", "atol", "adjoint_rtol", "adjoint_atol", "max_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -109,6 +106,13 @@ class ODESolver:
             raise ValueError(
                 f"max_step must be > min_step, which is {self.min_step}, or None for no limit, got {self.max_step}"
             )
+        if not self.controls_error:
+            for name, default in (("min_step", 0.0), ("max_step", None), ("error_control", ErrorControl())):
+                if getattr(self, name) != default:
+                    instead = "set step_size" if self.is_fixed_step else "choose one that is controlled here, dopri5"
+                    raise ValueError(
+                        f"{name} has no effect on method {self.method!r}, got {getattr(self, name)}; {instead}"
+                    )
         if runge_kutta(self.method) is not None and self.options:
             raise ValueError(f"method {self.method!r} takes no further options, got {dict(self.options)}")
         if runge_kutta(self.method) is None and self.gradient == "checkpoint":
@@ -122,6 +126,12 @@ class ODESolver:
         """Whether the method takes steps of a fixed size rather than control its error."""
         return issubclass(SOLVERS[self.method], FixedGridODESolver)
 
+    @property
+    def controls_error(self) -> bool:
+        """Whether the method is an adaptive Runge-Kutta one, for ``error_control`` and bounds of steps to act on."""
+        method = runge_kutta(self.method)
+        return method is not None and method.is_adaptive
+
     def tighter(self) -> ODESolver:
         """Settings of a solve to compare with: tolerances 100 times tighter, or fixed steps a tenth as long.
 
@@ -130,14 +140,11 @@ class ODESolver:
         """
         if self.is_fixed_step:
             return replace(self, step_size=self.step_size / 10)
-        return replace(
-            self,
-            rtol=self.rtol / TIGHTER,
-            atol=self.atol / TIGHTER,
-            max_steps=10 * self.max_steps,
-            min_step=min(self.min_step / 10, LONGEST / 2),
-            max_step=min(self.max_step or LONGEST, LONGEST),
-        )
+        finer = replace(self, rtol=self.rtol / TIGHTER, atol=self.atol / TIGHTER, max_steps=10 * self.max_steps)
+        if not self.controls_error:
+            return finer
+        shortest, longest = min(self.min_step / 10, LONGEST / 2), min(self.max_step or LONGEST, LONGEST)
+        return replace(finer, min_step=shortest, max_step=longest)
 
     def solve(
         self,

@@ -78,24 +78,34 @@ class Task:
             states = self._by_torchdiffeq(function, state, times, norm, log)
         else:
             states = collect(self.method, self._steps(function, state, times, norm, log), state, times)
+        self._require_finite("adjoint", function, state, states, self._adjoint_norm.names, times)
         return tuple(component[1] for component in states)
 
     def check(self, states: State, state: State) -> None:
         """Raise if the solve from ``state`` has not arrived, or at a state that is not finite."""
-        names, seconds, solver = self._norm.names, self.seconds, self.solver
-        dt = solver.step_size or seconds[-1] - seconds[0]
-        end = tuple(component[-1] for component in states)
+        self._require_finite("forward", self.forward_function(state), state, states, self._norm.names, self.seconds)
+
+    def _require_finite(
+        self,
+        direction: str,
+        function: RightHandSide,
+        state: State,
+        states: State,
+        names: tuple[str, ...],
+        seconds: Sequence[float],
+    ) -> None:
+        end, solver = tuple(component[-1] for component in states), self.solver
         if all(bool(component.isfinite().all()) for component in end):
             return
         if self.method is not None and not self.method.is_adaptive:  # once more, to see where it happened
-            log = Log("forward", names, [])
             with torch.no_grad():
                 for step in fixed_steps(
-                    self.method, self.forward_function(state), state, seconds, solver.step_size, log
+                    self.method, function, state, seconds, solver.step_size, Log(direction, names, [])
                 ):
-                    if failure.first_bad(names, step.end) is not None:
-                        raise failure.blow_up(solver.method, step.t0, step.t1 - step.t0, names, step.end)
-        raise failure.blow_up(solver.method, seconds[-1], dt, names, end)
+                    if not all(bool(component.isfinite().all()) for component in step.end):
+                        raise failure.blow_up(direction, solver.method, step.t0, step.t1 - step.t0, names, step.end)
+        dt = math.copysign(solver.step_size or abs(seconds[-1] - seconds[0]), seconds[-1] - seconds[0])
+        raise failure.blow_up(direction, solver.method, seconds[-1], dt, names, end)
 
     def _steps(
         self, function: RightHandSide, state: State, times: Sequence[float], norm: ErrorNorm, log: Log
