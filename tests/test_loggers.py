@@ -66,6 +66,8 @@ def test_a_run_can_be_read_in_tensorboard(tmp_path, monkeypatch):
         "train/divergence_standard_error",
         "validation/nll",
         "validation/gap",
+        "validation/nfe",
+        "validation/steps_accepted",
         "test/nll",
         "test/gap",
     }
@@ -79,13 +81,13 @@ def test_a_run_can_be_read_in_tensorboard(tmp_path, monkeypatch):
     assert scalars(tmp_path, "test/nll") == [(11, pytest.approx(summary.test_nll, abs=1e-5))]
 
     pictures = {f"plots/{name}" for name in ("density", "samples", "trajectories", "evolution")}
-    assert set(tags["images"]) == pictures | {"plots/solve"}  # the last solve, at the end
+    assert set(tags["images"]) == pictures | {"plots/solve"}
     assert [event.step for event in found.Images("plots/density")] == [6, 11]
     image = found.Images("plots/density")[0]
     assert (image.width, image.height) == (1152, 552)
     files = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert files == {f"{name}{end}.png" for name in ("density", "samples", "trajectories", "evolution")
-                     for end in ("", "_000006")} | {"curves.png", "solve.png"}  # fmt: skip
+    assert files == {f"{name}{end}.png" for name in ("density", "samples", "trajectories", "evolution", "solve")
+                     for end in ("", "_000006")} | {"curves.png"}  # fmt: skip
 
     text = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "hidden:" in text

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -242,6 +243,24 @@ def test_long_gradients_are_scaled_down_and_logged_as_they_were(tmp_path):
     assert memory.series("train/gradient_norm")[0][1] > 0.01
 
 
+def test_a_stage_may_have_an_optimiser_of_its_own_and_resumes_with_it(tmp_path):
+    first, second = STAGES.values()
+    stages = {"flow_matching": first, "maximum_likelihood": replace(second, optimizer=torch.optim.SGD)}
+    whole = small_trainer(tmp_path / "whole", stages=stages)
+    whole.fit()
+    kinds = {load_checkpoint(tmp_path / "whole/checkpoints/last.pt")["optimizer"]["param_groups"][0].keys() >= {name}
+             for name in ("momentum", "dampening")}  # fmt: skip
+    assert kinds == {True}  # SGD's, not Adam's
+    with pytest.raises(TrainingInterrupted):
+        small_trainer(tmp_path / "parts", stopping_at(small_gaussian(), 8), stages=stages).fit()
+    parts = small_trainer(None, stages=stages, resume=tmp_path / "parts")
+    parts.fit()
+    for a, b in zip(whole.flow.parameters(), parts.flow.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"optimizer must be callable as optimizer.*got SGD"):
+        replace(second, optimizer=torch.optim.SGD(whole.flow.parameters(), lr=1.0))
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_batches_whose_gradients_are_averaged_are_one_large_batch(tmp_path, optimizer):
     """Likelihood with an exact divergence and fixed steps: a mean over points, however they are split."""
@@ -307,7 +326,7 @@ def test_a_breakdown_names_the_step_and_spares_the_weights(tmp_path, how, error,
     stages = {"flow_matching": Stage(BreaksAt(3, how), steps=6, batch_size=8, learning_rate=1e-2)}
     flow = small_flow(small_gaussian())
     with pytest.raises(error, match=message):
-        small_trainer(tmp_path, flow=flow, stages=stages).fit()
+        small_trainer(tmp_path, flow=flow, stages=stages, checkpoint_every=0, validate_every=0).fit()
     content = load_checkpoint(tmp_path / "checkpoints/last.pt")
     assert content["position"]["step"] == 2
     assert_equal_weights(content["flow"], flow.state_dict())

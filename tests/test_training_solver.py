@@ -14,11 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from flows import ODESolver, plots
 from flows.datasets import Batch
 from flows.divergence import Analytic, Auto, Exact, Hutchinson
+from flows.evaluation import likelihood
 from flows.fields import MLP, Hollow
 from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.regularizers import JacobianNorm, KineticEnergy
 from flows.solvers import Attempt, SolverError, SolverStatistics
-from flows.training import Stage, TrainingInterrupted, load_checkpoint
+from flows.training import Stage, TrainingInterrupted, examiner, load_checkpoint
 from flows.training.compiled import compiled, stages_to_compile
 from flows.training.reporting import Reporter
 from flows.training.step import SolverErrorPolicy
@@ -237,7 +238,7 @@ class Exploding(MaximumLikelihood):
 
     def __call__(self, flow, batch, generator=None):
         output = super().__call__(flow, batch, generator)
-        return replace(output, statistics=statistics_of(next(self.calls)))
+        return replace(output, statistics=statistics_of(next(self.calls), output.statistics.attempts))
 
 
 def test_a_run_resumed_after_an_explosion_does_not_take_it_as_usual(tmp_path):
@@ -269,6 +270,74 @@ def test_a_run_resumed_after_an_explosion_does_not_take_it_as_usual(tmp_path):
     whole, memory = run([60] * 8, [900] * 8, tmp_path / "whole")
     whole.fit()
     assert [step for step, _ in memory.series("warnings")] == [9]
+
+
+def test_the_watch_counts_the_backward_pass_and_blames_its_samples():
+    watch, usual = EvaluationWatch(), [Attempt(1 - 0.1 * i, -0.1, True, 0.5, "state", 1) for i in range(10)]
+    for _ in range(WINDOW):
+        assert watch(replace(statistics_of(60, usual), nfe_backward=40)) is None
+    back = [Attempt(0.3 + 1e-4 * i, 1e-4, True, 0.5, "adjoint of state", 5) for i in range(100)]
+    told = watch(replace(statistics_of(60, usual), nfe_backward=4940, backward_attempts=back))
+    assert told.startswith("the solve took 5000 evaluations (4940 of them backward), 50.0 times the usual 100")
+    assert "around t = 0.3" in told
+    assert "1.0e-04 and the adjoint of state of sample 5" in told
+
+
+def test_a_run_that_is_stiff_from_its_first_solve_is_told_so():
+    watch, steps = EvaluationWatch(), [Attempt(1 - 1e-3 * i, -1e-3, True, 0.5, "log_density", 2) for i in range(900)]
+    told = [watch(statistics_of(nfe, steps)) for nfe in (1500, 1500, 1600, 2500)]
+    assert [text is not None for text in told] == [True, False, False, True]  # again when it has doubled
+    assert told[0].startswith("the solve took 1500 evaluations: the field is stiff around t = ")
+    chosen = [Attempt(i / 900, 1 / 900) for i in range(900)]  # steps of fixed size are the user's own
+    assert EvaluationWatch()(statistics_of(3600, chosen)) is None
+
+
+def test_an_explosion_is_drawn_and_one_in_validation_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "figures", lambda *arguments: {})
+    memory = Memory()
+    stage = {"only": Stage(Exploding([60] * 6 + [900] * 6), steps=12, batch_size=16, learning_rate=1e-3)}
+    told = iter([100, 110, 900, 120])
+
+    def slow(*arguments, **settings):
+        return replace(likelihood(*arguments, **settings), statistics=statistics_of(next(told, 100)))
+
+    monkeypatch.setattr(examiner, "likelihood", slow)
+    small_trainer(tmp_path, stages=stage, loggers=[memory], plot_every=0).fit()
+    warnings = memory.series("warnings")
+    assert [step for step, _ in warnings] == [7, 9]
+    assert warnings[1][1].startswith("in validation, the solve took 900 evaluations, 8.6 times the usual 105")
+    assert (tmp_path / "plots/solve_000007.png").exists()
+
+
+def test_flow_matching_has_the_solves_of_validation_to_look_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "figures", lambda *arguments: {})
+    dataset, memory = small_gaussian(), Memory()
+    flow = small_flow(dataset)
+    flow.solver = ADAPTIVE
+    stage = {"flow_matching": STAGES["flow_matching"]}
+    small_trainer(tmp_path, dataset, stage, flow, plot_every=3, loggers=[memory]).fit()
+    for name in ("steps_accepted", "steps_rejected", "shortest_step", "limited_by_state", "limited_by_log_density"):
+        assert [step for step, _ in memory.series(f"validation/{name}")] == [3, 6]
+    assert [step for step, _ in memory.series("plots/solve")] == [3, 6]
+    assert memory.series("plots/solve")[0][1].axes[0].get_title().startswith("validation: ")
+
+
+def test_a_test_that_cannot_be_solved_leaves_the_rest_of_the_run(tmp_path, monkeypatch):
+    """Its error ends the program, after the summary and the pictures are written."""
+
+    def fails_in_test(*arguments, progress=None, solver_error_points=0, **settings):
+        if solver_error_points:
+            raise SolverError("no end in sight", 0.25, 1e-6, "state", 3)
+        return likelihood(*arguments, **settings)
+
+    monkeypatch.setattr(plots, "figures", lambda *arguments: {})
+    monkeypatch.setattr(examiner, "likelihood", fails_in_test)
+    with pytest.raises(SolverError, match=r"its test stopped: no end in sight\. The weights are in .*checkpoints") as e:
+        small_trainer(tmp_path, plot_every=0, on_solver_error="skip").fit()
+    assert (e.value.t, e.value.component, e.value.sample) == (0.25, "state", 3)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["test_nll"], summary["gap"], summary["nfe"], summary["steps"]) == (None, None, None, 11)
+    assert (tmp_path / "plots/curves.png").exists()
 
 
 def test_few_evaluations_are_no_reason_to_worry():

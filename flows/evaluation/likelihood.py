@@ -13,6 +13,7 @@ from tqdm import tqdm
 from flows.cnf import CNF
 from flows.datasets import Batch, Dataset
 from flows.evaluation.bits_per_dim import BitsPerDim
+from flows.solvers import SolverStatistics
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Likelihood:
     num_draws: int = 1  # K
     draw_standard_error: float | None = None  # the part due to the draws, for K > 1
     probe_bias: float | None = 0.0  # how much probe noise flatters a bound of K > 1 draws; None where unknown
+    statistics: SolverStatistics | None = field(default=None, repr=False, compare=False)  # of the largest solve
 
     def table(self, entropy: float | None = None) -> list[tuple[str, str]]:
         """Names and values for a reader; with the gap to the ``entropy`` of the data where it is known."""
@@ -143,6 +145,7 @@ def likelihood(
         num_draws=num_draws,
         draw_standard_error=None if draw_variance is None else math.sqrt(draw_variance / len(nll)),
         probe_bias=_mean_of_known([batch.probe_bias for batch in points]),
+        statistics=max((batch.statistics for batch in points), key=lambda solve: solve.nfe_forward),
     )
 
 
@@ -157,6 +160,7 @@ class PointLikelihoods:
     draw_variance: Tensor  # (B,), of the value
     solver_error: Tensor | None  # (B,), where it was asked for
     nfe: float
+    statistics: SolverStatistics  # of the first draw
 
 
 def pointwise(
@@ -214,6 +218,7 @@ def _evaluate(
         draw_variance=draw_variance,
         solver_error=draws[0].solver_error.double().cpu() if check else None,
         nfe=sum(draw.nfe for draw in draws) / num_draws,
+        statistics=draws[0].statistics,
     )
 
 

@@ -11,8 +11,10 @@ from flows.solvers import SolverStatistics
 COLOURS = (DATA, FLOW, "#4c9f70", "#c9a227")
 
 
-def steps(statistics: SolverStatistics) -> Figure:
+def steps(statistics: SolverStatistics, purpose: str | None = None) -> Figure:
     """The size of every step over t, coloured by the component that limited it, rejected ones as crosses.
+
+    ``purpose``: of the solve, for the title.
 
     Below it, where the estimator is stochastic, the standard error of the divergence over t.
     """
@@ -32,9 +34,8 @@ def steps(statistics: SolverStatistics) -> Figure:
     axes.set(yscale="log", ylabel="step size")
     axes.legend(frameon=False, fontsize=7)
     shortest = statistics.shortest
-    title = (
-        f"{statistics.accepted} steps accepted, {statistics.rejected} rejected, {statistics.nfe_forward} evaluations"
-    )
+    counts = f"{statistics.accepted} steps accepted, {statistics.rejected} rejected"
+    title = f"{'' if purpose is None else f'{purpose}: '}{counts}, {statistics.nfe_forward} evaluations"
     if shortest is not None and shortest.sample is not None:
         title += f"\nshortest: {abs(shortest.dt):.1e} at t = {shortest.t:.3f}, sample {shortest.sample}"
     axes.set_title(title, fontsize=9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +21,12 @@ class Attempt(NamedTuple):
     error: float | None = None  # over tolerance, of the component that has most; None in a fixed-step method
     component: str | None = None  # the one that limits the step
     sample: int | None = None  # where in the batch that component has its largest error
+
+
+def shortest(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The shortest accepted one but for the last, which ends where the solve ends; ``None`` where there is none."""
+    steps = [attempt for attempt in attempts if attempt.accepted]
+    return min(steps[:-1] or steps, key=lambda attempt: abs(attempt.dt), default=None)
 
 
 @dataclass
@@ -60,8 +66,7 @@ class SolverStatistics:
     @property
     def shortest(self) -> Attempt | None:
         """The shortest accepted step forward but for the last one, which ends where the solve ends."""
-        steps = [attempt for attempt in self.attempts if attempt.accepted]
-        return min(steps[:-1] or steps, key=lambda attempt: abs(attempt.dt), default=None)
+        return shortest(self.attempts)
 
     @property
     def limited_by(self) -> Mapping[str, float]:

@@ -16,7 +16,7 @@ from flows.training.fabric import Fabric
 from flows.training.loss import NonFiniteLossError
 from flows.training.reporting import Reporter
 from flows.training.stage import Stage
-from flows.training.step import OptimiserStep, RepeatedSolverError
+from flows.training.step import OptimiserStep
 from flows.training.stopping import StopSignals, TrainingInterrupted
 
 
@@ -79,8 +79,7 @@ class Loop:
             try:
                 value, norm = step.gradient()
             except SolverError as error:
-                if isinstance(error, RepeatedSolverError):
-                    self._save_before()
+                self._save_before()
                 raise self._told_where("training", error, stage) from error
             log, validate, plot, save = (self._due(name, stage) for name in ("log", "validate", "plot", "checkpoint"))
             stopping = self._agree(self.stop.requested)
@@ -91,8 +90,10 @@ class Loop:
 
             state.means.add(loss.metrics() | {"gradient_norm": norm})
             position.seconds = time.perf_counter() - started
-            if warning := state.watch(loss.output.statistics):
-                reporter.warn(warning)
+            for solve in step.solves:
+                if warning := state.watch(solve):
+                    reporter.warn(warning)
+                    reporter.plot_solve(solve)
             reporter.advance()
             if log:
                 reporter.log_training(learning_rate)
@@ -154,6 +155,8 @@ class Loop:
     def _check_finite(self, loss: Tensor, gradient_norm: Tensor, stage: Stage) -> None:
         if bool(loss.isfinite() & gradient_norm.isfinite()):
             return
+        if self.checks_every_step:  # else the weights may have followed such a gradient before
+            self._save_before()
         what = "its gradient is not finite" if bool(loss.isfinite()) else f"the loss is {loss.item()}"
         raise NonFiniteLossError(
             f"training diverged: {what} {self._where(stage)}. Try a lower learning_rate (now "

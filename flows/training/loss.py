@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from flows.cnf import CNF
 from flows.datasets import Batch
 from flows.objectives import LossOutput, Objective
-from flows.solvers import SolverStatistics
-from flows.training.metrics import Metric
+from flows.training.metrics import Metric, step_metrics
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -40,19 +39,6 @@ class LossModule(nn.Module):
         """What the last step has to report; read after the backward pass, which the solver's counts include."""
         metrics: dict[str, Metric] = {"loss": self.output.loss.detach(), **self.output.metrics}
         if self.output.statistics is not None:
-            metrics |= solver_metrics(self.output.statistics)
+            solve = self.output.statistics
+            metrics |= {"nfe_forward": solve.nfe_forward, "nfe_backward": solve.nfe_backward, **step_metrics(solve)}
         return metrics
-
-
-def solver_metrics(statistics: SolverStatistics) -> dict[str, float]:
-    """What a solve has to tell, as numbers for curves over training."""
-    metrics = {
-        "nfe_forward": statistics.nfe_forward,
-        "nfe_backward": statistics.nfe_backward,
-        "steps_accepted": statistics.accepted,
-        "steps_rejected": statistics.rejected,
-    }
-    if statistics.limited_by:  # an adaptive method
-        metrics |= {f"limited_by_{name}": share for name, share in statistics.limited_by.items()}
-        metrics |= {"shortest_step": abs(statistics.shortest.dt), "steps_forced": statistics.forced}
-    return metrics

@@ -1,4 +1,4 @@
-"""Averages of what the objective reports, gathered without waiting for the device."""
+"""Numbers to log: averages of what the objective reports, and what a solve has to tell."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from flows.solvers import SolverStatistics
 
 Metric = float | Tensor
 
@@ -40,3 +42,14 @@ class MetricMeans:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._sums = dict(state["sums"])
         self._counts = dict(state["counts"])
+
+
+def step_metrics(statistics: SolverStatistics) -> dict[str, float]:
+    """What the steps of a solve have to tell; nothing where a method keeps them to itself."""
+    if not statistics.attempts:
+        return {}
+    metrics = {"steps_accepted": statistics.accepted, "steps_rejected": statistics.rejected}
+    if statistics.limited_by:  # an adaptive method
+        metrics |= {f"limited_by_{name}": share for name, share in statistics.limited_by.items()}
+        metrics |= {"shortest_step": abs(statistics.shortest.dt), "steps_forced": statistics.forced}
+    return metrics

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from tqdm import tqdm
 from flows import plots
 from flows.cnf import CNF
 from flows.datasets import Dataset, Energy
-from flows.evaluation import BitsPerDim, ImportanceWeights, Likelihood, importance_weights, likelihood, part_batches
+from flows.evaluation import BitsPerDim, ImportanceWeights, Likelihood
 from flows.solvers import SolverError, SolverStatistics
 from flows.training.checkpoint import FOLDER, load_checkpoint
+from flows.training.examiner import Examiner
 from flows.training.fabric import Fabric, on_first_process
 from flows.training.folder import write_text
 from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, TensorBoardLogger, read_metrics
-from flows.training.state import RunState, seeded
+from flows.training.metrics import step_metrics
+from flows.training.state import RunState
 from flows.training.summary import Summary, flat, to_json
+from flows.training.watch import EvaluationWatch
 
 METRICS = "metrics.jsonl"
 
@@ -41,13 +45,10 @@ class Reporter:
         state: of the run; its averaged weights are the ones looked at.
         folder: where plots, metrics and the summary go.
         steps: the number of steps of each stage.
-        seed: of the probes in validation and test, the same at each call.
+        examiner: evaluates on ``dataset``.
         extra_loggers: beside the standard ones.
         progress_bar: whether to show one.
         pictures: whether to draw any.
-        batch_size: points a solve.
-        most_points: of validation and test; ``None``: all.
-        solver_error_points: test points with a solver error.
         config: settings for TensorBoard, nested.
     """
 
@@ -58,29 +59,24 @@ class Reporter:
         state: RunState,
         folder: Path,
         steps: Mapping[str, int],
-        seed: int,
+        examiner: Examiner,
         extra_loggers: Sequence[Logger],
         progress_bar: bool,
         pictures: bool,
-        batch_size: int,
-        most_points: int | None,
-        solver_error_points: int,
         config: Mapping[str, Any] | None,
     ) -> None:
         self.fabric = fabric
         self.dataset = dataset
         self.state = state
         self.folder = folder
-        self.seed = seed
-        self.progress_bar = progress_bar
         self.pictures = pictures
-        self.batch_size = batch_size
-        self.most_points = most_points
-        self.solver_error_points = solver_error_points
+        self.examiner = examiner
         self.config = config or {}
         self._steps = dict(steps)
         self._clock = (time.perf_counter(), state.position.step)
         self._started = self._clock[0] - state.position.seconds  # in a run that is resumed, as if it had never stopped
+        self._watch = EvaluationWatch(early=1)  # of validation
+        self._solve: SolverStatistics | None = None  # of the last validation
         self._loggers: list[Logger] = []
         if fabric.is_global_zero:
             resume_step = state.position.step or None
@@ -131,12 +127,16 @@ class Reporter:
     def _validate(self) -> bool:
         if isinstance(self.dataset, Energy):
             with self._aside():
-                weights = self._importance_weights(self.state.ema.module, self.dataset, "validation")
+                weights = self.examiner.importance_weights(self.state.ema.module, self.dataset, "validation")
             self._log({f"validation/{name}": value for name, value in weights.metrics().items()})
             return self._is_best(weights.free_energy)
         with self._aside():
-            result = self._likelihood(self.state.ema.module, "validation")
+            result = self.examiner.likelihood(self.state.ema.module, "validation")
+        self._solve = result.statistics
         metrics = {"nll": result.nll, "standard_error": result.standard_error, "nfe": result.nfe}
+        metrics |= step_metrics(result.statistics)
+        if warning := self._watch(result.statistics):
+            self.warn(f"in validation, {warning}")
         if self.dataset.entropy is not None:
             metrics["gap"] = result.nll - self.dataset.entropy
         parts = {}
@@ -162,18 +162,30 @@ class Reporter:
     def plot(
         self, flow: CNF | None = None, suffix: str | None = None, statistics: SolverStatistics | None = None
     ) -> None:
-        """Draw the averaged flow, or ``flow``, and a training solve into ``plots/`` and TensorBoard."""
+        """Draw the averaged flow, or ``flow``, and a solve into ``plots/`` and TensorBoard.
+
+        The solve is that of ``statistics``, of training, or else the last one of validation or test.
+        """
         if not self.pictures or not self.fabric.is_global_zero:
             return
         with self._aside():
-            generator = self._generator("plots")
+            generator = self.examiner.generator("plots")
             try:
                 figures = plots.figures(self.state.ema.module if flow is None else flow, self.dataset, generator)
             except SolverError as error:  # far from the data a field may be stiff; a picture is not worth the run
                 self._log({"plots/failed": str(error)})
                 return
-        if statistics is not None:
-            figures["solve"] = plots.steps(statistics)
+        solve, purpose = (self._solve, "validation") if statistics is None else (statistics, "training")
+        if solve is not None and solve.attempts:
+            figures["solve"] = plots.steps(solve, purpose)
+        self._show(figures, suffix)
+
+    def plot_solve(self, statistics: SolverStatistics) -> None:
+        """Draw the steps of a training solve."""
+        if self.pictures and self.fabric.is_global_zero and statistics.attempts:
+            self._show({"solve": plots.steps(statistics, "training")})
+
+    def _show(self, figures: Mapping[str, Figure], suffix: str | None = None) -> None:
         suffix = f"_{self.state.position.step:06d}" if suffix is None else suffix
         self._save_figures(figures, suffix)
         self._log({f"plots/{name}": figure for name, figure in figures.items()})
@@ -197,11 +209,16 @@ class Reporter:
             if isinstance(logger, ProgressBar):
                 logger.close()  # the test has a bar of its own
         started = time.perf_counter()
-        test, weights = self._test(flow)
+        test = weights = failure = None
+        try:
+            test, weights = self._test(flow)
+        except SolverError as error:  # the run is done, and what it has found is kept
+            failure = error
+            self._log({"test/failed": str(error)})
         evaluation_seconds = time.perf_counter() - started
         self.plot(flow, "", statistics)
         summary = Summary(
-            test=test,
+            test=test and replace(test, statistics=None),  # which other processes have no use for
             weights=weights,
             entropy=self.dataset.entropy,
             position=copy.copy(self.state.position),
@@ -210,7 +227,7 @@ class Reporter:
             parameters=sum(p.numel() for p in flow.parameters()),
             data=self.dataset.name,
             device=str(self.fabric.device),
-            seed=self.seed,
+            seed=self.examiner.seed,
             output_dir=str(self.folder),
         )
         if self.pictures:
@@ -220,40 +237,24 @@ class Reporter:
         settings = {**flat(self.config), "parameters": summary.parameters}
         self._log({"summary": HParams(settings, {**results, "seconds": summary.position.seconds})})
         write_text(self.folder / "summary.json", to_json(summary.as_dict()))
+        if failure is not None:
+            raise failure.retold(
+                f"training is done, but its test stopped: {failure}. The weights are in {self.folder / FOLDER}, the "
+                "summary has no test figures, and scripts/evaluate.py tests with other settings of the solver"
+            ) from failure
         return summary
 
     def _test(self, flow: CNF) -> tuple[Likelihood | None, ImportanceWeights | None]:
         if not isinstance(self.dataset, Energy):
-            return self._likelihood(flow, "test"), None
-        weights = self._importance_weights(flow, self.dataset, "test")
+            return self.examiner.likelihood(flow, "test"), None
+        weights = self.examiner.importance_weights(flow, self.dataset, "test")
         if not self.dataset.has_samples:
             return None, weights
         try:
-            return self._likelihood(flow, "test"), weights
+            return self.examiner.likelihood(flow, "test"), weights
         except SolverError as error:  # where the flow has never been, it may be stiff
             self._log({"test/failed": str(error)})
             return None, weights
-
-    def _importance_weights(self, flow: CNF, energy: Energy, part: str) -> ImportanceWeights:
-        testing = part == "test"
-        num_samples = min(energy.num_test if testing else energy.num_validation, self.most_points or math.inf)
-        progress = part if testing and self.progress_bar else None
-        return importance_weights(flow, energy, num_samples, self.batch_size, self._generator(part), progress)
-
-    def _likelihood(self, flow: CNF, part: str) -> Likelihood:
-        batches, num_points = part_batches(flow, self.dataset, part, self.batch_size, self.most_points)
-        testing = part == "test"
-        return likelihood(
-            flow,
-            batches,
-            generator=self._generator(part),
-            solver_error_points=self.solver_error_points if testing else 0,
-            progress="test" if testing and self.progress_bar else None,
-            num_points=num_points,
-        )
-
-    def _generator(self, purpose: str) -> torch.Generator:
-        return seeded(torch.Generator(self.fabric.device), self.seed, purpose)
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:

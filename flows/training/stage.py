@@ -31,6 +31,7 @@ class Stage:
         learning_rate: the highest learning rate of the stage.
         warmup_steps: steps of linear warm-up, part of ``steps``.
         schedule: ``"cosine"`` (to zero), ``"constant"``, or a function of ``done``.
+        optimizer: called as ``optimizer(parameters, lr=...)`` at the start of the stage; ``None``: that of the trainer.
 
     Raises:
         ValueError: a number is out of its range, or the schedule has no such name.
@@ -42,10 +43,16 @@ class Stage:
     learning_rate: float = 1e-3
     warmup_steps: int = 0
     schedule: str | Callable[[float], float] = "cosine"
+    optimizer: Callable[..., Optimizer] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.objective):
             raise TypeError(f"objective must be callable as objective(flow, batch, generator), got {self.objective!r}")
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise TypeError(
+                f"optimizer must be callable as optimizer(parameters, lr=...), or None for that of the trainer, got "
+                f"{self.optimizer!r}; an optimiser that is built already knows no later stage's learning rate"
+            )
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

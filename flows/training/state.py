@@ -44,7 +44,7 @@ class RunState:
         fabric: launched.
         flow: on its device.
         dataset: where the batches come from.
-        optimizer: called as ``optimizer(parameters, lr=...)`` at the start of each stage.
+        optimizer: called as ``optimizer(parameters, lr=...)`` at the start of each stage without one of its own.
         ema_decay: see :class:`ExponentialMovingAverage`.
         seed: each stage draws its data and its probes from generators seeded by this, the stage's place and
             the rank of the process.
@@ -192,7 +192,7 @@ class RunState:
         }
 
     def _set_up(self, index: int, stage: Stage) -> None:
-        optimizer = self._new_optimizer(self.flow.parameters(), lr=stage.learning_rate)
+        optimizer = (stage.optimizer or self._new_optimizer)(self.flow.parameters(), lr=stage.learning_rate)
         self.schedule = stage.scheduler(optimizer)
         self.optimizer = self.fabric.setup_optimizers(optimizer)
         rank = self.fabric.global_rank

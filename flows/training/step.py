@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from flows.solvers import SolverError
+from flows.solvers import SolverError, SolverStatistics
 from flows.training.fabric import Fabric
 from flows.training.loss import LossModule
 from flows.training.state import RunState
@@ -40,10 +40,6 @@ class SolverErrorPolicy:
                 "on_solver_error='skip' works in one process, since the others would wait for the gradients of the "
                 "one that skips; use on_solver_error='raise' on several devices"
             )
-
-
-class RepeatedSolverError(SolverError):
-    """So many batches in a row could not be solved that training gave up."""
 
 
 class OptimiserStep:
@@ -79,13 +75,13 @@ class OptimiserStep:
         self.policy = policy
         self.warn = warn
         self.num_batches = num_batches
+        self.solves: list[SolverStatistics] = []  # of the last step
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """The loss of the next batches that can be solved, and the norm of its gradient before clipping.
 
         Raises:
-            SolverError: a batch cannot be solved, with the policy "raise".
-            RepeatedSolverError: too many in a row cannot.
+            SolverError: a batch cannot be solved, with the policy "raise", or too many in a row cannot.
         """
         for failures in itertools.count(1):
             try:
@@ -99,7 +95,7 @@ class OptimiserStep:
 
     def _backward(self) -> Tensor:
         """The mean loss of the next batches, whose gradients add up to that of this mean."""
-        total, metrics = 0.0, []
+        total, metrics, self.solves = 0.0, [], []
         for k in range(self.num_batches):
             last = k == self.num_batches - 1
             self.loss.batch = self.state.stream.next()
@@ -107,6 +103,8 @@ class OptimiserStep:
                 value = self.module() / self.num_batches
                 self.fabric.backward(value)
             total = total + value.detach()
+            if self.loss.output.statistics is not None:
+                self.solves.append(self.loss.output.statistics)
             if not last:  # those of the last one are read by the loop
                 metrics.append(self.loss.metrics())
         for metric in metrics:
@@ -131,5 +129,5 @@ class OptimiserStep:
         self.state.position.skipped += 1
         if failures == self.policy.most:
             message = f"{failures} batches in a row could not be solved (max_solver_errors), the last because {error}"
-            raise RepeatedSolverError(message, error.t, error.dt, error.component, error.sample) from error
+            raise error.retold(message) from error
         self.warn(f"a batch was skipped, number {self.state.position.skipped} of this run: {error}")

@@ -16,8 +16,8 @@ from flows.training.state import Position
 class Summary:
     """The result of a run; likelihoods in nats an example in data space."""
 
-    test: Likelihood | None  # None: there are no test points
-    weights: ImportanceWeights | None  # of an energy; None for other data
+    test: Likelihood | None  # None: there are no test points, or they could not be solved
+    weights: ImportanceWeights | None  # of an energy; None for other data, or if they could not be solved
     entropy: float | None  # of the data, the lowest NLL possible; None: unknown
     position: Position  # at the end of training
     evaluation_seconds: float  # of the test
@@ -38,6 +38,12 @@ class Summary:
         return None if self.entropy is None or self.test is None else self.test.nll - self.entropy
 
     @property
+    def nfe(self) -> float | None:
+        """Evaluations of the field in a solve of the test."""
+        tested = self.test or self.weights
+        return None if tested is None else tested.nfe
+
+    @property
     def validation_nll(self) -> float | None:
         """Of the weights that were tested, the best on the validation part; of an energy, its free energy."""
         return self.position.best_nll
@@ -45,7 +51,7 @@ class Summary:
     def headline(self) -> dict[str, float | None]:
         """The few figures that runs are compared by."""
         bits = bits_dict(self.test and self.test.bits_per_dim)["bits_per_dim"]
-        figures = {"nll": self.test_nll, "bits_per_dim": bits, "gap": self.gap, "nfe": (self.test or self.weights).nfe}
+        figures = {"nll": self.test_nll, "bits_per_dim": bits, "gap": self.gap, "nfe": self.nfe}
         return figures | (self.weights.metrics() if self.weights else {})
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,7 +70,7 @@ class Summary:
             "gap": self.gap,
             "validation_nll": self.validation_nll,
             "best_step": self.position.best_step,
-            "nfe": (test or self.weights).nfe,
+            "nfe": self.nfe,
             "steps": self.position.step,
             "skipped_batches": self.position.skipped,
             "seconds": self.position.seconds,
@@ -119,7 +125,7 @@ def bits_dict(bits: BitsPerDim | None) -> dict[str, Any]:
 def likelihood_dict(result: Likelihood, entropy: float | None) -> dict[str, Any]:
     """A likelihood as plain values, with the gap to the entropy; None where unknown."""
     plain = {
-        **{name: value for name, value in vars(result).items() if name != "values"},
+        **{name: value for name, value in vars(result).items() if name not in ("values", "statistics")},
         **bits_dict(result.bits_per_dim),
         "entropy": entropy,
         "gap": None if entropy is None else result.nll - entropy,

@@ -25,6 +25,7 @@ from flows.training.checkpoint import (
 )
 from flows.training.compiled import compiled, stages_to_compile
 from flows.training.conditioning import check_context_shape, check_samples
+from flows.training.examiner import Examiner
 from flows.training.fabric import Accelerator, Strategy, build_fabric, on_first_process
 from flows.training.folder import branch_run, claimed_folder, write_text
 from flows.training.levels import check_levels
@@ -52,7 +53,7 @@ class Trainer:
         flow: trained in place.
         dataset: where training, validation and test points come from.
         stages: what is done, in order; the names go into checkpoints and metrics.
-        optimizer: called as ``optimizer(parameters, lr=...)`` at the start of each stage.
+        optimizer: called as ``optimizer(parameters, lr=...)`` at the start of each stage without one of its own.
         output_dir: the folder of the run; must not hold another one. ``None``: that of the run to resume, or else a
             new one, ``runs/<data>/<date>_<time>``.
         seed: of the data, the probes and whatever else is random while training.
@@ -159,13 +160,19 @@ class Trainer:
         self._resumed_folder = None if resumed is None else own_run_folder(resumed)
         self._output_dir = self._resumed_folder if output_dir is None else Path(output_dir)
         self._new_state = lambda: RunState(self.fabric, flow, dataset, optimizer, ema_decay, seed)
+        self._examiner = Examiner(
+            dataset,
+            self.fabric.device,
+            seed,
+            evaluation_batch_size,
+            evaluation_points,
+            solver_error_points,
+            progress_bar,
+        )
         self._reporting = {
             "extra_loggers": loggers,
             "progress_bar": progress_bar,
             "pictures": plot_every is not None,
-            "batch_size": evaluation_batch_size,
-            "most_points": evaluation_points,
-            "solver_error_points": solver_error_points,
         }
 
     def fit(self) -> Summary:
@@ -213,7 +220,14 @@ class Trainer:
             state.resume(self._checkpoint, self.stages, load_checkpoint(best) if best.exists() else None)
         steps = {name: stage.steps for name, stage in self.stages.items()}
         reporter = Reporter(
-            self.fabric, self.dataset, state, self.folder, steps, self.seed, config=self.config, **self._reporting
+            self.fabric,
+            self.dataset,
+            state,
+            self.folder,
+            steps,
+            self._examiner,
+            config=self.config,
+            **self._reporting,
         )
         names = list(self.stages)
         step = OptimiserStep(
