@@ -13,7 +13,7 @@ from test_checkpoint import assert_same_state
 
 import flows
 from flows.evaluation import likelihood
-from flows.training import OutputFolderError, TrainingInterrupted, load_checkpoint, reporting
+from flows.training import OutputFolderError, TrainingInterrupted, examiner, load_checkpoint
 from flows.training.folder import claimed_folder, new_folder
 
 
@@ -71,7 +71,7 @@ def test_a_failed_validation_loses_no_step(tmp_path, monkeypatch):
         return likelihood(*args, **kwargs)
 
     calls = []
-    monkeypatch.setattr(reporting, "likelihood", fails_at_the_second)
+    monkeypatch.setattr(examiner, "likelihood", fails_at_the_second)
     with pytest.raises(
         flows.SolverError,
         match=r"validation stopped at step 6 .*resume from is in .*last.pt\): the step size underflowed",

@@ -86,7 +86,7 @@ def _steps(
 ) -> Iterator[float]:
     """Do a step after the other, and say after each how many seconds all have taken."""
     stream = dataset.train_stream(stage.batch_size, generator)
-    optimizer = torch.optim.Adam(model.parameters(), lr=stage.learning_rate)
+    optimizer = (stage.optimizer or torch.optim.Adam)(model.parameters(), lr=stage.learning_rate)
     elapsed = 0.0
     while elapsed < seconds:
         start = time.perf_counter()

@@ -77,6 +77,11 @@ def by_sample(
     return component.mean().expand(batch_size)
 
 
+def all_finite(*components: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one wait for the device."""
+    return bool(torch.stack([component.isfinite().all() for component in components]).all())
+
+
 def random_state(device: torch.device) -> tuple[Tensor, ...]:
     """Of torch's global generators that dynamics on this device may draw from."""
     states = [torch.get_rng_state()]

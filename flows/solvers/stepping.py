@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flows.solvers import failure
 from flows.solvers.control import ErrorNorm
-from flows.solvers.problem import RightHandSide, State
+from flows.solvers.problem import RightHandSide, State, all_finite
 from flows.solvers.rungekutta import RungeKutta, Step, error_estimate, interpolate, take_step
 from flows.solvers.statistics import Attempt
 
@@ -174,7 +174,7 @@ def _initial_size(
     sizes, speeds = (norm(values, state, state)[0] for values in (state, slope))
     largest, fastest = (max(values, key=_nan_is_most) for values in (sizes, speeds))
     if not math.isfinite(largest) or not math.isfinite(fastest):  # bad values, or an overflow of their squares
-        return 1e-6 * span, not _all_finite(state, slope)
+        return 1e-6 * span, not all_finite(*state, *slope)
     first = min(1e-6 if min(largest, fastest) < 1e-5 else 0.01 * largest / fastest, span)
     ahead = start + math.copysign(first, end - start)
     moved = tuple(y + (ahead - start) * k for y, k in zip(state, slope, strict=True))
@@ -200,10 +200,6 @@ def _first_step(method: RungeKutta, speed: float, bend: float) -> float:
     time = speed / bend
     error = method.error_constant * speed * time  # of h = τ
     return max(classical, 0.4 * time * max(error, 1.0) ** (-1 / method.order))
-
-
-def _all_finite(*states: State) -> bool:
-    return all(bool(component.isfinite().all()) for state in states for component in state)
 
 
 def _nan_is_most(value: float) -> float:

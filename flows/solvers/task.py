@@ -13,7 +13,16 @@ from torch import Tensor
 from flows.solvers import failure
 from flows.solvers.control import ErrorNorm
 from flows.solvers.multistep import integrate_by_torchdiffeq
-from flows.solvers.problem import ADJOINT, Dynamics, Precision, RightHandSide, State, batch_size_of, component_names
+from flows.solvers.problem import (
+    ADJOINT,
+    Dynamics,
+    Precision,
+    RightHandSide,
+    State,
+    all_finite,
+    batch_size_of,
+    component_names,
+)
 from flows.solvers.rungekutta import Step, runge_kutta
 from flows.solvers.statistics import SolverStatistics
 from flows.solvers.stepping import Log, adaptive_steps, collect, fixed_steps
@@ -95,14 +104,14 @@ class Task:
         seconds: Sequence[float],
     ) -> None:
         end, solver = tuple(component[-1] for component in states), self.solver
-        if all(bool(component.isfinite().all()) for component in end):
+        if all_finite(*end):
             return
         if self.method is not None and not self.method.is_adaptive:  # once more, to see where it happened
             with torch.no_grad():
                 for step in fixed_steps(
                     self.method, function, state, seconds, solver.step_size, Log(direction, names, [])
                 ):
-                    if not all(bool(component.isfinite().all()) for component in step.end):
+                    if not all_finite(*step.end):
                         raise failure.blow_up(direction, solver.method, step.t0, step.t1 - step.t0, names, step.end)
         dt = math.copysign(solver.step_size or abs(seconds[-1] - seconds[0]), seconds[-1] - seconds[0])
         raise failure.blow_up(direction, solver.method, seconds[-1], dt, names, end)

@@ -138,8 +138,11 @@ class Loop:
     def _save_before(self) -> None:
         """Save as ``last`` the weights that the step which has just failed started from.
 
-        A run that goes on from there draws other batches than those that failed.
+        A run that goes on from there draws other batches than those that failed. Of several processes one may have
+        failed alone, and would wait for ever for the others to save with it, so that nothing is saved.
         """
+        if self.fabric.world_size > 1:
+            return
         position = self.state.position
         self.state.position = replace(position, step=position.step - 1, step_in_stage=position.step_in_stage - 1)
         self._save("last")

@@ -164,7 +164,7 @@ class Reporter:
     ) -> None:
         """Draw the averaged flow, or ``flow``, and a solve into ``plots/`` and TensorBoard.
 
-        The solve is that of ``statistics``, of training, or else the last one of validation or test.
+        The solve is that of ``statistics``, of training, or else the last one of validation.
         """
         if not self.pictures or not self.fabric.is_global_zero:
             return
