@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from flows import plots
 from flows.training.checkpoint import run_folder
-from flows.training.conditioning import comparable_points, readable_dataset, sampling_contexts
+from flows.training.conditioning import comparable_points, guidance_caveat, readable_dataset, sampling_contexts
 from flows.training.console import readable_errors
 from flows.training.overrides import register_parts, with_changes
 from flows.training.rebuild import build_dataset, load_run, place
@@ -32,6 +32,8 @@ def main(composed: DictConfig) -> None:
         flow = place(run.flow, settings["device"])
         if settings["guidance"] is not None:
             flow = flow.guided(settings["guidance"])
+            if caveat := guidance_caveat(run.config):
+                print(f"Caution: {caveat}")
         generator = torch.Generator().manual_seed(settings["seed"])
         output = output or run_folder(run.checkpoint) / "samples" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.npy"
         dataset, unknown = None, ""

@@ -268,6 +268,31 @@ def test_a_conditional_flow_is_trained_evaluated_and_sampled_by_class(run, tmp_p
     assert run("sample", "checkpoint=run", "class=2")[0] == 2
 
 
+def test_sampling_with_guidance(run, tmp_path):
+    """A weight of 1 changes nothing, one of 0 forgets the class, and 2 overstates it."""
+    classes = (*TINY, "data=moons_by_class")
+    assert run("train", *classes, "objective.flow_matching.objective.context_dropout=0.2", "output_dir=run")[0] == 0
+    drawn = {}
+    for choices in ("class=0", "class=0 guidance=1", "class=0 guidance=0", "class=1 guidance=0", "class=0 guidance=2"):
+        base = ("sample", "checkpoint=run", "num_samples=20", "plot=false", "output=samples.npy")
+        code, out, err = run(*base, *choices.split())
+        assert code == 0, err
+        assert "Caution" not in out
+        drawn[choices] = np.load(tmp_path / "samples.npy")
+    np.testing.assert_allclose(drawn["class=0 guidance=1"], drawn["class=0"], atol=1e-5)
+    np.testing.assert_allclose(drawn["class=0 guidance=0"], drawn["class=1 guidance=0"], atol=1e-5)
+    assert abs(drawn["class=0 guidance=2"] - drawn["class=0"]).max() > 1e-3
+
+    assert run("train", *classes, "output_dir=always")[0] == 0
+    code, out, _ = run("sample", "checkpoint=always", "class=0", "guidance=2", "plot=false")
+    assert code == 0
+    assert "Caution: no stage of this run left out contexts" in out
+    assert run("train", *TINY, "output_dir=unconditional")[0] == 0
+    code, _, err = run("sample", "checkpoint=unconditional", "guidance=2")
+    assert code == 2
+    assert "guidance needs a field with a context_shape" in err
+
+
 def test_a_table_that_has_moved(run, tmp_path):
     """Sampling goes on without it, evaluation with its new path alone; column names with commas survive."""
     rows = np.random.default_rng(0).normal(size=(60, 3)).round(4)

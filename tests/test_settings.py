@@ -61,7 +61,7 @@ def settings(*overrides):
         ("field.hidden=64", "field.hidden must be a list, each a whole number, got 64"),
         ("field.hidden=[8,a]", r"field.hidden must be a list, each a whole number, got \[8, 'a'\]"),
         ("solver.step_size=abc", "solver.step_size must be a number or null, got 'abc'"),
-        ("+field.depth=3", r"there is no setting field.depth; field has hidden, "),
+        ("+field.depth=3", r"there is no setting field.depth; field has hidden, .*\. ~field.depth takes it away where"),
         ("+solver.step_sise=3", r"there is no setting solver.step_sise \(did you mean step_size\?\)"),
         ("objective.flow_matching.steps=0", "^objective.flow_matching.steps must be a whole number >= 1, got 0"),
         ("objective.flow_matching.objective.target=x", "^objective.flow_matching.objective.target must be"),

@@ -220,6 +220,13 @@ def test_where_max_step_keeps_steps_short_the_failure_says_so():
         solver.solve(lambda t, state: (-state[0],), (torch.ones(1, 1),), (0.0, 1.0))
 
 
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
+def test_a_max_step_that_the_clock_cannot_show_is_refused(gradient):
+    solver = ODESolver(max_step=1e-7, gradient=gradient)
+    with pytest.raises(ValueError, match=r"max_step must be at least 1.9e-06, what torch.float32 resolves, got 1e-07"):
+        solver.solve(lambda t, state: (-state[0],), (torch.ones(1, 1, dtype=torch.float32),), (0.0, 1.0))
+
+
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "scipy_solver"])
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
 def test_nothing_to_solve(method, gradient):
@@ -234,11 +241,12 @@ def test_nothing_to_solve(method, gradient):
 )
 @pytest.mark.filterwarnings("ignore:The following arguments have no effect", "ignore:lsoda")
 def test_scipy_is_stopped_too(name, message):
-    """x′ = x² from 1 has no solution beyond t = 1."""
+    """x′ = x² from 1 has no solution beyond t = 1; from 0.5, none beyond 2."""
     solver = ODESolver(method="scipy_solver", options={"solver": name}, max_steps=30 if name == "LSODA" else 1000)
-    with torch.no_grad(), pytest.raises(SolverError, match=message) as failure:
-        solver.solve(lambda t, y: (y[0] ** 2,), (torch.ones(2, 1),), [0.0, 2.0])
+    with torch.no_grad(), pytest.raises(SolverError, match=message + ".*, limited by the state of sample 1") as failure:
+        solver.solve(lambda t, y: (y[0] ** 2,), (torch.tensor([[0.5], [1.0]]),), [0.0, 2.0])
     assert 0.9 < failure.value.t < 1.1
+    assert (failure.value.component, failure.value.sample) == ("state", 1)
 
 
 def test_equal_solvers_are_equal():

@@ -382,11 +382,13 @@ def quick_compiler(monkeypatch):
 @pytest.mark.parametrize("estimator", [Analytic(), Hutchinson(2, mode="forward")])
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_compiled_training_is_training(tmp_path, quick_compiler, estimator):
+    costly = MaximumLikelihood({"kinetic": KineticEnergy(0.1), "jacobian": JacobianNorm(0.1)})
+    stages = STAGES | {"costly": replace(STAGES["maximum_likelihood"], objective=costly)}
     runs = {}
     for setting in (False, True):
         dataset = small_table()
         flow = small_flow(dataset, estimator)
-        short = {name: replace(stage, steps=2, warmup_steps=0) for name, stage in STAGES.items()}
+        short = {name: replace(stage, steps=2, warmup_steps=0) for name, stage in stages.items()}
         trainer = small_trainer(tmp_path / str(setting), dataset, stages=short, flow=flow, compile=setting)
         trainer.fit()
         runs[setting] = flow_of(trainer)

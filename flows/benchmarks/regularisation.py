@@ -99,6 +99,7 @@ def add_command(benchmarks: Any, settings: Callable[..., Mapping[str, Any]]) -> 
     )
     part.add_argument("--data", nargs="+", choices=list(CASES), default=list(CASES), help="default: both")
     part.add_argument("--weight", type=float, help="of both costs (default: one for each data set)")
+    part.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     part.add_argument("--output", type=Path, default=Path("runs/benchmarks/regularisation"), help="(%(default)s)")
     part.set_defaults(run=lambda arguments: _print_report(arguments, settings))
 
@@ -108,7 +109,7 @@ def _print_report(arguments: argparse.Namespace, settings: Callable[..., Mapping
     folder = new_folder(arguments.output)
     for name in arguments.data:
         case = CASES[name] if arguments.weight is None else replace(CASES[name], weight=arguments.weight)
-        *outcomes, error = compare(settings(*case.overrides), case.weight, folder / name)
+        *outcomes, error = compare(settings(*case.overrides, f"seed={arguments.seed}"), case.weight, folder / name)
         (folder / f"{name}.json").write_text(to_json({outcome.name: asdict(outcome) for outcome in outcomes}))
         print("\n".join(table(name, case, *outcomes, error)), flush=True)
     print(f"\nthe runs are in {folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -102,6 +103,12 @@ class ErrorNorm:
         exact = torch.promote_types(ratios.dtype, torch.float32)  # bfloat16 has no 257
         ratios, worst = torch.stack([ratios.to(exact), worst.to(exact)]).tolist()  # the one wait for the device
         return ratios, [int(index) for index in worst]
+
+    def worst(self, error: State, before: State, after: State) -> tuple[float, str, int]:
+        """The largest error over tolerance, NaN if there is one, with its component and sample."""
+        ratios, samples = self(error, before, after)
+        i = max(range(len(ratios)), key=lambda i: math.inf if math.isnan(ratios[i]) else ratios[i])
+        return ratios[i], self.names[i], samples[i]
 
     def extended(self, name: str, size: int) -> ErrorNorm:
         """With further components up to ``size``, all of that name."""

@@ -120,13 +120,15 @@ def blow_up(direction: str, method: str, t: float, dt: float, names: Sequence[st
     )
 
 
-def gave_up(method: str, t: float, dt: float) -> SolverError:
+def gave_up(method: str, t: float, dt: float, last: Attempt) -> SolverError:
     """A solver of scipy has stopped on its way."""
     return SolverError(
-        f"method {method!r} has stopped at t = {t:.4g}. "
+        f"method {method!r} has stopped at t = {t:.4g}{_limited(last)}. "
         + _advice("larger rtol and atol", "dopri5, which says where the field gets stiff", _TRAINING),
         t,
         dt,
+        last.component,
+        last.sample,
     )
 
 

@@ -13,6 +13,8 @@ from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from flows.solvers import failure
+from flows.solvers.control import ErrorNorm
+from flows.solvers.failure import SolverError
 from flows.solvers.problem import RightHandSide, State
 from flows.solvers.statistics import Attempt
 from flows.solvers.stepping import Log, grid
@@ -25,8 +27,7 @@ def integrate_by_torchdiffeq(
     function: RightHandSide,
     state: State,
     times: Sequence[float],
-    rtol: float,
-    atol: float,
+    norm: ErrorNorm,
     step_size: float | None,
     max_steps: int,
     options: Mapping[str, Any],
@@ -46,28 +47,39 @@ def integrate_by_torchdiffeq(
         given["grid_constructor"] = lambda f, y, t: points
         function.callback_step = lambda t, y, dt: log.step(Attempt(float(t), float(dt)))
     if method != "scipy_solver":
-        return odeint(function, state, at, rtol=rtol, atol=atol, method=method, options=given)
+        return odeint(function, state, at, rtol=norm.rtol, atol=norm.atol, method=method, options=given)
     reached: deque[float] = deque([times[0]], maxlen=20)  # the times of the last evaluations
+    latest = state
 
     def step() -> float:
         """About how far scipy gets with a step: it evaluates some times more than once."""
         return (reached[-1] - reached[0]) / len(reached)
 
     def limited(t: Tensor, y: State) -> State:
-        nonlocal evaluations
+        nonlocal evaluations, latest
         evaluations += 1
         reached.append(float(t))
+        latest = y
         if evaluations > EVALUATIONS * max_steps:
-            raise failure.step_limit(log.direction, max_steps, reached[-1], step())
+            raise failure.step_limit(log.direction, max_steps, reached[-1], step(), fastest())
         return function(t, y)
+
+    def fastest() -> Attempt:
+        """A step that ended here, limited by the component that moves most there, over its tolerance."""
+        with torch.no_grad():
+            speed = norm.worst(function(reached[-1], latest), latest, latest)
+        return Attempt(reached[-1], step(), False, *speed)
+
+    def stopped() -> SolverError:
+        return failure.gave_up(method, reached[-1], step(), fastest())
 
     evaluations = 0
     try:
-        states = odeint(limited, state, at, rtol=rtol, atol=atol, method=method, options=given)
+        states = odeint(limited, state, at, rtol=norm.rtol, atol=norm.atol, method=method, options=given)
     except RuntimeError as error:
         if "invalid for input of size" not in str(error):  # torchdiffeq arranges times that scipy has not reached
             raise
-        raise failure.gave_up(method, reached[-1], step()) from None
+        raise stopped() from None
     if len(states[0]) < len(times):
-        raise failure.gave_up(method, reached[-1], step())
+        raise stopped()
     return states

@@ -172,7 +172,8 @@ class ODESolver:
 
         Raises:
             SolverError: the step size underflows, ``max_steps`` is reached, or the state becomes non-finite.
-            ValueError: the times are no such sequence or require gradients.
+            ValueError: the times are no such sequence or require gradients, or ``max_step`` is less than the dtype
+                resolves.
         """
         task = Task(self, dynamics, state, times)
         if state[0].numel() == 0:  # nobody moves

@@ -68,6 +68,8 @@ def adaptive_steps(
     """
     t, sign = start, math.copysign(1.0, end - start)
     finest = 16 * torch.finfo(state[0].dtype).eps * max(abs(start), abs(end))  # stage times would fall together
+    if max_step < finest:
+        raise ValueError(f"max_step must be at least {finest:.2g}, what {state[0].dtype} resolves, got {max_step:g}")
     slope = function(t, state)
     size, bad = _initial_size(method, function, state, slope, start, end, norm)
     if bad:
@@ -91,12 +93,10 @@ def adaptive_steps(
             raise failure.underflow(log.direction, norm.rtol, norm.atol, t, sign * size, last)
         log.start()
         step = take_step(method, function, t, target, state, slope)
-        ratios, samples = norm(error_estimate(method, step), state, step.end)
-        worst = max(range(len(ratios)), key=lambda i: math.inf if math.isnan(ratios[i]) else ratios[i])
-        ratio = ratios[worst]
+        ratio, component, sample = norm.worst(error_estimate(method, step), state, step.end)
         shortest = size <= min_step * (1 + ROUNDING)
         accepted = ratio <= 1 or (shortest and math.isfinite(ratio))
-        last = Attempt(t, target - t, accepted, ratio, log.names[worst], samples[worst])
+        last = Attempt(t, target - t, accepted, ratio, component, sample)
         log.step(last, slope)
         if shortest and not accepted:
             raise failure.not_finite(log.direction, t, sign * size, log.names, state, slope)

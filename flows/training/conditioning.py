@@ -56,6 +56,17 @@ def check_samples(dataset: Dataset, stages: Mapping[str, Stage]) -> None:
             )
 
 
+def guidance_caveat(config: Mapping[str, Any]) -> str | None:
+    """What to tell who samples with guidance from a run with these settings; ``None``: nothing."""
+    stages = config.get("objective", {})
+    if any(stage.get("objective", {}).get("context_dropout") for stage in stages.values()):
+        return None
+    return (
+        "no stage of this run left out contexts, so the field without one, which guidance leads away from, has not "
+        "been trained; train with objective.flow_matching.objective.context_dropout=0.1"
+    )
+
+
 def chosen_context(
     context_shape: Sequence[int] | None,
     num_classes: int | None,

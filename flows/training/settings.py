@@ -91,7 +91,8 @@ def check_settings(config: Any, part: str = "", given: Iterable[str] = ()) -> No
         if str(key).startswith("_"):
             continue
         if closed and key not in names:
-            raise SettingsError(no_setting(key, part, [name for name in names if name not in given]))
+            text = no_setting(key, part, [name for name in names if name not in given])
+            raise SettingsError(f"{text}. ~{_join(part, key)} takes it away where an experiment has set it")
         if key in hints:
             check_type(_join(part, key), value, hints[key])
         check_settings(value, _join(part, key))
