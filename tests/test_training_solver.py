@@ -29,21 +29,39 @@ ADAPTIVE = ODESolver(rtol=1e-3, atol=1e-3)
 
 
 class Unsolvable(FlowMatching):
-    """Fails on batches of which the test says so."""
+    """Fails on batches of which the test says so, at once or in the backward pass, as an adjoint solve does."""
 
-    def __init__(self, fails):
+    def __init__(self, fails, backward=False):
         super().__init__()
         object.__setattr__(self, "fails", fails)
+        object.__setattr__(self, "backward", backward)
 
     def __call__(self, flow, batch, generator=None):
+        failure = SolverError("the solve underflowed", 0.25, 1e-9, "log_density", 7)
+        first = FailsBackward.apply(flow.field.out.weight.sum(), failure)  # so it is the last of the backward pass
         output = super().__call__(flow, batch, generator)
-        if self.fails(batch):
-            raise SolverError("the solve underflowed", 0.25, 1e-9, "log_density", 7)
-        return output
+        if not self.fails(batch):
+            return output
+        if not self.backward:
+            raise failure
+        return replace(output, loss=output.loss + first)
 
 
-def stages(fails, steps=6):
-    return {"matching": Stage(Unsolvable(fails), steps=steps, batch_size=16, learning_rate=1e-2)}
+class FailsBackward(torch.autograd.Function):
+    """The identity, without a gradient."""
+
+    @staticmethod
+    def forward(context, value, failure):
+        context.failure = failure
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise context.failure
+
+
+def stages(fails, steps=6, backward=False):
+    return {"matching": Stage(Unsolvable(fails, backward), steps=steps, batch_size=16, learning_rate=1e-2)}
 
 
 def on_calls(*numbers):
@@ -96,9 +114,11 @@ def test_weights_whose_validation_fails_are_passed_over(tmp_path, monkeypatch):
     assert "these weights were not compared with the best: validation stopped at step 3" in warning[1]
 
 
-def test_a_skipped_batch_leaves_no_trace_but_itself(tmp_path):
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_skipped_batch_leaves_no_trace_but_itself(tmp_path, backward):
     """The weights are those of a run that is never given the batch."""
-    skipped = small_trainer(tmp_path / "skipped", stages=stages(on_calls(3)), on_solver_error="skip")
+    failing = stages(on_calls(3), backward=backward)
+    skipped = small_trainer(tmp_path / "skipped", stages=failing, on_solver_error="skip")
     skipped.fit()
     dataset = small_gaussian()
     original = dataset.train_stream
