@@ -236,8 +236,9 @@ def test_a_sweep_gives_each_job_a_folder(run, tmp_path):
     assert [float(row["test_nll"]) for row in table] == [found["Analytic"], found["Exact"]]
 
 
-def test_a_sweep_goes_on_after_a_failed_job(run, tmp_path):
-    code, out, err = run("train", "-m", *TINY, "output_dir=sweep", "solver.step_size=-1,0.5")
+@pytest.mark.parametrize("setting", ["output_dir", "hydra.sweep.dir"])
+def test_a_sweep_goes_on_after_a_failed_job(run, tmp_path, setting):
+    code, out, err = run("train", "-m", *TINY, f"{setting}=sweep", "solver.step_size=-1,0.5")
     assert code == 2
     assert "Error in solver.step_size--1: " in err
     assert "step_size > 0" in err
@@ -246,6 +247,7 @@ def test_a_sweep_goes_on_after_a_failed_job(run, tmp_path):
     assert "NLL" in out
     assert (tmp_path / "sweep/solver.step_size-0.5/summary.json").exists()
     assert out.strip().endswith("all figures in sweep/sweep.csv")
+    assert out.count("all figures in") == 1
 
 
 def test_a_conditional_flow_is_trained_evaluated_and_sampled_by_class(run, tmp_path):

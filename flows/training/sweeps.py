@@ -27,6 +27,8 @@ COLUMNS = (  # of the table: title, figure, its standard error, form
 )
 LONGEST = 100  # characters; folders have a limit, and names a reader
 
+_folders: dict[str | None, Path] = {}  # of the sweep that runs in this process, by what was given for it
+
 
 def job_name(overrides: Sequence[str], arguments: Sequence[str], number: int) -> str:
     """What sets a job apart: ``divergence-exact_seed-1`` for the overrides that the command line sweeps over.
@@ -47,13 +49,14 @@ def job_name(overrides: Sequence[str], arguments: Sequence[str], number: int) ->
 
 
 def current_job() -> str | None:
-    """The name of the job of a sweep that is running; None outside a sweep."""
+    """The name of the job of a sweep that is running; ``None`` outside a sweep."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     settings = HydraConfig.get()
     if settings.mode != RunMode.MULTIRUN:
         return None
+    _folders.setdefault(settings.sweep.dir, Path(settings.sweep.dir))  # where hydra.sweep.dir itself was given
     return job_name(settings.overrides.task, sys.argv[1:], settings.job.num)
 
 
@@ -67,19 +70,18 @@ def sweeping() -> Iterator[None]:
     """
     from omegaconf import OmegaConf
 
-    folders: dict[str | None, Path] = {}
-
     def folder(given: str | None) -> str:
-        if given not in folders:
-            folders[given] = new_folder(RUNS / "sweeps") if given is None else Path(given)
-        return str(folders[given])
+        if given not in _folders:
+            _folders[given] = new_folder(RUNS / "sweeps") if given is None else Path(given)
+        return str(_folders[given])
 
+    _folders.clear()
     OmegaConf.register_new_resolver("job_name", current_job, replace=True)
     OmegaConf.register_new_resolver("sweep_folder", folder, replace=True)
     try:
         yield
     finally:
-        for path in folders.values():
+        for path in dict.fromkeys(_folders.values()):
             if results := sweep_results(path):
                 _write_csv(path / "sweep.csv", results)
                 print(f"\n{sweep_table(results)}\n\nall figures in {path / 'sweep.csv'}")
