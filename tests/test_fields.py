@@ -57,8 +57,23 @@ def test_closed_form_is_the_dense_trace(event_shape, hidden, kind, context_shape
     torch.testing.assert_close(ours, dense, rtol=0, atol=1e-10)
     parameters = list(field.parameters())
     ours, dense = (torch.autograd.grad(d.sin().sum(), parameters, allow_unused=True) for d in (ours, dense))
-    for a, b in zip(ours, dense, strict=True):
-        torch.testing.assert_close(*(torch.zeros(()) if g is None else g for g in (a, b)))
+    for parameter, a, b in zip(parameters, ours, dense, strict=True):
+        torch.testing.assert_close(*(torch.zeros_like(parameter) if g is None else g for g in (a, b)))
+
+
+@pytest.mark.parametrize("hidden", [(7, 5, 6), (3, 6, 2, 5), (9, 8, 7, 6, 5)])
+def test_products_of_weights_that_would_be_too_large_are_not_kept(hidden, monkeypatch):
+    """Tangents are then pushed one by one, to the same trace."""
+    for event_shape in EVENTS:
+        field = randomised(MLP(event_shape, hidden))
+        x, t = torch.randn(4, *event_shape), torch.tensor(0.3)
+        expected = field.value_and_divergence(t, x)[1]
+        assert torch.equal(field.value_and_divergence(t, x)[1], expected)
+        with monkeypatch.context() as patch:
+            patch.setattr("flows.fields.trace.LARGEST", 0)
+            pushed = field.value_and_divergence(t, x)[1]
+        torch.testing.assert_close(pushed, expected, rtol=0, atol=1e-10)
+        assert not torch.equal(pushed, expected)  # in another order
 
 
 @pytest.mark.parametrize("name", ["tanh", "silu", "softplus", "sine", "elementwise"])

@@ -32,7 +32,7 @@ class Tanh(Activation):
 
     def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
         value = z.tanh()
-        return value, 1 - value.square()
+        return value, 1 - value * value
 
 
 class SiLU(Activation):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from flows.fields.activations import Activation
-from flows.fields.base import Field
+from flows.fields.base import BoundField, Field
 from flows.fields.trace import PerceptronTrace, perceptron_products
 from flows.naming import by_name
 
@@ -54,9 +54,11 @@ class ConcatSquashMLP(Field):
             h = self.activation(layer(h, condition)[0])
         return self.layers[-1](h, condition)[0].view_as(x)
 
-    def value_and_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """v (B, *event) and div v (B,)."""
-        value, weights, slopes, gate = self._value_and_slopes(t, x, context)
+    def value_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None, gating: _Gating | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """v (B, *event) and div v (B,); ``gating`` holds what :meth:`bind` has put together."""
+        value, weights, slopes, gate = self._value_and_slopes(t, x, context, gating)
         return value, self._divergence(weights, slopes, gate)
 
     def value_divergence_and_products(
@@ -65,16 +67,17 @@ class ConcatSquashMLP(Field):
         x: Tensor,
         directions: Tensor,  # (P, B, *event)
         context: Tensor | None = None,
+        gating: _Gating | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Beside v and div v the products J u (P, B, *event), each at the price of one evaluation."""
-        value, weights, slopes, gate = self._value_and_slopes(t, x, context)
+        value, weights, slopes, gate = self._value_and_slopes(t, x, context, gating)
         products = perceptron_products(weights, slopes, directions)
         if gate is not None:
             products = gate.view(-1, *self.event_shape) * products
         return value, self._divergence(weights, slopes, gate), products
 
     def _value_and_slopes(
-        self, t: Tensor, x: Tensor, context: Tensor | None
+        self, t: Tensor, x: Tensor, context: Tensor | None, gating: _Gating | None
     ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
         """v, and J as diag(gate) W_out diag(slopes_L) W_L ··· diag(slopes_1) W_1.
 
@@ -84,7 +87,9 @@ class ConcatSquashMLP(Field):
         h = x.flatten(1)
         slopes = []
         if len(condition) == 1:
-            *maps, (weight, bias) = [layer.folded(condition) for layer in self.layers]
+            gates, biases = (_Gating(self.layers) if gating is None else gating)(condition)
+            folded = [gate.T * weight for gate, weight in zip(gates, self._weights(), strict=True)]
+            *maps, (weight, bias) = zip(folded, (bias.squeeze(0) for bias in biases), strict=True)
             for w, b in maps:
                 h, slope = self.activation.value_and_slope(functional.linear(h, w, b))
                 slopes.append(slope)
@@ -95,6 +100,9 @@ class ConcatSquashMLP(Field):
             slopes.append(slope * gate)
         value, gate = self.layers[-1](h, condition)
         return value.view_as(x), self._weights(), slopes, gate
+
+    def bind(self, context: Tensor | None = None) -> BoundField:
+        return _BoundConcatSquash(self, context)
 
     def _divergence(self, weights: list[Tensor], slopes: list[Tensor], gate: Tensor | None) -> Tensor:  # (B,)
         if gate is None:
@@ -127,8 +135,43 @@ class _ConcatSquash(nn.Module):
         gate = self.gate(condition).sigmoid()
         return torch.addcmul(self.shift(condition), self.linear(h), gate), gate
 
-    def folded(self, condition: Tensor) -> tuple[Tensor, Tensor]:  # condition: (1, c)
-        """Weight and bias of the affine map that the layer is under this condition."""
-        gate = self.gate(condition).sigmoid()
-        bias = torch.addcmul(self.shift(condition), self.linear.bias, gate)
-        return gate.T * self.linear.weight, bias.squeeze(0)
+
+class _Gating:
+    """Gates and biases of all layers from one product each.
+
+    Args:
+        layers: whose parameters are put together.
+    """
+
+    def __init__(self, layers: Iterable[_ConcatSquash]) -> None:
+        parts = [(layer.gate.weight, layer.gate.bias, layer.shift.weight, layer.linear.bias) for layer in layers]
+        self.gate, self.offset, self.shift, self.bias = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        self.widths = [len(gate) for gate, *_ in parts]
+
+    def __call__(
+        self,
+        condition: Tensor,  # (1 or B, c)
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:  # (1 or B, width) for each layer
+        """Of each layer the gate g, and g b + B c, so that it is g ∘ W h plus that."""
+        gate = functional.linear(condition, self.gate, self.offset).sigmoid()
+        bias = functional.linear(condition, self.shift) + self.bias * gate
+        return gate.split(self.widths, 1), bias.split(self.widths, 1)
+
+
+class _BoundConcatSquash(BoundField):
+    """The field bound for a solve: the parameters of its gates are put together at their first use, once."""
+
+    def __init__(self, field: ConcatSquashMLP, context: Tensor | None) -> None:
+        super().__init__(field, context)
+        self._cached: _Gating | None = None
+
+    def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.field.value_and_divergence(t, x, self.context, self._gating())
+
+    def value_divergence_and_products(self, t: Tensor, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.field.value_divergence_and_products(t, x, directions, self.context, self._gating())
+
+    def _gating(self) -> _Gating:
+        if self._cached is None:
+            self._cached = _Gating(self.field.layers)
+        return self._cached

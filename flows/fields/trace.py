@@ -7,6 +7,8 @@ import itertools
 from torch import Tensor
 from torch.nn import functional
 
+LARGEST = 2**22  # numbers in a product of weights that is kept
+
 
 class CycleTrace:
     r"""tr(D_N W_N ··· D_2 W_2 D_1 W_1) with W_n shared by the batch and D_n = diag(slopes of node n).
@@ -17,8 +19,10 @@ class CycleTrace:
 
     * one node: Σ_i a_i (W_1)_ii;
     * two nodes: bᵀ (W_2 ∘ W_1ᵀ) a, one matrix product a batch;
-    * more: the tangents of one node are pushed around the cycle. The node is the one that makes it cheapest,
-      usually the narrowest: (its width) × (the other widths), never the dimension of the event as such.
+    * more: the tangents of one node are pushed around the cycle, from both sides, until they meet. The node is the one
+      that makes it cheapest, usually the narrowest: (its width) × (the other widths), never the dimension of the event
+      as such. The first push of a side, u = W_2 D_1 w for each column w of W_1, is a product a (W_2 ∘ w)ᵀ of the
+      slopes a of the whole batch with what depends on the weights alone.
 
     Args:
         weights: W_1 (w_1 × w_N), W_2 (w_2 × w_1), ..., W_N (w_N × w_{N−1}).
@@ -26,31 +30,64 @@ class CycleTrace:
 
     def __init__(self, weights: list[Tensor]) -> None:
         self.count = len(weights)
+        self.start = _cheapest([len(weight) for weight in weights])
         if self.count == 1:
             self.constant = weights[0].diagonal()
-        elif self.count == 2:
+            return
+        if self.count == 2:
             self.constant = weights[1] * weights[0].T
+            return
+        first, *middle, last = (weights[(self.start + 1 + k) % self.count] for k in range(self.count))
+        self.middle = middle[1:-1]
+        if self.count == 3:
+            self.rising = _Push(first.T, middle[0], last)
         else:
-            start = _cheapest([len(weight) for weight in weights])
-            self.start = start
-            self.weights = [weights[(start + 1 + k) % self.count] for k in range(self.count)]
+            self.rising, self.falling = _Push(first.T, middle[0]), _Push(last, middle[-1].T)
 
     def __call__(
         self,
-        slopes: list[Tensor],  # N tensors (B, w_n) or (1, w_n)
+        slopes: list[Tensor | None],  # N tensors (B, w_n) or (1, w_n); None for ones at the start
     ) -> Tensor:  # (B,)
         """The trace for each sample."""
         if self.count == 1:
             return slopes[0] @ self.constant
         if self.count == 2:
             return ((slopes[0] @ self.constant.T) * slopes[1]).sum(-1)
-        nodes = [slopes[(self.start + 1 + k) % self.count] for k in range(self.count)]
-        first, *middle, last = self.weights
-        tangents = nodes[0] * first.T.unsqueeze(1)  # (w_start, B, w), so that one product serves all of them
-        for weight, slope in zip(middle, nodes[1:-1], strict=True):
-            tangents = slope * functional.linear(tangents, weight)
-        closing = (tangents * last.unsqueeze(1)).sum(-1)  # (w_start, B), the diagonal of last @ tangents
-        return (closing * nodes[-1].T).sum(0)
+        first, *between, last, own = (slopes[(self.start + 1 + k) % self.count] for k in range(self.count))
+        tangents = self.rising(first)
+        if self.count == 3:
+            slope = last
+        else:
+            *between, slope = between
+            for weight, passed in zip(self.middle, between, strict=True):
+                tangents = functional.linear(passed.unsqueeze(1) * tangents, weight)
+            tangents = tangents * self.falling(last)
+        if own is None:
+            return (tangents.sum(1) * slope).sum(-1)
+        return ((tangents * slope.unsqueeze(1)).sum(-1) * own).sum(-1)
+
+
+class _Push:
+    """a (B, n) to the k tangents W diag(a) v, (B, k, m), times constants r (k, m) if given.
+
+    Args:
+        tangents: v, (k, n).
+        weight: W, (m, n).
+        scales: r.
+    """
+
+    def __init__(self, tangents: Tensor, weight: Tensor, scales: Tensor | None = None) -> None:
+        self.tangents, self.weight, self.scales = tangents, weight, scales
+        self.product = None  # (k m, n), all that depends on the weights
+        if len(tangents) * weight.numel() <= LARGEST:
+            product = weight * tangents.unsqueeze(1)
+            self.product = (product if scales is None else product * scales.unsqueeze(2)).flatten(0, 1)
+
+    def __call__(self, slopes: Tensor) -> Tensor:
+        if self.product is not None:
+            return functional.linear(slopes, self.product).unflatten(1, (len(self.tangents), -1))
+        pushed = functional.linear(slopes.unsqueeze(1) * self.tangents, self.weight)
+        return pushed if self.scales is None else pushed * self.scales
 
 
 def _cost(widths: list[int], start: int) -> int:
@@ -87,9 +124,10 @@ class PerceptronTrace:
     def __init__(self, weights: list[Tensor], gate_per_sample: bool = False) -> None:
         *hidden, out = weights
         self.visits_event = len(self._nodes(weights, gate_per_sample)) == len(weights)
-        self.ones = None if gate_per_sample else out.new_ones(1, len(out))
         if self.visits_event:
             self.cycle = CycleTrace([*hidden, out])
+            starts_there = self.cycle.start == len(hidden)
+            self.ones = None if gate_per_sample or starts_there else out.new_ones(1, len(out))
         else:
             self.cycle = CycleTrace([hidden[0] @ out, *hidden[1:]])
 
