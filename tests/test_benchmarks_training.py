@@ -47,7 +47,7 @@ class Clock:
 class Noughts:
     """Batches that hold nothing of interest."""
 
-    def train_stream(self, batch_size, generator):
+    def train_stream(self, batch_size, generator, device=None):
         return self
 
     def next(self):

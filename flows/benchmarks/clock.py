@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from flows.benchmarks.timing import synchronise
 from flows.datasets import Dataset
 from flows.training.ema import ExponentialMovingAverage
 from flows.training.stage import Stage
@@ -85,7 +86,7 @@ def _steps(
     gradient_clip: float,
 ) -> Iterator[float]:
     """Do a step after the other, and say after each how many seconds all have taken."""
-    stream = dataset.train_stream(stage.batch_size, generator)
+    stream = dataset.train_stream(stage.batch_size, generator, next(model.parameters()).device)
     optimizer = (stage.optimizer or torch.optim.Adam)(model.parameters(), lr=stage.learning_rate)
     elapsed = 0.0
     while elapsed < seconds:
@@ -98,5 +99,6 @@ def _steps(
         nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
         optimizer.step()
         average.update_parameters(model)
+        synchronise()
         elapsed += time.perf_counter() - start
         yield elapsed

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.benchmarks.timing import alternating_medians
+from flows.benchmarks.timing import add_device, alternating_medians, machine
 from flows.cnf import CNF
 from flows.datasets import Batch
 from flows.divergence import Analytic, Exact, Hutchinson
@@ -51,25 +51,27 @@ def add_command(benchmarks: Any) -> None:
     description = "How much faster trainer.compile=true makes a training step, and how long compiling takes."
     part = benchmarks.add_parser("compile", help=description, description=description)
     part.add_argument("--batch", type=int, default=512, help="points (%(default)s)")
+    add_device(part)
     part.add_argument("--seconds", type=float, default=2.0, help="to spend on each case, at least (%(default)s)")
     part.set_defaults(run=_print_report)
 
 
 def _print_report(arguments: argparse.Namespace) -> None:
-    print(f"batch {arguments.batch}; {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for row in report(arguments.batch, arguments.seconds):
+    print(f"batch {arguments.batch}; {machine(arguments.device)}")
+    for row in report(arguments.batch, arguments.seconds, arguments.device):
         print(row, flush=True)
 
 
-def report(batch_size: int, seconds_each: float) -> Iterator[str]:
+def report(batch_size: int, seconds_each: float, device: str = "cpu") -> Iterator[str]:
     """A line for each subject: milliseconds a step without and with compilation, their ratio, seconds to compile."""
     yield f"{'':50}{'eager ms':>10}{'compiled ms':>13}{'times faster':>14}{'to compile, s':>15}"
     for name, build in SUBJECTS.items():
         torch.compiler.reset()  # what was compiled for other subjects counts towards a limit
         torch.manual_seed(0)
         flow, objective = build()
+        flow.to(device)
         other = copy.deepcopy(flow)
-        x = torch.randn(batch_size, *flow.event_shape)
+        x = torch.randn(batch_size, *flow.event_shape, device=device)
         with compiled(other, objective):
             started = time.perf_counter()
             _step(other, objective, x)()
@@ -82,7 +84,7 @@ def report(batch_size: int, seconds_each: float) -> Iterator[str]:
 
 def _step(flow: CNF, objective: Objective, x: Tensor) -> Callable[[], None]:
     def step() -> None:
-        objective(flow, Batch(x), torch.Generator().manual_seed(0)).loss.backward()
+        objective(flow, Batch(x), torch.Generator(x.device).manual_seed(0)).loss.backward()
         flow.zero_grad()
 
     return step

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.benchmarks import probing_noise, subjects
-from flows.benchmarks.timing import alternating_medians
+from flows.benchmarks.timing import add_device, alternating_medians, machine
 from flows.divergence import DivergenceEstimator
 from flows.fields import bind
 
@@ -38,13 +38,13 @@ def add_command(benchmarks: Any) -> None:
     part.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     part.add_argument("--dimensions", type=int, nargs="+", default=list(subjects.WIDTHS), help="default: %(default)s")
     part.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, at least (%(default)s)")
+    add_device(part)
     part.set_defaults(run=_print_report)
 
 
 def _print_report(arguments: argparse.Namespace) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    threads = torch.get_num_threads()
-    print(f"{device}, {threads} threads, torch {torch.__version__}; the cost of one evaluation in bare evaluations of")
+    device = arguments.device
+    print(f"{machine(device)}; the cost of one evaluation in bare evaluations of")
     print(f"the field (median of alternating runs of {EVALUATIONS}), and how many times cheaper than the loop")
     groups = {
         "mlp": lambda: [subjects.perceptron(dimension) for dimension in arguments.dimensions],

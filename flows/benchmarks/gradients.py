@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flows.benchmarks.memory import peak_memory
-from flows.benchmarks.timing import alternating_medians
+from flows.benchmarks.timing import add_device, alternating_medians, machine
 from flows.cnf import CNF
 from flows.divergence import Analytic, DivergenceEstimator
 from flows.fields import ConcatSquashMLP
@@ -36,20 +36,20 @@ def add_command(benchmarks: Any) -> None:
     part.add_argument("--steps", type=int, nargs="+", default=[20, 100, 500], help="default: %(default)s")
     part.add_argument("--batch", type=int, default=512, help="points (%(default)s)")
     part.add_argument("--seconds", type=float, default=0.5, help="to spend on each case, at least (%(default)s)")
+    add_device(part)
     part.set_defaults(run=_print_report)
 
 
 def _print_report(arguments: argparse.Namespace) -> None:
-    print(f"log-likelihood by FFJORD's 64-64-64, midpoint rule; {torch.get_num_threads()} threads, {torch.__version__}")
-    for row in report(arguments.steps, arguments.batch, arguments.seconds):
+    print(f"log-likelihood by FFJORD's 64-64-64, midpoint rule; {machine(arguments.device)}")
+    for row in report(arguments.steps, arguments.batch, arguments.seconds, arguments.device):
         print(row, flush=True)
 
 
-def report(steps: Sequence[int], batch_size: int, seconds_each: float) -> Iterator[str]:
+def report(steps: Sequence[int], batch_size: int, seconds_each: float, device: str = "cpu") -> Iterator[str]:
     """The table of :func:`measure` on FFJORD's network for points of the plane, line by line as it is measured."""
     torch.manual_seed(0)
     field = ConcatSquashMLP((2,), (64, 64, 64))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     first = None
     for cost in measure(field, Analytic(), batch_size, steps, seconds_each, device):
         yield from () if first else HEADER

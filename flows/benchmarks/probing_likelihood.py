@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flows.benchmarks.probing_noise import trained_on_digits
-from flows.benchmarks.timing import alternating_medians
+from flows.benchmarks.timing import add_device, alternating_medians, machine
 from flows.cnf import CNF
 from flows.divergence import DivergenceEstimator, Exact, Probing
 from flows.solvers import ODESolver
@@ -39,13 +39,13 @@ def add_command(benchmarks: Any) -> None:
     part = benchmarks.add_parser("probing_likelihood", help=description, description=description)
     part.add_argument("--sizes", type=int, nargs="+", default=[8, 28], help="pixels along each side (%(default)s)")
     part.add_argument("--steps", type=int, default=100, help="of training (%(default)s)")
+    add_device(part)
     part.set_defaults(run=_print_report)
 
 
 def _print_report(arguments: argparse.Namespace) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float64")
-    savings = [on_digits(size, arguments.steps, device) for size in arguments.sizes]
+    print(f"{machine(arguments.device)}, float64")
+    savings = [on_digits(size, arguments.steps, arguments.device) for size in arguments.sizes]
     print("\n".join(table(savings)))
 
 

@@ -22,7 +22,7 @@ from flows.benchmarks.rivals import (
     LikelihoodMethod,
     MatchingLoss,
 )
-from flows.benchmarks.timing import alternating_medians
+from flows.benchmarks.timing import add_device, alternating_medians, machine
 from flows.benchmarks.training_report import EVALUATION, PAIRED, STEP, Report, nll_table, picture, timing_table
 from flows.cnf import CNF
 from flows.datasets import Batch, Density, EightGaussians
@@ -47,6 +47,7 @@ def add_command(benchmarks: Any) -> None:
         "training", help="Steps, log_prob and NLL beside zuko, torchdyn and torchcfm.", description=description
     )
     part.add_argument("--seconds", type=float, default=60.0, help="of training for the NLL; 0: none (%(default)s)")
+    add_device(part)
     part.add_argument("--batch", type=int, default=512, help="points a step (%(default)s)")
     part.add_argument("--points", type=int, default=10_000, help="of the timed log_prob (%(default)s)")
     part.add_argument("--test-points", type=int, default=20_000, help="of the NLL (%(default)s)")
@@ -65,15 +66,22 @@ def add_command(benchmarks: Any) -> None:
 
 def _print_report(arguments: argparse.Namespace) -> None:
     print(
-        f"ConcatSquash 64-64-64, batch {arguments.batch}, dopri5 at {TOLERANCE:g}; {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}",
+        f"ConcatSquash 64-64-64, batch {arguments.batch}, dopri5 at {TOLERANCE:g}; {machine(arguments.device)}",
         flush=True,
     )
     dataset = EightGaussians(num_test=arguments.test_points)
-    report = measure(dataset, arguments.batch, arguments.points, arguments.pretrain, arguments.each, arguments.compile)
+    report = measure(
+        dataset,
+        arguments.batch,
+        arguments.points,
+        arguments.pretrain,
+        arguments.each,
+        arguments.compile,
+        device=arguments.device,
+    )
     print("\n".join(timing_table(report)), flush=True)
     if arguments.seconds:
-        report.nll.update(after_equal_time(dataset, arguments.seconds, arguments.batch))
+        report.nll.update(after_equal_time(dataset, arguments.seconds, arguments.batch, device=arguments.device))
         print("\n".join(nll_table(report, dataset.entropy, arguments.seconds)))
     for name, reason in report.missing.items():
         print(f"without {name}: {reason}")
@@ -115,13 +123,14 @@ def measure(
     compile: bool = False,
     hidden: Sequence[int] = (64, 64, 64),
     progress: bool = True,
+    device: str = "cpu",
 ) -> Report:
     """Times of steps and of evaluations, and how far the log-densities agree."""
     report = Report()
-    start, transform = beginning(dataset, hidden)
+    start, transform = beginning(dataset, hidden, device)
     _pretrain(start, dataset, transform, pretrain, progress)
-    x = transform(dataset.train_stream(batch_size, torch.Generator().manual_seed(1)).next().x)[0]
-    many = transform(dataset.train_stream(points, torch.Generator().manual_seed(2)).next().x)[0]
+    x = transform(dataset.train_stream(batch_size, torch.Generator().manual_seed(1), device).next().x)[0]
+    many = transform(dataset.train_stream(points, torch.Generator().manual_seed(2), device).next().x)[0]
     methods, report.missing = installed(start)
     if compile:
         methods.append(CompiledFlows(copy.deepcopy(start), TOLERANCE))
@@ -143,16 +152,17 @@ def measure(
     return report
 
 
-def beginning(dataset: Density, hidden: Sequence[int] = (64, 64, 64)) -> tuple[Field, Transform]:
+def beginning(dataset: Density, hidden: Sequence[int] = (64, 64, 64), device: str = "cpu") -> tuple[Field, Transform]:
     """The untrained field that all start from, and the transform of the data."""
     torch.manual_seed(0)
     transform = Standardise(dataset.event_shape).fit(dataset.reference())
-    return ConcatSquashMLP(dataset.event_shape, hidden), transform
+    return ConcatSquashMLP(dataset.event_shape, hidden).to(device), transform.to(device)
 
 
 def _pretrain(field: Field, dataset: Density, transform: Transform, steps: int, progress: bool) -> None:
     flow, generator = CNF(field, transform=transform), torch.Generator().manual_seed(0)
-    stream, objective = dataset.train_stream(512, generator), FlowMatching("marginal")
+    device = next(field.parameters()).device
+    stream, objective = dataset.train_stream(512, generator, device), FlowMatching("marginal")
     optimizer = torch.optim.Adam(field.parameters(), lr=4e-3)
     for _ in tqdm(range(steps), desc="pretraining", leave=False, disable=not progress):
         optimizer.zero_grad()
@@ -169,10 +179,15 @@ def _gradient(field: Field, loss: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def after_equal_time(
-    dataset: Density, seconds: float, batch_size: int, hidden: Sequence[int] = (64, 64, 64), progress: bool = True
+    dataset: Density,
+    seconds: float,
+    batch_size: int,
+    hidden: Sequence[int] = (64, 64, 64),
+    progress: bool = True,
+    device: str = "cpu",
 ) -> dict[str, tuple[float, float, int]]:
     """NLL, its standard error and the steps done, of each way to train from one start for so many seconds."""
-    start, transform = beginning(dataset, hidden)
+    start, transform = beginning(dataset, hidden, device)
     results = {}
 
     def run(name: str, own: Field, model: nn.Module, stages: Sequence[tuple[Stage, float]]) -> None:
