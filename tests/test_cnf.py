@@ -254,6 +254,12 @@ def test_any_module_is_a_field_as_it_is():
     assert all(p.grad is not None for p in flow.parameters())
 
 
+def test_noise_is_drawn_where_and_as_the_field_is():
+    assert CNF(MLP((2,), (4,)).to("meta")).base.sample((3,)).device.type == "meta"
+    single = CNF(MLP((2,), (4,)).float(), solver=ODESolver("rk4", step_size=0.5))  # float64 is the default here
+    assert single.sample((3,)).dtype == torch.float32
+
+
 def test_log_prob_under_no_grad_has_no_graph_and_keeps_dtype():
     for dtype in (torch.float32, torch.float64):
         for estimator in (Analytic(), Exact(), Hutchinson(2)):

@@ -109,12 +109,13 @@ def test_objectives_stay_on_the_gpu(name):
 
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
-    small_trainer(tmp_path / "straight", small_table(), accelerator=GPU).fit()
+    settings = {"accelerator": GPU, "deterministic": True}
+    small_trainer(tmp_path / "straight", small_table(), **settings).fit()
     with pytest.raises(TrainingInterrupted):
-        small_trainer(tmp_path / "run", stopping_at(small_table(), 8), accelerator=GPU).fit()
+        small_trainer(tmp_path / "run", stopping_at(small_table(), 8), **settings).fit()
     torch.cuda.manual_seed(12345)
     flow = small_flow(small_table(), seed=99)
-    small_trainer(tmp_path / "run", small_table(), flow=flow, resume=tmp_path / "run", accelerator=GPU).fit()
+    small_trainer(tmp_path / "run", small_table(), flow=flow, resume=tmp_path / "run", **settings).fit()
     paths = [tmp_path / name / "checkpoints/last.pt" for name in ("straight", "run")]
     assert_same_state(*map(load_checkpoint, paths))
 

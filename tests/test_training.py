@@ -604,6 +604,20 @@ def test_precision_auto_is_what_the_gpu_computes_in(monkeypatch, kind, half, exp
     assert build_fabric("auto", 1, "auto", "64-true").precision == "64-true"
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_algorithms_last_as_long_as_the_training(tmp_path, wanted):
+    seen = []
+
+    class Watched(FlowMatching):
+        def __call__(self, flow, batch, generator=None):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return super().__call__(flow, batch, generator)
+
+    small_trainer(tmp_path, stages={"watched": Stage(Watched(), steps=2)}, deterministic=wanted).fit()
+    assert seen == [wanted] * 2
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_precision_and_compilation_auto_on_a_cpu(tmp_path):
     trainer = small_trainer(tmp_path, precision="auto", compile="auto")
     assert trainer.fabric._precision.precision == "32-true"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,15 @@ except ModuleNotFoundError:
     from lightning.fabric.accelerators import Accelerator
     from lightning.fabric.strategies import Strategy
 
-__all__ = ["Accelerator", "Fabric", "FirstProcessError", "Strategy", "build_fabric", "on_first_process"]
+__all__ = [
+    "Accelerator",
+    "Fabric",
+    "FirstProcessError",
+    "Strategy",
+    "build_fabric",
+    "deterministic_algorithms",
+    "on_first_process",
+]
 
 T = TypeVar("T")
 
@@ -46,6 +55,21 @@ def build_fabric(
         return Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     except Exception as error:  # of many types, some of them Lightning's own
         raise ValueError(f"this machine cannot train with these settings: {error}") from error
+
+
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Torch's algorithms that give the same bits each time, on a GPU too; what was set before is set again at the end.
+
+    Operations that have none raise a RuntimeError of torch's, which names them.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:

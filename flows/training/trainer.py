@@ -26,7 +26,7 @@ from flows.training.checkpoint import (
 from flows.training.compiled import compiled, stages_to_compile
 from flows.training.conditioning import check_context_shape, check_samples
 from flows.training.examiner import Examiner
-from flows.training.fabric import Accelerator, Strategy, build_fabric, on_first_process
+from flows.training.fabric import Accelerator, Strategy, build_fabric, deterministic_algorithms, on_first_process
 from flows.training.folder import branch_run, claimed_folder, write_text
 from flows.training.levels import check_levels
 from flows.training.loggers import Logger
@@ -46,8 +46,8 @@ class Trainer:
     """Trains a flow through a sequence of stages, in a folder that holds all that the run produces.
 
     The exponential moving average of the weights is what is validated, tested, plotted and finally returned;
-    each stage after the first starts from it. ``checkpoints/last.pt`` continues the run bit for bit,
-    ``checkpoints/best.pt`` had the lowest validation NLL. See :meth:`fit`.
+    each stage after the first starts from it. ``checkpoints/last.pt`` continues the run bit for bit (on a GPU, with
+    ``deterministic``), ``checkpoints/best.pt`` had the lowest validation NLL. See :meth:`fit`.
 
     Args:
         flow: trained in place.
@@ -62,6 +62,8 @@ class Trainer:
         config: the settings as nested dicts of plain values; kept in the folder and in the checkpoints.
         accelerator, devices, strategy: see ``lightning_fabric.Fabric``.
         precision: see there, such as 64 or ``"bf16-mixed"``; ``"auto"``: bf16-mixed on a GPU, 32-true elsewhere.
+        deterministic: on a GPU, take algorithms that give the same bits each time, slower ones among them; without,
+            two runs there differ as the order of their sums does. On the CPU runs are the same bit for bit anyway.
         gradient_clip: the largest norm of the gradient, longer ones are scaled down; ``None``: no limit.
         accumulate_batches: the number of batches whose gradients are averaged for one step: larger batches than fit
             into memory at once.
@@ -96,6 +98,7 @@ class Trainer:
         devices: int | str | Sequence[int] = 1,
         strategy: str | Strategy = "auto",
         precision: str | int = "32-true",
+        deterministic: bool = False,
         gradient_clip: float | None = 10.0,
         accumulate_batches: int = 1,
         ema_decay: float = 0.999,
@@ -150,6 +153,7 @@ class Trainer:
         self.config = None if config is None else dict(config)
         self.fabric = build_fabric(accelerator, devices, strategy, precision)
         objectives = {name: stage.objective for name, stage in self.stages.items()}
+        self._deterministic = deterministic
         self._compiled, self._notices = stages_to_compile(compile, self.fabric.device.type, flow, objectives)
         self.policy.check(self.fabric.world_size)
         self._checks_every_step = self.fabric.device.type == "cpu"  # a GPU would have to be waited for
@@ -190,6 +194,8 @@ class Trainer:
         self.fabric.launch()
         with contextlib.ExitStack() as claim:
             self.folder = on_first_process(self.fabric, lambda: self._open_folder(claim))
+            if self._deterministic:
+                claim.enter_context(deterministic_algorithms())
             return self._fit()
 
     def _open_folder(self, claim: contextlib.ExitStack) -> Path:
