@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from small_run import QUIET
 
 from flows import CNF, ODESolver
-from flows.datasets import Batch, DoubleWell, Energy, FreeField, Funnel, NoData, Phi4
+from flows.datasets import Batch, DoubleWell, Energy, FreeField, Funnel, MoonsByClass, NoData, Phi4
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.evaluation import importance_weights
 from flows.fields import MLP, Linear
@@ -252,6 +252,7 @@ def test_training_finds_log_z_without_a_single_point(tmp_path):
     lines = (tmp_path / "run/metrics.jsonl").read_text()
     for name in ("train/effective_sample_size", "train/log_z", "validation/free_energy", "validation/log_z"):
         assert name in lines
+    assert '"validation/steps_accepted": 5' in lines
 
 
 def test_an_energy_with_samples_is_tested_on_them_too(tmp_path):
@@ -266,6 +267,15 @@ def test_energies_without_samples_need_an_objective_without_data(tmp_path):
     for objective in (FlowMatching(), MaximumLikelihood()):
         with pytest.raises(ValueError, match=r"'normal_energy' is an energy without samples.*choose objective=reverse"):
             trainer(tmp_path, objective, energy)
+
+
+def test_contexts_have_no_place_where_no_data_are_used(tmp_path):
+    data = MoonsByClass(num_test=10)
+    flow = CNF(MLP((2,), (4,), context_shape=data.context_shape), Analytic())
+    stages = {"reverse_kl": Stage(ReverseKL(DoubleWell()), steps=1, batch_size=4)}
+    with pytest.raises(ValueError, match=r"stage reverse_kl draws .* without contexts, and the data 'moons_by_class'"):
+        Trainer(flow, data, stages, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_batches_without_data_are_empty_and_resume(tmp_path):

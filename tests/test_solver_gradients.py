@@ -14,7 +14,7 @@ from flows.benchmarks.memory import peak_memory
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.dynamics import AugmentedDynamics
 from flows.fields import MLP, bind
-from flows.regularizers import JacobianNorm, KineticEnergy
+from flows.regularizers import JacobianNorm, KineticEnergy, TotalDerivative
 from flows.solvers import ErrorControl, ODESolver, check_gradients, checkpoint
 from flows.solvers.rungekutta import interpolate, runge_kutta, take_step
 
@@ -333,6 +333,29 @@ def test_checks_say_which_tolerance_to_change():
     assert coarse.advice.startswith("Lower rtol and atol from 0.5 and 0.5 to about")
     stepped = check(method="euler", step_size=0.5)
     assert stepped.advice.startswith("Lower step_size (now 0.5)")
+
+
+def test_checks_of_methods_by_torchdiffeq_advise_what_these_can():
+    flow = CNF(steep(), Analytic(), ODESolver("explicit_adams", step_size=0.5))
+    assert check_gradients(flow, torch.randn(8, 2), tolerance=1e-6).advice.endswith("or use gradient='backprop'")
+    flow.solver = build("scipy_solver", gradient="adjoint")
+    with pytest.raises(ValueError, match="there is no backprop to compare them with; check a flow with solver=ODES"):
+        check_gradients(flow, torch.randn(8, 2))
+
+
+def test_checks_with_path_costs_are_of_the_whole_loss():
+    """The steps take no notice of path costs by default, and a check without them would pass."""
+    field, x = steep(hidden=(16, 16), slope=1.6), torch.randn(32, 2)
+    flow = CNF(field, Analytic(), ODESolver(rtol=1e-5, atol=1e-5))
+    costs = [TotalDerivative(0.3)]
+    assert check_gradients(flow, x).passed
+    result = check_gradients(flow, x, path_costs=costs)
+    assert not result.passed
+    assert result.advice.endswith(
+        "or let the path costs drive the step size too, by error_control=ErrorControl(path_costs=1.0)"
+    )
+    flow.solver = ODESolver(rtol=1e-5, atol=1e-5, error_control=ErrorControl(path_costs=1.0))
+    assert check_gradients(flow, x, path_costs=costs).passed
 
 
 def test_what_a_check_states_is_true():

@@ -343,6 +343,27 @@ def test_weights_that_broke_down_unseen_are_not_saved(tmp_path):
     assert not (tmp_path / "checkpoints/last.pt").exists()
 
 
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_weights_that_broke_down_unseen_do_not_replace_saved_ones(tmp_path, policy):
+    """The solve of the step after is the first to notice, by an error that saves the weights otherwise."""
+    calls = itertools.count(1)
+
+    class BreaksOnce(MaximumLikelihood):
+        def __call__(self, flow, batch, generator=None):
+            output = super().__call__(flow, batch, generator)
+            return LossOutput(output.loss * math.nan) if next(calls) == 5 else output
+
+    stages = {"maximum_likelihood": Stage(BreaksOnce(), steps=9, batch_size=8, learning_rate=1e-2)}
+    rare = {"log_every": 0, "validate_every": 0, "checkpoint_every": 3, "on_solver_error": policy}
+    trainer = small_trainer(tmp_path, stages=stages, **rare)
+    trainer._checks_every_step = False
+    with pytest.raises(NonFiniteLossError, match=r"the weights are not finite at or shortly before step 6 .*last\.pt"):
+        trainer.fit()
+    content = load_checkpoint(tmp_path / "checkpoints/last.pt")
+    assert content["position"]["step"] == 3
+    assert all(weights.isfinite().all() for weights in content["flow"].values())
+
+
 def test_the_best_weights_are_kept_tested_and_returned(tmp_path):
     """A second stage with an absurd learning rate ruins the flow; the first one's weights win."""
     stages = {

@@ -342,19 +342,23 @@ def test_flow_matching_has_the_solves_of_validation_to_look_at(tmp_path, monkeyp
     assert memory.series("plots/solve")[0][1].axes[0].get_title().startswith("validation: ")
 
 
-def test_a_test_that_cannot_be_solved_leaves_the_rest_of_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [SolverError("no end in sight", 0.25, 1e-6, "state", 3), ValueError("no end in sight")], ids=repr
+)
+def test_a_test_that_fails_leaves_the_rest_of_the_run(tmp_path, monkeypatch, error):
     """Its error ends the program, after the summary and the pictures are written."""
 
     def fails_in_test(*arguments, progress=None, solver_error_points=0, **settings):
         if solver_error_points:
-            raise SolverError("no end in sight", 0.25, 1e-6, "state", 3)
+            raise error
         return likelihood(*arguments, **settings)
 
     monkeypatch.setattr(plots, "figures", lambda *arguments: {})
     monkeypatch.setattr(examiner, "likelihood", fails_in_test)
-    with pytest.raises(SolverError, match=r"its test stopped: no end in sight\. The weights are in .*checkpoints") as e:
+    with pytest.raises(type(error), match=r"its test stopped: no end in sight\. The weights are in .*checkpoints") as e:
         small_trainer(tmp_path, plot_every=0, on_solver_error="skip").fit()
-    assert (e.value.t, e.value.component, e.value.sample) == (0.25, "state", 3)
+    if isinstance(error, SolverError):
+        assert (e.value.t, e.value.component, e.value.sample) == (0.25, "state", 3)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["test_nll"], summary["gap"], summary["nfe"], summary["steps"]) == (None, None, None, 11)
     assert (tmp_path / "plots/curves.png").exists()

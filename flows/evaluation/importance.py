@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from flows.cnf import CNF
 from flows.datasets import Energy
+from flows.solvers import SolverStatistics
 from flows.weights import effective_sample_size, log_weights, log_z
 
 
@@ -30,6 +31,7 @@ class ImportanceWeights:
     known_log_z: float | None
     probe_error: float | None  # root mean square error of log w from the probes; 0 if exact, None if unknown
     nfe: float  # evaluations of the field, the mean over the solves
+    statistics: SolverStatistics | None = field(default=None, repr=False, compare=False)  # of the largest solve
 
     @property
     def divergence(self) -> float | None:
@@ -43,7 +45,8 @@ class ImportanceWeights:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain values."""
-        return {**asdict(self), "reverse_kl": self.divergence}
+        plain = {name: value for name, value in vars(self).items() if name != "statistics"}
+        return {**plain, "reverse_kl": self.divergence}
 
     def table(self) -> list[tuple[str, str]]:
         """Names and values for a reader."""
@@ -81,13 +84,13 @@ def importance_weights(
     Raises:
         ValueError: a weight is NaN or infinite.
     """
-    parts, variance, nfe = [], 0.0, 0
+    parts, solves, variance = [], [], 0.0
     with torch.no_grad(), tqdm(total=num_samples, desc=progress, unit="sample", disable=progress is None) as bar:
         for start in range(0, num_samples, batch_size):
             drawn = flow.draw((min(batch_size, num_samples - start),), generator=generator)
             parts.append(log_weights(energy, drawn.x, drawn.log_prob).double().cpu())
             variance += float(drawn.standard_error.double().square().sum())
-            nfe += drawn.statistics.nfe_forward
+            solves.append(drawn.statistics)
             bar.update(len(drawn.x))
     log_weight = torch.cat(parts)
     if not log_weight.isfinite().all():
@@ -103,5 +106,6 @@ def importance_weights(
         num_samples=num_samples,
         known_log_z=energy.log_z,
         probe_error=None if math.isnan(variance) else math.sqrt(variance / num_samples),
-        nfe=nfe / len(parts),
+        nfe=sum(solve.nfe_forward for solve in solves) / len(solves),
+        statistics=max(solves, key=lambda solve: solve.nfe_forward),
     )

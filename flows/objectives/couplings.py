@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -39,13 +40,21 @@ class Coupling(ABC):
         """The noise in the order of the data.
 
         With contexts, only examples of equal context are paired among each other: a pairing across contexts would
-        make the noise of a context another than the base, which samples start from.
+        make the noise of a context another than the base, which samples start from. Where all contexts of a batch
+        differ, that leaves nothing to pair, of which a warning tells.
         """
         if context is None:
             return noise[self.pair(noise, data, generator)]
         coupled = noise.clone()
         groups = groups_of(context)
-        for group in (groups.bincount() > 1).nonzero():
+        shared = (groups.bincount() > 1).nonzero()
+        if len(groups) > 1 and not len(shared):
+            warnings.warn(
+                f"{type(self).__name__} pairs examples of equal context, and in this batch all contexts differ: noise "
+                "and data stay independent; coupling=independent says so",
+                stacklevel=2,
+            )
+        for group in shared:
             members = (groups == group).nonzero().squeeze(1)
             coupled[members] = noise[members[self.pair(noise[members], data[members], generator)]]
         return coupled

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from flows.solvers.rungekutta import runge_kutta
 from flows.solvers.solver import TIGHTER, ODESolver
+
+
+class Cost(Protocol):
+    """A path cost, such as :class:`flows.regularizers.KineticEnergy`."""
+
+    name: str
+    weight: float
+
+
+class Estimate(Protocol):
+    """log p (*batch) and the integrals of the path costs (*batch) by their names."""
+
+    value: Tensor
+    path_costs: Mapping[str, Tensor]
 
 
 class Flow(Protocol):
@@ -19,14 +34,21 @@ class Flow(Protocol):
 
     solver: ODESolver
 
-    def log_prob(self, x: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor: ...
+    def estimate_log_prob(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator,
+        solver_error: bool,
+        path_costs: Sequence[Cost],
+    ) -> Estimate: ...
 
     def named_parameters(self) -> object: ...
 
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """How far the gradients of mean log p lie apart, as ‖difference‖ / ‖reference‖ over all parameters and x.
+    """How far the gradients of the loss lie apart, as ‖difference‖ / ‖reference‖ over all parameters and x.
 
     The reference is backprop at tolerances 100 times tighter.
     """
@@ -60,10 +82,11 @@ def check_gradients(
     context: Tensor | None = None,
     tolerance: float = 1e-2,
     seed: int = 0,
+    path_costs: Sequence[Cost] = (),
 ) -> GradientCheck:
-    """Compare the adjoint's gradient of mean log p(x) with that of backprop, on your model, and say what to change.
+    """Compare the adjoint's gradient with that of backprop, on your model, and say what to change.
 
-    ::
+    The gradient is that of the likelihood's loss, −mean log p(x) + Σ weight · mean path cost::
 
         print(flows.solvers.check_gradients(flow, x))
 
@@ -73,15 +96,28 @@ def check_gradients(
     so take a small batch; tolerances below 1e-6 need float64.
 
     Args:
-        flow: has ``log_prob(x, context, generator)``, ``named_parameters()`` and ``solver``.
+        flow: has ``estimate_log_prob``, ``named_parameters()`` and ``solver``.
         x, context: some data.
         tolerance: the relative difference to be content with. Noise of minibatches is around 0.1.
         seed: of the probes.
+        path_costs: those of the objective, with their weights.
+
+    Raises:
+        ValueError: the method is one of scipy's, which have no backprop to compare with.
     """
     solver = flow.solver
+    if solver.method == "scipy_solver":
+        raise ValueError(
+            "gradients by scipy_solver come from the adjoint alone, and there is no backprop to compare them with; "
+            "check a flow with solver=ODESolver('dopri5') at the same tolerances"
+        )
     rtol, atol = solver.adjoint_rtol or solver.rtol, solver.adjoint_atol or solver.atol
-    backprop = _gradients(flow, replace(solver, gradient="backprop"), x, context, seed)
-    adjoint = _gradients(flow, replace(solver, gradient="adjoint"), x, context, seed)
+
+    def gradients(solver: ODESolver) -> dict[str, Tensor]:
+        return _gradients(flow, solver, x, context, seed, path_costs)
+
+    backprop = gradients(replace(solver, gradient="backprop"))
+    adjoint = gradients(replace(solver, gradient="adjoint"))
     if solver.is_fixed_step:
         finer = replace(solver, gradient="adjoint", step_size=solver.step_size / 2)
         exact = replace(finer, gradient="backprop")
@@ -94,8 +130,8 @@ def check_gradients(
             adjoint_atol=atol / TIGHTER,
             max_steps=exact.max_steps,
         )
-    tighter = _gradients(flow, finer, x, context, seed)
-    reference = _gradients(flow, exact, x, context, seed)
+    tighter = gradients(finer)
+    reference = gradients(exact)
     own = {name: _relative({name: adjoint[name]}, {name: backprop[name]}) for name in backprop}
     worst = max(own, key=own.__getitem__)
     figures = {
@@ -109,18 +145,24 @@ def check_gradients(
         worst=worst,
         worst_difference=own[worst],
         tolerance=tolerance,
-        advice=_advice(solver, rtol, atol, tolerance, **figures),
+        advice=_advice(solver, rtol, atol, tolerance, bool(path_costs), **figures),
     )
 
 
-def _gradients(flow: Flow, solver: ODESolver, x: Tensor, context: Tensor | None, seed: int) -> dict[str, Tensor]:
+def _gradients(
+    flow: Flow, solver: ODESolver, x: Tensor, context: Tensor | None, seed: int, path_costs: Sequence[Cost]
+) -> dict[str, Tensor]:
     probe = copy.copy(flow)  # shares the parameters
     probe.solver = solver
     points = x.detach().clone().requires_grad_()
     named = {"x": points} | {name: p for name, p in flow.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        value = probe.log_prob(points, context, torch.Generator(x.device).manual_seed(seed)).mean()
-        found = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
+        generator = torch.Generator(x.device).manual_seed(seed)
+        estimate = probe.estimate_log_prob(points, context, generator, False, path_costs)
+        loss = -estimate.value.mean()
+        for cost in path_costs:
+            loss = loss + cost.weight * estimate.path_costs[cost.name].mean()
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(named, found, strict=True))
 
 
@@ -136,6 +178,7 @@ def _advice(
     adjoint_rtol: float,
     adjoint_atol: float,
     tolerance: float,
+    has_costs: bool,
     difference: float,
     adjoint_error: float,
     backprop_error: float,
@@ -143,7 +186,8 @@ def _advice(
 ) -> str:
     if max(difference, adjoint_error, backprop_error) <= tolerance:
         return "Nothing needs to change"
-    checkpoint = ", or use gradient='checkpoint'"
+    other = "checkpoint" if runge_kutta(solver.method) else "backprop"
+    checkpoint = f", or use gradient='{other}'"
     if solver.is_fixed_step:
         return f"Lower step_size (now {solver.step_size:g}){checkpoint if difference > tolerance else ''}"
     helps = difference > tolerance and (tighter_adjoint_difference < difference / 2 or backprop_error <= tolerance)
@@ -155,4 +199,6 @@ def _advice(
     advice = f"Lower {names} from {rtol:g} and {atol:g} to about {rtol / factor:.0e} and {atol / factor:.0e}"
     if rtol / factor < 1e-6:
         advice += ", in float64"
+    if has_costs and not solver.error_control.path_costs:
+        advice += ", or let the path costs drive the step size too, by error_control=ErrorControl(path_costs=1.0)"
     return advice + (checkpoint if helps else "")

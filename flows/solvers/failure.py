@@ -76,9 +76,15 @@ def underflow(direction: str, rtol: float, atol: float, t: float, dt: float, las
 
 
 def not_finite(
-    direction: str, t: float, dt: float, names: Sequence[str], state: State, derivatives: State | None = None
+    direction: str,
+    t: float,
+    dt: float,
+    names: Sequence[str],
+    state: State,
+    derivatives: State | None = None,
+    last: Attempt | None = None,
 ) -> SolverError:
-    """NaN or infinite values, in the state if it has any, else in its derivatives, else in a step from there."""
+    """NaN or infinite values, in the state if it has any, else in its derivatives, else in ``last``, from there."""
     found = first_bad(names, state)
     if found is not None:
         name, sample, count = found
@@ -96,7 +102,9 @@ def not_finite(
             name, sample, count = found
             what = f"{_derivative(name)} has {count} NaN or infinite values there, the first for sample {sample}"
         else:
-            name, sample, what = None, None, "however short, a step from there ends in NaN or infinite values"
+            name, sample = last.component, last.sample
+            what = f"a step from there of size {abs(last.dt):.2g}, the shortest that may be, ends in NaN or infinite "
+            what += f"values, the first in the {name.replace('_', '-')} of sample {sample}"
     return SolverError(
         f"the {direction} solve failed at t = {t:.6g}, dt = {dt:.2g}: {what}. {_advice(*advice)}", t, dt, name, sample
     )

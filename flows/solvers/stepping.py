@@ -89,7 +89,7 @@ def adaptive_steps(
         size = abs(target - t)
         if size < min(finest, remaining):
             if last is not None and math.isnan(last.error):
-                raise failure.not_finite(log.direction, t, sign * size, log.names, state, slope)
+                raise failure.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
             raise failure.underflow(log.direction, norm.rtol, norm.atol, t, sign * size, last)
         log.start()
         step = take_step(method, function, t, target, state, slope)
@@ -99,7 +99,7 @@ def adaptive_steps(
         last = Attempt(t, target - t, accepted, ratio, component, sample)
         log.step(last, slope)
         if shortest and not accepted:
-            raise failure.not_finite(log.direction, t, sign * size, log.names, state, slope)
+            raise failure.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
         if last.accepted:
             yield step
             if target == end:

@@ -106,11 +106,10 @@ class Task:
         end, solver = tuple(component[-1] for component in states), self.solver
         if all_finite(*end):
             return
-        if self.method is not None and not self.method.is_adaptive:  # once more, to see where it happened
+        if solver.step_size:  # once more, to see where it happened; instead of a multistep method by rk4
+            method = self.method or runge_kutta("rk4")
             with torch.no_grad():
-                for step in fixed_steps(
-                    self.method, function, state, seconds, solver.step_size, Log(direction, names, [])
-                ):
+                for step in fixed_steps(method, function, state, seconds, solver.step_size, Log(direction, names, [])):
                     if not all_finite(*step.end):
                         raise failure.blow_up(direction, solver.method, step.t0, step.t1 - step.t0, names, step.end)
         dt = math.copysign(solver.step_size or abs(seconds[-1] - seconds[0]), seconds[-1] - seconds[0])

@@ -47,9 +47,16 @@ def check_context_shape(flow: CNF, dataset: Dataset) -> None:
 
 
 def check_samples(dataset: Dataset, stages: Mapping[str, Stage]) -> None:
-    """Raise ``ValueError`` if a stage trains on points of data that has none."""
+    """Raise ``ValueError`` if a stage trains on points of data that has none, or without contexts that data has."""
     for name, stage in stages.items():
-        if not dataset.has_samples and getattr(stage.objective, "uses_data", True):
+        uses_data = getattr(stage.objective, "uses_data", True)
+        if not uses_data and dataset.context_shape is not None:
+            raise ValueError(
+                f"the stage {name} draws its points from the flow, without contexts, and the data {dataset.name!r} "
+                f"has contexts of shape {dataset.context_shape}; choose data without, or an objective that takes "
+                "points from the data, such as objective=maximum_likelihood"
+            )
+        if uses_data and not dataset.has_samples:
             raise ValueError(
                 f"{dataset.name!r} is an energy without samples, which the stage {name} would train on; choose "
                 "objective=reverse_kl"

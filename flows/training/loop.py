@@ -79,6 +79,8 @@ class Loop:
             try:
                 value, norm = step.gradient()
             except SolverError as error:
+                if not self.state.is_finite():  # they followed a gradient that nobody looked at
+                    raise self._diverged("the weights are not finite", stage) from error
                 self._save_before()
                 raise self._told_where("training", error, stage) from error
             log, validate, plot, save = (self._due(name, stage) for name in ("log", "validate", "plot", "checkpoint"))
@@ -161,7 +163,10 @@ class Loop:
         if self.checks_every_step:  # else the weights may have followed such a gradient before
             self._save_before()
         what = "its gradient is not finite" if bool(loss.isfinite()) else f"the loss is {loss.item()}"
-        raise NonFiniteLossError(
+        raise self._diverged(what, stage)
+
+    def _diverged(self, what: str, stage: Stage) -> NonFiniteLossError:
+        return NonFiniteLossError(
             f"training diverged: {what} {self._where(stage)}. Try a lower learning_rate (now "
             f"{stage.learning_rate:g}), more warmup_steps (now {stage.warmup_steps}), a smaller gradient_clip (now "
             f"{self.step.gradient_clip}), or tighter solver tolerances"

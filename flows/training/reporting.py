@@ -128,15 +128,13 @@ class Reporter:
         if isinstance(self.dataset, Energy):
             with self._aside():
                 weights = self.examiner.importance_weights(self.state.ema.module, self.dataset, "validation")
-            self._log({f"validation/{name}": value for name, value in weights.metrics().items()})
+            metrics = weights.metrics() | self._told_of(weights.statistics)
+            self._log({f"validation/{name}": value for name, value in metrics.items()})
             return self._is_best(weights.free_energy)
         with self._aside():
             result = self.examiner.likelihood(self.state.ema.module, "validation")
-        self._solve = result.statistics
         metrics = {"nll": result.nll, "standard_error": result.standard_error, "nfe": result.nfe}
-        metrics |= step_metrics(result.statistics)
-        if warning := self._watch(result.statistics):
-            self.warn(f"in validation, {warning}")
+        metrics |= self._told_of(result.statistics)
         if self.dataset.entropy is not None:
             metrics["gap"] = result.nll - self.dataset.entropy
         parts = {}
@@ -145,6 +143,13 @@ class Reporter:
             parts = {f"bits_per_dim/{name}": value for name, value in result.bits_per_dim.parts.items()}
         self._log({f"validation/{name}": value for name, value in metrics.items()} | parts)
         return self._is_best(result.nll)
+
+    def _told_of(self, solve: SolverStatistics) -> dict[str, float]:
+        """Metrics of the steps of a validation solve, which is kept to be drawn, and watched."""
+        self._solve = solve
+        if warning := self._watch(solve):
+            self.warn(f"in validation, {warning}")
+        return step_metrics(solve)
 
     def _is_best(self, nll: float) -> bool:
         position = self.state.position
@@ -212,14 +217,14 @@ class Reporter:
         test = weights = failure = None
         try:
             test, weights = self._test(flow)
-        except SolverError as error:  # the run is done, and what it has found is kept
+        except (SolverError, ValueError) as error:  # the run is done, and what it has found is kept
             failure = error
             self._log({"test/failed": str(error)})
         evaluation_seconds = time.perf_counter() - started
         self.plot(flow, "", statistics)
         summary = Summary(
             test=test and replace(test, statistics=None),  # which other processes have no use for
-            weights=weights,
+            weights=weights and replace(weights, statistics=None),
             entropy=self.dataset.entropy,
             position=copy.copy(self.state.position),
             evaluation_seconds=evaluation_seconds,
@@ -238,10 +243,11 @@ class Reporter:
         self._log({"summary": HParams(settings, {**results, "seconds": summary.position.seconds})})
         write_text(self.folder / "summary.json", to_json(summary.as_dict()))
         if failure is not None:
-            raise failure.retold(
+            message = (
                 f"training is done, but its test stopped: {failure}. The weights are in {self.folder / FOLDER}, the "
                 "summary has no test figures, and scripts/evaluate.py tests with other settings of the solver"
-            ) from failure
+            )
+            raise (failure.retold(message) if isinstance(failure, SolverError) else ValueError(message)) from failure
         return summary
 
     def _test(self, flow: CNF) -> tuple[Likelihood | None, ImportanceWeights | None]:
@@ -252,7 +258,7 @@ class Reporter:
             return None, weights
         try:
             return self.examiner.likelihood(flow, "test"), weights
-        except SolverError as error:  # where the flow has never been, it may be stiff
+        except (SolverError, ValueError) as error:  # where the flow has never been, it may be stiff
             self._log({"test/failed": str(error)})
             return None, weights
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from flows.cnf import CNF
 from flows.datasets import Dataset, NoData
+from flows.solvers.problem import all_finite
 from flows.training.checkpoint import CheckpointError
 from flows.training.ema import ExponentialMovingAverage
 from flows.training.fabric import Fabric
@@ -159,6 +160,10 @@ class RunState:
                 stacklevel=2,
             )
             seeded(self.generator, self._seed, "objective", index, self.fabric.global_rank, self.position.step)
+
+    def is_finite(self) -> bool:
+        """Whether no weight is NaN or infinite."""
+        return all_finite(*(p for p in self.flow.parameters() if p.is_floating_point()))
 
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint; every process must call this, since each adds its generators."""
