@@ -160,15 +160,15 @@ def test_a_fixed_step_solve_that_blows_up_says_when_and_which_sample():
         assert (e.value.component, e.value.sample, e.value.dt) == ("state", 1, pytest.approx(0.1))
 
 
-@pytest.mark.parametrize("method", ["rk4", "explicit_adams", "implicit_adams", "dopri5", "bosh3"])
+@pytest.mark.parametrize("method", ["rk4", "explicit_adams", "dopri5", "bosh3"])
 def test_a_sample_that_leaves_the_domain_is_named_with_the_time(method):
     """The velocity of one sample is √(0.5 − t), NaN from there on."""
 
     def bounded(t, state):
         return (torch.where(torch.arange(3).unsqueeze(1) == 2, (0.5 - t).sqrt(), state[0]),)
 
-    settings = {"step_size": 0.01} if method in ("rk4", "explicit_adams", "implicit_adams") else {}
-    with pytest.raises(SolverError, match="of sample 2. Try") as e:
+    settings = {"step_size": 0.01} if method in ("rk4", "explicit_adams") else {}
+    with pytest.raises(SolverError, match=r"of sample 2\. Try") as e:
         ODESolver(method, **settings).solve(bounded, (torch.ones(3, 1),), (0.0, 1.0))
     assert (e.value.component, e.value.sample) == ("state", 2)
     assert e.value.t == pytest.approx(0.5, abs=0.011)
