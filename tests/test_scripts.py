@@ -371,6 +371,7 @@ def test_the_default_folder_is_named_after_data_and_time(run, tmp_path):
             ["divergence=hutchinson", "divergence.num_prbes=3"],
             r"no setting divergence.num_prbes \(did you mean num_probes\?\); divergence has num_probes, probes",
         ),
+        ("train", ["experimnt=moons"], r"no setting experimnt \(did you mean experiment\?\); .*, trust, experiment"),
         ("train", ["datum=3"], r"no setting datum \(did you mean data\?\); the top level has transform, data, "),
         ("train", ["seeds=3", "data=moons"], r"no setting seeds \(did you mean seed\?\)"),
         ("train", ["trainer.steps=3"], r"did you mean objective.flow_matching.steps or objective.maximum_likelihood.s"),

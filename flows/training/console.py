@@ -120,6 +120,12 @@ def resume_command(stop: TrainingInterrupted) -> str:
     return " ".join(["python", shlex.quote(sys.argv[0]), resume, *trust])
 
 
+def _choices_without_settings(config_file: Path) -> list[str]:
+    """The groups that may be chosen from but add nothing by default, such as experiment."""
+    defaults = OmegaConf.load(config_file).get("defaults", [])
+    return [str(name) for entry in defaults if isinstance(entry, DictConfig) for name in entry if entry[name] is None]
+
+
 def _explain_key(error: OmegaConfBaseException, config_file: Path | None) -> str:
     """Name the setting that does not exist, and those that do: beside it, or of that name elsewhere."""
     full_key = str(error.full_key)
@@ -129,6 +135,8 @@ def _explain_key(error: OmegaConfBaseException, config_file: Path | None) -> str
     valid = [str(name) for name in node if not str(name).startswith("_")] if isinstance(node, DictConfig) else []
     if not valid:
         return f"there is no setting {full_key}"
+    if not parent:
+        valid += [name for name in _choices_without_settings(config_file) if name not in valid]
     elsewhere = [path for path in flat(OmegaConf.to_container(config)) if path.endswith(f".{key}")]
     return no_setting(key, parent, valid, elsewhere)
 
