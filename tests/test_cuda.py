@@ -22,7 +22,8 @@ from flows.regularizers import JacobianNorm, KineticEnergy, TotalDerivative
 from flows.solvers import ErrorControl, check_gradients
 from flows.training import TrainingInterrupted, load_checkpoint
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 GPU = "cuda"
 YAMLS = sorted((Path(__file__).parents[1] / "conf" / "divergence").glob("*.yaml"))
