@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,15 +20,20 @@ def by_name(family: type[T], value: T | str) -> T:
     """
     if isinstance(value, family):
         return value
-    choices = {cls.__name__.lower(): cls for cls in _concrete_subclasses(family)}
+    found = _concrete_subclasses(family)
+    choices = {cls.__name__.lower(): cls for cls in found}
+    names = ", ".join(sorted(_in_words(cls.__name__) for cls in found))
     if isinstance(value, str):
         name = value.lower().replace("_", "")
         if name in choices:
             return choices[name]()
-        raise ValueError(f"unknown {family.__name__} {value!r}; expected one of {', '.join(sorted(choices))}")
-    raise TypeError(
-        f"expected a {family.__name__} or one of the names {', '.join(sorted(choices))}, got {type(value).__name__}"
-    )
+        raise ValueError(f"unknown {family.__name__} {value!r}; expected one of {names}")
+    raise TypeError(f"expected a {family.__name__} or one of the names {names}, got {type(value).__name__}")
+
+
+def _in_words(name: str) -> str:
+    """``optimal_transport`` for OptimalTransport, but ``silu`` for SiLU."""
+    return re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _concrete_subclasses(family: type) -> list[type]:

@@ -162,7 +162,7 @@ def test_the_marginal_target_needs_an_independent_coupling():
             {"target": "sampled", "num_queries": 4},
             "num_queries must be >= 1 and goes with target='marginal' or a coupling",
         ),
-        ({"path": "zigzag"}, "unknown ProbabilityPath 'zigzag'; expected one of cosine, linear, variancepreserving"),
+        ({"path": "zigzag"}, "unknown ProbabilityPath 'zigzag'; expected one of cosine, linear, variance_preserving"),
         ({"coupling": "none"}, "unknown Coupling 'none'"),
         ({"context_dropout": 1.0}, "context_dropout must be a probability below 1"),
     ]:
