@@ -65,7 +65,7 @@ class CNF(nn.Module):
         self.base = StandardNormal(self.event_shape)
         weights = next((weights for weights in field.parameters() if weights.dtype.is_floating_point), None)
         if weights is not None:
-            self.base.to(weights)  # a field that was moved to a GPU or to float64 before gets its noise there
+            self.base.to(weights.device, weights.dtype)  # noise for a field that was moved to a GPU or to float64
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution over data space, given the context: ``flow(context).log_prob(x)``."""

@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal
 import flows
 from flows import CNF, ODESolver
 from flows.divergence import Analytic, Exact, Hutchinson
-from flows.fields import MLP, ConcatSquashMLP, Linear
+from flows.fields import MLP, Adapter, ConcatSquashMLP, Linear
 from flows.transforms import Standardise
 
 TIGHT = ODESolver(rtol=1e-9, atol=1e-9)
@@ -256,6 +256,8 @@ def test_any_module_is_a_field_as_it_is():
 
 def test_noise_is_drawn_where_and_as_the_field_is():
     assert CNF(MLP((2,), (4,)).to("meta")).base.sample((3,)).device.type == "meta"
+    lazy = CNF(Adapter(torch.nn.LazyLinear(2), (2,), ("x",)))  # whose weights have no shape yet
+    assert lazy.log_prob(torch.randn(3, 2)).shape == (3,)
     single = CNF(MLP((2,), (4,)).float(), solver=ODESolver("rk4", step_size=0.5))  # float64 is the default here
     assert single.sample((3,)).dtype == torch.float32
 
