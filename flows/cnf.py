@@ -63,9 +63,10 @@ class CNF(nn.Module):
         self.solver = ODESolver() if solver is None else solver
         self.transform = Identity() if transform is None else transform
         self.base = StandardNormal(self.event_shape)
-        weights = next((weights for weights in field.parameters() if weights.dtype.is_floating_point), None)
-        if weights is not None:
-            self.base.to(weights.device, weights.dtype)  # noise for a field that was moved to a GPU or to float64
+        weights = [weights for weights in field.parameters() if weights.dtype.is_floating_point]
+        if weights:  # noise for a field that was moved to a GPU or to float64; frozen parts may be in half precision
+            decisive = max(weights, key=lambda weights: (weights.requires_grad, weights.dtype.itemsize))
+            self.base.to(decisive.device, decisive.dtype)
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution over data space, given the context: ``flow(context).log_prob(x)``."""
@@ -74,7 +75,8 @@ class CNF(nn.Module):
     def guided(self, weight: float) -> CNF:
         """This flow under classifier-free guidance, a flow of its own that shares the parameters; see ``Guided``."""
         flow = CNF(Guided(self.field, weight), self.divergence, self.solver, self.transform, self.event_shape)
-        return flow.to(self.base.zero)
+        flow.base.to(self.base.zero)
+        return flow
 
     def log_prob(
         self,

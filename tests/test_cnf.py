@@ -258,6 +258,9 @@ def test_noise_is_drawn_where_and_as_the_field_is():
     assert CNF(MLP((2,), (4,)).to("meta")).base.sample((3,)).device.type == "meta"
     lazy = CNF(Adapter(torch.nn.LazyLinear(2), (2,), ("x",)))  # whose weights have no shape yet
     assert lazy.log_prob(torch.randn(3, 2)).shape == (3,)
+    frozen = MLP((2,), (4,)).to(torch.bfloat16).requires_grad_(False)
+    mixed = Adapter(torch.nn.Sequential(frozen.out, torch.nn.Linear(2, 2)), (2,), ("x",))
+    assert CNF(mixed).base.zero.dtype == torch.float64
     single = CNF(MLP((2,), (4,)).float(), solver=ODESolver("rk4", step_size=0.5))  # float64 is the default here
     assert single.sample((3,)).dtype == torch.float32
 

@@ -136,4 +136,4 @@ def test_errors_and_checks_speak_of_samples():
     x[3] = 100.0
     with pytest.raises(SolverError, match="sample 3"):
         CNF(Blown((2,), (8,)).to(GPU), Exact(), ODESolver(max_steps=50)).log_prob(x)
-    assert str(check_gradients(CNF(MLP((2,), (8,)), Analytic()).to(GPU), torch.randn(8, 2, device=GPU)))
+    assert check_gradients(CNF(MLP((2,), (8,)), Analytic()).to(GPU), torch.randn(8, 2, device=GPU)).difference < 0.1

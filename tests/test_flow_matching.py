@@ -469,6 +469,7 @@ def test_couplings_stay_within_a_context(coupling):
     distinct = torch.arange(60.0).unsqueeze(1)
     with pytest.warns(UserWarning, match="all contexts differ: noise and data stay independent"):
         assert torch.equal(coupling.couple(noise, data, distinct), noise)
+    assert torch.equal(coupling.couple(noise[:4], data[:4], distinct[:4]), noise[:4])  # chance, and no warning
 
 
 # Guidance

@@ -9,14 +9,14 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from small_run import QUIET
 
-from flows import CNF, ODESolver
+from flows import CNF, ODESolver, SolverError
 from flows.datasets import Batch, DoubleWell, Energy, FreeField, Funnel, MoonsByClass, NoData, Phi4
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.evaluation import importance_weights
 from flows.fields import MLP, Linear
 from flows.objectives import FlowMatching, MaximumLikelihood, ReverseKL
 from flows.regularizers import KineticEnergy
-from flows.training import Stage, Trainer
+from flows.training import Stage, Trainer, examiner
 from flows.weights import effective_sample_size, log_density_of, log_z
 
 CONFIGS = {p.stem: OmegaConf.load(p) for p in sorted((Path(__file__).parents[1] / "conf/data").glob("*.yaml"))}
@@ -260,6 +260,19 @@ def test_an_energy_with_samples_is_tested_on_them_too(tmp_path):
     summary = trainer(tmp_path, ReverseKL(energy), energy, steps=3).fit()
     assert summary.test_nll == pytest.approx(summary.gap + energy.entropy)
     assert summary.weights.num_samples == 200
+    assert summary.weights.statistics is None
+
+
+@pytest.mark.parametrize("error", [ValueError("a point is infinite"), SolverError("stiff", 0.5, 1e-9)], ids=repr)
+def test_an_energy_whose_samples_cannot_be_tested_keeps_its_weights(tmp_path, monkeypatch, capsys, error):
+    def fails(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(examiner, "likelihood", fails)
+    energy = DoubleWell(num_validation=100, num_test=200)
+    summary = trainer(tmp_path, ReverseKL(energy), energy, steps=3).fit()
+    assert (summary.test, summary.weights.num_samples) == (None, 200)
+    assert f"the test on samples of the energy was left out: {error}" in capsys.readouterr().err
 
 
 def test_energies_without_samples_need_an_objective_without_data(tmp_path):

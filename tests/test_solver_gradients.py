@@ -356,6 +356,13 @@ def test_checks_with_path_costs_are_of_the_whole_loss():
     )
     flow.solver = ODESolver(rtol=1e-5, atol=1e-5, error_control=ErrorControl(path_costs=1.0))
     assert check_gradients(flow, x, path_costs=costs).passed
+    assert "path costs" not in check_gradients(flow, x, path_costs=costs, tolerance=1e-9).advice
+    plain, ignored, more = (
+        check_gradients(flow, x, path_costs={"any": TotalDerivative(w)} if w is not None else ()).difference
+        for w in (None, 0.0, 3.0)
+    )
+    assert ignored == plain
+    assert more != check_gradients(flow, x, path_costs=costs).difference
 
 
 def test_what_a_check_states_is_true():

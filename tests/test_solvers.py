@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchdiffeq._impl.odeint import SOLVERS
 
-from flows.solvers import ODESolver, SolverError
+from flows.solvers import ODESolver, SolverError, failure
 from flows.solvers.control import ErrorNorm
 from flows.solvers.rungekutta import error_estimate, runge_kutta, take_step
 
@@ -143,6 +143,14 @@ def test_a_non_finite_field_is_named_as_such():
     assert (e.value.component, e.value.sample, e.value.t) == ("log_density", 1, 0.0)
     with pytest.raises(SolverError, match=r"the state holds NaN or infinite values from the start .*of sample 0"):
         ODESolver().solve(rotation, (torch.full((1, 2), torch.inf),), (0.0, 1.0))
+
+
+def test_what_has_no_name_and_no_step_yet_is_a_failure_all_the_same():
+    """As at the start of an adjoint solve, where only the gradient of a parameter is infinite."""
+    finite = (torch.ones(3, 1),)
+    error = failure.not_finite("adjoint", 1.0, -0.1, ("state",), finite, (*finite, torch.tensor(torch.inf)))
+    assert (error.component, error.sample, error.t) == (None, None, 1.0)
+    assert "steps from there end in NaN or infinite values. Try (1)" in str(error)
 
 
 def test_a_fixed_step_solve_that_blows_up_says_when_and_which_sample():

@@ -73,7 +73,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def _device(name: str) -> str:
     try:
-        torch.empty(0, device=name)
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the one that is waited for
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without that kind
         raise argparse.ArgumentTypeError(f"{name!r} is no device of this machine ({error})") from error
     return name

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from flows.objectives.contexts import groups_of
 
+MANY = 16  # examples that are more than chance
+
 
 class Coupling(ABC):
     """Pairs the noise of a batch with its data so that both keep their own distribution.
@@ -41,14 +43,14 @@ class Coupling(ABC):
 
         With contexts, only examples of equal context are paired among each other: a pairing across contexts would
         make the noise of a context another than the base, which samples start from. Where all contexts of a batch
-        differ, that leaves nothing to pair, of which a warning tells.
+        of 16 or more differ, nothing is left to pair, of which a warning tells.
         """
         if context is None:
             return noise[self.pair(noise, data, generator)]
         coupled = noise.clone()
         groups = groups_of(context)
         shared = (groups.bincount() > 1).nonzero()
-        if len(groups) > 1 and not len(shared):
+        if len(groups) >= MANY and not len(shared):  # a few examples of classes may well differ
             warnings.warn(
                 f"{type(self).__name__} pairs examples of equal context, and in this batch all contexts differ: noise "
                 "and data stay independent; coupling=independent says so",

@@ -82,7 +82,7 @@ def check_gradients(
     context: Tensor | None = None,
     tolerance: float = 1e-2,
     seed: int = 0,
-    path_costs: Sequence[Cost] = (),
+    path_costs: Sequence[Cost] | Mapping[str, Cost] = (),
 ) -> GradientCheck:
     """Compare the adjoint's gradient with that of backprop, on your model, and say what to change.
 
@@ -100,7 +100,8 @@ def check_gradients(
         x, context: some data.
         tolerance: the relative difference to be content with. Noise of minibatches is around 0.1.
         seed: of the probes.
-        path_costs: those of the objective, with their weights.
+        path_costs: those of the objective, with their weights, as :class:`flows.objectives.MaximumLikelihood` takes
+            them.
 
     Raises:
         ValueError: the method is one of scipy's, which have no backprop to compare with.
@@ -112,9 +113,11 @@ def check_gradients(
             "check a flow with solver=ODESolver('dopri5') at the same tolerances"
         )
     rtol, atol = solver.adjoint_rtol or solver.rtol, solver.adjoint_atol or solver.atol
+    given = path_costs.values() if isinstance(path_costs, Mapping) else path_costs
+    costs = tuple(cost for cost in given if cost.weight)
 
     def gradients(solver: ODESolver) -> dict[str, Tensor]:
-        return _gradients(flow, solver, x, context, seed, path_costs)
+        return _gradients(flow, solver, x, context, seed, costs)
 
     backprop = gradients(replace(solver, gradient="backprop"))
     adjoint = gradients(replace(solver, gradient="adjoint"))
@@ -145,7 +148,7 @@ def check_gradients(
         worst=worst,
         worst_difference=own[worst],
         tolerance=tolerance,
-        advice=_advice(solver, rtol, atol, tolerance, bool(path_costs), **figures),
+        advice=_advice(solver, rtol, atol, tolerance, bool(costs), **figures),
     )
 
 

@@ -101,6 +101,8 @@ def not_finite(
         if found is not None:
             name, sample, count = found
             what = f"{_derivative(name)} has {count} NaN or infinite values there, the first for sample {sample}"
+        elif last is None:  # the norm of values that are finite overflows
+            name, sample, what = None, None, "steps from there end in NaN or infinite values"
         else:
             name, sample = last.component, last.sample
             what = f"a step from there of size {abs(last.dt):.2g}, the shortest that may be, ends in NaN or infinite "

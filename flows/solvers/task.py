@@ -106,11 +106,15 @@ class Task:
         end, solver = tuple(component[-1] for component in states), self.solver
         if all_finite(*end):
             return
-        if solver.step_size:  # once more, to see where it happened; instead of a multistep method by rk4
+        if solver.step_size:  # once more, to see where it happened; instead of a multistep method by rk4, if it agrees
             method = self.method or runge_kutta("rk4")
+            which = failure.first_bad(names, end)
             with torch.no_grad():
                 for step in fixed_steps(method, function, state, seconds, solver.step_size, Log(direction, names, [])):
                     if not all_finite(*step.end):
+                        found = failure.first_bad(names, step.end)
+                        if self.method is None and (which is None or found is None or found[:2] != which[:2]):
+                            break
                         raise failure.blow_up(direction, solver.method, step.t0, step.t1 - step.t0, names, step.end)
         dt = math.copysign(solver.step_size or abs(seconds[-1] - seconds[0]), seconds[-1] - seconds[0])
         raise failure.blow_up(direction, solver.method, seconds[-1], dt, names, end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 class FirstProcessError(RuntimeError):
@@ -65,10 +67,14 @@ def deterministic_algorithms() -> Iterator[None]:
     """
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(CUBLAS)
+    os.environ.setdefault(CUBLAS, ":4096:8")  # which versions of torch ask for
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
+        if workspace is None:
+            os.environ.pop(CUBLAS, None)
         torch.use_deterministic_algorithms(before, warn_only=warns)
 
 

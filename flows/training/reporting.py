@@ -177,7 +177,7 @@ class Reporter:
             generator = self.examiner.generator("plots")
             try:
                 figures = plots.figures(self.state.ema.module if flow is None else flow, self.dataset, generator)
-            except SolverError as error:  # far from the data a field may be stiff; a picture is not worth the run
+            except (SolverError, ValueError) as error:  # far from the data a field may be stiff, or samples infinite
                 self._log({"plots/failed": str(error)})
                 return
         solve, purpose = (self._solve, "validation") if statistics is None else (statistics, "training")
@@ -245,9 +245,11 @@ class Reporter:
         if failure is not None:
             message = (
                 f"training is done, but its test stopped: {failure}. The weights are in {self.folder / FOLDER}, the "
-                "summary has no test figures, and scripts/evaluate.py tests with other settings of the solver"
+                "summary has no test figures, and scripts/evaluate.py tests them again"
             )
-            raise (failure.retold(message) if isinstance(failure, SolverError) else ValueError(message)) from failure
+            if isinstance(failure, SolverError):
+                raise failure.retold(f"{message}, also with other settings of the solver") from failure
+            raise ValueError(message) from failure
         return summary
 
     def _test(self, flow: CNF) -> tuple[Likelihood | None, ImportanceWeights | None]:
@@ -259,7 +261,7 @@ class Reporter:
         try:
             return self.examiner.likelihood(flow, "test"), weights
         except (SolverError, ValueError) as error:  # where the flow has never been, it may be stiff
-            self._log({"test/failed": str(error)})
+            self.warn(f"the test on samples of the energy was left out: {error}")
             return None, weights
 
     @contextlib.contextmanager
