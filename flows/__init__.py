@@ -1,9 +1,9 @@
 """Neural ODEs and continuous normalizing flows with pluggable divergence estimators."""
 
-from flows import datasets, divergence, evaluation, fields, objectives, regularizers, transforms
-from flows.cnf import CNF
-from flows.distribution import FlowDistribution
-from flows.estimates import Drawn, LogProbEstimate, Transported
+from flows import datasets, divergence, evaluation, fields, objectives, path_costs, transforms
+from flows.models.cnf import CNF
+from flows.models.distribution import FlowDistribution
+from flows.models.results import Drawn, LogProbEstimate, Transported
 from flows.solvers import ODESolver, Solution, SolverError, SolverStatistics
 
 __version__ = "0.1.0"
@@ -23,6 +23,6 @@ __all__ = [
     "evaluation",
     "fields",
     "objectives",
-    "regularizers",
+    "path_costs",
     "transforms",
 ]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flows.divergence import DivergenceEstimator, VectorField
 from flows.divergence.base import checked_value
-from flows.regularizers import PathCost
+from flows.errors import InvalidValueError
+from flows.path_costs import PathCost
 from flows.solvers import State
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class AugmentedDynamics:
         estimator: how the divergence is computed.
         probes: what ``estimator.draw_probes`` returned for this solve.
         costs: path costs, whose rates are integrated as further components, (B,) each.
-        directions: what :func:`flows.regularizers.draw_directions` returned for them.
+        directions: what :func:`flows.path_costs.draw_directions` returned for them.
 
     Raises:
         ValueError: two costs have the same name.
@@ -51,7 +52,7 @@ class AugmentedDynamics:
         self.directions = directions
         names = [cost.name for cost in self.costs]
         if len(set(names)) < len(names):
-            raise ValueError(f"each path cost can be given once, got {', '.join(names)}")
+            raise InvalidValueError(f"each path cost can be given once, got {', '.join(names)}")
 
     @property
     def component_names(self) -> tuple[str, ...]:

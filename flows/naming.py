@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TypeVar
 
+from flows.errors import InvalidTypeError, InvalidValueError
+
 T = TypeVar("T")
 
 
@@ -27,8 +29,8 @@ def by_name(family: type[T], value: T | str) -> T:
         name = value.lower().replace("_", "")
         if name in choices:
             return choices[name]()
-        raise ValueError(f"unknown {family.__name__} {value!r}; expected one of {names}")
-    raise TypeError(f"expected a {family.__name__} or one of the names {names}, got {type(value).__name__}")
+        raise InvalidValueError(f"unknown {family.__name__} {value!r}; expected one of {names}")
+    raise InvalidTypeError(f"expected a {family.__name__} or one of the names {names}, got {type(value).__name__}")
 
 
 def _in_words(name: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from flows.benchmarks import (
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import (
     compilation,
     divergence,
     floor,
@@ -17,7 +20,7 @@ from flows.benchmarks import (
     regularisation,
     training,
 )
-from flows.benchmarks.images import command as images
+from benchmarks.images import command as images
 from flows.training.console import readable_errors
 from flows.training.settings import plain_settings
 

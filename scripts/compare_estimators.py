@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from flows.benchmarks.comparison import advise, as_dict, as_text, compare, error_against_cost
+from flows.compare import advise, as_dict, as_text, compare, error_against_cost
 from flows.training import TensorBoardLogger
 from flows.training.choices import instances
 from flows.training.console import readable_errors

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import flows
-from flows.benchmarks.densities import Gaussian, Mixture, Spline, spline_flow
-from flows.benchmarks.images import classes, comparison, fitting
+from benchmarks.densities import Gaussian, Mixture, Spline, spline_flow
+from benchmarks.images import classes, comparison, fitting
 from flows.datasets import Digits
 from flows.evaluation import likelihood
 from flows.transforms import Compose, Dequantise, NormalMarginals, Whiten

@@ -4,13 +4,13 @@ import time
 import pytest
 import torch
 
+from benchmarks.divergence import BARE, LOOP, Cost, measure, table
+from benchmarks.probing_likelihood import measure_saving
+from benchmarks.probing_likelihood import table as saving_table
+from benchmarks.probing_noise import measure_noise, trained_on_digits
+from benchmarks.subjects import bottleneck, convolutional, perceptron, structured
 from flows import ODESolver
-from flows.benchmarks.divergence import BARE, LOOP, Cost, measure, table
-from flows.benchmarks.probing_likelihood import measure_saving
-from flows.benchmarks.probing_likelihood import table as saving_table
-from flows.benchmarks.probing_noise import measure_noise, trained_on_digits
-from flows.benchmarks.subjects import bottleneck, convolutional, perceptron, structured
-from flows.benchmarks.timing import alternating_medians
+from flows.compare.timing import alternating_medians
 from flows.divergence import Analytic, Exact
 from flows.fields import Linear
 

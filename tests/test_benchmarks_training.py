@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from flows.benchmarks import clock, regularisation
-from flows.benchmarks.clock import train_for
-from flows.benchmarks.floor import compare, timed
-from flows.benchmarks.floor_report import line, save
-from flows.benchmarks.floor_report import picture as picture_of_curves
-from flows.benchmarks.rivals import own_matching
-from flows.benchmarks.training import after_equal_time, installed, matchings, measure
-from flows.benchmarks.training_report import STEP, nll_table, picture, timing_table
+from benchmarks import clock, regularisation
+from benchmarks.clock import train_for
+from benchmarks.floor import compare, timed
+from benchmarks.floor_report import line, save
+from benchmarks.floor_report import picture as picture_of_curves
+from benchmarks.rivals import own_matching
+from benchmarks.training import after_equal_time, installed, matchings, measure
+from benchmarks.training_report import STEP, nll_table, picture, timing_table
 from flows.datasets import Batch, EightGaussians, SwissRoll
 from flows.fields import ConcatSquashMLP, Linear
 from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood

@@ -211,7 +211,7 @@ HOSTILE = {
     "our own loader, with trust in everything": {"_target_": "flows.training.load_flow", "trust": ["os"]},
     "a writer of ours": {"_target_": "flows.training.save_checkpoint", "path": "owned"},
     "a trainer, out of its place": {"_target_": "flows.training.Trainer", "output_dir": "owned"},
-    "a class of torch through ours": {"_target_": "flows.cnf.torch.load", "f": "owned"},
+    "a class of torch through ours": {"_target_": "flows.models.cnf.torch.load", "f": "owned"},
     "another class of torch": {"_target_": "torch.hub.load"},
     "hydra itself": {"_target_": "hydra.utils.call", "config": {"_target_": "os.system"}},
     "a module": {"_target_": "flows.fields"},

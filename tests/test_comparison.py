@@ -8,14 +8,14 @@ import torch
 from problems import Convolutions, dense_divergence, dense_jacobian, perceptron
 
 import flows
-from flows.benchmarks.comparison import Row, advise, as_dict, as_text, compare, error_against_cost
-from flows.benchmarks.comparison.accuracy import Accuracy, Truth, summarise
-from flows.benchmarks.comparison.candidates import labelled
-from flows.benchmarks.comparison.cost import affordable, case
-from flows.benchmarks.comparison.figure import pareto_front
-from flows.benchmarks.comparison.measure import Comparison
-from flows.benchmarks.comparison.trajectory import Trajectory, trajectory_of
-from flows.benchmarks.memory import peak_memory
+from flows.compare import Row, advise, as_dict, as_text, compare, error_against_cost
+from flows.compare.accuracy import Accuracy, Truth, summarise
+from flows.compare.candidates import labelled
+from flows.compare.cost import affordable, case
+from flows.compare.figure import pareto_front
+from flows.compare.measure import Comparison
+from flows.compare.memory import peak_memory
+from flows.compare.trajectory import Trajectory, trajectory_of
 from flows.divergence import (
     Analytic,
     Auto,

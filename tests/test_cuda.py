@@ -18,7 +18,7 @@ from flows.divergence import Analytic, Exact, Hutchinson
 from flows.fields import MLP, ConcatSquashMLP, bind
 from flows.objectives import FlowMatching, MaximumLikelihood, ReverseKL
 from flows.objectives.couplings import OptimalTransport, Sinkhorn
-from flows.regularizers import JacobianNorm, KineticEnergy, TotalDerivative
+from flows.path_costs import JacobianNorm, KineticEnergy, TotalDerivative
 from flows.solvers import ErrorControl, check_gradients
 from flows.training import TrainingInterrupted, load_checkpoint
 

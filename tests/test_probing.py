@@ -8,7 +8,7 @@ from problems import Convolutions, assert_unbiased, assert_variance, dense_diver
 
 from flows import CNF, ODESolver
 from flows.divergence import Auto, Exact, Hutchinson, Probing, divergence
-from flows.divergence.colouring import colour_event, colour_line, num_line_colours
+from flows.divergence.probing import colour_event, colour_line, num_line_colours
 from flows.fields import bind
 
 T = torch.tensor(0.3, dtype=torch.float64)

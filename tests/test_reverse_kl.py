@@ -14,10 +14,10 @@ from flows.datasets import Batch, DoubleWell, Energy, FreeField, Funnel, MoonsBy
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.evaluation import importance_weights
 from flows.fields import MLP, Linear
+from flows.models.importance import effective_sample_size, log_density_of, log_z
 from flows.objectives import FlowMatching, MaximumLikelihood, ReverseKL
-from flows.regularizers import KineticEnergy
+from flows.path_costs import KineticEnergy
 from flows.training import Stage, Trainer, examiner
-from flows.weights import effective_sample_size, log_density_of, log_z
 
 CONFIGS = {p.stem: OmegaConf.load(p) for p in sorted((Path(__file__).parents[1] / "conf/data").glob("*.yaml"))}
 ENERGIES = [name for name, config in CONFIGS.items() if issubclass(get_class(config._target_), Energy)]

@@ -10,13 +10,13 @@ from torchdiffeq import odeint
 from torchdiffeq._impl.odeint import SOLVERS
 
 from flows import CNF
-from flows.benchmarks.memory import peak_memory
+from flows.compare.memory import peak_memory
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.dynamics import AugmentedDynamics
 from flows.fields import MLP, bind
-from flows.regularizers import JacobianNorm, KineticEnergy, TotalDerivative
-from flows.solvers import ErrorControl, ODESolver, check_gradients, checkpoint
-from flows.solvers.rungekutta import interpolate, runge_kutta, take_step
+from flows.path_costs import JacobianNorm, KineticEnergy, TotalDerivative
+from flows.solvers import ErrorControl, ODESolver, check_gradients, recompute
+from flows.solvers.runge_kutta import interpolate, runge_kutta, take_step
 
 RUNGE_KUTTA = [method for method in sorted(SOLVERS) if runge_kutta(method) is not None]
 
@@ -217,8 +217,8 @@ def test_memory_grows_as_the_root_of_the_steps_where_the_graph_counts():
 
 def test_memory_grows_as_the_root_of_the_steps_where_the_states_count(monkeypatch):
     """With fewer checkpoints, so that the law shows at fewer steps."""
-    monkeypatch.setattr(checkpoint, "CHECKPOINTS", 4)
-    monkeypatch.setattr(checkpoint, "EVALUATIONS", 1)
+    monkeypatch.setattr(recompute, "CHECKPOINTS", 4)
+    monkeypatch.setattr(recompute, "EVALUATIONS", 1)
 
     class Decay(nn.Module):
         event_shape = (500,)

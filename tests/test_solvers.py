@@ -6,9 +6,10 @@ import pytest
 import torch
 from torchdiffeq._impl.odeint import SOLVERS
 
-from flows.solvers import ODESolver, SolverError, failure
+from flows.solvers import ODESolver, SolverError
+from flows.solvers import errors as failure
 from flows.solvers.control import ErrorNorm
-from flows.solvers.rungekutta import error_estimate, runge_kutta, take_step
+from flows.solvers.runge_kutta import error_estimate, runge_kutta, take_step
 
 FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": 3, "implicit_adams": 4}
 ADAPTIVE = ["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]

@@ -17,7 +17,7 @@ from flows.divergence import Analytic, Auto, Exact, Hutchinson
 from flows.evaluation import likelihood
 from flows.fields import MLP, Hollow
 from flows.objectives import FlowMatching, MaximumLikelihood
-from flows.regularizers import JacobianNorm, KineticEnergy
+from flows.path_costs import JacobianNorm, KineticEnergy
 from flows.solvers import Attempt, SolverError, SolverStatistics
 from flows.training import Stage, TrainingInterrupted, examiner, load_checkpoint
 from flows.training.compiled import compiled, stages_to_compile

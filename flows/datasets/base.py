@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flows.errors import InvalidValueError
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -38,7 +40,7 @@ class BatchStream(ABC):
         check_batch_size(batch_size)
         if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
             found = getattr(generator, "device", type(generator).__name__)
-            raise ValueError(
+            raise InvalidValueError(
                 f"a training stream needs a torch.Generator on the cpu, got {found}; pass "
                 "torch.Generator().manual_seed(seed), batches are moved to the device afterwards"
             )
@@ -59,7 +61,7 @@ class BatchStream(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`, the generator included. Raises ValueError for another data set's state."""
         if state["dataset"] != self.dataset:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the saved position belongs to the data set {state['dataset']!r}, this one is "
                 f"{self.dataset!r}; resume with the data that the run was started with"
             )
@@ -135,16 +137,16 @@ class Dataset(ABC):
 
 def check_batch_size(batch_size: int) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
+        raise InvalidValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
 
 
 def convert(points: Tensor, device: torch.device | str | None, dtype: torch.dtype | None, dataset: str) -> Tensor:
-    """Copy `points` to a device and dtype (default: torch's), or raise ValueError where one is not finite."""
+    """Copy `points` to a device and dtype (default: torch's), or raise InvalidValueError where one is not finite."""
     converted = points.to(device=device, dtype=dtype or torch.get_default_dtype(), copy=True)
     finite = torch.isfinite(converted)
     if not finite.all():
         bad = tuple(torch.nonzero(~finite)[0].tolist())
-        raise ValueError(
+        raise InvalidValueError(
             f"data set {dataset!r}: {int((~finite).sum())} of {finite.numel()} values are NaN or infinite as "
             f"{converted.dtype}, the first, {points[bad].item()}, at index {bad}; a flow needs finite data "
             "in the range of its dtype"
@@ -178,7 +180,9 @@ def converted_batch(
 ) -> Batch:
     """A batch on a device and in a dtype, both parts checked as by `convert`."""
     if contexts is not None and len(contexts) != len(points):
-        raise ValueError(f"data set {dataset!r}: {len(points)} examples need as many contexts, got {len(contexts)}")
+        raise InvalidValueError(
+            f"data set {dataset!r}: {len(points)} examples need as many contexts, got {len(contexts)}"
+        )
     context = None if contexts is None else convert(contexts, device, dtype, dataset)
     return Batch(convert(points, device, dtype, dataset), context)
 
@@ -194,7 +198,7 @@ def one_hot(
         ValueError: a label is no whole number in that range.
     """
     if labels.is_floating_point() or (labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes):
-        raise ValueError(
+        raise InvalidValueError(
             f"labels must be whole numbers from 0 to {num_classes - 1}, got {labels.unique().tolist()[:8]}"
         )
     return torch.nn.functional.one_hot(labels.long(), num_classes).to(dtype or torch.get_default_dtype())

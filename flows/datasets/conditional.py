@@ -9,6 +9,7 @@ from torch import Tensor
 from flows.datasets.base import Batch, one_hot
 from flows.datasets.curves import Moons
 from flows.datasets.density import Density, check_points, checked_shape
+from flows.errors import InvalidValueError
 
 
 class ConditionalDensity(Density):
@@ -97,9 +98,9 @@ class GaussianMean(ConditionalDensity):
     ):
         super().__init__(num_validation, num_test, num_reference)
         if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
-            raise ValueError(f"dimension must be a whole number >= 1, got {dimension!r}")
+            raise InvalidValueError(f"dimension must be a whole number >= 1, got {dimension!r}")
         if not 0 < sd < math.inf:
-            raise ValueError(f"sd must be a positive number, got {sd!r}")
+            raise InvalidValueError(f"sd must be a positive number, got {sd!r}")
         self.event_shape = self.context_shape = (dimension,)
         self.sd = sd
         self.entropy = dimension / 2 * math.log(2 * math.pi * math.e * sd**2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flows.datasets.base import Batch, BatchStream, Dataset, convert, converted_batch, fixed_batches
+from flows.errors import InvalidValueError
 
 # Seeds of the fixed parts: large, so that they meet no seed that a person would give a training run.
 VALIDATION_SEED = 0x5EED_0001_7A11_DA7E
@@ -37,7 +38,7 @@ class Density(Dataset):
         sizes = {"num_validation": num_validation, "num_test": num_test, "num_reference": num_reference}
         for key, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{key} must be a whole number >= 1, got {size!r}")
+                raise InvalidValueError(f"{key} must be a whole number >= 1, got {size!r}")
             setattr(self, key, size)
 
     @abstractmethod
@@ -123,17 +124,17 @@ class DensityStream(BatchStream):
 
 
 def checked_sample(density: Density, n: int, generator: torch.Generator) -> Tensor:
-    """Call `density.sample`, or raise ValueError where it does not return n points of its event shape."""
+    """Call `density.sample`, or raise InvalidValueError where it does not return n points of its event shape."""
     points = density.sample(n, generator)
     return checked_shape(points, n, density.event_shape, f"{type(density).__name__}.sample({n}, generator)")
 
 
 def checked_shape(points: Tensor, n: int, shape: tuple[int, ...], call: str, name: str = "event_shape") -> Tensor:
-    """Return what `call` has returned, detached, or raise ValueError where it is not (n, *shape)."""
+    """Return what `call` has returned, detached, or raise InvalidValueError where it is not (n, *shape)."""
     expected = (n, *shape)
     if not isinstance(points, Tensor) or tuple(points.shape) != expected:
         found = f"shape {tuple(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
-        raise ValueError(
+        raise InvalidValueError(
             f"{call} must return a tensor of shape {expected}, got {found}; make it return (n, *{name}), or set "
             f"{name} = {shape} right"
         )
@@ -141,7 +142,7 @@ def checked_shape(points: Tensor, n: int, shape: tuple[int, ...], call: str, nam
 
 
 def check_points(x: Tensor, dim: int = 2) -> Tensor:
-    """Return x, or raise ValueError where it is not (*batch, dim)."""
+    """Return x, or raise InvalidValueError where it is not (*batch, dim)."""
     if x.ndim < 1 or x.shape[-1] != dim:
-        raise ValueError(f"log_prob expects points of shape (*batch, {dim}), got {tuple(x.shape)}")
+        raise InvalidValueError(f"log_prob expects points of shape (*batch, {dim}), got {tuple(x.shape)}")
     return x

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flows.datasets.base import Batch, BatchStream
 from flows.datasets.density import Density, check_points
+from flows.errors import InvalidValueError
 
 
 class Energy(Density):
@@ -27,13 +28,13 @@ class Energy(Density):
         """Return -U(x) = log p(x) + log Z, (*batch,), for x of (*batch, *event)."""
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        raise ValueError(
+        raise InvalidValueError(
             f"{self.name!r} is an energy without samples; train with objective=reverse_kl, which needs none"
         )
 
     def log_prob(self, x: Tensor) -> Tensor:
         if self.log_z is None:
-            raise ValueError(f"log Z of {self.name!r} is not known; use log_density, which is log_prob + log Z")
+            raise InvalidValueError(f"log Z of {self.name!r} is not known; use log_density, which is log_prob + log Z")
         return self.log_density(x) - self.log_z
 
     @property
@@ -74,7 +75,7 @@ class DoubleWell(Energy):
     ):
         super().__init__(num_validation, num_test, num_reference)
         if not -10 <= tilt <= 10:
-            raise ValueError(f"tilt must be between -10 and 10, got {tilt}")
+            raise InvalidValueError(f"tilt must be between -10 and 10, got {tilt}")
         self.tilt = tilt
         self._nodes = np.linspace(-6, 6, 24_001)
         values = self._potential(self._nodes)
@@ -121,7 +122,7 @@ class Funnel(Energy):
     ):
         super().__init__(num_validation, num_test, num_reference)
         if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 2:
-            raise ValueError(f"dimension must be a whole number >= 2, got {dimension!r}")
+            raise InvalidValueError(f"dimension must be a whole number >= 2, got {dimension!r}")
         self.event_shape = (dimension,)
         self.entropy = dimension / 2 * math.log(2 * math.pi * math.e) + math.log(3)
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from flows.datasets.images import Images, LabelledImages
 from flows.datasets.passes import random_split
+from flows.errors import InvalidValueError
 
 if TYPE_CHECKING:
     import datasets
@@ -69,23 +70,23 @@ class HubImages(Images):
         num_levels: int = 256,
     ):
         if mode not in (None, *CHANNELS):
-            raise ValueError(f"mode must be L (grey) or RGB, or null for pictures as they are, got {mode!r}")
+            raise InvalidValueError(f"mode must be L (grey) or RGB, or null for pictures as they are, got {mode!r}")
         if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"size must be [height, width] in pixels, such as [32, 32], got {size!r}")
+            raise InvalidValueError(f"size must be [height, width] in pixels, such as [32, 32], got {size!r}")
         found = _load(source, path)
         where = str(source if path is None else path)
         reader = _Reader(where, mode, size, image, label, num_levels)
         wanted = {"validation": validation_split, "test": test_split}
         shares = {"test": test_fraction, "validation": validation_fraction}
         if "train" not in found:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{where} has no part 'train', only {', '.join(map(repr, found))}; rename one, or merge them"
             )
         parts = {part: reader(found[split], split) for part, split in wanted.items() if split in found}
         train = reader(found["train"], "train")
         missing = {part: shares[part] for part in shares if part not in parts}
         for part in (part for part, share in missing.items() if share is None):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{where} has no part {wanted[part]!r}, only {', '.join(map(repr, found))}; name another one with "
                 f"{part}_split, or set a share of the training part aside with {part}_fraction=0.1"
             )
@@ -119,7 +120,7 @@ class _Reader:
         if isinstance(split.features[self.image], datasets.Image):
             split = split.cast_column(self.image, datasets.Image(decode=False))  # so that the file can be named
         if not len(split):
-            raise ValueError(f"{self.where} has no image in the part {part!r}")
+            raise InvalidValueError(f"{self.where} has no image in the part {part!r}")
         blocks = split.select_columns([self.image]).iter(batch_size=1000)  # faster than one row at a time
         rows = (value for block in blocks for value in block[self.image])
         images: np.ndarray | None = None
@@ -138,10 +139,10 @@ class _Reader:
         columns = split.features
         for name in (self.image, self.label):
             if name is not None and name not in columns:
-                raise ValueError(f"{self.where} has no column {name!r}; it has {', '.join(map(repr, columns))}")
+                raise InvalidValueError(f"{self.where} has no column {name!r}; it has {', '.join(map(repr, columns))}")
         pictures = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
         if self.image is None and len(pictures) != 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.where} has {len(pictures)} columns of pictures among {', '.join(map(repr, columns))}; say with "
                 "image=... which one to take"
             )
@@ -150,7 +151,9 @@ class _Reader:
         self.label = self.label or (classes[0] if len(classes) == 1 else None)
         if self.label is not None:
             if self.label not in classes:
-                raise ValueError(f"{self.where}: the column {self.label!r} holds {columns[self.label]}, not classes")
+                raise InvalidValueError(
+                    f"{self.where}: the column {self.label!r} holds {columns[self.label]}, not classes"
+                )
             self.num_classes = columns[self.label].num_classes
 
     def _pixels(self, value: Mapping[str, Any], name: str) -> np.ndarray:  # (C, H, W), bytes
@@ -163,7 +166,7 @@ class _Reader:
                 ImageOps.exif_transpose(picture, in_place=True)
                 picture.load()
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{name} cannot be read as a picture ({error}); repair or remove it") from error
+            raise InvalidValueError(f"{name} cannot be read as a picture ({error}); repair or remove it") from error
         self._check(picture, name)
         if self.mode is not None:
             picture = picture.convert(self.mode)
@@ -172,7 +175,7 @@ class _Reader:
             picture = ImageOps.fit(picture, (width, height), Image.Resampling.BOX)
         pixels = np.array(picture)
         if self.num_levels < 256 and pixels.max() >= self.num_levels:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name} has the value {pixels.max()}, which is no level from 0 to {self.num_levels - 1}; "
                 "set num_levels"
             )
@@ -181,22 +184,22 @@ class _Reader:
     def _check(self, picture: Image, name: str) -> None:
         """Raise ValueError unless pictures have one byte a level and are all alike, where nothing makes them so."""
         if picture.mode.startswith(("I", "F")):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name} has the mode {picture.mode}, of more than 256 levels; save it with 8 bits a channel"
             )
         if self.mode is None and picture.mode not in CHANNELS:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name} has the mode {picture.mode}; convert pictures to grey or colour with mode=L or RGB"
             )
         first = self._first = self._first or (name, picture.mode, picture.size)
         if self.mode is None and picture.mode != first[1]:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name} has the mode {picture.mode}, and {first[0]} has {first[1]}; convert them all with mode=RGB "
                 "or L"
             )
         if self.size is None and picture.size != first[2]:
             sizes = [f"{width} × {height}" for width, height in (picture.size, first[2])]
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name} is {sizes[0]} pixels wide and high, and {first[0]} is {sizes[1]}; bring them to one size with "
                 "size=[height, width]"
             )
@@ -212,7 +215,9 @@ def _load(source: str | None, path: str | Path | None) -> Mapping[str, datasets.
         ) from error
     if path is None:
         if source is None:
-            raise ValueError("give the name of a data set on the hub, source=..., or the path of a folder, path=...")
+            raise InvalidValueError(
+                "give the name of a data set on the hub, source=..., or the path of a folder, path=..."
+            )
         try:
             return _by_part(datasets.load_dataset(source))
         except Exception as error:
@@ -235,7 +240,7 @@ def _load(source: str | None, path: str | Path | None) -> Mapping[str, datasets.
             return _by_part(datasets.load_dataset(str(path)))
         return _by_part(datasets.load_dataset("parquet", data_files=str(path)))
     except Exception as error:
-        raise ValueError(
+        raise InvalidValueError(
             f"{path} cannot be read as a folder of pictures, Parquet files or a saved data set ({_reason(error)})"
         ) from error
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flows.datasets.density import Density, check_points
+from flows.errors import InvalidValueError
 
 
 class ImageDensity(Density):
@@ -43,15 +44,15 @@ class ImageDensity(Density):
     ):
         super().__init__(num_validation, num_test, num_reference)
         if dense not in ("dark", "bright"):
-            raise ValueError(f"dense must be 'dark' or 'bright', got {dense!r}")
+            raise InvalidValueError(f"dense must be 'dark' or 'bright', got {dense!r}")
         if not 0 < contrast < math.inf:
-            raise ValueError(f"contrast must be positive, got {contrast!r}; 1 takes the shades as they are")
+            raise InvalidValueError(f"contrast must be positive, got {contrast!r}; 1 takes the shades as they are")
         if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
-            raise ValueError(f"resolution must be a whole number of pixels >= 1, got {resolution!r}")
+            raise InvalidValueError(f"resolution must be a whole number of pixels >= 1, got {resolution!r}")
         shades = _shades(path, resolution, empty=255 if dense == "dark" else 0)
         weight = shades.max() - shades if dense == "dark" else shades - shades.min()
         if weight.max() == 0:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{path} has a single shade at {shades.shape[1]} x {shades.shape[0]} pixels, so no pixel is "
                 "denser than another; choose a picture with dark and bright parts, or a higher resolution"
             )
@@ -111,7 +112,9 @@ def _shades(path: str | Path | None, resolution: int, empty: int) -> np.ndarray:
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file.convert("RGBA"))
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{path} is not a picture that Pillow can read ({error}); use a .png or .jpg") from error
+            raise InvalidValueError(
+                f"{path} is not a picture that Pillow can read ({error}); use a .png or .jpg"
+            ) from error
         background = Image.new("RGBA", picture.size, (empty, empty, empty, 255))
         picture = Image.alpha_composite(background, picture)
     picture = picture.convert("L")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flows.datasets.base import Batch, Dataset, convert, fixed_batches, one_hot
 from flows.datasets.passes import EpochStream, random_split
+from flows.errors import InvalidValueError
 
 NUM_REFERENCE = 10_000  # training images to fit transforms and draw plots with
 STAYS_ON_THE_CPU = 2**30  # bytes; a larger training part is not moved to the device as a whole
@@ -67,9 +68,9 @@ class Images(Dataset):
         source: str = "the images",
     ):
         if set(parts) != {"train", "validation", "test"}:
-            raise ValueError(f"parts must be train, validation and test, got {', '.join(parts) or 'none'}")
+            raise InvalidValueError(f"parts must be train, validation and test, got {', '.join(parts) or 'none'}")
         if isinstance(num_levels, bool) or not isinstance(num_levels, int) or num_levels < 2:
-            raise ValueError(f"num_levels must be a whole number >= 2, such as 256, got {num_levels!r}")
+            raise InvalidValueError(f"num_levels must be a whole number >= 2, such as 256, got {num_levels!r}")
         self.name = name
         self.num_levels = num_levels
         self.flip = flip
@@ -83,7 +84,7 @@ class Images(Dataset):
         self.num_validation, self.num_test = len(parts["validation"]), len(parts["test"])
         if conditional:
             if num_classes is None or any(found.labels is None for found in parts.values()):
-                raise ValueError(f"{source} have no classes to condition on; set conditional=False")
+                raise InvalidValueError(f"{source} have no classes to condition on; set conditional=False")
             self.num_classes, self.context_shape = num_classes, (num_classes,)
 
     def labels(self, part: str) -> Tensor | None:
@@ -190,7 +191,7 @@ class Digits(Images):
 def _levels(images: Tensor, event_shape: tuple[int, ...], num_levels: int, source: str) -> Tensor:
     """The images in the smallest type that holds the levels."""
     if images.ndim != 4 or tuple(images.shape[1:]) != event_shape or not len(images):
-        raise ValueError(
+        raise InvalidValueError(
             f"{source}: expected at least one image of shape (n, channels, height, width), all of one shape, got "
             f"{tuple(images.shape)}" + (f" beside {event_shape}" if images.ndim == 4 else "")
         )
@@ -200,7 +201,7 @@ def _levels(images: Tensor, event_shape: tuple[int, ...], num_levels: int, sourc
     wrong = (images < 0) | (images > num_levels - 1) | (stored != images)
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
+        raise InvalidValueError(
             f"{source}: image {index[0]} has the value {images[index].item():g} at {index[1:]}, which is no level from "
             f"0 to {num_levels - 1} ({int(wrong.sum())} such values); set num_levels, or give levels as whole numbers"
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flows.datasets.density import Density
 from flows.datasets.energies import Energy
+from flows.errors import InvalidValueError
 
 
 class FreeField(Density):
@@ -41,7 +42,7 @@ class FreeField(Density):
         super().__init__(num_validation, num_test, num_reference)
         size = _checked_size(size)
         if not 0 < mass < math.inf:
-            raise ValueError(f"mass must be a positive number, got {mass}")
+            raise InvalidValueError(f"mass must be a positive number, got {mass}")
         self.event_shape = (1, *size)
         self._axes = tuple(range(-len(size), 0))
         waves = [torch.arange(sites, dtype=torch.float64) * (math.pi / sites) for sites in size]
@@ -91,7 +92,7 @@ class Phi4(Energy):
         super().__init__(num_validation, num_test)
         size = _checked_size(size)
         if not (coupling > 0 or (coupling == 0 and mass_squared > 0)):
-            raise ValueError(
+            raise InvalidValueError(
                 f"coupling must be > 0, or 0 with mass_squared > 0, or Z would be infinite; got {coupling} and "
                 f"{mass_squared}"
             )
@@ -114,12 +115,14 @@ class Phi4(Energy):
 def _checked_size(size: Sequence[int]) -> tuple[int, ...]:
     size = tuple(size)
     if not 1 <= len(size) <= 3 or min(size) < 2:
-        raise ValueError(f"size must hold the sites, >= 2, along one to three axes, such as [8, 8], got {list(size)}")
+        raise InvalidValueError(
+            f"size must hold the sites, >= 2, along one to three axes, such as [8, 8], got {list(size)}"
+        )
     return size
 
 
 def _checked_fields(x: Tensor, event_shape: tuple[int, ...]) -> Tensor:
     if tuple(x.shape[-len(event_shape) :]) != event_shape:
         expected = ", ".join(map(str, event_shape))
-        raise ValueError(f"expected fields of shape (*batch, {expected}), got {tuple(x.shape)}")
+        raise InvalidValueError(f"expected fields of shape (*batch, {expected}), got {tuple(x.shape)}")
     return x

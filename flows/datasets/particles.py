@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flows.datasets.density import Density
+from flows.errors import InvalidValueError
 
 
 class Particles(Density):
@@ -44,12 +45,12 @@ class Particles(Density):
     ):
         super().__init__(num_validation, num_test, num_reference)
         if num_particles < 2 or dimensions < 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"num_particles must be >= 2 and dimensions >= 1, got {num_particles} particles in {dimensions}"
             )
         self.spreads = tuple(float(spread) for spread in spreads)
         if not self.spreads or not all(0 < spread < math.inf for spread in self.spreads):
-            raise ValueError(f"spreads must hold at least one positive number, got {list(spreads)}")
+            raise InvalidValueError(f"spreads must hold at least one positive number, got {list(spreads)}")
         self.event_shape = (num_particles, dimensions)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -61,7 +62,7 @@ class Particles(Density):
     def log_prob(self, x: Tensor) -> Tensor:
         particles, dimensions = self.event_shape
         if tuple(x.shape[-2:]) != self.event_shape:
-            raise ValueError(
+            raise InvalidValueError(
                 f"log_prob expects points of shape (*batch, {particles}, {dimensions}), got {tuple(x.shape)}"
             )
         centre = x.mean(-2, keepdim=True)

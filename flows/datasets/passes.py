@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flows.datasets.base import Batch, BatchStream
+from flows.errors import InvalidValueError
 
 
 class EpochStream(BatchStream):
@@ -58,7 +59,7 @@ class EpochStream(BatchStream):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["rows"] != self.num_examples:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the saved position belongs to {state['rows']} training {self.unit}, {self.dataset!r} now has "
                 f"{self.num_examples}; resume with the file and the split that the run was started with"
             )
@@ -78,15 +79,15 @@ def random_split(
     names = [f"{part}_fraction" for part in shares]
     for name, share in zip(names, shares.values(), strict=True):
         if not 0 < share < 1:
-            raise ValueError(f"{name} must be between 0 and 1, both excluded, got {share!r}")
+            raise InvalidValueError(f"{name} must be between 0 and 1, both excluded, got {share!r}")
     if sum(shares.values()) >= 1:
         values = " + ".join(map(str, shares.values()))
-        raise ValueError(f"{' + '.join(names)} must leave a training part, got {values} >= 1")
+        raise InvalidValueError(f"{' + '.join(names)} must leave a training part, got {values} >= 1")
     sizes = {part: round(count * share) for part, share in shares.items()}
     training = count - sum(sizes.values())
     if min(sizes.values()) < 1 or training < 2:
         found = ", ".join(f"{size} {part}" for part, size in {"training": max(training, 0), **sizes}.items())
-        raise ValueError(
+        raise InvalidValueError(
             f"{source} has {count} {unit}, too few for the split: {found} {unit}, needed at least 2 training and 1 of "
             f"each other; bring more {unit} or change {' and '.join(names)}"
         )

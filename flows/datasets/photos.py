@@ -5,6 +5,7 @@ from torch import Tensor
 
 from flows.datasets.images import Images, LabelledImages
 from flows.datasets.passes import random_split
+from flows.errors import InvalidValueError
 
 
 class PhotoPatches(Images):
@@ -38,10 +39,12 @@ class PhotoPatches(Images):
     ):
         for key, value in {"size": size, "region": region, "stride": stride}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key} must be a whole number of pixels >= 1, got {value!r}")
+                raise InvalidValueError(f"{key} must be a whole number of pixels >= 1, got {value!r}")
         regions = torch.cat([_patches(photo, region, region) for photo in _photographs(region)])
         if size > region:
-            raise ValueError(f"a patch of size {size} does not fit into a region of {region} pixels; enlarge region")
+            raise InvalidValueError(
+                f"a patch of size {size} does not fit into a region of {region} pixels; enlarge region"
+            )
         shares = {"test": test_fraction, "validation": validation_fraction}
         split = random_split(len(regions), shares, split_seed, "photo_patches", "regions")
         parts = {
@@ -58,7 +61,7 @@ def _photographs(region: int) -> list[Tensor]:  # (3, H, W) each
 
     photos = [torch.from_numpy(load_sample_image(name).copy()).movedim(-1, 0) for name in ("china.jpg", "flower.jpg")]
     if region > photos[0].shape[1]:
-        raise ValueError(f"region must fit into a photograph of 427 × 640 pixels, got {region}")
+        raise InvalidValueError(f"region must fit into a photograph of 427 × 640 pixels, got {region}")
     return photos
 
 

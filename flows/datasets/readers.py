@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flows.errors import InvalidValueError
+
 Columns = Sequence[str | int] | None  # by name or position; None for all
 
 MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}
@@ -30,7 +32,7 @@ def read_table(path: str | Path, columns: Columns = None, **csv_settings) -> tup
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"cannot read {path}: its suffix is {path.suffix!r}, expected one of {', '.join(READERS)}; "
             "convert the file, or pass its values to flows.datasets.Table(values)"
         )
@@ -39,7 +41,7 @@ def read_table(path: str | Path, columns: Columns = None, **csv_settings) -> tup
     try:
         return reader(path, columns, **(csv_settings if reader is read_csv else {}))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from error
+        raise InvalidValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from error
 
 
 def read_csv(
@@ -52,21 +54,21 @@ def read_csv(
     """
     top = list(islice(_csv_rows(path, delimiter), 2))
     if not top:
-        raise ValueError(f"{path} is empty; expected one row of numbers a line")
+        raise InvalidValueError(f"{path} is empty; expected one row of numbers a line")
     if len(top[0]) == 1 and any(mark in top[0][0] for mark in ",;\t"):
         mark = next(mark for mark in ",;\t" if mark in top[0][0])
-        raise ValueError(f"{path} has no {delimiter!r} in its first line but {mark!r}; set delimiter={mark!r}")
+        raise InvalidValueError(f"{path} has no {delimiter!r} in its first line but {mark!r}; set delimiter={mark!r}")
     if header is None:
         header = _is_header(*top) if len(top) == 2 else any(_is_text(field) for field in top[0])
     names = [field.strip() for field in top[0]] if header else [str(i) for i in range(len(top[0]))]
     if len(top) == 1 and header:
-        raise ValueError(f"{path} has a line of names and no row of numbers below it")
+        raise InvalidValueError(f"{path} has a line of names and no row of numbers below it")
     chosen = choose_columns(columns, names, path)
     rows = islice(_csv_rows(path, delimiter), int(header), None)
     # Of a few columns loadtxt reads no more than those, and would not notice a row that is shifted.
     shifted = columns is not None and _bad_width(rows, len(names))
     if shifted:
-        raise ValueError(f"cannot read {path}: {shifted}")
+        raise InvalidValueError(f"cannot read {path}: {shifted}")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = (line for line in file if line.strip())
@@ -81,9 +83,11 @@ def read_csv(
     except ValueError as error:
         rows = islice(_csv_rows(path, delimiter), int(header), None)
         found = _bad_value(rows, names, chosen) or str(error)
-        raise ValueError(f"cannot read {path}: {found}") from error
+        raise InvalidValueError(f"cannot read {path}: {found}") from error
     if values.shape[1] != len(chosen):
-        raise ValueError(f"{path} has {len(names)} names in its first line, but rows of {values.shape[1]} fields")
+        raise InvalidValueError(
+            f"{path} has {len(names)} names in its first line, but rows of {values.shape[1]} fields"
+        )
     return values, [names[i] for i in chosen]
 
 
@@ -92,12 +96,14 @@ def read_npy(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]
     try:
         values = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole .npy file of numbers ({error}); write it with numpy.save") from error
+        raise InvalidValueError(
+            f"{path} is not a whole .npy file of numbers ({error}); write it with numpy.save"
+        ) from error
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
         found = getattr(values, "dtype", type(values).__name__)
-        raise ValueError(f"{path} must hold real numbers, got {found}; convert with array.astype(float)")
+        raise InvalidValueError(f"{path} must hold real numbers, got {found}; convert with array.astype(float)")
     if values.ndim != 2:
-        raise ValueError(
+        raise InvalidValueError(
             f"{path} must be a table (rows, columns), got an array of shape {values.shape}; reshape it, "
             "e.g. with array.reshape(len(array), -1)"
         )
@@ -119,13 +125,13 @@ def read_parquet(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[
         names = [schema.names[i] for i in chosen]
         table = pq.read_table(path, columns=names)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a whole Parquet file ({error})") from error
+        raise InvalidValueError(f"{path} is not a whole Parquet file ({error})") from error
     for name in names:
         kind = table.schema.field(name).type
         numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
         if not numeric and not pa.types.is_decimal(kind):
             first = table[name][0].as_py() if len(table) else None
-            raise ValueError(
+            raise InvalidValueError(
                 f"{path}: column {name!r} is {kind}, not numbers (row 1 is {first!r}); drop or encode it: "
                 "choose columns with columns=[...]"
             )
@@ -141,7 +147,7 @@ def choose_columns(columns: Columns, names: Sequence[str], source: str | Path) -
     if columns is None:
         return list(range(len(names)))
     if isinstance(columns, str | int):
-        raise ValueError(f"columns must be a list, got {columns!r}; write [{columns}]")
+        raise InvalidValueError(f"columns must be a list, got {columns!r}; write [{columns}]")
     chosen = []
     for column in columns:
         if column in names:
@@ -149,9 +155,9 @@ def choose_columns(columns: Columns, names: Sequence[str], source: str | Path) -
         elif isinstance(column, int) and -len(names) <= column < len(names):
             chosen.append(column % len(names))
         else:
-            raise ValueError(f"{source} has no column {column!r}; it has {', '.join(map(repr, names))}")
+            raise InvalidValueError(f"{source} has no column {column!r}; it has {', '.join(map(repr, names))}")
     if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"columns must name at least one column and none twice, got {list(columns)}")
+        raise InvalidValueError(f"columns must name at least one column and none twice, got {list(columns)}")
     return chosen
 
 

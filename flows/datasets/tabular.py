@@ -11,6 +11,7 @@ from torch import Tensor
 from flows.datasets.base import Batch, Dataset, convert, fixed_batches
 from flows.datasets.passes import EpochStream, random_split
 from flows.datasets.readers import choose_columns, read_table
+from flows.errors import InvalidTypeError, InvalidValueError
 
 
 class Table(Dataset):
@@ -46,7 +47,7 @@ class Table(Dataset):
         self.name = name
         self.columns = [str(i) for i in range(table.shape[1])] if columns is None else list(columns)
         if len(self.columns) != table.shape[1]:
-            raise ValueError(f"{source} has {table.shape[1]} columns, got {len(self.columns)} names for them")
+            raise InvalidValueError(f"{source} has {table.shape[1]} columns, got {len(self.columns)} names for them")
         _check_finite(table, self.columns, source)
         self.event_shape = (table.shape[1],)
         shares = {"test": test_fraction, "validation": validation_fraction}
@@ -169,12 +170,12 @@ def _as_table(values: ArrayLike | Tensor, source: str) -> Tensor:
     try:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         if array.dtype.kind not in "fiubO":  # text that looks like numbers is not converted on the quiet
-            raise TypeError(f"its type is {array.dtype}")
+            raise InvalidTypeError(f"its type is {array.dtype}")
         table = torch.from_numpy(np.array(array, dtype=np.float64))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source} must hold real numbers only: {error}") from error
+        raise InvalidValueError(f"{source} must hold real numbers only: {error}") from error
     if table.ndim != 2 or table.shape[1] == 0:
-        raise ValueError(f"{source} must be a table (rows, columns), got an array of shape {tuple(table.shape)}")
+        raise InvalidValueError(f"{source} must be a table (rows, columns), got an array of shape {tuple(table.shape)}")
     return table
 
 
@@ -183,7 +184,7 @@ def _check_finite(table: Tensor, columns: Sequence[str], source: str) -> None:
     if len(bad):
         row, column = bad[0].tolist()
         affected = len(bad[:, 0].unique())
-        raise ValueError(
+        raise InvalidValueError(
             f"{source}: {len(bad)} values in {affected} of {len(table)} rows are NaN or infinite; the first "
             f"is {table[row, column].item()} in row {row + 1} (the first data row is row 1), column "
             f"{columns[column]!r}; fill them in or remove those rows"
@@ -196,7 +197,7 @@ def _check_varies(train: Tensor, columns: Sequence[str], source: str) -> None:
         value = train[0, columns.index(constant[0])].item()
         kept = [name for name in columns if name not in constant]
         advice = f"leave it out: columns={kept}" if kept else "there is nothing to learn"
-        raise ValueError(
+        raise InvalidValueError(
             f"{source}: column {', '.join(map(repr, constant))} is constant ({value:g}) in the {len(train)} "
             f"training rows, so it has no density and cannot be standardised; {advice}"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flows.datasets.density import Density, check_points
+from flows.errors import InvalidValueError
 
 
 class EightGaussians(Density):
@@ -142,22 +143,22 @@ class Gaussian(Density):
             rows = [[float(v) for v in row] for row in covariance]
             self.covariance = torch.tensor(rows, dtype=torch.float64)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise InvalidValueError(
                 f"mean must be d numbers and covariance d rows of d numbers, got {mean} and {covariance}"
             ) from error
         d = len(self.mean)
         if d == 0 or self.covariance.shape != (d, d):
-            raise ValueError(
+            raise InvalidValueError(
                 f"covariance must be {d} x {d} for a mean of {d} numbers, got {tuple(self.covariance.shape)}"
             )
         if not torch.isfinite(self.mean).all() or not torch.isfinite(self.covariance).all():
-            raise ValueError(f"mean and covariance must be finite, got {mean} and {covariance}")
+            raise InvalidValueError(f"mean and covariance must be finite, got {mean} and {covariance}")
         if not torch.allclose(self.covariance, self.covariance.T, rtol=1e-6):
-            raise ValueError(f"covariance must be symmetric, got {covariance}")
+            raise InvalidValueError(f"covariance must be symmetric, got {covariance}")
         self.cholesky, failed = torch.linalg.cholesky_ex(self.covariance)
         if failed:
             smallest = torch.linalg.eigvalsh(self.covariance)[0].item()
-            raise ValueError(
+            raise InvalidValueError(
                 f"covariance must be positive definite, its smallest eigenvalue is {smallest:.3g}; for a "
                 "standard deviation s the entry on the diagonal is s^2, and |cov_ij| < s_i s_j"
             )

@@ -2,17 +2,15 @@
 
 from flows.divergence.analytic import Analytic
 from flows.divergence.auto import Auto
+from flows.divergence.autodiff import linearise
 from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField
 from flows.divergence.bottleneck import Bottleneck
-from flows.divergence.dependent_probes import Coordinates, Orthonormal
 from flows.divergence.exact import Exact
 from flows.divergence.function import divergence
 from flows.divergence.hutchinson import Hutchinson
-from flows.divergence.hutchpp import HutchPlusPlus
-from flows.divergence.probes import Gaussian, ProbeFamily, Rademacher, Sphere
+from flows.divergence.low_rank import HutchPlusPlus, XTrace
+from flows.divergence.probes import Coordinates, Gaussian, Orthonormal, ProbeFamily, Rademacher, Sphere
 from flows.divergence.probing import Probing
-from flows.divergence.products import linearise
-from flows.divergence.xtrace import XTrace
 
 __all__ = [
     "Analytic",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField, checked_value, declared, field_name
+from flows.errors import InvalidTypeError
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Analytic(DivergenceEstimator):
     def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:
         closed_form = getattr(field, "value_and_divergence", None)
         if closed_form is None:
-            raise TypeError(
+            raise InvalidTypeError(
                 f"Analytic() needs a field with value_and_divergence(t, x), and {field_name(field)} has none; choose "
                 "Auto() for the cheapest that it allows, Exact() for no sampling error at one Jacobian product a "
                 "dimension, or Hutchinson(num_probes=...) for noise at a few"

@@ -12,6 +12,7 @@ from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField,
 from flows.divergence.exact import Exact
 from flows.divergence.hutchinson import Hutchinson
 from flows.divergence.probing import Probing
+from flows.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Auto(DivergenceEstimator):
 
     def __post_init__(self) -> None:
         if self.max_products < 0:
-            raise ValueError(f"max_products must be >= 0, got {self.max_products}")
+            raise InvalidValueError(f"max_products must be >= 0, got {self.max_products}")
         Hutchinson(self.num_probes)  # checks it
 
     def choose(self, event_shape: tuple[int, ...], field: object | None = None) -> DivergenceEstimator:

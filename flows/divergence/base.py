@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flows.errors import InvalidTypeError, InvalidValueError
+
 VectorField = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> v, with v shaped like x
 
 
@@ -78,7 +80,7 @@ class DivergenceEstimator(ABC):
         This one takes Σ_p ‖Jᵀu_p‖², exact if the directions are a basis, at one more evaluation of the field and P
         products. Estimators whose own products tell the norm override it, and need no directions.
         """
-        from flows.divergence.products import linearise  # which builds on this module
+        from flows.divergence.autodiff import linearise  # which builds on this module
 
         _, products = linearise(field, t, x)
         norm = products(directions).square().flatten(2).sum((0, 2))
@@ -138,9 +140,9 @@ def checked_value(
 ) -> Tensor:
     """Return ``value`` if it is a velocity for ``x``; raise ``ValueError`` on another shape."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"a vector field must return a tensor, got {type(value).__name__}")
+        raise InvalidTypeError(f"a vector field must return a tensor, got {type(value).__name__}")
     if value.shape != x.shape:
-        raise ValueError(
+        raise InvalidValueError(
             f"a vector field must return one velocity a point, of shape {tuple(x.shape)}, got {tuple(value.shape)}"
         )
     return value

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flows.divergence.autodiff import Mode, check_mode, linearise_map, products_per_call
 from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField, checked_value, declared, field_name
 from flows.divergence.exact import basis_trace
 from flows.divergence.probes import ProbeFamily, Rademacher
-from flows.divergence.products import Mode, check_mode, linearise_map, products_per_call
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.naming import by_name
 
 
@@ -47,7 +48,9 @@ class Bottleneck(DivergenceEstimator):
 
     def __post_init__(self) -> None:
         if self.num_probes < 1:
-            raise ValueError(f"num_probes must be >= 1, got {self.num_probes}; for no sampling noise set exact=True")
+            raise InvalidValueError(
+                f"num_probes must be >= 1, got {self.num_probes}; for no sampling noise set exact=True"
+            )
         check_mode(self.mode, self.chunk_size)
         object.__setattr__(self, "probes", by_name(ProbeFamily, self.probes))
 
@@ -62,7 +65,7 @@ class Bottleneck(DivergenceEstimator):
         width = _width(field)
         code, encoder = linearise_map(lambda y: field.encode(t, y), x, self.mode, self.chunk_size)
         if code.shape != (len(x), width):
-            raise ValueError(
+            raise InvalidValueError(
                 f"encode(t, x) must return one code a point, of shape {(len(x), width)} by the field's "
                 f"bottleneck_width, got {tuple(code.shape)}"
             )
@@ -102,7 +105,7 @@ def _width(field: object | None) -> int:
     width = declared(field, "bottleneck_width")
     if width is None:
         name = "no field" if field is None else field_name(field)
-        raise TypeError(
+        raise InvalidTypeError(
             "Bottleneck() needs a field with encode(t, x), decode(t, h) and bottleneck_width, such as "
             f"flows.fields.MLP, and got {name}; choose Hutchinson(num_probes=...) or Exact(), which take any field"
         )

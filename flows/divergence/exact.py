@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flows.divergence.autodiff import Mode, Products, check_mode, linearise, products_per_call
 from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField
-from flows.divergence.products import Mode, Products, check_mode, linearise, products_per_call
 
 
 @dataclass(frozen=True)

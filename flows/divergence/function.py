@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flows.divergence.base import DivergenceEstimator
 from flows.divergence.exact import Exact
+from flows.errors import InvalidValueError
 
 
 def divergence(
@@ -42,12 +43,12 @@ def divergence(
         ValueError: ``event_ndim`` does not fit ``x``, or ``f`` returns another shape.
     """
     if not 1 <= event_ndim <= x.ndim:
-        raise ValueError(
+        raise InvalidValueError(
             f"event_ndim must be between 1 and x.ndim = {x.ndim}, got {event_ndim}; it counts the trailing "
             "dimensions of x that make one point"
         )
     if not x.is_floating_point():
-        raise ValueError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
+        raise InvalidValueError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
     batch_shape, event_shape = x.shape[: x.ndim - event_ndim], x.shape[x.ndim - event_ndim :]
     estimator = Exact() if estimator is None else estimator
     field = _TimelessField(f, x.shape)

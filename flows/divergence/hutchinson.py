@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flows.divergence.autodiff import Mode, check_mode, linearise
 from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField
 from flows.divergence.probes import ProbeFamily, Rademacher
-from flows.divergence.products import Mode, check_mode, linearise
+from flows.errors import InvalidValueError
 from flows.naming import by_name
 
 
@@ -37,7 +38,9 @@ class Hutchinson(DivergenceEstimator):
 
     def __post_init__(self) -> None:
         if self.num_probes < 1:
-            raise ValueError(f"num_probes must be >= 1, got {self.num_probes}; for no sampling noise use Exact()")
+            raise InvalidValueError(
+                f"num_probes must be >= 1, got {self.num_probes}; for no sampling noise use Exact()"
+            )
         check_mode(self.mode, self.chunk_size)
         object.__setattr__(self, "probes", by_name(ProbeFamily, self.probes))
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flows.cnf import CNF
 from flows.datasets import Energy
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
+from flows.models.importance import effective_sample_size, log_weights, log_z
 from flows.solvers import SolverStatistics
-from flows.weights import effective_sample_size, log_weights, log_z
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ def importance_weights(
     log_weight = torch.cat(parts)
     if not log_weight.isfinite().all():
         bad = int((~log_weight.isfinite()).sum())
-        raise ValueError(f"{bad} of {num_samples} importance weights of {energy.name!r} are NaN, zero or infinite")
+        raise InvalidValueError(
+            f"{bad} of {num_samples} importance weights of {energy.name!r} are NaN, zero or infinite"
+        )
     share = float(effective_sample_size(log_weight))
     return ImportanceWeights(
         free_energy=-float(log_weight.mean()),

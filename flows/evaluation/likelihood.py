@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flows.cnf import CNF
 from flows.datasets import Batch, Dataset
+from flows.errors import InvalidValueError
 from flows.evaluation.bits_per_dim import BitsPerDim
+from flows.models.cnf import CNF
 from flows.solvers import SolverStatistics
 
 
@@ -73,7 +74,7 @@ def part_batches(
     elif part == "validation":
         batches, num_points = dataset.validation_batches(batch_size, **place), dataset.num_validation
     else:
-        raise ValueError(f"part must be test or validation, got {part!r}")
+        raise InvalidValueError(f"part must be test or validation, got {part!r}")
     if most_points is None or most_points >= num_points:
         return batches, num_points
     return _first(batches, most_points), most_points
@@ -115,11 +116,11 @@ def likelihood(
     """
     points = list(pointwise(flow, batches, generator, solver_error_points, progress, num_points, num_draws))
     if not points:
-        raise ValueError("there is no point to evaluate: the batches are empty")
+        raise InvalidValueError("there is no point to evaluate: the batches are empty")
     nll = -torch.cat([batch.value for batch in points])
     bad = int((~nll.isfinite()).sum())
     if bad:
-        raise ValueError(
+        raise InvalidValueError(
             f"{bad} of {len(nll)} points have a log-density that is NaN or infinite, the first at index "
             f"{int((~nll.isfinite()).nonzero()[0])}; check that they lie where the transform is defined, and try "
             "tighter solver tolerances"
@@ -174,9 +175,9 @@ def pointwise(
 ) -> Iterable[PointLikelihoods]:
     """What :func:`likelihood` takes the means of, a batch at a time."""
     if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
-        raise ValueError(f"num_draws must be a whole number >= 1, got {num_draws!r}")
+        raise InvalidValueError(f"num_draws must be a whole number >= 1, got {num_draws!r}")
     if num_draws > 1 and flow.transform.num_levels is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"num_draws = {num_draws} are draws of dequantisation noise, and the flow's transform, "
             f"{type(flow.transform).__name__}, adds none; use num_draws=1"
         )

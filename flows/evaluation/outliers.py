@@ -11,9 +11,10 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from flows.cnf import CNF
 from flows.datasets import Batch, Dataset
+from flows.errors import InvalidValueError
 from flows.evaluation.likelihood import Likelihood, likelihood, part_batches
+from flows.models.cnf import CNF
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class AUROC:
         """The Mann-Whitney statistic with the standard error of DeLong et al. 1988 (Biometrics 44, 837)."""
         m, n = len(outliers), len(data)
         if min(m, n) < 2:
-            raise ValueError(f"an AUROC needs two outliers and two points of the data, got {m} and {n}")
+            raise InvalidValueError(f"an AUROC needs two outliers and two points of the data, got {m} and {n}")
         ranks = torch.from_numpy(rankdata(torch.cat([outliers, data]).numpy()))
         own = [torch.from_numpy(rankdata(part.numpy())) for part in (outliers, data)]
         above = (ranks[:m] - own[0]) / n  # the share of the data below each outlier
@@ -115,7 +116,7 @@ def outlier_scores(
         name = f"{outliers.name}, {part}"
         for what in ("event_shape", "num_levels"):
             if getattr(outliers, what) != getattr(dataset, what):
-                raise ValueError(
+                raise InvalidValueError(
                     f"outliers must be of the {what} of the data {dataset.name!r}, {getattr(dataset, what)}, got "
                     f"{getattr(outliers, what)} of {outliers.name!r}"
                 )

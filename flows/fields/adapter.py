@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
 from flows.fields.base import Field
 
 _GIVEN = ("t", "x", "context", "x_and_t")
@@ -45,11 +46,11 @@ class Adapter(Field):
         super().__init__(event_shape, context_shape)
         unknown = [name for name in arguments if name not in _GIVEN]
         if unknown or isinstance(arguments, str):
-            raise ValueError(f"arguments must be made of {', '.join(_GIVEN)}, got {arguments!r}")
+            raise InvalidValueError(f"arguments must be made of {', '.join(_GIVEN)}, got {arguments!r}")
         if time not in _TIME_SHAPES:
-            raise ValueError(f"time must be one of {', '.join(_TIME_SHAPES)}, got {time!r}")
+            raise InvalidValueError(f"time must be one of {', '.join(_TIME_SHAPES)}, got {time!r}")
         if ("context" in arguments) != (context_shape is not None):
-            raise ValueError(
+            raise InvalidValueError(
                 f"context_shape goes with 'context' among the arguments; got arguments {arguments!r} and "
                 f"context_shape {context_shape}"
             )

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
+
 
 class Field(nn.Module, ABC):
     """A vector field v(t, x), or v(t, x; context), on points of a fixed event shape.
@@ -47,7 +49,7 @@ class Field(nn.Module, ABC):
         self.event_shape = tuple(event_shape)
         self.context_shape = None if context_shape is None else tuple(context_shape)
         if not self.event_shape or min(self.event_shape) < 1:
-            raise ValueError(f"event_shape must hold positive sizes, such as (2,), got {self.event_shape}")
+            raise InvalidValueError(f"event_shape must hold positive sizes, such as (2,), got {self.event_shape}")
 
     @abstractmethod
     def forward(
@@ -71,14 +73,14 @@ class Field(nn.Module, ABC):
         """Raise ``ValueError`` if a context is missing, unexpected or of another shape."""
         if self.context_shape is None:
             if context is not None:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{type(self).__name__} is unconditional and got a context of shape "
                     f"{tuple(context.shape)}; build it with context_shape={tuple(context.shape[1:])}"
                 )
         elif context is None:
-            raise ValueError(f"{type(self).__name__} needs a context of shape (B, *{self.context_shape})")
+            raise InvalidValueError(f"{type(self).__name__} needs a context of shape (B, *{self.context_shape})")
         elif tuple(context.shape[1:]) != self.context_shape:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{type(self).__name__} expects a context of shape (B, *{self.context_shape}), "
                 f"got {tuple(context.shape)}"
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.errors import InvalidValueError
 from flows.fields.activations import Activation
 from flows.fields.base import BoundField, Field
 from flows.fields.trace import PerceptronTrace, perceptron_products
@@ -38,7 +39,7 @@ class ConcatSquashMLP(Field):
     ) -> None:
         super().__init__(event_shape, context_shape)
         if not hidden or min(hidden) < 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"hidden must hold the width of at least one hidden layer, such as (64, 64), got {tuple(hidden)}"
             )
         dimension = math.prod(self.event_shape)

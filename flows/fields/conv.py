@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
 from flows.fields.activations import Activation
 from flows.fields.base import Field
 from flows.fields.modulation import Modulation
@@ -49,21 +50,21 @@ class ConvNet(Field):
     ) -> None:
         super().__init__(event_shape, context_shape)
         if len(self.event_shape) != 3:
-            raise ValueError(
+            raise InvalidValueError(
                 f"event_shape must be (channels, height, width), such as (1, 28, 28), got {self.event_shape}"
             )
         if not hidden or min(hidden) < 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"hidden must hold the channels of at least one hidden layer, such as (64, 64), got {tuple(hidden)}"
             )
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+            raise InvalidValueError(f"kernel_size must be odd and positive, got {kernel_size}")
         if padding_mode not in _PADDINGS:
-            raise ValueError(f"padding_mode must be one of {', '.join(_PADDINGS)}, got {padding_mode!r}")
+            raise InvalidValueError(f"padding_mode must be one of {', '.join(_PADDINGS)}, got {padding_mode!r}")
         channels, *size = self.event_shape
         radius = kernel_size // 2
         if padding_mode != "zeros" and min(size) <= radius:
-            raise ValueError(
+            raise InvalidValueError(
                 f"padding_mode {padding_mode!r} with kernel_size {kernel_size} needs images larger than {radius} "
                 f"pixels, got {tuple(size)}; choose padding_mode='zeros' or a smaller kernel"
             )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.fields.modulation import Modulation
 
@@ -52,12 +53,12 @@ class EquivariantKernel(Field):
     ) -> None:
         super().__init__(event_shape, context_shape)
         if len(self.event_shape) != 2 or self.event_shape[0] < 2:
-            raise ValueError(
+            raise InvalidValueError(
                 f"event_shape must be (particles, dimensions) with at least two particles, such as (13, 3), "
                 f"got {self.event_shape}"
             )
         if num_kernels < 2 or max_distance <= 0 or softening <= 0:
-            raise ValueError(
+            raise InvalidValueError(
                 "num_kernels must be >= 2, max_distance and softening > 0; got "
                 f"{num_kernels}, {max_distance} and {softening}"
             )

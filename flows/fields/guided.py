@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
 from flows.fields.base import BoundField, Field, bind
 
 
@@ -27,7 +28,7 @@ class Guided(Field):
     def __init__(self, field: nn.Module, weight: float) -> None:
         shape = getattr(field, "context_shape", None)
         if shape is None:
-            raise ValueError(
+            raise InvalidValueError(
                 f"guidance needs a field with a context_shape, and {type(field).__name__} has none or is unconditional"
             )
         super().__init__(field.event_shape, shape)

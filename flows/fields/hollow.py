@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.errors import InvalidValueError
 from flows.fields.activations import Activation
 from flows.fields.base import Field
 from flows.fields.modulation import Modulation
@@ -56,11 +57,11 @@ class Hollow(Field):
     ) -> None:
         super().__init__(event_shape, context_shape)
         if not hidden or min(hidden) < 2:
-            raise ValueError(
+            raise InvalidValueError(
                 f"hidden must hold the width (>= 2) of at least one hidden layer, such as (256,), got {tuple(hidden)}"
             )
         if num_features < 1:
-            raise ValueError(f"num_features must be >= 1, got {num_features}")
+            raise InvalidValueError(f"num_features must be >= 1, got {num_features}")
         d, m = math.prod(self.event_shape), num_features
         blind = [_blind_sets(width, d) for width in hidden]
         reach = [~blind[0], *(_nested(a, b) for a, b in pairwise(blind))]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
 from flows.fields.base import Field
 
 
@@ -34,7 +35,7 @@ class Linear(Field):
         matrix = torch.randn(d, d) / math.sqrt(d) if matrix is None else _real(matrix)
         offset = matrix.new_zeros(d) if offset is None else torch.as_tensor(offset, dtype=matrix.dtype)
         if matrix.shape != (d, d) or offset.shape != (d,):
-            raise ValueError(
+            raise InvalidValueError(
                 f"event_shape {self.event_shape} needs a matrix of shape {(d, d)} and an offset of shape {(d,)}, "
                 f"got {tuple(matrix.shape)} and {tuple(offset.shape)}"
             )

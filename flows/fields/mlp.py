@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
 from flows.fields.activations import Activation, Sine
 from flows.fields.base import BoundField, Field
 from flows.fields.modulation import Modulation
@@ -50,7 +51,7 @@ class MLP(Field):
     ) -> None:
         super().__init__(event_shape, context_shape)
         if not hidden or min(hidden) < 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"hidden must hold the width of at least one hidden layer, such as (128, 128), got {tuple(hidden)}"
             )
         dimension = math.prod(self.event_shape)
@@ -62,7 +63,7 @@ class MLP(Field):
         self.activations = nn.ModuleList([shared] * len(self.hidden))
         if sine_frequency is not None:
             if sine_frequency <= 0:
-                raise ValueError(f"sine_frequency must be > 0, or None for no sine layer, got {sine_frequency}")
+                raise InvalidValueError(f"sine_frequency must be > 0, or None for no sine layer, got {sine_frequency}")
             self.activations[0] = Sine()
             nn.init.normal_(self.layers[0].weight, std=sine_frequency / math.sqrt(dimension))
             nn.init.uniform_(self.layers[0].bias, -math.pi, math.pi)

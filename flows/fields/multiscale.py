@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.errors import InvalidValueError
 from flows.fields.base import Field
 
 
@@ -48,15 +49,15 @@ class Multiscale(Field):
     ) -> None:
         super().__init__(event_shape, context_shape)
         if len(self.event_shape) != 3:
-            raise ValueError(
+            raise InvalidValueError(
                 f"event_shape must be (channels, height, width), such as (1, 8, 8), got {self.event_shape}"
             )
         if num_scales < 1:
-            raise ValueError(f"num_scales must be >= 1, got {num_scales}")
+            raise InvalidValueError(f"num_scales must be >= 1, got {num_scales}")
         channels, height, width = self.event_shape
         factor = 2 ** (num_scales - 1)
         if height % factor or width % factor:
-            raise ValueError(
+            raise InvalidValueError(
                 f"num_scales = {num_scales} halves the image {num_scales - 1} times, so its sides must be divisible by "
                 f"{factor}, got {height} x {width}; take fewer scales, or pad the images"
             )
@@ -77,7 +78,7 @@ class Multiscale(Field):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_context(context)
         if t.numel() != 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"Multiscale moves one part of the coordinates after another, so that a batch has one time, and got "
                 f"{t.numel()} times. Flow matching, which draws a time for each point, cannot train it; choose "
                 "objective=maximum_likelihood"

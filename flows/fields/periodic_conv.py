@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
 from flows.fields.activations import Activation
 from flows.fields.base import Field
 from flows.fields.modulation import Modulation
@@ -54,17 +55,17 @@ class PeriodicConv(Field):
         super().__init__(event_shape, context_shape)
         channels, *lattice = self.event_shape
         if len(lattice) not in _CONVOLUTIONS:
-            raise ValueError(
+            raise InvalidValueError(
                 f"event_shape must be (channels, *lattice) with a lattice of one to three dimensions, such as "
                 f"(1, 8, 8), got {self.event_shape}"
             )
         if num_channels < 1:
-            raise ValueError(f"num_channels must be >= 1, got {num_channels}")
+            raise InvalidValueError(f"num_channels must be >= 1, got {num_channels}")
         kernels = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         if len(kernels) != 2 or min(kernels) < 1 or any(size % 2 == 0 for size in kernels):
-            raise ValueError(f"kernel_size must be odd and positive, or a pair of such, got {kernel_size}")
+            raise InvalidValueError(f"kernel_size must be odd and positive, or a pair of such, got {kernel_size}")
         if max(kernels) > min(lattice):
-            raise ValueError(
+            raise InvalidValueError(
                 f"a kernel of size {max(kernels)} wraps around the lattice {tuple(lattice)} onto itself; choose an odd "
                 f"kernel_size <= {min(lattice)}"
             )

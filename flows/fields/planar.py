@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
 from flows.fields.activations import Activation
 from flows.fields.base import Field
 from flows.fields.modulation import Modulation
@@ -43,7 +44,7 @@ class Planar(Field):
     ) -> None:
         super().__init__(event_shape, context_shape)
         if num_units < 1:
-            raise ValueError(f"num_units must be >= 1, got {num_units}")
+            raise InvalidValueError(f"num_units must be >= 1, got {num_units}")
         n, d = num_units, math.prod(self.event_shape)
         self.directions = nn.Parameter(torch.randn(n, d) / math.sqrt(n))  # u
         self.weights = nn.Parameter(torch.randn(n, d) * (2 / math.sqrt(d)))  # w

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.fields.time import SinusoidalTime
 
@@ -55,7 +56,7 @@ class Potential(Field):
     ) -> None:
         super().__init__(event_shape, context_shape)
         if width < 1 or num_layers < 1 or rank < 0:
-            raise ValueError(
+            raise InvalidValueError(
                 f"width and num_layers must be >= 1 and rank >= 0, got width {width}, num_layers {num_layers} and "
                 f"rank {rank}"
             )

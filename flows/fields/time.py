@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
+
 
 class SinusoidalTime(nn.Module):
     r"""t ↦ (cos πkt / k, sin πkt / k) for k = 1, ..., K: smooth, bounded, and not periodic on [0, 1].
@@ -21,7 +23,7 @@ class SinusoidalTime(nn.Module):
     def __init__(self, num_frequencies: int = 8) -> None:
         super().__init__()
         if num_frequencies < 1:
-            raise ValueError(f"num_frequencies must be >= 1, got {num_frequencies}")
+            raise InvalidValueError(f"num_frequencies must be >= 1, got {num_frequencies}")
         self.num_features = 2 * num_frequencies
         count = torch.arange(1, num_frequencies + 1).to(torch.get_default_dtype())
         self.register_buffer("frequencies", math.pi * count, persistent=False)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.fields.modulation import Modulation
 
@@ -62,30 +63,30 @@ class UNet(Field):
     ) -> None:
         super().__init__(event_shape, context_shape)
         if len(self.event_shape) != 3:
-            raise ValueError(
+            raise InvalidValueError(
                 f"event_shape must be (channels, height, width), such as (3, 32, 32), got {self.event_shape}"
             )
         if channels < 1 or not multipliers or min(multipliers) < 1 or num_blocks < 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"channels and num_blocks must be >= 1 and multipliers hold a number >= 1 a level, got {channels}, "
                 f"{num_blocks} and {list(multipliers)}"
             )
         depth = len(multipliers)
         smallest = min(self.event_shape[1:])
         if smallest < 2 ** (depth - 1):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{depth} levels halve the image {depth - 1} times, which {tuple(self.event_shape[1:])} pixels do not "
                 f"allow; take at most {smallest.bit_length()} multipliers"
             )
         if any(not -depth <= level < depth for level in attention_levels):
-            raise ValueError(
+            raise InvalidValueError(
                 f"attention_levels must lie between {-depth} and {depth - 1}, the levels of {depth} multipliers, got "
                 f"{list(attention_levels)}"
             )
         attended = {level % depth for level in attention_levels}
         widths = [channels * multiplier for multiplier in multipliers]
         if any(widths[level] % num_heads for level in attended):
-            raise ValueError(
+            raise InvalidValueError(
                 f"num_heads must divide the channels of the attention levels, "
                 f"{sorted({widths[level] for level in attended})}, got {num_heads}"
             )
@@ -126,7 +127,7 @@ class UNet(Field):
     def _run(self, block: _Block, h: Tensor, move: Tensor) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
             if forward_ad.unpack_dual(h).tangent is not None:
-                raise ValueError(
+                raise InvalidValueError(
                     "recompute=True goes with reverse-mode Jacobian products, and these are forward-mode ones; choose "
                     "mode='reverse' for the divergence estimator, or recompute=False"
                 )

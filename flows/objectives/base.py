@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flows.cnf import CNF
 from flows.datasets import Batch
 from flows.divergence import DivergenceEstimator
-from flows.regularizers import PathCost
+from flows.models.cnf import CNF
+from flows.path_costs import PathCost
 from flows.solvers import SolverStatistics
 
 

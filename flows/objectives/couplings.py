@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from flows.errors import InvalidValueError
 from flows.objectives.contexts import groups_of
 
 MANY = 16  # examples that are more than chance
@@ -115,7 +116,7 @@ class Sinkhorn(Coupling):
     def __post_init__(self) -> None:
         for name in ("regularisation", "max_iterations", "tolerance"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+                raise InvalidValueError(f"{name} must be > 0, got {getattr(self, name)}")
 
     def pair(self, noise: Tensor, data: Tensor, generator: torch.Generator | None = None) -> Tensor:
         given_data = self.log_plan(noise, data).softmax(1)

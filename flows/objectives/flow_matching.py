@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flows.cnf import CNF
 from flows.datasets import Batch
 from flows.divergence import Auto, DivergenceEstimator
 from flows.divergence.base import checked_value
+from flows.errors import InvalidValueError
 from flows.fields import bind
+from flows.models.cnf import CNF
 from flows.naming import by_name
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.contexts import drop_contexts, same_context
@@ -90,30 +91,32 @@ class FlowMatching(Objective):
         object.__setattr__(self, "path", by_name(ProbabilityPath, self.path))
         object.__setattr__(self, "coupling", by_name(Coupling, self.coupling))
         if self.target not in ("auto", "sampled", "marginal"):
-            raise ValueError(f"target must be 'auto', 'sampled' or 'marginal', got {self.target!r}")
+            raise InvalidValueError(f"target must be 'auto', 'sampled' or 'marginal', got {self.target!r}")
         independent = self.coupling.is_independent
         if self.target == "marginal" and not independent:
-            raise ValueError(
+            raise InvalidValueError(
                 f"target='marginal' supposes that noise and data are independent, and coupling "
                 f"{type(self.coupling).__name__} is not; use target='sampled' with it"
             )
         if self.num_queries is not None and (self.num_queries < 1 or (self.target == "sampled" and independent)):
-            raise ValueError(
+            raise InvalidValueError(
                 f"num_queries must be >= 1 and goes with target='marginal' or a coupling, which use the rest of the "
                 f"batch; got {self.num_queries} with target={self.target!r}; null takes each point of the batch"
             )
         if not 0 < self.time_power < math.inf:
-            raise ValueError(f"time_power must be > 0 and finite, 1 for times drawn uniformly, got {self.time_power}")
+            raise InvalidValueError(
+                f"time_power must be > 0 and finite, 1 for times drawn uniformly, got {self.time_power}"
+            )
         weight = self.divergence_weight
         if weight != "auto" and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
-            raise ValueError(f"divergence_weight must be >= 0 and finite, or 'auto', got {weight!r}")
+            raise InvalidValueError(f"divergence_weight must be >= 0 and finite, or 'auto', got {weight!r}")
         if weight not in ("auto", 0) and not independent:
-            raise ValueError(
+            raise InvalidValueError(
                 f"divergence_weight={weight:g} supposes that noise and data are independent, and coupling "
                 f"{type(self.coupling).__name__} is not; use divergence_weight=0 with it"
             )
         if not 0 <= self.context_dropout < 1:
-            raise ValueError(f"context_dropout must be a probability below 1, got {self.context_dropout}")
+            raise InvalidValueError(f"context_dropout must be a probability below 1, got {self.context_dropout}")
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         with torch.no_grad():  # noise that is learned is learned by the likelihood, whose bound it tightens
@@ -178,7 +181,7 @@ class FlowMatching(Objective):
             affordable = estimator is not None and estimator.cost(shape, flow.field) <= FEW_PRODUCTS
             return (USUAL_WEIGHT, estimator) if affordable else (0.0, None)
         if estimator is None:
-            raise ValueError(
+            raise InvalidValueError(
                 f"divergence_weight={weight:g} needs an exact divergence, which neither "
                 f"{type(flow.divergence).__name__} nor Auto() has for {type(flow.field).__name__} at a reasonable "
                 "price; choose divergence=exact, a field with a closed form, or divergence_weight=0"

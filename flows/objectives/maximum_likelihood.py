@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from flows.cnf import CNF
 from flows.datasets import Batch
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
-from flows.regularizers import PathCost
+from flows.path_costs import PathCost
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class MaximumLikelihood(Objective):
     def __post_init__(self) -> None:
         object.__setattr__(self, "regularizers", active_costs(self.regularizers))
         if not 0 <= self.steer < 1:
-            raise ValueError(f"steer must be in [0, 1), a part of the unit of time that a flow runs, got {self.steer}")
+            raise InvalidValueError(
+                f"steer must be in [0, 1), a part of the unit of time that a flow runs, got {self.steer}"
+            )
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         base_time = 0.0

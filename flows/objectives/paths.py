@@ -10,6 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from flows.errors import InvalidValueError
+
 
 class Coefficients(NamedTuple):
     """a, b and their time derivatives, each shaped like t."""
@@ -49,7 +51,7 @@ class Linear(ProbabilityPath):
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"sigma_min must be in [0, 1), got {self.sigma_min}")
+            raise InvalidValueError(f"sigma_min must be in [0, 1), got {self.sigma_min}")
 
     def coefficients(self, t: Tensor) -> Coefficients:
         rate = 1 - self.sigma_min
@@ -87,7 +89,7 @@ class VariancePreserving(ProbabilityPath):
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max:
-            raise ValueError(f"expected 0 < beta_min <= beta_max, got {self.beta_min} and {self.beta_max}")
+            raise InvalidValueError(f"expected 0 < beta_min <= beta_max, got {self.beta_min} and {self.beta_max}")
 
     def coefficients(self, t: Tensor) -> Coefficients:
         s = 1 - t

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from flows.cnf import CNF
 from flows.datasets import Batch
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
+from flows.models.importance import effective_sample_size, log_density_of, log_weights, log_z
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
-from flows.regularizers import PathCost
-from flows.weights import effective_sample_size, log_density_of, log_weights, log_z
+from flows.path_costs import PathCost
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ReverseKL(Objective):
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         if self.exact and not flow.divergence.is_exact(flow.event_shape, flow.field):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{type(flow.divergence).__name__} is not exact for {type(flow.field).__name__} on events of shape "
                 f"{flow.event_shape}, and its noise would bias the importance weights; choose an exact estimator "
                 "(divergence=exact, or a field with a closed form), or set exact=False"

@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flows.cnf import CNF
 from flows.datasets import Dataset
+from flows.models.cnf import CNF
 from flows.plots.classes import class_densities, class_samples
 from flows.plots.features import pairs
 from flows.plots.images import (

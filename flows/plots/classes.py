@@ -7,8 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flows.cnf import CNF
 from flows.datasets import Dataset, one_hot
+from flows.models.cnf import CNF
 from flows.plots.plane import histogram, square
 from flows.plots.style import DATA, DENSITY, FLOW, tidy
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from flows.cnf import CNF
 from flows.datasets import Dataset
+from flows.models.cnf import CNF
 from flows.plots.paths import draw_paths
 from flows.plots.ranges import quantiles
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flows.cnf import CNF
+from flows.models.cnf import CNF
 
 
 def draw_paths(

@@ -12,8 +12,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flows.cnf import CNF
 from flows.datasets import Dataset
+from flows.models.cnf import CNF
 from flows.plots.paths import draw_paths
 from flows.plots.ranges import quantiles
 from flows.plots.style import DATA, DENSITY, FLOW, MUTED, TIME, tidy

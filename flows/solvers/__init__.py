@@ -1,8 +1,8 @@
 """Solving the ODE: settings, gradients through the solve, what a solve returns, and how it fails."""
 
-from flows.solvers.check import GradientCheck, check_gradients
 from flows.solvers.control import ErrorControl
-from flows.solvers.failure import SolverError
+from flows.solvers.errors import SolverError
+from flows.solvers.gradient_check import GradientCheck, check_gradients
 from flows.solvers.problem import Dynamics, State
 from flows.solvers.solver import ODESolver
 from flows.solvers.statistics import Attempt, Solution, SolverStatistics

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flows.errors import InvalidValueError
 from flows.solvers.problem import RightHandSide, State, random_state, refuse_second_derivative, same_random_state
 from flows.solvers.task import Task
 
@@ -33,7 +34,7 @@ class _Adjoint(torch.autograd.Function):
         with task.precision():
             states = task.integrate(tensors[:count])
         if any(ctx.needs_input_grad) and not same_random_state(before, random_state(device)):
-            raise ValueError(
+            raise InvalidValueError(
                 "the dynamics draw random numbers, as dropout does, and the adjoint solve would draw others, for a "
                 "gradient of something else; use gradient='checkpoint', which draws the same again, or call eval() on "
                 "the field"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from flows.errors import InvalidValueError
 from flows.solvers.problem import ADJOINT, Dynamics, State, by_sample
 
 
@@ -48,9 +49,11 @@ class ErrorControl:
         for name in ("state", "log_density", "path_costs"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
-                raise ValueError(f"the weight {name} of error_control must be >= 0, got {value}")
+                raise InvalidValueError(f"the weight {name} of error_control must be >= 0, got {value}")
         if self.state == self.log_density == self.path_costs == 0:
-            raise ValueError("error_control must give some component a weight > 0, or no error would ever be too large")
+            raise InvalidValueError(
+                "error_control must give some component a weight > 0, or no error would ever be too large"
+            )
 
     def weights(self, dynamics: Dynamics, names: Sequence[str]) -> tuple[float, ...]:
         """The weight of each component.
@@ -64,7 +67,7 @@ class ErrorControl:
             known = {names[0]: self.state, "log_density": self.log_density}
             weights = tuple(known.get(name, self.path_costs) for name in names)
         if not any(weights):
-            raise ValueError(
+            raise InvalidValueError(
                 f"error_control gives weight 0 to all that is solved for here ({', '.join(names)}), so that no error "
                 "would be too large; give one of them a weight > 0"
             )

@@ -12,9 +12,9 @@ from torchdiffeq import odeint
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
-from flows.solvers import failure
+from flows.solvers import errors as failure
 from flows.solvers.control import ErrorNorm
-from flows.solvers.failure import SolverError
+from flows.solvers.errors import SolverError
 from flows.solvers.problem import RightHandSide, State
 from flows.solvers.statistics import Attempt
 from flows.solvers.stepping import Log, grid

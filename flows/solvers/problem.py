@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from flows.errors import ComputationError, InvalidValueError
+
 ADJOINT = "adjoint of "  # before the name of a component, for what is solved beside it backwards
 
 State = tuple[Tensor, ...]
@@ -36,7 +38,7 @@ class RightHandSide:
         derivatives = self.dynamics(time, state)
         shapes = [tuple(derivative.shape) for derivative in derivatives]
         if shapes != self.shapes:
-            raise ValueError(f"the dynamics must return derivatives of shapes {self.shapes}, got {shapes}")
+            raise InvalidValueError(f"the dynamics must return derivatives of shapes {self.shapes}, got {shapes}")
         return tuple(derivative.to(self.dtype) for derivative in derivatives)
 
     def fresh(self) -> RightHandSide:
@@ -53,7 +55,7 @@ def component_names(dynamics: Dynamics, state: State) -> tuple[str, ...]:
     if names is None:
         return "state", *(f"component {i}" for i in range(1, len(state)))
     if len(names) != len(state):
-        raise ValueError(
+        raise InvalidValueError(
             f"component_names must name each of the {len(state)} components of the state, got {tuple(names)}"
         )
     return tuple(names)
@@ -98,7 +100,7 @@ def same_random_state(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 def refuse_second_derivative(gradient: str) -> None:
     """Raise in a backward pass of which autograd would keep a graph: it would silently lack the solve."""
     if torch.is_grad_enabled():
-        raise RuntimeError(
+        raise ComputationError(
             f"gradient={gradient!r} has first derivatives only, and create_graph=True asks for more; use "
             "gradient='backprop'"
         )

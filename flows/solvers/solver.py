@@ -11,11 +11,12 @@ from torch import Tensor
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
+from flows.errors import InvalidValueError
 from flows.solvers.adjoint import solve_with_adjoint
-from flows.solvers.checkpoint import solve_with_checkpoints
 from flows.solvers.control import ErrorControl
 from flows.solvers.problem import Dynamics, State
-from flows.solvers.rungekutta import runge_kutta
+from flows.solvers.recompute import solve_with_checkpoints
+from flows.solvers.runge_kutta import runge_kutta
 from flows.solvers.statistics import Solution
 from flows.solvers.task import Task
 
@@ -83,40 +84,40 @@ class ODESolver:
 
     def __post_init__(self) -> None:
         if self.method not in SOLVERS:
-            raise ValueError(f"method must be one of {', '.join(sorted(SOLVERS))}, got {self.method!r}")
+            raise InvalidValueError(f"method must be one of {', '.join(sorted(SOLVERS))}, got {self.method!r}")
         if self.gradient not in GRADIENTS:
-            raise ValueError(f"gradient must be 'backprop', 'checkpoint' or 'adjoint', got {self.gradient!r}")
+            raise InvalidValueError(f"gradient must be 'backprop', 'checkpoint' or 'adjoint', got {self.gradient!r}")
         if self.is_fixed_step and not (self.step_size and self.step_size > 0):
-            raise ValueError(
+            raise InvalidValueError(
                 f"method {self.method!r} takes steps of fixed size: set step_size > 0, such as 0.05 for twenty steps "
                 f"from 0 to 1; got {self.step_size}"
             )
         if not self.is_fixed_step and self.step_size is not None:
-            raise ValueError(
+            raise InvalidValueError(
                 f"method {self.method!r} chooses its own steps and takes no step_size, got {self.step_size}; set "
                 "rtol and atol instead"
             )
         for name in ("rtol", "atol", "adjoint_rtol", "adjoint_atol", "max_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
+                raise InvalidValueError(f"{name} must be > 0, got {value}")
         if not self.min_step >= 0:
-            raise ValueError(f"min_step must be >= 0, got {self.min_step}")
+            raise InvalidValueError(f"min_step must be >= 0, got {self.min_step}")
         if self.max_step is not None and not self.max_step > self.min_step:
-            raise ValueError(
+            raise InvalidValueError(
                 f"max_step must be > min_step, which is {self.min_step}, or None for no limit, got {self.max_step}"
             )
         if not self.controls_error:
             for name, default in (("min_step", 0.0), ("max_step", None), ("error_control", ErrorControl())):
                 if getattr(self, name) != default:
                     instead = "set step_size" if self.is_fixed_step else "choose one that is controlled here, dopri5"
-                    raise ValueError(
+                    raise InvalidValueError(
                         f"{name} has no effect on method {self.method!r}, got {getattr(self, name)}; {instead}"
                     )
         if runge_kutta(self.method) is not None and self.options:
-            raise ValueError(f"method {self.method!r} takes no further options, got {dict(self.options)}")
+            raise InvalidValueError(f"method {self.method!r} takes no further options, got {dict(self.options)}")
         if runge_kutta(self.method) is None and self.gradient == "checkpoint":
-            raise ValueError(
+            raise InvalidValueError(
                 f"method {self.method!r} cannot start again from a checkpoint, since its steps are not "
                 "self-contained; choose a Runge-Kutta method such as 'dopri5' or 'rk4', or gradient='adjoint'"
             )
@@ -181,7 +182,7 @@ class ODESolver:
             return Solution(task.times, states, task.statistics)
         if self.gradient == "backprop" or not torch.is_grad_enabled():
             if self.method == "scipy_solver" and torch.is_grad_enabled():
-                raise ValueError("scipy_solver cannot be differentiated through; set gradient='adjoint'")
+                raise InvalidValueError("scipy_solver cannot be differentiated through; set gradient='adjoint'")
             states = task.integrate(state)
         else:
             needed = tuple(parameter for parameter in parameters if parameter.requires_grad)

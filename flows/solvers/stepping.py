@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flows.solvers import failure
+from flows.errors import InvalidValueError
+from flows.solvers import errors as failure
 from flows.solvers.control import ErrorNorm
 from flows.solvers.problem import RightHandSide, State, all_finite
-from flows.solvers.rungekutta import RungeKutta, Step, error_estimate, interpolate, take_step
+from flows.solvers.runge_kutta import RungeKutta, Step, error_estimate, interpolate, take_step
 from flows.solvers.statistics import Attempt
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0  # of the step size: below what the error allows, and within these factors
@@ -69,7 +70,9 @@ def adaptive_steps(
     t, sign = start, math.copysign(1.0, end - start)
     finest = 16 * torch.finfo(state[0].dtype).eps * max(abs(start), abs(end))  # stage times would fall together
     if max_step < finest:
-        raise ValueError(f"max_step must be at least {finest:.2g}, what {state[0].dtype} resolves, got {max_step:g}")
+        raise InvalidValueError(
+            f"max_step must be at least {finest:.2g}, what {state[0].dtype} resolves, got {max_step:g}"
+        )
     slope = function(t, state)
     size, bad = _initial_size(method, function, state, slope, start, end, norm)
     if bad:

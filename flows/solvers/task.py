@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flows.solvers import failure
+from flows.errors import InvalidValueError
+from flows.solvers import errors as failure
 from flows.solvers.control import ErrorNorm
 from flows.solvers.multistep import integrate_by_torchdiffeq
 from flows.solvers.problem import (
@@ -23,7 +24,7 @@ from flows.solvers.problem import (
     batch_size_of,
     component_names,
 )
-from flows.solvers.rungekutta import Step, runge_kutta
+from flows.solvers.runge_kutta import Step, runge_kutta
 from flows.solvers.statistics import SolverStatistics
 from flows.solvers.stepping import Log, adaptive_steps, collect, fixed_steps
 
@@ -173,12 +174,14 @@ def _checked(times: Tensor | Sequence[float]) -> list[float]:
         ValueError: they are not strictly monotonic, or require gradients.
     """
     if isinstance(times, Tensor) and times.requires_grad:
-        raise ValueError(
+        raise InvalidValueError(
             "times that require gradients would get none; scale time inside the dynamics instead: dx/ds = T v(T s, x) "
             "with s from 0 to 1"
         )
     seconds = torch.as_tensor(times, dtype=torch.float64, device="cpu").tolist()
     steps = [b - a for a, b in itertools.pairwise(seconds)]
     if not steps or not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
-        raise ValueError(f"times must be at least two, strictly increasing or strictly decreasing, got {seconds}")
+        raise InvalidValueError(
+            f"times must be at least two, strictly increasing or strictly decreasing, got {seconds}"
+        )
     return seconds

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from flows.errors import InvalidValueError
+
 FORMAT = "flows checkpoint"
 VERSION = 2  # of the arrangement, and of what fields make of the same weights
 FOLDER = "checkpoints"
@@ -28,7 +30,7 @@ RUN = FLOW | {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InvalidValueError):
     """A checkpoint is missing, damaged, or not one of ours; the message is one readable paragraph."""
 
 

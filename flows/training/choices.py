@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flows.errors import InvalidValueError
 from flows.training.settings import instantiate
 
 
@@ -42,11 +43,11 @@ def instances(
         if name not in valid:
             close = difflib.get_close_matches(str(name), valid, n=1)
             suggestion = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{name!r} is not a choice of {group}; there are {', '.join(valid)}{suggestion}")
+            raise InvalidValueError(f"{name!r} is not a choice of {group}; there are {', '.join(valid)}{suggestion}")
         changes = dict(variants.get(name, {}))
         base = changes.pop(group, name)
         if base not in choices:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the variant {name!r} must say which {group} it varies, {group}: {choices[0]} for instance; "
                 f"there are {', '.join(choices)}"
             )

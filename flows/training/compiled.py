@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flows.cnf import CNF
 from flows.divergence import Analytic, DivergenceEstimator, FieldSample, VectorField
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
 from flows.objectives import Objective
 from flows.objectives.base import active_costs
-from flows.regularizers import draw_directions
+from flows.path_costs import draw_directions
 
 WAY_OUT = "Use divergence.mode=forward, a field with a closed form and divergence=analytic, or trainer.compile=false"
 
@@ -38,7 +39,7 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
     except RuntimeError as error:
         if "double backward" not in str(error):
             raise
-        raise ValueError(
+        raise InvalidValueError(
             "trainer.compile=true does not go with this field or objective: something within an evaluation calls "
             f"autograd, such as a value_and_divergence or a path cost by torch.autograd.grad. {WAY_OUT}"
         ) from error
@@ -85,13 +86,13 @@ def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimato
         return None
     estimator = taken.choose(flow.event_shape, flow.field)
     if solves and flow.solver.gradient == "adjoint":
-        raise ValueError(
+        raise InvalidValueError(
             "trainer.compile=true does not go with solver.gradient=adjoint, whose backward pass calls autograd at each "
             "evaluation; use solver.gradient=backprop or checkpoint"
         )
     if getattr(estimator, "mode", None) == "reverse":
         name = type(estimator).__name__
-        raise ValueError(
+        raise InvalidValueError(
             f"trainer.compile=true does not go with divergence {name}(mode='reverse'): training differentiates its "
             f"vector-Jacobian products once more, and torch.compile has no double backward. {WAY_OUT}"
             f"{'' if solves else '; this objective can also do without, by its divergence_weight=0'}"
@@ -99,7 +100,7 @@ def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimato
     costs = active_costs(getattr(objective, "regularizers", ()))
     norms = draw_directions(costs, torch.zeros(1, *flow.event_shape), torch.Generator()) is not None
     if norms and _takes_norms_in_reverse(estimator, flow.field):
-        raise ValueError(
+        raise InvalidValueError(
             f"trainer.compile=true does not go with a path cost that needs the norm of the Jacobian of "
             f"{type(flow.field).__name__}: {type(estimator).__name__}() takes it by vector-Jacobian products, and "
             "torch.compile has no double backward. Use divergence=hutchinson with divergence.mode=forward, a field "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flows.datasets import Dataset
+from flows.errors import InvalidValueError
 from flows.training.rebuild import build_dataset, build_flow
 from flows.training.settings import check_type, instantiate
 from flows.training.trainer import Trainer
@@ -34,7 +35,7 @@ def build_trainer(
     for name, stage in stages.items():
         if isinstance(stage, Mapping) and "_target_" not in stage:
             chosen = ", ".join(other for other, settings in stages.items() if "_target_" in settings)
-            raise ValueError(
+            raise InvalidValueError(
                 f"objective.{name} has settings ({', '.join(stage)}) but is no stage of the chosen objective, which "
                 f"has {chosen}; an experiment or an override may have named it, ~objective.{name} takes it away"
             )

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.cnf import CNF
 from flows.datasets import Dataset, one_hot
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
 from flows.training.rebuild import LoadedRun, build_dataset
 from flows.training.stage import Stage
 
@@ -26,21 +27,21 @@ def check_context_shape(flow: CNF, dataset: Dataset) -> None:
         parameters = inspect.signature(field.forward).parameters.values()
         takes_one = len(parameters) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
         if shape is not None and not takes_one:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} takes none: its "
                 f"forward needs a third argument, forward(t, x, context)"
             )
     elif shape is not None and field.context_shape is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} is unconditional; choose "
             f"a field that takes a context_shape, such as MLP"
         )
     elif shape is None and field.context_shape is not None:
-        raise ValueError(
+        raise InvalidValueError(
             f"the field {name} needs contexts of shape {field.context_shape}, and the data {dataset.name!r} has none"
         )
     elif shape is not None and tuple(field.context_shape) != tuple(shape):
-        raise ValueError(
+        raise InvalidValueError(
             f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} was built for contexts of "
             f"shape {tuple(field.context_shape)}"
         )
@@ -51,13 +52,13 @@ def check_samples(dataset: Dataset, stages: Mapping[str, Stage]) -> None:
     for name, stage in stages.items():
         uses_data = getattr(stage.objective, "uses_data", True)
         if not uses_data and dataset.context_shape is not None:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the stage {name} draws its points from the flow, without contexts, and the data {dataset.name!r} "
                 f"has contexts of shape {dataset.context_shape}; choose data without, or an objective that takes "
                 "points from the data, such as objective=maximum_likelihood"
             )
         if uses_data and not dataset.has_samples:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{dataset.name!r} is an energy without samples, which the stage {name} would train on; choose "
                 "objective=reverse_kl"
             )
@@ -88,23 +89,23 @@ def chosen_context(
     if label is None and values is None:
         return None
     if context_shape is None:
-        raise ValueError("the flow is unconditional and takes neither a class nor a context")
+        raise InvalidValueError("the flow is unconditional and takes neither a class nor a context")
     if label is not None and values is not None:
-        raise ValueError("give a class or a context, not both")
+        raise InvalidValueError("give a class or a context, not both")
     if label is not None:
         if num_classes is None:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the contexts of this flow are no classes but {tuple(context_shape)} numbers; give a context instead"
             )
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
-            raise ValueError(f"class must be a whole number from 0 to {num_classes - 1}, got {label!r}")
+            raise InvalidValueError(f"class must be a whole number from 0 to {num_classes - 1}, got {label!r}")
         return one_hot(torch.tensor(label), num_classes)
     try:
         context = torch.tensor(values, dtype=torch.get_default_dtype())
     except (TypeError, ValueError) as error:
-        raise ValueError(f"context must be a list of numbers, got {values!r}") from error
+        raise InvalidValueError(f"context must be a list of numbers, got {values!r}") from error
     if context.numel() != math.prod(context_shape):
-        raise ValueError(f"context must have {math.prod(context_shape)} numbers, got {context.numel()}")
+        raise InvalidValueError(f"context must have {math.prod(context_shape)} numbers, got {context.numel()}")
     return context.reshape(tuple(context_shape))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flows.errors import InvalidValueError
+
 
 class ExponentialMovingAverage(AveragedModel):
     """Keeps average <- d average + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)) at update n.
@@ -19,7 +21,7 @@ class ExponentialMovingAverage(AveragedModel):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {decay}; 0 turns the averaging off")
+            raise InvalidValueError(f"ema_decay must lie in [0, 1), got {decay}; 0 turns the averaging off")
         super().__init__(model, multi_avg_fn=self._average)
         self.decay = decay
         self.requires_grad_(False)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from flows.cnf import CNF
 from flows.datasets import Dataset, Energy
 from flows.evaluation import ImportanceWeights, Likelihood, importance_weights, likelihood, part_batches
+from flows.models.cnf import CNF
 from flows.training.state import seeded
 
 

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from flows.errors import ComputationError, InvalidValueError
+
 try:
     from lightning_fabric import Fabric
     from lightning_fabric.accelerators import Accelerator
@@ -32,7 +34,7 @@ T = TypeVar("T")
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
-class FirstProcessError(RuntimeError):
+class FirstProcessError(ComputationError):
     """The first of several processes failed at something that the others wait for."""
 
 
@@ -45,7 +47,7 @@ def build_fabric(
         ValueError: this machine cannot train so.
     """
     if str(precision) in ("16", "16-mixed"):
-        raise ValueError(
+        raise InvalidValueError(
             f"precision {precision} scales the loss and skips steps whose gradients overflow, so that neither "
             "diverging nor resuming could be told apart from it; use bf16-mixed, which needs no scaling"
         )
@@ -56,7 +58,7 @@ def build_fabric(
             precision = "bf16-mixed" if half else "32-true"
         return Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)
     except Exception as error:  # of many types, some of them Lightning's own
-        raise ValueError(f"this machine cannot train with these settings: {error}") from error
+        raise InvalidValueError(f"this machine cannot train with these settings: {error}") from error
 
 
 @contextlib.contextmanager

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flows.errors import FileError
 from flows.training.checkpoint import FOLDER
 
 MARKS = (FOLDER, "metrics.jsonl", "summary.json")  # each shows that a run lives here, unless it is empty
 RUNS = Path("runs")  # where runs live that were given no folder
 
 
-class OutputFolderError(OSError):
+class OutputFolderError(FileError):
     """A run cannot live in the folder that was asked for."""
 
 

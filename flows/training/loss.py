@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flows.cnf import CNF
 from flows.datasets import Batch
+from flows.errors import FlowsError
+from flows.models.cnf import CNF
 from flows.objectives import LossOutput, Objective
 from flows.training.metrics import Metric, step_metrics
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(FlowsError, ArithmeticError):
     """The loss or its gradient is NaN or infinite; the weights of the step before are kept."""
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import yaml
 
-from flows.cnf import CNF
 from flows.datasets import Dataset
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
 from flows.training.checkpoint import FLOW, CheckpointError, check_content, find_checkpoint, load_checkpoint
 from flows.training.levels import check_levels
 from flows.training.settings import instantiate, parameter_names
@@ -155,11 +156,13 @@ def place(flow: CNF, device: str | None = None, dtype: str | None = None) -> CNF
     """Move a flow; by default to a GPU where there is one, in the dtype that it has."""
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point type of torch such as float64, got {dtype!r}")
+        raise InvalidValueError(f"dtype must be a floating-point type of torch such as float64, got {dtype!r}")
     try:
         return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), kind)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the flow cannot be moved to device {device!r}: {str(error).splitlines()[0]}") from error
+        raise InvalidValueError(
+            f"the flow cannot be moved to device {device!r}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _with_shape(

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from flows import plots
-from flows.cnf import CNF
 from flows.datasets import Dataset, Energy
+from flows.errors import InvalidValueError
 from flows.evaluation import BitsPerDim, ImportanceWeights, Likelihood
+from flows.models.cnf import CNF
 from flows.solvers import SolverError, SolverStatistics
 from flows.training.checkpoint import FOLDER, load_checkpoint
 from flows.training.examiner import Examiner
@@ -249,7 +250,7 @@ class Reporter:
             )
             if isinstance(failure, SolverError):
                 raise failure.retold(f"{message}, also with other settings of the solver") from failure
-            raise ValueError(message) from failure
+            raise InvalidValueError(message) from failure
         return summary
 
     def _test(self, flow: CNF) -> tuple[Likelihood | None, ImportanceWeights | None]:

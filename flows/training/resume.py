@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.errors import InvalidValueError
 from flows.training.checkpoint import FOLDER, CheckpointError, find_checkpoint, load_checkpoint
 from flows.training.rebuild import checkpoint_config
 
@@ -39,7 +40,7 @@ def resumed_config(
     given = {override.key_or_group: override.value() for override in parsed}
     fixed = [key for key in given if key not in OWN and not CHANGEABLE.fullmatch(key)]
     if fixed:
-        raise ValueError(
+        raise InvalidValueError(
             f"a resumed run keeps the settings that it was started with; {', '.join(fixed)} cannot change, only the "
             "steps of a stage and how the trainer runs and watches it (trainer.devices, trainer.log_every, ...) can. "
             "Leave it out, or start a new run"
@@ -63,5 +64,5 @@ def _replace(config: dict[str, Any], key: str, value: Any, file: Path) -> None:
     for parent in parents:
         node = node.get(parent, {})
     if last not in node:
-        raise ValueError(f"the run in {file} has no setting {key}")
+        raise InvalidValueError(f"the run in {file} has no setting {key}")
     node[last] = value

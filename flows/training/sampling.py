@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flows.cnf import CNF
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
 from flows.training.folder import OutputFolderError
 
 ENDINGS = (".npy", ".csv")
@@ -25,7 +26,7 @@ def samples_file(path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     if path.suffix not in ENDINGS:
-        raise ValueError(f"output must end in {' or '.join(ENDINGS)}, got {str(path)!r}")
+        raise InvalidValueError(f"output must end in {' or '.join(ENDINGS)}, got {str(path)!r}")
     return path
 
 
@@ -39,7 +40,7 @@ def draw(
     """Sample in batches, one solve each."""
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+            raise InvalidValueError(f"{name} must be a whole number >= 1, got {value!r}")
     with torch.no_grad():
         parts = []
         for start in range(0, num_samples, batch_size):

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from flows.errors import InvalidValueError
+
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 OWN = {  # settings of the programs that belong to no part
@@ -29,7 +31,7 @@ OWN = {  # settings of the programs that belong to no part
 }
 
 
-class SettingsError(ValueError):
+class SettingsError(InvalidValueError):
     """A setting does not fit; the message begins with its name, such as ``solver.rtol``."""
 
 

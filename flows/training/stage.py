@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.objectives import Objective
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -47,25 +48,29 @@ class Stage:
 
     def __post_init__(self) -> None:
         if not callable(self.objective):
-            raise TypeError(f"objective must be callable as objective(flow, batch, generator), got {self.objective!r}")
+            raise InvalidTypeError(
+                f"objective must be callable as objective(flow, batch, generator), got {self.objective!r}"
+            )
         if self.optimizer is not None and not callable(self.optimizer):
-            raise TypeError(
+            raise InvalidTypeError(
                 f"optimizer must be callable as optimizer(parameters, lr=...), or None for that of the trainer, got "
                 f"{self.optimizer!r}; an optimiser that is built already knows no later stage's learning rate"
             )
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+                raise InvalidValueError(f"{name} must be a whole number >= {least}, got {value!r}")
         if isinstance(self.learning_rate, str) or not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
+            raise InvalidValueError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
         if self.warmup_steps >= self.steps:
-            raise ValueError(
+            raise InvalidValueError(
                 f"warmup_steps must be smaller than steps={self.steps}, got {self.warmup_steps}: "
                 "the stage would end before its learning rate is reached"
             )
         if not callable(self.schedule) and self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a function, got {self.schedule!r}")
+            raise InvalidValueError(
+                f"schedule must be one of {', '.join(SCHEDULES)} or a function, got {self.schedule!r}"
+            )
 
     def learning_rate_factor(self, step: int) -> float:
         """The multiple of ``learning_rate`` that step number ``step`` (from 0) of the stage uses."""

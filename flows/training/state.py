@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from flows.cnf import CNF
 from flows.datasets import Dataset, NoData
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
 from flows.solvers.problem import all_finite
 from flows.training.checkpoint import CheckpointError
 from flows.training.ema import ExponentialMovingAverage
@@ -215,6 +216,6 @@ class RunState:
 def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> torch.Generator:
     """Seed ``generator`` so that it is independent of those of any other seed, purpose and key."""
     if seed < 0:
-        raise ValueError(f"seed must be a whole number >= 0, got {seed}")
+        raise InvalidValueError(f"seed must be a whole number >= 0, got {seed}")
     words = np.random.SeedSequence([seed, *purpose.encode(), *key]).generate_state(2)
     return generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
 from flows.solvers import SolverError, SolverStatistics
 from flows.training.fabric import Fabric
 from flows.training.loss import LossModule
@@ -29,14 +30,14 @@ class SolverErrorPolicy:
 
     def __post_init__(self) -> None:
         if self.action not in ("raise", "skip"):
-            raise ValueError(f"on_solver_error must be 'raise' or 'skip', got {self.action!r}")
+            raise InvalidValueError(f"on_solver_error must be 'raise' or 'skip', got {self.action!r}")
         if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1:
-            raise ValueError(f"max_solver_errors must be a whole number >= 1, got {self.most!r}")
+            raise InvalidValueError(f"max_solver_errors must be a whole number >= 1, got {self.most!r}")
 
     def check(self, world_size: int) -> None:
         """Raise ``ValueError`` where it does not work: processes that wait for each other's gradients."""
         if self.action == "skip" and world_size > 1:
-            raise ValueError(
+            raise InvalidValueError(
                 "on_solver_error='skip' works in one process, since the others would wait for the gradients of the "
                 "one that skips; use on_solver_error='raise' on several devices"
             )

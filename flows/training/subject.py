@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.cnf import CNF
 from flows.datasets import Dataset
+from flows.errors import InvalidValueError
 from flows.evaluation import part_batches
+from flows.models.cnf import CNF
 from flows.training.checkpoint import run_folder
 from flows.training.folder import RUNS
 from flows.training.rebuild import build_dataset, build_flow, load_run, place
@@ -60,7 +61,7 @@ def subject(settings: Mapping[str, Any], overrides: Sequence[str]) -> Subject:
     parts = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides}
     changed = [part for part in MODEL if part in parts]
     if changed:
-        raise ValueError(
+        raise InvalidValueError(
             f"{' and '.join(changed)} cannot be chosen with a checkpoint, which has its own; leave out "
             f"{changed[0]}=..., or leave out checkpoint=... for an untrained flow"
         )

@@ -13,8 +13,9 @@ import torch
 import yaml
 from torch.optim import Optimizer
 
-from flows.cnf import CNF
 from flows.datasets import Dataset
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
 from flows.training.checkpoint import (
     FOLDER,
     RUN,
@@ -117,23 +118,25 @@ class Trainer:
     ) -> None:
         check_arguments(Trainer.__init__, locals())
         if not stages:
-            raise ValueError("stages must hold at least one Stage, got none")
+            raise InvalidValueError("stages must hold at least one Stage, got none")
         if seed < 0:
-            raise ValueError(f"seed must be a whole number >= 0, got {seed}")
+            raise InvalidValueError(f"seed must be a whole number >= 0, got {seed}")
         if gradient_clip is not None and not gradient_clip > 0:
-            raise ValueError(f"gradient_clip must be > 0, or None for no limit, got {gradient_clip}")
+            raise InvalidValueError(f"gradient_clip must be > 0, or None for no limit, got {gradient_clip}")
         if accumulate_batches < 1:
-            raise ValueError(f"accumulate_batches must be a whole number >= 1, got {accumulate_batches}")
+            raise InvalidValueError(f"accumulate_batches must be a whole number >= 1, got {accumulate_batches}")
         if evaluation_batch_size < 1:
-            raise ValueError(f"evaluation_batch_size must be a whole number >= 1, got {evaluation_batch_size}")
+            raise InvalidValueError(f"evaluation_batch_size must be a whole number >= 1, got {evaluation_batch_size}")
         if evaluation_points is not None and evaluation_points < 1:
-            raise ValueError(f"evaluation_points must be a whole number >= 1, or None for all, got {evaluation_points}")
+            raise InvalidValueError(
+                f"evaluation_points must be a whole number >= 1, or None for all, got {evaluation_points}"
+            )
         if solver_error_points < 0:
-            raise ValueError(f"solver_error_points must be >= 0 (0: no solver error), got {solver_error_points}")
+            raise InvalidValueError(f"solver_error_points must be >= 0 (0: no solver error), got {solver_error_points}")
         for name in ("log_every", "validate_every", "plot_every", "checkpoint_every"):
             value = locals()[name]
             if not (value is None and name == "plot_every") and not value >= 0:
-                raise ValueError(f"{name} must be >= 0 steps (0: only at the end of a stage), got {value}")
+                raise InvalidValueError(f"{name} must be >= 0 steps (0: only at the end of a stage), got {value}")
         check_context_shape(flow, dataset)
         check_samples(dataset, stages)
         check_levels(flow.transform, dataset)

@@ -10,7 +10,7 @@ from typing import Any
 from flows.training.checkpoint import CheckpointError
 
 # What settings may call: what these parts of the package define, and a few classes of torch by name.
-SAFE_PARTS = ("cnf", "datasets", "divergence", "fields", "objectives", "regularizers", "solvers", "transforms")
+SAFE_PARTS = ("datasets", "divergence", "fields", "models", "objectives", "path_costs", "solvers", "transforms")
 SAFE_NAMES = {
     "flows.training.Stage",
     *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RMSprop", "NAdam", "RAdam")),

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
+
 
 class Transform(nn.Module, ABC):
     """A map y = T(x) from data space to flow space, with what it adds to the log-density.
@@ -84,11 +86,13 @@ class Compose(Transform):
         super().__init__()
         self.transforms = nn.ModuleDict({name: part for name, part in transforms.items() if part is not None})
         if not self.transforms:
-            raise ValueError("Compose needs at least one transform; to change nothing, use Identity()")
+            raise InvalidValueError("Compose needs at least one transform; to change nothing, use Identity()")
         _, *later = self.transforms.items()
         late = next((name for name, part in later if part.num_levels is not None), None)
         if late is not None:
-            raise ValueError(f"the transform {late!r} dequantises and must come first, got {list(self.transforms)}")
+            raise InvalidValueError(
+                f"the transform {late!r} dequantises and must come first, got {list(self.transforms)}"
+            )
 
     @property
     def num_levels(self) -> int | None:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 
 
@@ -57,7 +58,7 @@ class TruncatedNormalNoise(DequantisationNoise):
     def __init__(self, sd: float = 0.3) -> None:
         super().__init__()
         if not 0 < sd < math.inf:
-            raise ValueError(f"sd must be above 0, got {sd}; for uniform noise take UniformNoise()")
+            raise InvalidValueError(f"sd must be above 0, got {sd}; for uniform noise take UniformNoise()")
         self.sd = sd
         self._mass = math.erf(1 / (math.sqrt(8) * sd))
 
@@ -97,7 +98,7 @@ class Dequantise(Transform):
         wrong = (x != x.floor()) | (x < 0) | (x > self.num_levels - 1)
         if wrong.any():
             index = tuple(wrong.nonzero()[0].tolist())
-            raise ValueError(
+            raise InvalidValueError(
                 f"expected whole numbers from 0 to {self.num_levels - 1}, got {x[index].item():g} at index {index} "
                 f"({int(wrong.sum())} such values); give levels as they are stored, neither scaled nor with noise"
             )
@@ -115,9 +116,9 @@ class Dequantise(Transform):
 def checked_levels(num_levels: int | None) -> int:
     """Return ``num_levels``, or raise ``ValueError`` where there cannot be so many."""
     if num_levels is None:
-        raise ValueError("the data state no num_levels: they are continuous, and need no dequantisation")
+        raise InvalidValueError("the data state no num_levels: they are continuous, and need no dequantisation")
     if isinstance(num_levels, bool) or not isinstance(num_levels, int) or num_levels < 2:
-        raise ValueError(f"num_levels must be a whole number >= 2, such as 256, got {num_levels!r}")
+        raise InvalidValueError(f"num_levels must be a whole number >= 2, such as 256, got {num_levels!r}")
     return num_levels
 
 

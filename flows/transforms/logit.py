@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 
 
@@ -27,13 +28,13 @@ class Logit(Transform):
     def __init__(self, alpha: float = 0.05) -> None:
         super().__init__()
         if not 0 < alpha < 0.5:
-            raise ValueError(f"alpha must lie between 0 and 0.5, both excluded, got {alpha}")
+            raise InvalidValueError(f"alpha must lie between 0 and 0.5, both excluded, got {alpha}")
         self.alpha = alpha
 
     def check(self, x: Tensor) -> None:
         outside = (x < 0) | (x > 1)
         if outside.any():
-            raise ValueError(
+            raise InvalidValueError(
                 f"the logit takes values from 0 to 1, got {x[outside][0].item():g} ({int(outside.sum())} values "
                 "outside); scale the data first, with UnitInterval if they are levels"
             )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 from flows.transforms.dequantise import checked_levels
 
@@ -38,9 +39,9 @@ class NormalMarginals(Transform):
     ) -> None:
         super().__init__()
         if not 0 < pseudo_count < math.inf:
-            raise ValueError(f"pseudo_count must be a positive number, got {pseudo_count}")
+            raise InvalidValueError(f"pseudo_count must be a positive number, got {pseudo_count}")
         if not 0 < alpha < 0.5:
-            raise ValueError(f"alpha must lie between 0 and 0.5, both excluded, got {alpha}")
+            raise InvalidValueError(f"alpha must lie between 0 and 0.5, both excluded, got {alpha}")
         self.event_shape = tuple(event_shape)
         self.pseudo_count = pseudo_count
         self.alpha = alpha
@@ -51,7 +52,7 @@ class NormalMarginals(Transform):
     def check(self, x: Tensor) -> None:
         outside = (x < 0) | (x >= self.shares.shape[1])
         if outside.any():
-            raise ValueError(
+            raise InvalidValueError(
                 f"expected dequantised levels from 0 to {self.shares.shape[1]}, got {x[outside][0].item():g} "
                 f"({int(outside.sum())} values outside); let Dequantise come before, and no scaling between"
             )
@@ -59,7 +60,7 @@ class NormalMarginals(Transform):
     def fit(self, points: Tensor) -> NormalMarginals:
         """Take the shares from ``points`` (n, *event)."""
         if tuple(points.shape[1:]) != self.event_shape or not len(points):
-            raise ValueError(
+            raise InvalidValueError(
                 f"expected points of shape {self.event_shape} to count levels in, got {tuple(points.shape)}"
             )
         self.check(points)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 
 LOWEST = -4.0  # z from which the cube-root law holds; a probability of 3e-5 lies below
@@ -49,25 +50,31 @@ class NormalRadius(Transform):
         self.event_shape = tuple(event_shape)
         entries = math.prod(self.event_shape)
         if num_groups < 1 or entries % num_groups or entries // num_groups < 5:
-            raise ValueError(
+            raise InvalidValueError(
                 f"num_groups must cut {entries} entries into equal parts of at least 5 (fewer have no radius worth the "
                 f"name), got {num_groups}"
             )
         self.size = entries // num_groups
         if num_quantiles < 1 or not bandwidth > 0:
-            raise ValueError(f"num_quantiles must be >= 1 and bandwidth above 0, got {num_quantiles} and {bandwidth}")
+            raise InvalidValueError(
+                f"num_quantiles must be >= 1 and bandwidth above 0, got {num_quantiles} and {bandwidth}"
+            )
         self.bandwidth = bandwidth
         self.register_buffer("centres", torch.full((num_groups, num_quantiles), 0.5 * math.log(self.size)))  # of u
         self.register_buffer("scale", torch.ones(num_groups, 1))
 
     def check(self, x: Tensor) -> None:
         if not self._groups(x).any(-1).all():
-            raise ValueError("a point, or a group of its entries, lies in the origin, where a radius has no direction")
+            raise InvalidValueError(
+                "a point, or a group of its entries, lies in the origin, where a radius has no direction"
+            )
 
     def fit(self, points: Tensor) -> NormalRadius:
         """Take the quantiles from ``points`` (n, *event)."""
         if tuple(points.shape[1:]) != self.event_shape or len(points) < 2:
-            raise ValueError(f"expected at least two points of shape {self.event_shape}, got {tuple(points.shape)}")
+            raise InvalidValueError(
+                f"expected at least two points of shape {self.event_shape}, got {tuple(points.shape)}"
+            )
         self.check(points)
         u = self._groups(points.double()).norm(dim=-1).log()  # (n, G)
         count = self.centres.shape[1]

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 from flows.transforms.dequantise import checked_levels
 
@@ -48,7 +49,7 @@ class Standardise(Transform):
     def __init__(self, event_shape: Sequence[int], per: Literal["entry", "channel"] = "entry") -> None:
         super().__init__()
         if per not in ("entry", "channel"):
-            raise ValueError(f"per must be 'entry' or 'channel', got {per!r}")
+            raise InvalidValueError(f"per must be 'entry' or 'channel', got {per!r}")
         self.per = per
         self.register_buffer("mean", torch.zeros(tuple(event_shape)))
         self.register_buffer("sd", torch.ones(tuple(event_shape)))
@@ -60,7 +61,7 @@ class Standardise(Transform):
             ValueError: wrong shape, fewer than two points, or an entry that never varies.
         """
         if points.shape[1:] != self.mean.shape or len(points) < 2:
-            raise ValueError(
+            raise InvalidValueError(
                 f"expected at least two points of shape {tuple(self.mean.shape)} to standardise by, "
                 f"got {tuple(points.shape)}"
             )
@@ -71,7 +72,7 @@ class Standardise(Transform):
         )
         constant = (sd <= 1e-12 * exact.abs().amax(0)).nonzero()
         if len(constant):
-            raise ValueError(
+            raise InvalidValueError(
                 f"entry {tuple(constant[0].tolist())} of the data has the same value in every point, so it has no "
                 f"density; drop it ({len(constant)} such entries)"
             )

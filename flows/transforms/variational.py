@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.errors import InvalidValueError
 from flows.transforms.dequantise import DequantisationNoise, checked_levels, uniform_like
 
 
@@ -32,13 +33,13 @@ class VariationalNoise(DequantisationNoise):
     def __init__(self, event_shape: Sequence[int], num_levels: int, hidden: int = 32, num_layers: int = 4) -> None:
         super().__init__()
         if len(event_shape) != 3:
-            raise ValueError(
+            raise InvalidValueError(
                 f"variational noise needs images of shape (channels, height, width), got {tuple(event_shape)}; for "
                 "other data take UniformNoise()"
             )
         for name, value in (("hidden", hidden), ("num_layers", num_layers)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+                raise InvalidValueError(f"{name} must be a whole number >= 1, got {value!r}")
         self.num_levels = checked_levels(num_levels)
         parity = sum(torch.meshgrid(*[torch.arange(size) for size in event_shape], indexing="ij")) % 2
         self.register_buffer("_kept", parity.to(torch.get_default_dtype()), persistent=False)

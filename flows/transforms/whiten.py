@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 
 ROUNDS = 10  # of weighing; each takes most of what is left of the way
@@ -44,9 +45,9 @@ class Whiten(Transform):
     ) -> None:
         super().__init__()
         if not 0 <= shrinkage < 1:
-            raise ValueError(f"shrinkage must be in [0, 1), got {shrinkage}")
+            raise InvalidValueError(f"shrinkage must be in [0, 1), got {shrinkage}")
         if axes not in ("pixels", "principal"):
-            raise ValueError(f"axes must be 'pixels' or 'principal', got {axes!r}")
+            raise InvalidValueError(f"axes must be 'pixels' or 'principal', got {axes!r}")
         self.axes = axes
         self.event_shape = tuple(event_shape)
         self.shrinkage = shrinkage
@@ -64,7 +65,7 @@ class Whiten(Transform):
             ValueError: wrong shape, or the points do not span the space.
         """
         if tuple(points.shape[1:]) != self.event_shape or len(points) < 2:
-            raise ValueError(
+            raise InvalidValueError(
                 f"expected at least two points of shape {self.event_shape} to whiten by, got {tuple(points.shape)}"
             )
         exact = points.flatten(1).double()
@@ -105,7 +106,7 @@ def _spectrum(covariance: Tensor, num_points: int) -> tuple[Tensor, Tensor]:  # 
     variances, directions = torch.linalg.eigh(covariance)
     flat = int((variances <= 1e-12 * variances[-1]).sum())
     if flat:
-        raise ValueError(
+        raise InvalidValueError(
             f"{num_points} points do not vary in {flat} of {len(variances)} directions, so that they have no "
             "covariance to whiten by; bring more points, drop entries that follow from others, or set shrinkage"
         )

@@ -1,0 +1,138 @@
+"""Densities that are no neural ODE, in the flow space of a transform, so that they are judged like flows."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flows.bases.normal import StandardNormal
+from flows.models.results import LogProbEstimate
+from flows.solvers import SolverStatistics
+from flows.transforms import Transform, Whiten
+
+
+class TransformedDensity(nn.Module):
+    """log p(x) = log p(y) + log_det with y = transform(x); :func:`flows.evaluation.likelihood` takes it for a flow.
+
+    Subclasses implement :meth:`log_density`.
+    """
+
+    def __init__(self, transform: Transform, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.transform = transform
+        self.event_shape = event_shape
+        self.base = StandardNormal(event_shape)  # says which device and dtype points come in
+
+    @abstractmethod
+    def log_density(self, y: Tensor) -> Tensor:
+        """log p(y) in nats: (B, d) -> (B,)."""
+
+    def estimate_log_prob(
+        self,
+        x: Tensor,  # (B, *event), data space
+        context: None = None,
+        generator: torch.Generator | None = None,  # of dequantisation noise
+        solver_error: bool = False,
+    ) -> LogProbEstimate:
+        """The same account as that of a flow; there are neither probes nor solves."""
+        y, terms = self.transform.account(x, generator)
+        value = self.log_density(y.flatten(1)).to(x)
+        terms, none = {"model": value} | terms, torch.zeros_like(value)
+        return LogProbEstimate(sum(terms.values()), none, none, 0, SolverStatistics(), terms, {})
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+class Gaussian(TransformedDensity):
+    """N(mean, C) with the moments of points of flow space; of C, the ``floor`` is added to the diagonal."""
+
+    def __init__(self, transform: Transform, event_shape: tuple[int, ...], points: Tensor, floor: float = 1e-6) -> None:
+        super().__init__(transform, event_shape)
+        y = points.double()
+        size = y.shape[1]
+        covariance = y.T.cov().reshape(size, size) + floor * torch.eye(size, dtype=torch.float64)
+        self.normal = torch.distributions.MultivariateNormal(y.mean(0), covariance)
+
+    def log_density(self, y: Tensor) -> Tensor:
+        return self.normal.log_prob(y.double())
+
+    @property
+    def num_parameters(self) -> int:
+        d = math.prod(self.event_shape)
+        return d + d * (d + 1) // 2
+
+
+class Mixture(TransformedDensity):
+    """A mixture of Gaussians of full covariance, by scikit-learn's EM on points of flow space.
+
+    Args:
+        num_components: how many.
+        floor: added to the diagonals of all covariances, in units of the variance of all points in a direction.
+        seed: of the start.
+    """
+
+    def __init__(
+        self,
+        transform: Transform,
+        event_shape: tuple[int, ...],
+        points: Tensor,  # (n, d)
+        num_components: int,
+        floor: float,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(transform, event_shape)
+        from sklearn.mixture import GaussianMixture
+
+        self.whiten = Whiten((points.shape[1],)).double().fit(points.double())
+        model = GaussianMixture(num_components, reg_covar=floor, random_state=seed, max_iter=50, tol=0.02)
+        self.model = model.fit(self.whiten(points.double())[0].numpy())
+
+    def log_density(self, y: Tensor) -> Tensor:
+        white, log_det = self.whiten(y.double())
+        return torch.from_numpy(self.model.score_samples(white.numpy())) + log_det
+
+    @property
+    def num_parameters(self) -> int:
+        d = math.prod(self.event_shape)
+        return self.model.n_components * (1 + d + d * (d + 1) // 2) - 1
+
+
+class Spline(TransformedDensity):
+    """A neural spline flow of zuko, untrained. [Durkan et al. 2019, arXiv:1906.04032]
+
+    Raises:
+        ModuleNotFoundError: zuko is not installed.
+    """
+
+    def __init__(
+        self,
+        transform: Transform,
+        event_shape: tuple[int, ...],
+        num_transforms: int = 3,
+        hidden: int = 256,
+        bins: int = 8,
+    ) -> None:
+        super().__init__(transform, event_shape)
+        size = math.prod(event_shape)
+        self.flow = spline_flow()(size, transforms=num_transforms, bins=bins, hidden_features=(hidden, hidden))
+
+    def log_density(self, y: Tensor) -> Tensor:
+        return self.flow().log_prob(y)
+
+
+def spline_flow() -> Callable[..., nn.Module]:
+    """The class of zuko; raises ``ModuleNotFoundError`` with what to do where it is not installed."""
+    try:
+        from zuko.flows import NSF
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "zuko is not installed, whose neural spline flow is a baseline; pip install -e '.[bench]', or, of images, "
+            "choose among the others with --baselines mixture gaussian"
+        ) from error
+    return NSF

@@ -1,0 +1,187 @@
+"""The cost of divergence estimators in bare evaluations of the field."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import probing_noise, subjects
+from flows.compare.timing import add_device, alternating_medians, machine
+from flows.divergence import DivergenceEstimator
+from flows.fields import bind
+
+BARE, LOOP = "bare field", "plain loop"
+PARTS = ("mlp", "bottleneck", "structured", "conv", "noise")
+EVALUATIONS = 6  # right-hand sides that share what is computed once a solve: one step of dopri5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one evaluation with an estimator costs, on one field and batch."""
+
+    name: str
+    products: int | None  # None for the two baselines
+    exact: bool | None
+    forward: float  # seconds an evaluation without gradients
+    training: float  # seconds an evaluation forward and backward
+
+
+def add_command(benchmarks: Any) -> None:
+    """Add "divergence" to the subparsers of a program; ``run(arguments)`` prints the tables."""
+    description = "The cost of each estimator in bare field evaluations, and against a plain reverse-mode loop."
+    part = benchmarks.add_parser("divergence", help=description, description=description)
+    part.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    part.add_argument("--dimensions", type=int, nargs="+", default=list(subjects.WIDTHS), help="default: %(default)s")
+    part.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, at least (%(default)s)")
+    add_device(part)
+    part.set_defaults(run=_print_report)
+
+
+def _print_report(arguments: argparse.Namespace) -> None:
+    device = arguments.device
+    print(f"{machine(device)}; the cost of one evaluation in bare evaluations of")
+    print(f"the field (median of alternating runs of {EVALUATIONS}), and how many times cheaper than the loop")
+    groups = {
+        "mlp": lambda: [subjects.perceptron(dimension) for dimension in arguments.dimensions],
+        "bottleneck": lambda: [subjects.bottleneck()],
+        "structured": subjects.structured,
+        "conv": subjects.convolutional,
+    }
+    for subject in (subject for part in arguments.parts if part in groups for subject in groups[part]()):
+        torch.manual_seed(0)
+        rows = measure(
+            subject.build(subject.event_shape),
+            subject.event_shape,
+            subject.estimators,
+            *subject.batches,
+            arguments.seconds,
+            device,
+            loop=subject.loop,
+            progress=subject.title.split(",")[0],
+        )
+        print(f"\n{subject.title}; batch {subject.batches[0]} forward, {subject.batches[1]} with backward")
+        print("\n".join(table(rows)), flush=True)
+    if "noise" in arguments.parts:
+        flow, digits = probing_noise.trained_on_digits(device=device)
+        print("\nstandard deviation on a ConvNet trained on 8 × 8 digits, as many products each")
+        print("\n".join(probing_noise.table(probing_noise.measure_noise(flow, digits[:128]))))
+
+
+def measure(
+    field: nn.Module,
+    event_shape: Sequence[int],
+    estimators: Mapping[str, DivergenceEstimator],
+    forward_batch: int = 1024,
+    training_batch: int = 256,
+    seconds_each: float = 1.0,
+    device: torch.device | str = "cpu",
+    loop: bool = True,
+    progress: str | None = None,
+) -> list[Cost]:
+    """Time ``EVALUATIONS`` right-hand sides with each estimator, in turns, per evaluation.
+
+    The first cost is that of the bare field; with ``loop`` the second is that of the loop that a practitioner
+    would write, one reverse-mode pass a coordinate. Estimators with more than 16 products run a
+    single evaluation.
+    """
+    field = field.to(device)
+    shape = tuple(event_shape)
+    bare = _Bare()
+    timings = []
+    for batch, training in ((forward_batch, False), (training_batch, True)):
+        x = torch.randn(batch, *shape, device=device)
+        runs = {BARE: (bare, EVALUATIONS)} | ({LOOP: (_Loop(), 1)} if loop else {})
+        for name, estimator in estimators.items():
+            runs[name] = estimator, EVALUATIONS if estimator.cost(shape, field) <= 16 else 1
+        cases = {name: _repeated(estimator, count, field, x, training) for name, (estimator, count) in runs.items()}
+        label = f"{progress}, {'forward + backward' if training else 'forward'}"
+        medians = alternating_medians(cases, seconds_each, progress=label if progress else None)
+        timings.append({name: medians[name] / count for name, (_, count) in runs.items()})
+    forward, backward = timings
+    return [
+        Cost(
+            name,
+            estimators[name].cost(shape, field) if name in estimators else None,
+            estimators[name].is_exact(shape, field) if name in estimators else None,
+            forward[name],
+            backward[name],
+        )
+        for name in forward
+    ]
+
+
+def table(costs: Sequence[Cost]) -> Iterator[str]:
+    """The costs in bare evaluations, and how many times cheaper than the plain loop; a line an estimator."""
+    bare = costs[0]
+    loop = next((cost for cost in costs if cost.name == LOOP), None)
+    headings = f"{'forward':>9}{'loop/it':>9}{'fwd+bwd':>9}{'loop/it':>9}" if loop else f"{'forward':>9}{'fwd+bwd':>9}"
+    yield f"{'':26}{'products':>9}{'exact':>7}{headings}"
+    for cost in costs:
+        products = "" if cost.products is None else str(cost.products)
+        exact = "" if cost.exact is None else ("yes" if cost.exact else "no")
+        line = f"{cost.name:26}{products:>9}{exact:>7}"
+        for name in ("forward", "training"):
+            seconds = getattr(cost, name)
+            line += f"{seconds / getattr(bare, name):9.2f}"
+            line += f"{getattr(loop, name) / seconds:9.1f}" if loop else ""
+        yield line
+
+
+def _repeated(
+    estimator: DivergenceEstimator | _Bare, evaluations: int, field: nn.Module, x: Tensor, training: bool
+) -> Callable[[], None]:
+    """A case: so many evaluations at different times, and the backward pass of all of them when training."""
+    probes = estimator.draw_probes(x, field=field)
+    times = torch.linspace(0, 1, evaluations, device=x.device)
+
+    def case() -> None:
+        with torch.set_grad_enabled(training):
+            bound = bind(field)
+            points = x.clone().requires_grad_(training)
+            loss = torch.zeros((), device=x.device)
+            for t in times:
+                sample = estimator(bound, t, points, probes)
+                if training:
+                    loss = loss + sample.value.sum() + sample.divergence.sum()
+            if training:
+                loss.backward()
+                field.zero_grad()
+
+    return case
+
+
+class _Bare:
+    """The field alone, in the form of an estimator."""
+
+    def draw_probes(self, x: Tensor, generator: None = None, field: object | None = None) -> None:
+        return None
+
+    def __call__(self, field: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor, probes: None) -> _Sample:
+        return _Sample(field(t, x), torch.zeros((), device=x.device))
+
+
+class _Loop(_Bare):
+    """Σ_i ∂v_i/∂x_i by one reverse-mode pass a coordinate, as it is usually written."""
+
+    def __call__(self, field: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor, probes: None) -> _Sample:
+        training = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if training else x.detach().requires_grad_()
+            value = field(t, x)
+            flat = value.flatten(1)
+            trace = torch.zeros(len(x), device=x.device)
+            for i in range(flat.shape[1]):
+                (row,) = torch.autograd.grad(flat[:, i].sum(), x, create_graph=training, retain_graph=True)
+                trace = trace + row.flatten(1)[:, i]
+        return _Sample(value, trace)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    value: Tensor
+    divergence: Tensor

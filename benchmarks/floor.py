@@ -1,0 +1,159 @@
+"""How near the entropy a flow comes in so many seconds, beside a spline flow that trains as long."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.clock import Look, train_for
+from benchmarks.densities import Spline
+from benchmarks.floor_report import FLOWS, HEADER, SPLINE, Outcome, Pair, line, save
+from flows.datasets import Batch, Density
+from flows.evaluation import Likelihood, likelihood
+from flows.models.cnf import CNF
+from flows.objectives import LossOutput
+from flows.training import Stage, build_dataset, build_flow
+from flows.training.settings import instantiate
+
+DENSITIES = ("8gaussians", "checkerboard", "rings", "circles", "moons", "pinwheel", "2spirals", "swissroll")
+
+
+def spline_nll(model: Spline, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
+    """−mean log p(x), as an objective."""
+    return LossOutput(-model.estimate_log_prob(batch.x).value.mean())
+
+
+# The best of a few learning rates from 1e-3 to 8e-3, after 30 s on checkerboard
+SPLINE_STAGE = Stage(spline_nll, steps=1000, batch_size=512, learning_rate=5e-3)
+Settings = Callable[[str], Mapping[str, Any]]  # of a run on a density, by its name
+
+
+def add_command(benchmarks: Any, settings: Settings) -> None:
+    """Add "floor" to the subparsers of a program; ``settings`` gives the recipe of each density."""
+    description = (
+        "Train this project's recipe and zuko's neural spline flow for the same time, and print how far the test NLL "
+        "of each is above the entropy of the data, which no model can beat. Needs zuko: pip install -e '.[bench]'"
+    )
+    part = benchmarks.add_parser(
+        "floor", help="Gaps to the entropy beside a neural spline flow that trains as long.", description=description
+    )
+    part.add_argument("--data", nargs="+", default=list(DENSITIES), help="densities (default: all eight)")
+    part.add_argument(
+        "--seconds", type=float, nargs="+", default=[60.0, 300.0], help="of training (default: 60 and 300)"
+    )
+    part.add_argument(
+        "--likelihood",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the time for stages that solve the ODE, where there are others as well; the few dozen steps that fit "
+        "into a minute of one core add more noise than they take away (%(default)s)",
+    )
+    part.add_argument("--test-points", type=int, default=100_000, help="default: %(default)s")
+    part.add_argument("--looks", type=int, default=8, help="points of each curve (%(default)s)")
+    part.add_argument("--output", type=Path, default=Path("runs/benchmarks/floor"), help="folder (%(default)s)")
+    part.set_defaults(run=lambda arguments: _print_report(arguments, settings))
+
+
+def _print_report(arguments: argparse.Namespace, settings: Settings) -> None:
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; nats above the entropy ± standard error on")
+    print(f"{arguments.test_points:,} points; ahead: spline flow − flow, ± standard error from the same points")
+    print(HEADER, flush=True)
+    pairs = []
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for seconds in arguments.seconds:
+        for name in arguments.data:
+            pairs.append(compare(settings(name), seconds, arguments.likelihood, arguments.test_points, arguments.looks))
+            print(line(pairs[-1]), flush=True)
+            save(pairs, arguments.output)
+        done = [pair for pair in pairs if pair.flow.budget == seconds]
+        print(f"after {seconds:g} s the flow is ahead on {sum(pair.difference > 0 for pair in done)} of {len(done)}")
+    print(f"figures, curves and picture in {arguments.output}")
+
+
+def compare(
+    settings: Mapping[str, Any],
+    seconds: float,
+    likelihood_share: float = 0.0,
+    test_points: int = 100_000,
+    looks: int = 8,
+    progress: bool = True,
+) -> Pair:
+    """Train both models on the density of ``settings`` and test them on the same points.
+
+    Raises:
+        ValueError: the data have no entropy to compare with.
+    """
+    dataset = build_dataset(settings)
+    if not isinstance(dataset, Density) or dataset.entropy is None or len(dataset.event_shape) != 1:
+        raise ValueError(
+            f"{dataset.name} is no density of vectors with a known entropy; choose one, such as 8gaussians"
+        )
+    dataset = build_dataset({"data": {**settings["data"], "num_test": test_points}})
+    torch.manual_seed(0)
+    flow = build_flow(settings, dataset.event_shape, dataset)
+    spline = Spline(flow.transform, dataset.event_shape, num_transforms=4, hidden=128, bins=16)
+    stages = [instantiate(stage, f"objective.{name}") for name, stage in settings["objective"].items()]
+    plan = timed(stages, seconds, likelihood_share)
+    averaged = {"ema_decay": float(settings["trainer"]["ema_decay"])}
+    curves = {}
+    for name, model, parts, options in (
+        (FLOWS, flow, plan, averaged),
+        (SPLINE, spline, [(SPLINE_STAGE, seconds)], {}),
+    ):
+        title = f"{dataset.name}, {name}" if progress else None
+        look = partial(_gap, dataset=dataset)
+        curves[name] = train_for(model, parts, dataset, look, _moments(seconds, looks), progress=title, **options)
+    tested = {
+        name: likelihood(model, dataset.test_batches(10_000)) for name, model in ((FLOWS, flow), (SPLINE, spline))
+    }
+    differences = tested[SPLINE].values - tested[FLOWS].values
+    outcomes = {name: _outcome(name, dataset, seconds, curves[name], tested[name]) for name in tested}
+    with torch.no_grad():
+        solver_error = flow.estimate_log_prob(next(iter(dataset.test_batches(1000))).x).solver_error
+    error = float(differences.std() / len(differences) ** 0.5)
+    return Pair(outcomes[FLOWS], outcomes[SPLINE], float(differences.mean()), error, float(solver_error.mean()))
+
+
+def timed(stages: Sequence[Stage], seconds: float, likelihood_share: float) -> list[tuple[Stage, float]]:
+    """The stages with the seconds of each: those that solve the ODE share ``likelihood_share`` of all."""
+    solving = [getattr(stage.objective, "solves", True) for stage in stages]
+    share = likelihood_share if any(solving) and not all(solving) else float(all(solving))
+    seconds_of = {
+        True: share * seconds / max(1, sum(solving)),
+        False: (1 - share) * seconds / max(1, solving.count(False)),
+    }
+    return [(stage, seconds_of[solves]) for stage, solves in zip(stages, solving, strict=True)]
+
+
+def _moments(seconds: float, count: int) -> list[float]:
+    """Times from an eighth of the whole to its end, each the same multiple of the one before."""
+    return [seconds * 8 ** (k / max(1, count - 1) - 1) for k in range(count - 1)]
+
+
+def _gap(model: CNF | Spline, dataset: Density, points: int = 4000) -> float:
+    """Where the density is known, of the mean of log p − log q, whose standard error is a tenth of that of −log q."""
+    x = next(iter(dataset.validation_batches(points))).x
+    with torch.no_grad():
+        value = model.estimate_log_prob(x, solver_error=False).value.double().mean()
+        floor = -dataset.log_prob(x).double().mean() if dataset.has_log_prob else dataset.entropy
+    return float(-value - floor)
+
+
+def _outcome(model: str, dataset: Density, budget: float, curve: list[Look], test: Likelihood) -> Outcome:
+    return Outcome(
+        dataset.name,
+        model,
+        budget,
+        curve[-1].seconds,
+        curve[-1].steps,
+        test.nll - dataset.entropy,
+        test.standard_error,
+        test.nfe,
+        curve,
+    )

@@ -1,0 +1,108 @@
+"""How much noise colouring the pixels saves, on a convolutional field that was trained on digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm, trange
+
+from flows.datasets import Batch
+from flows.divergence import DivergenceEstimator, Exact, Hutchinson, Probing
+from flows.fields import BoundField, ConvNet, bind
+from flows.models.cnf import CNF
+from flows.objectives import FlowMatching
+
+SHAPE = (1, 8, 8)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviations of a divergence with as many products each: root mean squares over points (and times)."""
+
+    t: float | None  # None: over all times
+    products: int
+    hutchinson: float
+    probing: float
+
+
+def trained_on_digits(
+    steps: int = 500,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    size: int = 8,
+    batch_size: int = 256,
+) -> tuple[CNF, Tensor]:
+    """A flow with four 3 × 3 convolutions after so many steps of flow matching on digits of size × size pixels.
+
+    The digits have 8 × 8 pixels and are enlarged where more are wanted.
+    """
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    levels = torch.as_tensor(load_digits().images, dtype=torch.get_default_dtype()).view(-1, *SHAPE)
+    if size != SHAPE[1]:
+        levels = functional.interpolate(levels, (size, size), mode="bilinear")
+    digits = ((levels + torch.rand(levels.shape, generator=generator)) / 17 - 0.5).mul(4).to(device)
+    flow = CNF(ConvNet(digits.shape[1:], (32, 32, 32)), Exact()).to(device)
+    objective, optimizer = FlowMatching(), torch.optim.Adam(flow.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in trange(steps, desc="training on digits", leave=False, disable=not progress):
+        batch = digits[torch.randint(len(digits), (batch_size,), generator=generator).to(device)]
+        optimizer.zero_grad()
+        objective(flow, Batch(batch), generator).loss.backward()
+        optimizer.step()
+        schedule.step()
+    return flow, digits
+
+
+@torch.no_grad()
+def measure_noise(
+    flow: CNF,
+    data: Tensor,  # (n, C, H, W), flow space
+    strides: Sequence[int] = (2, 3, 4),
+    times: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 0.95),
+    draws: int = 30,
+    progress: bool = True,
+) -> list[Noise]:
+    """Errors against the exact divergence, over ``draws`` of the probes, at points of the interpolation path."""
+    field = bind(flow.field)
+    pairs = [(Hutchinson(Probing(stride).cost(flow.event_shape, field)), Probing(stride)) for stride in strides]
+    variances: dict[int, list[tuple[float, float]]] = {pair[0].num_probes: [] for pair in pairs}
+    results = []
+    for time in tqdm(times, desc="measuring noise", leave=False, disable=not progress):
+        x = torch.lerp(torch.randn_like(data), data, time)
+        t = torch.tensor(time, dtype=x.dtype, device=x.device)
+        exact = Exact()(field, t, x, None).divergence
+        for pair in pairs:
+            variance = tuple(_variance(estimator, field, t, x, exact, draws) for estimator in pair)
+            variances[pair[0].num_probes].append(variance)
+            results.append(Noise(time, pair[0].num_probes, *(math.sqrt(value) for value in variance)))
+    for products, values in variances.items():
+        means = (math.sqrt(sum(column) / len(column)) for column in zip(*values, strict=True))
+        results.append(Noise(None, products, *means))
+    return results
+
+
+def table(results: Sequence[Noise]) -> Iterator[str]:
+    """A line for each time and number of products."""
+    yield f"{'t':>6}{'products':>10}{'Hutchinson sd':>15}{'Probing sd':>12}{'ratio':>8}"
+    for row in results:
+        time = "all" if row.t is None else f"{row.t:.2f}"
+        ratio = row.hutchinson / row.probing
+        yield f"{time:>6}{row.products:10}{row.hutchinson:15.3f}{row.probing:12.3f}{ratio:8.1f}"
+
+
+def _variance(
+    estimator: DivergenceEstimator, field: BoundField, t: Tensor, x: Tensor, exact: Tensor, draws: int
+) -> float:
+    """The mean square of the error over points and draws."""
+    total = 0.0
+    for _ in range(draws):
+        sample = estimator(field, t, x, estimator.draw_probes(x, field=field))
+        total += (sample.divergence - exact).square().mean().item()
+    return total / draws

@@ -1,0 +1,198 @@
+"""What path costs buy: evaluations of the field, at which price in likelihood."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flows.datasets import Dataset
+from flows.evaluation import Likelihood, likelihood, part_batches
+from flows.models.cnf import CNF
+from flows.objectives import MaximumLikelihood
+from flows.path_costs import JacobianNorm, KineticEnergy, PathCost
+from flows.training import Stage, Trainer, build_dataset, build_flow
+from flows.training.folder import new_folder
+from flows.training.settings import instantiate
+from flows.training.summary import to_json
+
+PLAIN, REGULARISED = "unregularised", "kinetic + Frobenius"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of a run by likelihood alone, as overrides of train.yaml, and the weight of both costs."""
+
+    overrides: tuple[str, ...]
+    weight: float
+    allowed: float  # what a regularised flow may lose: nats, or bits/dim of images
+
+
+# By likelihood from the start, for costs hardly straighten the paths that flow matching has laid; by loose solves,
+# between whose steps a field without costs grows what no solve has looked at.
+CASES = {
+    "swissroll": Case(
+        (
+            "data=swissroll",
+            "data.num_test=10000",
+            "field.sine_frequency=null",
+            "field.num_frequencies=2",
+            "objective=maximum_likelihood",
+            "objective.maximum_likelihood.steps=1200",
+            "objective.maximum_likelihood.learning_rate=4e-3",
+            "solver.rtol=1e-3",
+            "solver.atol=1e-3",
+            "trainer.ema_decay=0.99",
+        ),
+        0.06,
+        0.02,
+    ),
+    "digits": Case(
+        (
+            "experiment=digits",
+            "field.hidden=[256,256,256,256]",
+            "field.num_frequencies=2",
+            "objective=maximum_likelihood",
+            "~objective.flow_matching",
+            "objective.maximum_likelihood.steps=350",
+            "objective.maximum_likelihood.batch_size=256",
+            "objective.maximum_likelihood.learning_rate=4e-3",
+            "solver=dopri5",
+            "solver.rtol=1e-3",
+            "solver.atol=1e-3",
+            "trainer.ema_decay=0.9",
+        ),
+        0.4,
+        0.01,
+    ),
+}
+TOLERANCE = 1e-5  # of the solves that test all flows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A flow after training: how well it fits, and what a solve of its likelihood takes."""
+
+    name: str
+    nll: float  # nats, or bits/dim of images
+    standard_error: float
+    gap: float | None  # to the entropy, where it is known, nats
+    solver_error: float  # nats
+    nfe: float
+    path_costs: Mapping[str, float]  # mean integrals of ‖v‖² and ‖J‖²
+    seconds: float  # of the likelihood stage
+
+
+def add_command(benchmarks: Any, settings: Callable[..., Mapping[str, Any]]) -> None:
+    """Add "regularisation" to the subparsers of a program; ``settings`` composes those of a run from overrides."""
+    description = (
+        "Train a flow by likelihood with and without kinetic energy and squared Jacobian norm in the loss, from one "
+        "start and for the same steps; print the evaluations of the field and the NLL of both, by solves at 1e-5."
+    )
+    part = benchmarks.add_parser(
+        "regularisation", help="Evaluations that kinetic energy and Jacobian norm save.", description=description
+    )
+    part.add_argument("--data", nargs="+", choices=list(CASES), default=list(CASES), help="default: both")
+    part.add_argument("--weight", type=float, help="of both costs (default: one for each data set)")
+    part.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
+    part.add_argument("--output", type=Path, default=Path("runs/benchmarks/regularisation"), help="(%(default)s)")
+    part.set_defaults(run=lambda arguments: _print_report(arguments, settings))
+
+
+def _print_report(arguments: argparse.Namespace, settings: Callable[..., Mapping[str, Any]]) -> None:
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    folder = new_folder(arguments.output)
+    for name in arguments.data:
+        case = CASES[name] if arguments.weight is None else replace(CASES[name], weight=arguments.weight)
+        *outcomes, error = compare(settings(*case.overrides, f"seed={arguments.seed}"), case.weight, folder / name)
+        (folder / f"{name}.json").write_text(to_json({outcome.name: asdict(outcome) for outcome in outcomes}))
+        print("\n".join(table(name, case, *outcomes, error)), flush=True)
+    print(f"\nthe runs are in {folder}")
+
+
+def compare(settings: Mapping[str, Any], weight: float, folder: Path) -> tuple[Outcome, Outcome, float]:
+    """Train without and with the costs, from the same weights on the same batches, and test on the same points, by
+    solves at tolerances of 1e-5 whatever those of training.
+
+    Returns:
+        Both, and the standard error of the difference of their NLL, from point to point.
+    """
+    torch.manual_seed(settings["seed"])
+    dataset = build_dataset(settings)
+    start = build_flow(settings, dataset.event_shape, dataset)
+    (stage,) = (instantiate(stage, f"objective.{name}") for name, stage in settings["objective"].items())
+    outcomes, values = [], []
+    for name, costs in {PLAIN: (), REGULARISED: (KineticEnergy(weight), JacobianNorm(weight))}.items():
+        stages = {"maximum_likelihood": replace(stage, objective=MaximumLikelihood(costs))}
+        flow = copy.deepcopy(start)
+        summary = _trainer(settings, flow, dataset, stages, folder / name.split()[0]).fit()
+        test = tested(flow, dataset, "test" if settings["trainer"]["progress_bar"] else None)
+        bits = test.bits_per_dim
+        nll, error = (bits.value, bits.standard_error) if bits else (test.nll, test.standard_error)
+        values.append(test.values * (nll / test.nll))
+        outcomes.append(
+            Outcome(
+                name,
+                nll,
+                error,
+                None if dataset.entropy is None else nll - dataset.entropy,
+                test.solver_error,
+                test.nfe,
+                path_costs(flow, dataset),
+                summary.position.seconds,
+            )
+        )
+    difference = values[1] - values[0]
+    return outcomes[0], outcomes[1], float(difference.std() / len(difference) ** 0.5)
+
+
+def _trainer(
+    settings: Mapping[str, Any], flow: CNF, dataset: Dataset, stages: Mapping[str, Stage], folder: Path
+) -> Trainer:
+    rare = {"validate_every": 0, "plot_every": None, "checkpoint_every": 0, "solver_error_points": 0}
+    given = {**settings["trainer"], **rare}
+    return instantiate(given, "trainer", _partial_=True)(
+        flow, dataset, stages, instantiate(settings["optimizer"], "optimizer"), output_dir=folder, seed=settings["seed"]
+    )
+
+
+def tested(flow: CNF, dataset: Dataset, progress: str | None) -> Likelihood:
+    """On all test points; the solver of ``flow`` is the one that tests from then on."""
+    flow.solver = replace(flow.solver, rtol=TOLERANCE, atol=TOLERANCE)
+    batches, num_points = part_batches(flow, dataset, "test", 10_000)
+    generator = torch.Generator(flow.base.zero.device).manual_seed(0)
+    return likelihood(flow, batches, generator, solver_error_points=2000, progress=progress, num_points=num_points)
+
+
+def path_costs(flow: CNF, dataset: Dataset, points: int = 1000) -> dict[str, float]:
+    """Mean integrals of ‖v‖² and ‖J‖² along the paths of test points."""
+    costs: Sequence[PathCost] = (KineticEnergy(), JacobianNorm())
+    generator = torch.Generator(flow.base.zero.device).manual_seed(0)
+    with torch.no_grad():
+        batch = next(iter(part_batches(flow, dataset, "test", points)[0]))
+        estimate = flow.estimate_log_prob(batch.x, batch.context, generator, solver_error=False, path_costs=costs)
+    return {name: float(integral.mean()) for name, integral in estimate.path_costs.items()}
+
+
+def table(data: str, case: Case, plain: Outcome, regularised: Outcome, standard_error: float) -> Iterator[str]:
+    """A line for each flow, and what the costs have bought at which price, with the error of the price."""
+    unit = "bits/dim" if data == "digits" else "nats"
+    costs = f"{'∫‖v‖²':>9}{'∫‖J‖²':>9}"
+    yield f"\n{data + ', ' + unit:22}{'NLL':>17}{'gap':>8}{'solver error':>14}{'NFE':>6}{costs}{'seconds':>9}"
+    for flow in (plain, regularised):
+        yield (
+            f"{flow.name:22}{flow.nll:8.4f} ± {flow.standard_error:.4f}"
+            f"{'' if flow.gap is None else f'{flow.gap:.4f}':>8}{flow.solver_error:14.1e}{flow.nfe:6.0f}"
+            f"{flow.path_costs['kinetic_energy']:9.2f}{flow.path_costs['jacobian_norm']:9.1f}{flow.seconds:9.0f}"
+        )
+    difference = regularised.nll - plain.nll
+    verdict = "within" if difference <= case.allowed else "more than"
+    yield (
+        f"{plain.nfe / regularised.nfe:.1f} times fewer evaluations with weights {case.weight:g}; "
+        f"NLL {difference:+.4f} ± {standard_error:.4f} {unit}, {verdict} {case.allowed:g}"
+    )

@@ -1,0 +1,8 @@
+"""Divergence estimators compared on one flow, along its own trajectories: what each is worth, and what it costs."""
+
+from flows.compare.advice import Advice, advise
+from flows.compare.figure import error_against_cost
+from flows.compare.measure import Comparison, Row, compare
+from flows.compare.report import as_dict, as_text
+
+__all__ = ["Advice", "Comparison", "Row", "advise", "as_dict", "as_text", "compare", "error_against_cost"]

@@ -1,0 +1,145 @@
+"""Which settings of which estimators are worth measuring on a field."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flows.compare.trajectory import Trajectory
+from flows.divergence import DivergenceEstimator
+from flows.errors import InvalidValueError
+from flows.fields import bind
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of an estimator, with the names that a table and a legend show."""
+
+    label: str  # Hutchinson(num_probes=4, probes=orthonormal)
+    kind: str  # the same without its numbers: Hutchinson(probes=orthonormal)
+    estimator: DivergenceEstimator
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What there is to measure, and what not."""
+
+    measured: list[Candidate]  # each setting once
+    left_out: dict[str, str]  # by name, why an estimator cannot or need not be measured
+    stand_ins: dict[str, str]  # by name, the label of the estimator that does another's work
+
+
+def gather(
+    estimators: Mapping[str, DivergenceEstimator],
+    budgets: Sequence[int],
+    field: object,
+    trajectory: Trajectory,
+) -> Candidates:
+    """The settings of estimators, given by name, that apply to the field.
+
+    Raises:
+        ValueError: there is none.
+    """
+    shape = tuple(trajectory.x.shape[2:])
+    found, left_out, stand_ins = [], {}, {}
+    for name, given in estimators.items():
+        estimator = given.choose(shape, field)
+        if estimator is not given:
+            stand_ins[name] = estimator
+        reason = not_applicable(estimator, field, trajectory)
+        worthwhile = [] if reason else settings(estimator, budgets, shape, field)
+        if not worthwhile:
+            left_out[name] = reason or (
+                f"costs {estimator.cost(shape, field)} products here, more than the {math.prod(shape)} of Exact()"
+            )
+        found += worthwhile
+    if not found:
+        raise InvalidValueError(
+            "none of the estimators applies: " + "; ".join(f"{n}: {r}" for n, r in left_out.items())
+        )
+    named = labelled([*found, *stand_ins.values()])
+    measured: dict[str, Candidate] = {}
+    for candidate in named[: len(found)]:
+        measured.setdefault(candidate.label, candidate)
+    labels = (candidate.label for candidate in named[len(found) :])
+    return Candidates(list(measured.values()), left_out, dict(zip(stand_ins, labels, strict=True)))
+
+
+def not_applicable(estimator: DivergenceEstimator, field: object, trajectory: Trajectory) -> str | None:
+    """Why the estimator cannot be used on this field, in its own words; ``None`` if it can."""
+    one_point = trajectory.first(1)
+    x = one_point.x[0]
+    try:
+        estimator.cost(tuple(x.shape[1:]), field)
+        probes = estimator.draw_probes(x, field=field)
+        with torch.no_grad():
+            estimator(bind(field, one_point.context), one_point.times[0], x, probes)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        return str(error)
+    return None
+
+
+def settings(
+    estimator: DivergenceEstimator, budgets: Sequence[int], event_shape: tuple[int, ...], field: object
+) -> list[DivergenceEstimator]:
+    """The estimator as given, at each budget of products, and at what makes it exact, as far as that is below d.
+
+    At d products ``Exact()`` serves; only an estimator that never takes fewer is kept at d.
+    """
+    dimension = math.prod(event_shape)
+    found = [estimator, *(estimator.with_budget(budget, event_shape, field) for budget in budgets)]
+    limit = estimator.with_budget(dimension, event_shape, field)
+    if limit.is_exact(event_shape, field):
+        found.append(limit)
+    costs = [one.cost(event_shape, field) for one in found]
+    below = [(cost, one) for cost, one in zip(costs, found, strict=True) if cost < dimension]
+    at = [one for cost, one in zip(costs, found, strict=True) if cost == dimension]
+    return [one for _, one in sorted(below, key=lambda pair: pair[0])] or at[:1]
+
+
+def labelled(estimators: Iterable[DivergenceEstimator]) -> list[Candidate]:
+    """Estimators with labels that tell them apart; equal settings have equal labels.
+
+    A label shows the options that differ from the defaults of the class, and the numbers that vary in this list.
+    """
+    given = list(estimators)
+    numbers: dict[type, dict[str, set[str]]] = {}
+    for estimator in given:
+        for name, value in _options(estimator).items():
+            numbers.setdefault(type(estimator), {}).setdefault(name, set()).add(_text(value))
+    found = []
+    for estimator in given:
+        kind, shown = [], []
+        for option in _fields(estimator):
+            value = getattr(estimator, option.name)
+            number = isinstance(value, int) and not isinstance(value, bool)
+            changed = _text(value) != _text(option.default)
+            if changed or (number and len(numbers[type(estimator)][option.name]) > 1):
+                shown.append(f"{option.name}={_text(value)}")
+                kind += [] if number else shown[-1:]
+        label = _call(estimator, shown)
+        found.append(Candidate(label, _call(estimator, kind), estimator))
+    return found
+
+
+def _fields(estimator: DivergenceEstimator) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(estimator) if dataclasses.is_dataclass(estimator) else ()
+
+
+def _options(estimator: DivergenceEstimator) -> dict[str, object]:
+    return {option.name: getattr(estimator, option.name) for option in _fields(estimator)}
+
+
+def _call(estimator: DivergenceEstimator, options: Sequence[str]) -> str:
+    return type(estimator).__name__ + (f"({', '.join(options)})" if options else "")
+
+
+def _text(value: object) -> str:
+    """A value as a config would give it; objects that can be named go by their lower-case class name."""
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return str(value)
+    return type(value).__name__.lower()

@@ -1,0 +1,80 @@
+"""What evaluations of a field with an estimator cost: time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flows.compare.memory import peak_memory
+from flows.compare.timing import alternating_times
+from flows.compare.trajectory import Trajectory
+from flows.divergence import DivergenceEstimator
+from flows.fields import bind
+
+Case = Callable[[], object]
+
+
+def case(
+    field: nn.Module,
+    trajectory: Trajectory,
+    estimator: DivergenceEstimator | None = None,
+    probes: Tensor | None = None,  # for the points of the trajectory
+    training: bool = False,
+) -> Case:
+    """One evaluation at each time of the trajectory, sharing what is computed once a solve; the bare field if
+    there is no estimator. In training, with the backward pass to the points and the parameters."""
+    parameters = [p for p in field.parameters() if p.requires_grad]
+
+    def run() -> None:
+        with torch.set_grad_enabled(training):
+            bound = bind(field, trajectory.context)
+            points = trajectory.x.clone().requires_grad_(training)
+            loss = points.new_zeros(())
+            for t, x in zip(trajectory.times, points, strict=True):
+                if estimator is None:
+                    value = bound(t, x)
+                    loss = loss + value.sum()
+                else:
+                    sample = estimator(bound, t, x, probes)
+                    loss = loss + sample.value.sum() + sample.divergence.sum()
+            if training:
+                torch.autograd.grad(loss, [points, *parameters], allow_unused=True)
+
+    return run
+
+
+def time_ratio(bare: Case, with_estimator: Case, seconds: float) -> tuple[float, float]:
+    """Seconds of the second case, and as a multiple of the first: of each the least over runs that take turns.
+
+    The least, since whatever else the machine does can only add to a time; and on a machine that is shared, where
+    long runs are interrupted more often than short ones, it adds unevenly to medians.
+    """
+    times = alternating_times({"bare": bare, "estimator": with_estimator}, seconds, most=200)
+    least = {name: min(values) for name, values in times.items()}
+    return least["estimator"], least["estimator"] / least["bare"]
+
+
+def affordable(
+    field: nn.Module,
+    trajectory: Trajectory,
+    estimator: DivergenceEstimator,
+    memory: float | None,  # bytes that an evaluation in training may take; None: it is not trained with
+    seconds: float,  # that an evaluation without gradients may take
+) -> Trajectory:
+    """As many of the points, at least two, as keep one evaluation within both, found by trying 2, 8, 32, ..."""
+    tried, most = 2, trajectory.x.shape[1]
+    if memory is not None:
+        few = trajectory.at(0).first(tried)
+        probes = estimator.draw_probes(few.x[0], field=field)
+        peak = peak_memory(case(field, few, estimator, probes, training=True), few.x.device)
+        most = max(2, min(most, int(memory / max(peak, 1) * tried)))
+    while tried < most:
+        few = trajectory.at(0).first(tried)
+        probes = estimator.draw_probes(few.x[0], field=field)
+        taken = min(alternating_times({"few": case(field, few, estimator, probes)}, 0.02)["few"])
+        if taken / tried * min(4 * tried, most) > seconds:
+            return trajectory.first(min(most, max(2, int(tried * seconds / taken))))
+        tried *= 4
+    return trajectory.first(most)

@@ -1,0 +1,108 @@
+"""A comparison in words and numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from flows.compare.advice import Advice
+from flows.compare.measure import Comparison, Row
+
+
+def as_text(comparison: Comparison, advice: Advice) -> str:
+    """The table, what was left out, and the recommendations."""
+    return "\n".join([*_heading(comparison), "", *_table(comparison), *_left_out(comparison), "", *_advice(advice)])
+
+
+def as_dict(comparison: Comparison, advice: Advice) -> dict[str, Any]:
+    """All figures as plain values, None where unknown. Seconds are of one evaluation, memory is in bytes a point."""
+    truth = {key: value for key, value in asdict(comparison.truth).items() if key != "divergence"}
+    rows = []
+    for row in comparison.rows:
+        plain = asdict(row)
+        rows.append({**{key: plain[key] for key in plain if key != "accuracy"}, **plain["accuracy"]})
+    return _finite(
+        {
+            "field": comparison.field,
+            "event_shape": list(comparison.event_shape),
+            "times": comparison.times,
+            "points": comparison.points,
+            "device": comparison.device,
+            "dtype": comparison.dtype,
+            "truth": truth,
+            "estimators": rows,
+            "not_applicable": comparison.left_out,
+            "stand_ins": comparison.stand_ins,
+            "advice": asdict(advice),
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    """With None for numbers that are NaN or infinite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _heading(comparison: Comparison) -> Iterator[str]:
+    truth = comparison.truth
+    times = ", ".join(f"{t:g}" for t in comparison.times)
+    shape = " x ".join(map(str, comparison.event_shape))
+    yield f"{comparison.field} on points of {shape}: {comparison.points} of them at t = {times}"
+    between = f"div v has a standard deviation of {truth.spread:.3g} between points"
+    yield f"on {comparison.device} in {comparison.dtype}; {between}"
+    yield f"truth: {truth.by} in float64, within {truth.check:.0e} of Exact() on {truth.checked_points} points"
+
+
+def _table(comparison: Comparison) -> Iterator[str]:
+    width = max(len(row.label) for row in comparison.rows) + 2
+    fewer = any(row.points < comparison.points for row in comparison.rows)
+    yield f"{'':{width}}{'':9}{'mean error':>21}{'':10}{'  evaluations':>8}{'    KiB a point':>8}"
+    yield (
+        f"{'':{width}}{'products':>9}{'(bias)':>21}{'sd':>10}"
+        f"{'forward':>9}{'+bwd':>7}{'forward':>9}{'+bwd':>9}" + ("  points" if fewer else "")
+    )
+    for row in comparison.rows:
+        points = f"{row.points:8}" if fewer else ""
+        yield (
+            f"{row.label:{width}}{row.products:9}{_bias(row):>21}{_sd(row):>10}"
+            f"{row.ratio:9.1f}{_or_dash(row.training_ratio, 7)}"
+            f"{row.memory / 1024:9.1f}{_or_dash(row.training_memory and row.training_memory / 1024, 9)}{points}"
+        )
+
+
+def _bias(row: Row) -> str:
+    found = row.accuracy
+    if row.exact:
+        return "exact"
+    error = f" ± {found.bias_error:.1g}" if found.draws > 1 else ""
+    return f"{found.bias:+.2g}{error}" + ("" if found.unbiased else " BIASED")
+
+
+def _sd(row: Row) -> str:
+    return "0" if row.exact else f"{row.accuracy.sd:.3g}"
+
+
+def _or_dash(value: float | None, width: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.1f}"
+
+
+def _left_out(comparison: Comparison) -> Iterator[str]:
+    if comparison.stand_ins:
+        yield ""
+        yield from (f"{name} is {label} here" for name, label in comparison.stand_ins.items())
+    if comparison.left_out:
+        yield ""
+        yield "Not applicable:"
+        for name, reason in comparison.left_out.items():
+            yield f"  {name}: {reason.partition(';')[0]}"
+
+
+def _advice(advice: Advice) -> Iterator[str]:
+    yield f"For training    {advice.training}: {advice.training_reason}"
+    yield f"For evaluation  {advice.evaluation}: {advice.evaluation_reason}"

@@ -1,0 +1,60 @@
+"""Where estimators meet the field in use: points of the data on their way through the flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The same points at several times."""
+
+    times: Tensor  # (T,)
+    x: Tensor  # (T, n, *event), flow space
+    context: Tensor | None = None  # (n, *context)
+
+    def first(self, num_points: int) -> Trajectory:
+        """That many of its points."""
+        context = None if self.context is None else self.context[:num_points]
+        return replace(self, x=self.x[:, :num_points], context=context)
+
+    def at(self, index: int) -> Trajectory:
+        """One of its times."""
+        return replace(self, times=self.times[index : index + 1], x=self.x[index : index + 1])
+
+    def double(self) -> Trajectory:
+        """In float64."""
+        context = self.context
+        if context is not None and context.is_floating_point():
+            context = context.double()
+        return Trajectory(self.times.double(), self.x.double(), context)
+
+
+def trajectory_of(
+    flow: CNF,
+    x: Tensor,  # (n, *event), data space
+    times: Sequence[float],
+    context: Tensor | None = None,  # (n, *context)
+    generator: torch.Generator | None = None,  # of the noise of a transform that has any
+) -> Trajectory:
+    """Carry points of the data back along the flow, from t = 1, and note where they are at ``times``.
+
+    Raises:
+        ValueError: no times, or times outside of [0, 1].
+    """
+    times = sorted({float(t) for t in times}, reverse=True)
+    if not times or not 0 <= times[-1] <= times[0] <= 1:
+        raise InvalidValueError(f"times must be one or more numbers from 0 (noise) to 1 (data), got {times}")
+    with torch.no_grad():
+        states = [flow.transform(x, generator)[0]]
+        for start, end in zip([1.0, *times], times, strict=False):
+            here = states[-1]
+            states.append(here if start == end else flow.transport(here, (start, end), context, log_density=False).x)
+    return Trajectory(x.new_tensor(times), torch.stack(states[1:]), context)

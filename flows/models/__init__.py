@@ -1,0 +1,7 @@
+"""Models that solve an ODE of a field, and their results."""
+
+from flows.models.cnf import CNF
+from flows.models.distribution import FlowDistribution
+from flows.models.results import Drawn, LogProbEstimate, Transported
+
+__all__ = ["CNF", "Drawn", "FlowDistribution", "LogProbEstimate", "Transported"]

@@ -1,0 +1,67 @@
+"""A flow as a torch.distributions.Distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+if TYPE_CHECKING:
+    from flows.models.cnf import CNF
+
+
+class FlowDistribution(Distribution):
+    """p(x | context) of a :class:`flows.CNF`, over data space.
+
+    Its batch shape is that of the context, and empty without one. ``sample`` records no gradient, ``rsample``
+    does.
+
+    Args:
+        flow: the flow, whose parameters it shares.
+        context: (*batch, *context) or ``None``.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (the base class's form)
+    has_rsample = True
+
+    def __init__(self, flow: CNF, context: Tensor | None = None, batch_shape: Sequence[int] | None = None) -> None:
+        self.flow = flow
+        self.context = context
+        if batch_shape is None:
+            own = () if context is None else flow._context_ndim(context)
+            batch_shape = () if context is None else context.shape[: context.ndim - own]
+        super().__init__(torch.Size(batch_shape), torch.Size(flow.event_shape), validate_args=False)
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> constraints.Constraint:
+        levels = self.flow.transform.num_levels
+        values = constraints.real if levels is None else constraints.integer_interval(0, levels - 1)
+        return constraints.independent(values, len(self.event_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value | context) in nats, of shape (*sample, *batch)."""
+        shape = torch.broadcast_shapes(value.shape[: value.ndim - len(self.event_shape)], self.batch_shape)
+        return self.flow.log_prob(value.expand(*shape, *self.event_shape), self.context)
+
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        """Draw (*sample, *batch, *event), differentiable in the flow's parameters and the context."""
+        if self.context is None:
+            return self.flow.sample((*sample_shape, *self.batch_shape))
+        return self.flow.sample(sample_shape, self.context)
+
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = torch.Size()) -> tuple[Tensor, Tensor]:
+        """Draw together with the log-density of each draw, in one solve."""
+        if self.context is None:
+            return self.flow.sample_and_log_prob((*sample_shape, *self.batch_shape))
+        return self.flow.sample_and_log_prob(sample_shape, self.context)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
+        """The same distribution with a larger batch shape."""
+        context = self.context
+        if context is not None:
+            own = context.shape[len(self.batch_shape) :]
+            context = context.expand(*batch_shape, *own)
+        return FlowDistribution(self.flow, context, batch_shape)

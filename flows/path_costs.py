@@ -1,0 +1,156 @@
+"""Path costs: rates that are integrated along the path of each example, to regularise a flow in training.
+
+The integral ∫₀¹ c(t, x_t) dt of each is added to the loss with its weight. Costs belong to an objective, so that a
+log-density or a sample never pays for them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flows.divergence import FieldSample, VectorField
+from flows.divergence.base import declared, field_name
+from flows.divergence.probes import Rademacher
+from flows.errors import InvalidTypeError, InvalidValueError
+
+
+@dataclass(frozen=True)
+class PathCost(ABC):
+    """A rate c(t, x) >= 0 for each example.
+
+    To add one: subclass it with :attr:`name` and :meth:`rate`, and give it to an objective as one of its
+    ``regularizers``.
+
+    Args:
+        weight: of the integral in the loss, which is in nats an example; 0 turns the cost off.
+    """
+
+    name: ClassVar[str]  # of the metric, and of the component of the solve
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise InvalidValueError(f"the weight of {type(self).__name__} must be >= 0, got {self.weight}")
+
+    @abstractmethod
+    def rate(
+        self,
+        field: VectorField,  # bound to its context
+        t: Tensor,  # 0-d
+        x: Tensor,  # (B, *event)
+        sample: FieldSample,  # of the field there; its squared norm of the Jacobian only for costs with directions
+    ) -> Tensor:  # (B,)
+        """c(t, x)."""
+
+    def draw_directions(
+        self,
+        x: Tensor,  # (B, *event); gives shape, dtype and device
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:  # (P, B, *event)
+        """What ``with_jacobian_norm`` of the estimator needs in this solve, for costs that use the norm."""
+        return None
+
+
+@dataclass(frozen=True)
+class KineticEnergy(PathCost):
+    """c = ‖v‖², summed over the event: straight paths at constant speed have the least.
+
+    [Finlay et al. 2020, arXiv:2002.02798; Benamou & Brenier 2000]
+    """
+
+    name: ClassVar[str] = "kinetic_energy"
+
+    def rate(self, field: VectorField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
+        return sample.value.square().flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class JacobianNorm(PathCost):
+    r"""c = ‖∂v/∂x‖²_F, or an unbiased estimate of it.
+
+    Free where the divergence estimator has products with probes of its own, ‖Jᵀε‖² (``Hutchinson``, ``Probing``),
+    or all rows (``Exact``). Otherwise it takes products with directions of its own: in closed form where the
+    field has ``value_divergence_and_products``, as perceptrons do, else by autograd. These are the basis, which is
+    exact, up to ``exact_up_to`` dimensions, and ``num_probes`` random signs beyond.
+    [Finlay et al. 2020, arXiv:2002.02798]
+
+    Args:
+        weight: see :class:`PathCost`.
+        num_probes: >= 1.
+        exact_up_to: dimensions.
+    """
+
+    name: ClassVar[str] = "jacobian_norm"
+    num_probes: int = 1
+    exact_up_to: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_probes < 1 or self.exact_up_to < 0:
+            raise InvalidValueError(
+                f"expected num_probes >= 1 and exact_up_to >= 0, got {self.num_probes} and {self.exact_up_to}"
+            )
+
+    def draw_directions(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        dimension = math.prod(x.shape[1:])
+        if dimension <= self.exact_up_to:
+            basis = torch.eye(dimension, dtype=x.dtype, device=x.device)
+            return basis.view(dimension, 1, *x.shape[1:]).expand(dimension, *x.shape)
+        return Rademacher().draw(self.num_probes, x, generator) / math.sqrt(self.num_probes)
+
+    def rate(self, field: VectorField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
+        return sample.squared_jacobian_norm
+
+
+@dataclass(frozen=True)
+class TotalDerivative(PathCost):
+    """c = ‖∂v/∂t + (∂v/∂x) v‖², the squared acceleration along a path: what bends it, or changes its speed.
+
+    Cost: one product in forward mode, with the field's own evaluation.
+    """
+
+    name: ClassVar[str] = "total_derivative"
+
+    def rate(self, field: VectorField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
+        _, acceleration = torch.func.jvp(field, (t, x), (torch.ones_like(t), sample.value))
+        return acceleration.square().flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class HamiltonJacobi(PathCost):
+    """c = |∂Φ/∂t − ½ ‖∇Φ‖²| of a field v = −∇Φ, which is zero along the paths of optimal transport.
+
+    For fields with a ``potential(t, x, context)``. [Onken et al. 2021, arXiv:2006.00104; Yang & Karniadakis 2020]
+
+    Raises:
+        TypeError: the field has no potential.
+    """
+
+    name: ClassVar[str] = "hamilton_jacobi"
+
+    def rate(self, field: VectorField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
+        potential = declared(field, "potential")
+        if potential is None:
+            raise InvalidTypeError(
+                f"HamiltonJacobi needs a field with a potential, such as Potential, and {field_name(field)} has none; "
+                "TotalDerivative asks the same of any field"
+            )
+        context = getattr(field, "context", None)
+        given = () if context is None else (context,)
+        _, rate = torch.func.jvp(lambda s: potential(s, x, *given), (t,), (torch.ones_like(t),))
+        return (rate - 0.5 * sample.value.square().flatten(1).sum(1)).abs()
+
+
+def draw_directions(
+    costs: Iterable[PathCost], x: Tensor, generator: torch.Generator | None = None
+) -> Tensor | None:  # (P, B, *event)
+    """The directions of the first of ``costs`` that needs any; one set serves all."""
+    drawn = (cost.draw_directions(x, generator) for cost in costs)
+    return next((directions for directions in drawn if directions is not None), None)

@@ -1,0 +1,206 @@
+"""Exact gradients of a solve from the states at some of its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flows.solvers.problem import State, random_state, refuse_second_derivative, same_random_state
+from flows.solvers.runge_kutta import take_step
+from flows.solvers.stepping import passed, state_at
+from flows.solvers.task import Task
+
+CHECKPOINTS = 32  # for each step of a segment, the checkpoints to have before segments get twice as long
+EVALUATIONS = 6  # at least, of a segment; shorter ones would save little, and spend time on starting over
+
+
+def solve_with_checkpoints(task: Task, state: State, parameters: tuple[Tensor, ...]) -> State:
+    """The states at all times; the backward pass solves one segment after the other again, on the same steps.
+
+    The first pass keeps no graph. Segments get longer with the number of steps n: there are at most √(32 n)
+    checkpoints (a state and its slope), and at most √(n/8) steps in a segment, or as many as six evaluations make.
+    The graph of a segment lives alone. A state is much smaller than the graph of a step, hence the uneven balance.
+
+    Random numbers that the dynamics draw from torch's global generators (dropout) are drawn again alike, on the CPU
+    and on the device of the state; those of generators of their own are not.
+    """
+    return _Checkpointed.apply(_Record(task), len(state), *state, *parameters)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    step: int  # the position of the step that starts here
+    state: State
+    slope: State | None  # None: to be evaluated
+
+
+@dataclass(frozen=True)
+class _RecordedStep:
+    t0: float
+    t1: float
+    first_output: int  # of the times that lie in it
+    num_outputs: int
+    random: tuple[Tensor, ...]  # the states of the generators at its start
+
+
+class _Record:
+    """What the first pass leaves: the accepted steps, and the state at some of them."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.steps: list[_RecordedStep] = []
+        self.checkpoints: list[_Checkpoint] = []
+        self.segment = math.ceil(EVALUATIONS / task.method.evaluations)  # steps between checkpoints
+        self.draws = False  # whether the dynamics take random numbers
+        self.random: tuple[Tensor, ...] = ()  # the states of the generators at the start
+        self._random: tuple[Tensor, ...] = ()
+
+    def run(self, state: State) -> State:
+        """Solve, and write down what :meth:`segments` needs."""
+        task, times, device = self.task, self.task.seconds, state[0].device
+        states = [state]
+        self.random = self._random = random_state(device)
+        slope = None
+        for step in task.steps(task.forward_function(state), state, begin=lambda: self._note_random(device)):
+            num_outputs = passed(step, times, len(states))
+            self._keep(step.start, slope)
+            self.steps.append(_RecordedStep(step.t0, step.t1, len(states), num_outputs, self._random))
+            states += [state_at(task.method, step, t) for t in times[len(states) : len(states) + num_outputs]]
+            slope = step.next_slope
+        self._note_random(device)
+        self.draws = self._random is not self.random
+        return tuple(torch.stack(component) for component in zip(*states, strict=True))
+
+    def segments(self) -> Iterator[tuple[_Checkpoint, list[_RecordedStep]]]:
+        """The checkpoints with the steps up to the next one, the last first."""
+        end = len(self.steps)
+        for checkpoint in reversed(self.checkpoints):
+            yield checkpoint, self.steps[checkpoint.step : end]
+            end = checkpoint.step
+
+    def _keep(self, state: State, slope: State | None) -> None:
+        position = len(self.steps)
+        if position % self.segment == 0:
+            self.checkpoints.append(_Checkpoint(position, state, slope))
+        if len(self.checkpoints) > CHECKPOINTS * self.segment:
+            self.segment *= 2
+            self.checkpoints = [kept for kept in self.checkpoints if kept.step % self.segment == 0]
+
+    def _note_random(self, device: torch.device) -> None:
+        """The object stays the same where nothing was drawn."""
+        now = random_state(device)
+        if not same_random_state(now, self._random):
+            self._random = now
+
+
+class _Checkpointed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, record: _Record, count: int, *tensors: Tensor) -> State:
+        with record.task.precision():
+            states = record.run(tensors[:count])
+        ctx.record, ctx.count = record, count
+        ctx.save_for_backward(*tensors)  # autograd refuses the backward pass if one of them changes before it
+        ctx.set_materialize_grads(False)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("checkpoint")
+        record, count = ctx.record, ctx.count
+        state, parameters = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        adjoint: list[Tensor | None] = [None] * count
+        slope_adjoint: list[Tensor | None] = [None] * count
+        totals: list[Tensor | None] = [None] * len(parameters)
+        device = state[0].device
+        with _restored_afterwards(record.draws, device), record.task.precision():
+            for checkpoint, steps in record.segments():
+                graph = _Segment(record, checkpoint, steps, device)
+                products = graph.products(parameters, gradients, adjoint, slope_adjoint)
+                adjoint, slope_adjoint = products[:count], products[count : 2 * count]
+                totals = [_sum(total, more) for total, more in zip(totals, products[2 * count :], strict=True)]
+        start = [_sum(a, None if g is None else g[0]) for a, g in zip(adjoint, gradients, strict=True)]
+        return None, None, *start, *totals
+
+
+class _Segment:
+    """Some steps, solved again with their graph."""
+
+    def __init__(
+        self, record: _Record, checkpoint: _Checkpoint, steps: list[_RecordedStep], device: torch.device
+    ) -> None:
+        task, method = record.task, record.task.method
+        function = task.backward_function(checkpoint.state)
+        self.outputs: list[tuple[int, State]] = []  # position among the times, and the state there
+        with torch.enable_grad():
+            state = self.state = _leaves(checkpoint.state)
+            slope = self.slope = None if checkpoint.slope is None else _leaves(checkpoint.slope)
+            if slope is None and method.is_adaptive:
+                if record.draws:
+                    _set_random_state(record.random, device)
+                slope = function(steps[0].t0, state)
+            for step in steps:
+                if record.draws:
+                    _set_random_state(step.random, device)
+                taken = take_step(method, function, step.t0, step.t1, state, slope)
+                for i in range(step.first_output, step.first_output + step.num_outputs):
+                    self.outputs.append((i, state_at(method, taken, task.seconds[i])))
+                state, slope = taken.end, taken.next_slope
+        self.end, self.end_slope = state, slope
+
+    def products(
+        self,
+        parameters: tuple[Tensor, ...],
+        gradients: tuple[Tensor | None, ...],  # of the outputs, a tensor (T, *component) each
+        adjoint: list[Tensor | None],  # of the end
+        slope_adjoint: list[Tensor | None],
+    ) -> list[Tensor | None]:
+        """The gradients of the state and the slope at the start, and of the parameters."""
+        pairs = [*zip(self.end, adjoint, strict=True)]
+        if self.end_slope is not None:
+            pairs += zip(self.end_slope, slope_adjoint, strict=True)
+        for i, state in self.outputs:
+            pairs += [(c, None if g is None else g[i]) for c, g in zip(state, gradients, strict=True)]
+        pairs = [(value, cotangent) for value, cotangent in pairs if cotangent is not None and value.requires_grad]
+        slope = self.slope or ()
+        inputs = (*self.state, *slope, *parameters)
+        if not pairs:
+            found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+        else:
+            values, cotangents = zip(*pairs, strict=True)
+            found = torch.autograd.grad(values, inputs, cotangents, allow_unused=True)
+        at = len(self.state)
+        slopes = found[at : at + len(slope)] or (None,) * at
+        return [*found[:at], *slopes, *found[at + len(slope) :]]
+
+
+def _leaves(components: State) -> State:
+    return tuple(component.detach().requires_grad_() for component in components)
+
+
+def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if total is None or more is None:
+        return more if total is None else total
+    return total + more
+
+
+def _set_random_state(states: tuple[Tensor, ...], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+@contextmanager
+def _restored_afterwards(draws: bool, device: torch.device) -> Iterator[None]:
+    """Leave the generators as they were."""
+    before = random_state(device) if draws else ()
+    try:
+        yield
+    finally:
+        if draws:
+            _set_random_state(before, device)
