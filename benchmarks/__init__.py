@@ -1,1 +1,4 @@
-"""Measurements that `scripts/benchmark.py` prints: ratios of medians from alternating runs in one process."""
+"""Measurements of this package, also beside others: `python -m benchmarks --help`.
+
+Times are medians of runs that alternate in one process, and are stated as ratios.
+"""

@@ -1,4 +1,4 @@
-"""What torch.compile gains in a training step."""
+"""How much faster `torch.compile` makes a training step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flows.solvers import ODESolver
 from flows.training.compiled import compiled
 
 SOLVER = ODESolver(rtol=1e-5, atol=1e-5)
-SUBJECTS: dict[str, Callable[[], tuple[CNF, Objective]]] = {
+CASES: dict[str, Callable[[], tuple[CNF, Objective]]] = {
     "flow matching, MLP 128-128": lambda: (CNF(MLP((2,), (128, 128)), solver=SOLVER), FlowMatching()),
     "flow matching with divergence, MLP 128-128": lambda: (
         CNF(MLP((2,), (128, 128)), Analytic(), SOLVER),
@@ -47,12 +47,12 @@ SUBJECTS: dict[str, Callable[[], tuple[CNF, Objective]]] = {
 
 
 def add_command(benchmarks: Any) -> None:
-    """Add "compile" to the subparsers of a program; ``run(arguments)`` prints the table."""
-    description = "How much faster trainer.compile=true makes a training step, and how long compiling takes."
+    """Add `compile` to the commands."""
+    description = "How much faster hardware.compile=true makes a training step, and how long compiling takes."
     part = benchmarks.add_parser("compile", help=description, description=description)
     part.add_argument("--batch", type=int, default=512, help="points (%(default)s)")
     add_device(part)
-    part.add_argument("--seconds", type=float, default=2.0, help="to spend on each case, at least (%(default)s)")
+    part.add_argument("--seconds", type=float, default=2.0, help="at least, for each case (%(default)s)")
     part.set_defaults(run=_print_report)
 
 
@@ -63,10 +63,10 @@ def _print_report(arguments: argparse.Namespace) -> None:
 
 
 def report(batch_size: int, seconds_each: float, device: str = "cpu") -> Iterator[str]:
-    """A line for each subject: milliseconds a step without and with compilation, their ratio, seconds to compile."""
+    """One line per case: milliseconds per step without and with compilation, their ratio, seconds to compile."""
     yield f"{'':50}{'eager ms':>10}{'compiled ms':>13}{'times faster':>14}{'to compile, s':>15}"
-    for name, build in SUBJECTS.items():
-        torch.compiler.reset()  # what was compiled for other subjects counts towards a limit
+    for name, build in CASES.items():
+        torch.compiler.reset()  # code compiled for other cases counts towards a limit
         torch.manual_seed(0)
         flow, objective = build()
         flow.to(device)

@@ -1,4 +1,4 @@
-"""Densities that are no neural ODE, in the flow space of a transform, so that they are judged like flows."""
+"""Baseline densities without an ODE, evaluated by the same account as flows."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from flows.transforms import Transform, Whiten
 
 
 class TransformedDensity(nn.Module):
-    """log p(x) = log p(y) + log_det with y = transform(x); :func:`flows.evaluation.likelihood` takes it for a flow.
+    """log p(x) = log p(y) + log_det with y = transform(x).
 
-    Subclasses implement :meth:`log_density`.
+    It has the interface that `flows.evaluation.likelihood` needs. Subclasses implement `log_density`.
     """
 
     def __init__(self, transform: Transform, event_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.transform = transform
         self.event_shape = event_shape
-        self.base = StandardNormal(event_shape)  # says which device and dtype points come in
+        self.base = StandardNormal(event_shape)  # states the device and dtype
 
     @abstractmethod
     def log_density(self, y: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class TransformedDensity(nn.Module):
         generator: torch.Generator | None = None,  # of dequantisation noise
         solver_error: bool = False,
     ) -> LogProbEstimate:
-        """The same account as that of a flow; there are neither probes nor solves."""
+        """The same account as that of a flow, without probes and solves."""
         y, terms = self.transform.account(x, generator)
         value = self.log_density(y.flatten(1)).to(x)
         terms, none = {"model": value} | terms, torch.zeros_like(value)
@@ -50,7 +50,7 @@ class TransformedDensity(nn.Module):
 
 
 class Gaussian(TransformedDensity):
-    """N(mean, C) with the moments of points of flow space; of C, the ``floor`` is added to the diagonal."""
+    """N(mean, C) with the moments of `points`; `floor` is added to the diagonal of C."""
 
     def __init__(self, transform: Transform, event_shape: tuple[int, ...], points: Tensor, floor: float = 1e-6) -> None:
         super().__init__(transform, event_shape)
@@ -69,12 +69,13 @@ class Gaussian(TransformedDensity):
 
 
 class Mixture(TransformedDensity):
-    """A mixture of Gaussians of full covariance, by scikit-learn's EM on points of flow space.
+    """A mixture of Gaussians with full covariances, by scikit-learn's EM.
 
     Args:
-        num_components: how many.
-        floor: added to the diagonals of all covariances, in units of the variance of all points in a direction.
-        seed: of the start.
+        points: in flow space.
+        num_components: of the mixture.
+        floor: added to the diagonals of all covariances, after the points are whitened.
+        seed: of the initial components.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Mixture(TransformedDensity):
 
 
 class Spline(TransformedDensity):
-    """A neural spline flow of zuko, untrained. [Durkan et al. 2019, arXiv:1906.04032]
+    """zuko's neural spline flow, untrained. [Durkan et al. 2019, arXiv:1906.04032]
 
     Raises:
         ModuleNotFoundError: zuko is not installed.
@@ -127,12 +128,12 @@ class Spline(TransformedDensity):
 
 
 def spline_flow() -> Callable[..., nn.Module]:
-    """The class of zuko; raises ``ModuleNotFoundError`` with what to do where it is not installed."""
+    """zuko's class of neural spline flows; raises `ModuleNotFoundError` with advice if zuko is missing."""
     try:
         from zuko.flows import NSF
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "zuko is not installed, whose neural spline flow is a baseline; pip install -e '.[bench]', or, of images, "
-            "choose among the others with --baselines mixture gaussian"
+            "the neural spline flow needs zuko, which is not installed: pip install -e '.[bench]'; for images, "
+            "--baselines mixture gaussian does without it"
         ) from error
     return NSF

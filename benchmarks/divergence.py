@@ -1,4 +1,4 @@
-"""The cost of divergence estimators in bare evaluations of the field."""
+"""The cost of divergence estimators, in bare evaluations of the field."""
 
 from __future__ import annotations
 
@@ -10,65 +10,67 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import probing_noise, subjects
+from benchmarks import probing_noise, workloads
 from flows.compare.timing import add_device, alternating_medians, machine
 from flows.divergence import DivergenceEstimator
 from flows.fields import bind
 
 BARE, LOOP = "bare field", "plain loop"
 PARTS = ("mlp", "bottleneck", "structured", "conv", "noise")
-EVALUATIONS = 6  # right-hand sides that share what is computed once a solve: one step of dopri5
+EVALUATIONS = 6  # as in one step of dopri5; they share what an estimator computes once per solve
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one evaluation with an estimator costs, on one field and batch."""
+    """The cost of one evaluation with an estimator, on one field and batch."""
 
     name: str
     products: int | None  # None for the two baselines
     exact: bool | None
-    forward: float  # seconds an evaluation without gradients
-    training: float  # seconds an evaluation forward and backward
+    forward: float  # seconds per evaluation, without gradients
+    training: float  # seconds per evaluation, forward and backward
 
 
 def add_command(benchmarks: Any) -> None:
-    """Add "divergence" to the subparsers of a program; ``run(arguments)`` prints the tables."""
-    description = "The cost of each estimator in bare field evaluations, and against a plain reverse-mode loop."
+    """Add `divergence` to the commands."""
+    description = "The cost of each estimator in bare evaluations of the field, beside a plain reverse-mode loop."
     part = benchmarks.add_parser("divergence", help=description, description=description)
     part.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    part.add_argument("--dimensions", type=int, nargs="+", default=list(subjects.WIDTHS), help="default: %(default)s")
-    part.add_argument("--seconds", type=float, default=1.0, help="to spend on each case, at least (%(default)s)")
+    part.add_argument(
+        "--dimensions", type=int, nargs="+", default=list(workloads.HIDDEN_WIDTHS), help="of the MLPs (%(default)s)"
+    )
+    part.add_argument("--seconds", type=float, default=1.0, help="at least, for each case (%(default)s)")
     add_device(part)
     part.set_defaults(run=_print_report)
 
 
 def _print_report(arguments: argparse.Namespace) -> None:
     device = arguments.device
-    print(f"{machine(device)}; the cost of one evaluation in bare evaluations of")
-    print(f"the field (median of alternating runs of {EVALUATIONS}), and how many times cheaper than the loop")
+    print(f"{machine(device)}; cost of one evaluation in bare evaluations of the field (median of")
+    print(f"alternating runs of {EVALUATIONS}), and how many times cheaper than the loop")
     groups = {
-        "mlp": lambda: [subjects.perceptron(dimension) for dimension in arguments.dimensions],
-        "bottleneck": lambda: [subjects.bottleneck()],
-        "structured": subjects.structured,
-        "conv": subjects.convolutional,
+        "mlp": lambda: [workloads.perceptron(dimension) for dimension in arguments.dimensions],
+        "bottleneck": lambda: [workloads.bottleneck()],
+        "structured": workloads.structured,
+        "conv": workloads.convolutional,
     }
-    for subject in (subject for part in arguments.parts if part in groups for subject in groups[part]()):
+    for workload in (workload for part in arguments.parts if part in groups for workload in groups[part]()):
         torch.manual_seed(0)
         rows = measure(
-            subject.build(subject.event_shape),
-            subject.event_shape,
-            subject.estimators,
-            *subject.batches,
+            workload.build(workload.event_shape),
+            workload.event_shape,
+            workload.estimators,
+            *workload.batches,
             arguments.seconds,
             device,
-            loop=subject.loop,
-            progress=subject.title.split(",")[0],
+            loop=workload.loop,
+            progress=workload.title.split(",")[0],
         )
-        print(f"\n{subject.title}; batch {subject.batches[0]} forward, {subject.batches[1]} with backward")
+        print(f"\n{workload.title}; batch {workload.batches[0]} forward, {workload.batches[1]} with backward")
         print("\n".join(table(rows)), flush=True)
     if "noise" in arguments.parts:
         flow, digits = probing_noise.trained_on_digits(device=device)
-        print("\nstandard deviation on a ConvNet trained on 8 × 8 digits, as many products each")
+        print("\nstandard deviations with equally many products, on a ConvNet trained on 8 × 8 digits")
         print("\n".join(probing_noise.table(probing_noise.measure_noise(flow, digits[:128]))))
 
 
@@ -83,11 +85,10 @@ def measure(
     loop: bool = True,
     progress: str | None = None,
 ) -> list[Cost]:
-    """Time ``EVALUATIONS`` right-hand sides with each estimator, in turns, per evaluation.
+    """Time each estimator in turns; times are per evaluation.
 
-    The first cost is that of the bare field; with ``loop`` the second is that of the loop that a practitioner
-    would write, one reverse-mode pass a coordinate. Estimators with more than 16 products run a
-    single evaluation.
+    The first cost is that of the bare field. With `loop`, the second is that of the usual loop with one reverse-mode
+    pass per coordinate. Estimators with more than 16 products run a single evaluation instead of `EVALUATIONS`.
     """
     field = field.to(device)
     shape = tuple(event_shape)
@@ -116,7 +117,7 @@ def measure(
 
 
 def table(costs: Sequence[Cost]) -> Iterator[str]:
-    """The costs in bare evaluations, and how many times cheaper than the plain loop; a line an estimator."""
+    """One line per estimator: its cost in bare evaluations, and how many times cheaper than the loop it is."""
     bare = costs[0]
     loop = next((cost for cost in costs if cost.name == LOOP), None)
     headings = f"{'forward':>9}{'loop/it':>9}{'fwd+bwd':>9}{'loop/it':>9}" if loop else f"{'forward':>9}{'fwd+bwd':>9}"
@@ -135,7 +136,7 @@ def table(costs: Sequence[Cost]) -> Iterator[str]:
 def _repeated(
     estimator: DivergenceEstimator | _Bare, evaluations: int, field: nn.Module, x: Tensor, training: bool
 ) -> Callable[[], None]:
-    """A case: so many evaluations at different times, and the backward pass of all of them when training."""
+    """A case that evaluates at several times and, when training, runs one backward pass."""
     probes = estimator.draw_probes(x, field=field)
     times = torch.linspace(0, 1, evaluations, device=x.device)
 
@@ -156,7 +157,7 @@ def _repeated(
 
 
 class _Bare:
-    """The field alone, in the form of an estimator."""
+    """The field alone, with the interface of an estimator."""
 
     def draw_probes(self, x: Tensor, generator: None = None, field: object | None = None) -> None:
         return None
@@ -166,7 +167,7 @@ class _Bare:
 
 
 class _Loop(_Bare):
-    """Σ_i ∂v_i/∂x_i by one reverse-mode pass a coordinate, as it is usually written."""
+    """Σ_i ∂v_i/∂x_i by one reverse-mode pass per coordinate, as it is usually written."""
 
     def __call__(self, field: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor, probes: None) -> _Sample:
         training = torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""What gradients through a solve cost: memory and time of backprop, checkpoints and the adjoint."""
+"""Memory and time of gradients through a solve: backprop, checkpoints and the adjoint."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ GRADIENTS = ("backprop", "checkpoint", "adjoint")
 
 @dataclass(frozen=True)
 class GradientCost:
-    """What one maximum-likelihood gradient costs with so many steps."""
+    """The cost of one maximum-likelihood gradient."""
 
-    steps: int
-    peak: dict[str, int]  # bytes, by the way to the gradient
-    seconds: dict[str, float]
+    steps: int  # of the solver
+    peak: dict[str, int]  # bytes, by solver.gradient
+    seconds: dict[str, float]  # by solver.gradient
 
 
 def add_command(benchmarks: Any) -> None:
-    """Add "gradients" to the subparsers of a program; ``run(arguments)`` prints the table."""
+    """Add `gradients` to the commands."""
     description = "Memory and time of gradients through a solve: backprop, checkpoints and the adjoint."
     part = benchmarks.add_parser("gradients", help=description, description=description)
-    part.add_argument("--steps", type=int, nargs="+", default=[20, 100, 500], help="default: %(default)s")
+    part.add_argument("--steps", type=int, nargs="+", default=[20, 100, 500], help="solver steps (%(default)s)")
     part.add_argument("--batch", type=int, default=512, help="points (%(default)s)")
-    part.add_argument("--seconds", type=float, default=0.5, help="to spend on each case, at least (%(default)s)")
+    part.add_argument("--seconds", type=float, default=0.5, help="at least, for each case (%(default)s)")
     add_device(part)
     part.set_defaults(run=_print_report)
 
@@ -47,7 +47,7 @@ def _print_report(arguments: argparse.Namespace) -> None:
 
 
 def report(steps: Sequence[int], batch_size: int, seconds_each: float, device: str = "cpu") -> Iterator[str]:
-    """The table of :func:`measure` on FFJORD's network for points of the plane, line by line as it is measured."""
+    """Measure FFJORD's network in the plane; yields each line of the table when it is measured."""
     torch.manual_seed(0)
     field = ConcatSquashMLP((2,), (64, 64, 64))
     first = None
@@ -66,7 +66,7 @@ def measure(
     device: torch.device | str = "cpu",
     method: str = "midpoint",
 ) -> Iterator[GradientCost]:
-    """Peak memory and time (in turns) of the gradient of the mean log-likelihood, for each number of steps."""
+    """Peak memory and time of the gradient of the mean log-likelihood, for each number of steps."""
     field = field.to(device)
     x = torch.randn(batch_size, *field.event_shape, device=device)
     for count in steps:
@@ -84,7 +84,7 @@ HEADER = (
 
 
 def line(cost: GradientCost, first: GradientCost) -> str:
-    """A row of the table; growth is since ``first``, beside that of √steps."""
+    """One row of the table; growth is relative to `first`, beside that of √steps."""
     growth = {name: cost.peak[name] / first.peak[name] for name in GRADIENTS}
     ratio = {name: cost.seconds[name] / cost.seconds["backprop"] for name in GRADIENTS}
     return (

@@ -1,4 +1,4 @@
-"""What it saves a likelihood to know how far a convolutional field sees: probing at its exact stride against Exact."""
+"""The likelihood of a convolutional field by `Probing` at its exact stride, beside `Exact`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from flows.solvers import ODESolver
 
 @dataclass(frozen=True)
 class Saving:
-    """The same log-likelihoods of a few images by two exact estimators."""
+    """Log-likelihoods of the same images by two exact estimators."""
 
     event_shape: tuple[int, ...]
     stride: int
-    products: tuple[int, int]  # of Exact and of Probing, an evaluation
-    seconds: tuple[float, float]  # a likelihood
+    products: tuple[int, int]  # of Exact and of Probing, per evaluation
+    seconds: tuple[float, float]  # of Exact and of Probing, per likelihood
     nfe: int
-    difference: float  # nats, the largest over the images
+    difference: float  # the largest over the images, nats
 
     @property
     def speedup(self) -> float:
@@ -34,11 +34,11 @@ class Saving:
 
 
 def add_command(benchmarks: Any) -> None:
-    """Add "probing_likelihood" to the subparsers of a program; ``run(arguments)`` prints the table."""
-    description = "Digits' likelihood by probing at the exact stride of a ConvNet, against every product there is."
+    """Add `probing_likelihood` to the commands."""
+    description = "The likelihood of digits by probing at the exact stride of a ConvNet, beside all products."
     part = benchmarks.add_parser("probing_likelihood", help=description, description=description)
-    part.add_argument("--sizes", type=int, nargs="+", default=[8, 28], help="pixels along each side (%(default)s)")
-    part.add_argument("--steps", type=int, default=100, help="of training (%(default)s)")
+    part.add_argument("--sizes", type=int, nargs="+", default=[8, 28], help="pixels per side (%(default)s)")
+    part.add_argument("--steps", type=int, default=100, help="training steps (%(default)s)")
     add_device(part)
     part.set_defaults(run=_print_report)
 
@@ -50,7 +50,7 @@ def _print_report(arguments: argparse.Namespace) -> None:
 
 
 def on_digits(size: int, steps: int = 100, device: torch.device | str = "cpu", num_images: int = 1) -> Saving:
-    """Of a flow trained on digits of size × size pixels, in float64 and five steps, so that rounding is no matter."""
+    """Measure on digits of size × size pixels, in float64 and five solver steps, so that rounding does not matter."""
     flow, digits = trained_on_digits(steps, device, size=size, batch_size=128)
     flow.solver = ODESolver("rk4", step_size=0.2)
     return measure_saving(flow.double(), digits[:num_images].double())
@@ -62,7 +62,7 @@ def measure_saving(
     images: Tensor,  # (n, C, H, W), data space
     seconds_each: float = 0.0,
 ) -> Saving:
-    """Evaluate both in turns; ``flow`` has a field with a stated receptive radius, and keeps its own estimator."""
+    """Evaluate both in turns; the field of `flow` must state its receptive radius. The flow keeps its estimator."""
     stride = flow.field.receptive_radius + 1
     estimators: dict[str, DivergenceEstimator] = {"Exact": Exact(), "Probing": Probing(stride)}
     results = {}
@@ -83,7 +83,7 @@ def measure_saving(
 
 
 def table(savings: Sequence[Saving]) -> Iterator[str]:
-    """A line for each size of image."""
+    """One line per image size."""
     yield f"{'images':>12}{'stride':>8}{'products':>14}{'seconds':>18}{'speedup':>9}{'NFE':>5}{'difference / nats':>19}"
     for row in savings:
         shape = " × ".join(map(str, row.event_shape))

@@ -1,4 +1,4 @@
-"""How much noise colouring the pixels saves, on a convolutional field that was trained on digits."""
+"""The noise of `Probing` beside that of `Hutchinson`, on a convolutional field trained on digits."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SHAPE = (1, 8, 8)
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations of a divergence with as many products each: root mean squares over points (and times)."""
+    """Standard deviations of both estimators with equally many products, as root mean squares over points."""
 
-    t: float | None  # None: over all times
+    t: float | None  # None: all times together
     products: int
     hutchinson: float
     probing: float
@@ -38,9 +38,12 @@ def trained_on_digits(
     size: int = 8,
     batch_size: int = 256,
 ) -> tuple[CNF, Tensor]:
-    """A flow with four 3 × 3 convolutions after so many steps of flow matching on digits of size × size pixels.
+    """Train a flow with four 3 × 3 convolutions on digits of size × size pixels, by flow matching.
 
-    The digits have 8 × 8 pixels and are enlarged where more are wanted.
+    The digits have 8 × 8 pixels and are interpolated to other sizes.
+
+    Returns:
+        The flow and the digits in flow space.
     """
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -69,7 +72,7 @@ def measure_noise(
     draws: int = 30,
     progress: bool = True,
 ) -> list[Noise]:
-    """Errors against the exact divergence, over ``draws`` of the probes, at points of the interpolation path."""
+    """Errors of the divergence over `draws` draws of the probes, at points of the interpolation path."""
     field = bind(flow.field)
     pairs = [(Hutchinson(Probing(stride).cost(flow.event_shape, field)), Probing(stride)) for stride in strides]
     variances: dict[int, list[tuple[float, float]]] = {pair[0].num_probes: [] for pair in pairs}
@@ -89,7 +92,7 @@ def measure_noise(
 
 
 def table(results: Sequence[Noise]) -> Iterator[str]:
-    """A line for each time and number of products."""
+    """One line per time and number of products."""
     yield f"{'t':>6}{'products':>10}{'Hutchinson sd':>15}{'Probing sd':>12}{'ratio':>8}"
     for row in results:
         time = "all" if row.t is None else f"{row.t:.2f}"
@@ -100,7 +103,7 @@ def table(results: Sequence[Noise]) -> Iterator[str]:
 def _variance(
     estimator: DivergenceEstimator, field: BoundField, t: Tensor, x: Tensor, exact: Tensor, draws: int
 ) -> float:
-    """The mean square of the error over points and draws."""
+    """Mean square error over points and draws."""
     total = 0.0
     for _ in range(draws):
         sample = estimator(field, t, x, estimator.draw_probes(x, field=field))

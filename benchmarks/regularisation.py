@@ -1,16 +1,17 @@
-"""What path costs buy: evaluations of the field, at which price in likelihood."""
+"""How many evaluations path costs save, and how much likelihood they cost."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.recipes import settings as run_settings
 from flows.datasets import Dataset
 from flows.evaluation import Likelihood, likelihood, part_batches
 from flows.models.cnf import CNF
@@ -26,15 +27,15 @@ PLAIN, REGULARISED = "unregularised", "kinetic + Frobenius"
 
 @dataclass(frozen=True)
 class Case:
-    """Settings of a run by likelihood alone, as overrides of train.yaml, and the weight of both costs."""
+    """A run by likelihood alone, as overrides of train.yaml, and the weight of both costs."""
 
     overrides: tuple[str, ...]
     weight: float
-    allowed: float  # what a regularised flow may lose: nats, or bits/dim of images
+    allowed: float  # loss of likelihood that the verdict tolerates: nats, or bits/dim of images
 
 
-# By likelihood from the start, for costs hardly straighten the paths that flow matching has laid; by loose solves,
-# between whose steps a field without costs grows what no solve has looked at.
+# Likelihood from the start, because costs hardly straighten paths that flow matching has already laid. Loose
+# tolerances, because between their steps a field without costs can vary unseen.
 CASES = {
     "swissroll": Case(
         (
@@ -71,56 +72,57 @@ CASES = {
         0.01,
     ),
 }
-TOLERANCE = 1e-5  # of the solves that test all flows
+TEST_TOLERANCE = 1e-5  # of all flows
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A flow after training: how well it fits, and what a solve of its likelihood takes."""
+    """How well a trained flow fits, and what its likelihood costs."""
 
     name: str
     nll: float  # nats, or bits/dim of images
     standard_error: float
-    gap: float | None  # to the entropy, where it is known, nats
+    gap: float | None  # to the entropy in nats, where it is known
     solver_error: float  # nats
     nfe: float
     path_costs: Mapping[str, float]  # mean integrals of ‖v‖² and ‖J‖²
     seconds: float  # of the likelihood stage
 
 
-def add_command(benchmarks: Any, settings: Callable[..., Mapping[str, Any]]) -> None:
-    """Add "regularisation" to the subparsers of a program; ``settings`` composes those of a run from overrides."""
+def add_command(benchmarks: Any) -> None:
+    """Add `regularisation` to the commands."""
     description = (
-        "Train a flow by likelihood with and without kinetic energy and squared Jacobian norm in the loss, from one "
-        "start and for the same steps; print the evaluations of the field and the NLL of both, by solves at 1e-5."
+        "Train a flow by likelihood with and without kinetic energy and squared Jacobian norm in the loss, from the "
+        "same weights and for equally many steps; print the evaluations and the NLL of both, solved at 1e-5."
     )
     part = benchmarks.add_parser(
         "regularisation", help="Evaluations that kinetic energy and Jacobian norm save.", description=description
     )
     part.add_argument("--data", nargs="+", choices=list(CASES), default=list(CASES), help="default: both")
-    part.add_argument("--weight", type=float, help="of both costs (default: one for each data set)")
+    part.add_argument("--weight", type=float, help="of both costs (default: 0.06 for swissroll, 0.4 for digits)")
     part.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     part.add_argument("--output", type=Path, default=Path("runs/benchmarks/regularisation"), help="(%(default)s)")
-    part.set_defaults(run=lambda arguments: _print_report(arguments, settings))
+    part.set_defaults(run=_print_report)
 
 
-def _print_report(arguments: argparse.Namespace, settings: Callable[..., Mapping[str, Any]]) -> None:
+def _print_report(arguments: argparse.Namespace) -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     folder = new_folder(arguments.output)
     for name in arguments.data:
         case = CASES[name] if arguments.weight is None else replace(CASES[name], weight=arguments.weight)
-        *outcomes, error = compare(settings(*case.overrides, f"seed={arguments.seed}"), case.weight, folder / name)
+        *outcomes, error = compare(run_settings(*case.overrides, f"seed={arguments.seed}"), case.weight, folder / name)
         (folder / f"{name}.json").write_text(to_json({outcome.name: asdict(outcome) for outcome in outcomes}))
         print("\n".join(table(name, case, *outcomes, error)), flush=True)
     print(f"\nthe runs are in {folder}")
 
 
 def compare(settings: Mapping[str, Any], weight: float, folder: Path) -> tuple[Outcome, Outcome, float]:
-    """Train without and with the costs, from the same weights on the same batches, and test on the same points, by
-    solves at tolerances of 1e-5 whatever those of training.
+    """Train without and with the costs, from the same weights on the same batches; test on the same points.
+
+    Both are tested with tolerances of 1e-5, whatever the training tolerances are.
 
     Returns:
-        Both, and the standard error of the difference of their NLL, from point to point.
+        Both outcomes, and the standard error of the difference of their NLL, paired by point.
     """
     torch.manual_seed(settings["seed"])
     dataset = build_dataset(settings)
@@ -162,8 +164,8 @@ def _trainer(
 
 
 def tested(flow: CNF, dataset: Dataset, progress: str | None) -> Likelihood:
-    """On all test points; the solver of ``flow`` is the one that tests from then on."""
-    flow.solver = replace(flow.solver, rtol=TOLERANCE, atol=TOLERANCE)
+    """Test on all test points; this also sets the tolerances of `flow`."""
+    flow.solver = replace(flow.solver, rtol=TEST_TOLERANCE, atol=TEST_TOLERANCE)
     batches, num_points = part_batches(flow, dataset, "test", 10_000)
     generator = torch.Generator(flow.base.zero.device).manual_seed(0)
     return likelihood(flow, batches, generator, solver_error_points=2000, progress=progress, num_points=num_points)
@@ -180,7 +182,7 @@ def path_costs(flow: CNF, dataset: Dataset, points: int = 1000) -> dict[str, flo
 
 
 def table(data: str, case: Case, plain: Outcome, regularised: Outcome, standard_error: float) -> Iterator[str]:
-    """A line for each flow, and what the costs have bought at which price, with the error of the price."""
+    """One line per flow, and one with the evaluations saved and the likelihood lost."""
     unit = "bits/dim" if data == "digits" else "nats"
     costs = f"{'∫‖v‖²':>9}{'∫‖J‖²':>9}"
     yield f"\n{data + ', ' + unit:22}{'NLL':>17}{'gap':>8}{'solver error':>14}{'NFE':>6}{costs}{'seconds':>9}"

@@ -1,4 +1,4 @@
-"""Training beside other packages: the same network, batch and tolerance, in one process and in turns."""
+"""Training beside other packages: the same network, batch and tolerance, in turns in one process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.clock import train_for
-from benchmarks.rivals import (
+from benchmarks.baselines import (
     COUPLINGS,
     LIKELIHOODS,
     MATCHINGS,
@@ -22,6 +21,7 @@ from benchmarks.rivals import (
     LikelihoodMethod,
     MatchingLoss,
 )
+from benchmarks.time_budget import train_for
 from benchmarks.training_report import EVALUATION, PAIRED, STEP, Report, nll_table, picture, timing_table
 from flows.compare.timing import add_device, alternating_medians, machine
 from flows.datasets import Batch, Density, EightGaussians
@@ -37,29 +37,28 @@ TOLERANCE = 1e-5
 
 
 def add_command(benchmarks: Any) -> None:
-    """Add "training" to the subparsers of a program; ``run(arguments)`` prints the tables and saves the picture."""
+    """Add `training` to the commands."""
     description = (
-        "Time of a likelihood step, of a flow-matching step and of log_prob, evaluations of the field, and the NLL "
-        "after equal time, of this project, of FFJORD's way, and of those of zuko, torchdyn and torchcfm that are "
-        "installed. All train the same network (FFJORD's 64-64-64) on eight Gaussians."
+        "Time of a likelihood step, a flow-matching step and log_prob, evaluations of the field, and NLL after equal "
+        "time: of this project, FFJORD's own method, and zuko, torchdyn and torchcfm where installed. All train the "
+        "same network (FFJORD's 64-64-64) on eight Gaussians."
     )
     part = benchmarks.add_parser(
         "training", help="Steps, log_prob and NLL beside zuko, torchdyn and torchcfm.", description=description
     )
-    part.add_argument("--seconds", type=float, default=60.0, help="of training for the NLL; 0: none (%(default)s)")
+    part.add_argument("--seconds", type=float, default=60.0, help="of training for the NLL; 0 skips it (%(default)s)")
     add_device(part)
-    part.add_argument("--batch", type=int, default=512, help="points a step (%(default)s)")
+    part.add_argument("--batch", type=int, default=512, help="points per step (%(default)s)")
     part.add_argument("--points", type=int, default=10_000, help="of the timed log_prob (%(default)s)")
     part.add_argument("--test-points", type=int, default=20_000, help="of the NLL (%(default)s)")
     part.add_argument(
         "--pretrain",
         type=int,
         default=500,
-        help="steps of flow matching before timing: a network that "
-        "has learned nothing is solved in fewer evaluations (%(default)s)",
+        help="steps of flow matching before timing, as untrained networks take fewer evaluations (%(default)s)",
     )
-    part.add_argument("--each", type=float, default=5.0, help="seconds for each timing, at least (%(default)s)")
-    part.add_argument("--compile", action="store_true", help="also time this project with trainer.compile=true")
+    part.add_argument("--each", type=float, default=5.0, help="seconds per timing, at least (%(default)s)")
+    part.add_argument("--compile", action="store_true", help="also time this project with hardware.compile=true")
     part.add_argument("--output", type=Path, default=Path("runs/benchmarks/training"), help="folder (%(default)s)")
     part.set_defaults(run=_print_report)
 
@@ -92,7 +91,7 @@ def _print_report(arguments: argparse.Namespace) -> None:
 
 
 def installed(field: Field) -> tuple[list[LikelihoodMethod], dict[str, str]]:
-    """Every way to a likelihood that can be imported, each on its own copy of the field, and why others cannot."""
+    """Every likelihood method that can be imported, each on its own copy of the field, and why others cannot."""
     found, missing = [], {}
     for method in LIKELIHOODS:
         try:
@@ -103,7 +102,7 @@ def installed(field: Field) -> tuple[list[LikelihoodMethod], dict[str, str]]:
 
 
 def matchings(field: Field, coupling: str) -> tuple[dict[str, tuple[Field, MatchingLoss]], dict[str, str]]:
-    """Every flow matching that can be imported, with its own copy of the field, and why others cannot."""
+    """Every flow-matching loss that can be imported, with its own copy of the field, and why others cannot."""
     found, missing = {}, {}
     for name, build in MATCHINGS.items():
         own = copy.deepcopy(field)
@@ -125,7 +124,7 @@ def measure(
     progress: bool = True,
     device: str = "cpu",
 ) -> Report:
-    """Times of steps and of evaluations, and how far the log-densities agree."""
+    """Measure times of steps and of evaluations, and how far the log-densities agree."""
     report = Report()
     start, transform = beginning(dataset, hidden, device)
     _pretrain(start, dataset, transform, pretrain, progress)
@@ -153,7 +152,7 @@ def measure(
 
 
 def beginning(dataset: Density, hidden: Sequence[int] = (64, 64, 64), device: str = "cpu") -> tuple[Field, Transform]:
-    """The untrained field that all start from, and the transform of the data."""
+    """The untrained field that all methods start from, and the transform of the data."""
     torch.manual_seed(0)
     transform = Standardise(dataset.event_shape).fit(dataset.reference())
     return ConcatSquashMLP(dataset.event_shape, hidden).to(device), transform.to(device)
@@ -186,7 +185,7 @@ def after_equal_time(
     progress: bool = True,
     device: str = "cpu",
 ) -> dict[str, tuple[float, float, int]]:
-    """NLL, its standard error and the steps done, of each way to train from one start for so many seconds."""
+    """NLL, its standard error and the steps done, of each method after `seconds` of training."""
     start, transform = beginning(dataset, hidden, device)
     results = {}
 
@@ -214,7 +213,7 @@ def after_equal_time(
 
 
 def _mean_loss(loss: MatchingLoss, transform: Transform) -> Callable[..., LossOutput]:
-    """A loss of points in flow space as an objective."""
+    """An objective from a loss of points in flow space."""
 
     def objective(model: nn.Module, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         return LossOutput(loss(transform(batch.x)[0]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
-from benchmarks.rivals import Flows
+from benchmarks.baselines import Flows
 from flows.plots.style import DATA, FLOW, MUTED, tidy
 
 STEP, EVALUATION = "likelihood step", "log_prob of {:,} points"
@@ -16,17 +16,17 @@ PAIRED = {"independent": "flow-matching step", "optimal_transport": "with optima
 
 @dataclass
 class Report:
-    """What was measured; seconds are medians of runs in turns."""
+    """The measurements; seconds are medians of alternating runs."""
 
-    times: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds, by what was done and by package
-    evaluations: dict[str, tuple[int, int]] = field(default_factory=dict)  # of a step, forward and backward
-    agreement: dict[str, float] = field(default_factory=dict)  # largest |difference| of log p from this package's, nats
+    times: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds, by task and by package
+    evaluations: dict[str, tuple[int, int]] = field(default_factory=dict)  # per step, forward and backward
+    agreement: dict[str, float] = field(default_factory=dict)  # largest difference of log p from this package's, nats
     nll: dict[str, tuple[float, float, int]] = field(default_factory=dict)  # NLL, its standard error, steps
-    missing: dict[str, str] = field(default_factory=dict)  # packages, and why they were left out
+    missing: dict[str, str] = field(default_factory=dict)  # the reason why a package was left out
 
 
 def timing_table(report: Report) -> Iterator[str]:
-    """A block for each thing that was timed: milliseconds, and the ratio to this package."""
+    """One block per task: milliseconds, and the ratio to this package."""
     for what, times in report.times.items():
         yield f"\n{what:26}{'ms':>10}{'/ flows':>9}" + (f"{'NFE':>10}{'|Δ log p|':>12}" if what == STEP else "")
         for name, seconds in times.items():
@@ -37,7 +37,7 @@ def timing_table(report: Report) -> Iterator[str]:
 
 
 def nll_table(report: Report, entropy: float, seconds: float) -> Iterator[str]:
-    """A row for each way to train."""
+    """One row per training method."""
     yield f"\n{f'after {seconds:g} s of training':34}{'NLL':>17}{'gap':>9}{'steps':>8}"
     for name, (nll, error, steps) in report.nll.items():
         yield f"{name:34}{nll:8.4f} ± {error:.4f}{nll - entropy:9.4f}{steps:8}"

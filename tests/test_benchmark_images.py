@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import flows
+from benchmarks import image_baselines as fitting
+from benchmarks import image_classes, images
 from benchmarks.densities import Gaussian, Mixture, Spline, spline_flow
-from benchmarks.images import classes, comparison, fitting
 from flows.datasets import Digits
 from flows.evaluation import likelihood
 from flows.transforms import Compose, Dequantise, NormalMarginals, Whiten
@@ -66,9 +67,9 @@ def test_table_states_paired_differences(digits, transform):
     rows = []
     for floor in (0.01, 1.0):
         model = Gaussian(transform, SHAPE, points, floor)
-        one, many = comparison.tested(model, digits, 2)
-        rows.append(comparison.Row("a model", "a setting", one, many, 1.0, model.num_parameters))
-    _, first, second = comparison.table(rows, SHAPE)
+        one, many = images.evaluate(model, digits, 2)
+        rows.append(images.Row("a model", "a setting", one, many, 1.0, model.num_parameters))
+    _, first, second = images.table(rows, SHAPE)
     assert f"{rows[0].one.bits_per_dim.value:.4f} ± {rows[0].one.bits_per_dim.standard_error:.4f}" in first
     gap = (rows[1].many.nll - rows[0].many.nll) / (64 * math.log(2))
     assert f"{gap:+.4f} ± " in second
@@ -94,7 +95,7 @@ def test_samples_are_judged_by_their_class(digits):
                 found.append(chosen[torch.randint(len(chosen), (), generator=generator)])
             return batch.x[torch.stack(found)]
 
-    good, bad = (classes.labelled_samples(Real(obeys), conditional, 20) for obeys in (True, False))
+    good, bad = (image_classes.classify_samples(Real(obeys), conditional, 20) for obeys in (True, False))
     assert good.real > 0.97
     assert good.share == pytest.approx(good.real, abs=0.03)
     assert bad.share == pytest.approx(0.1, abs=4 * bad.standard_error)
@@ -103,7 +104,7 @@ def test_samples_are_judged_by_their_class(digits):
 
 def test_a_missing_spline_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zuko.flows", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[bench\]', or, of images, choose"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs zuko, which is not installed: pip install -e '\.\[bench\]'"):
         spline_flow()
     with pytest.raises(ModuleNotFoundError):
         Spline(Dequantise(17), SHAPE)

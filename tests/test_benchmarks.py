@@ -1,14 +1,17 @@
+import argparse
 import itertools
+import re
 import time
 
 import pytest
 import torch
 
+from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.divergence import BARE, LOOP, Cost, measure, table
 from benchmarks.probing_likelihood import measure_saving
 from benchmarks.probing_likelihood import table as saving_table
 from benchmarks.probing_noise import measure_noise, trained_on_digits
-from benchmarks.subjects import bottleneck, convolutional, perceptron, structured
+from benchmarks.workloads import bottleneck, convolutional, perceptron, structured
 from flows import ODESolver
 from flows.compare.timing import alternating_medians
 from flows.divergence import Analytic, Exact
@@ -23,6 +26,30 @@ def test_cases_take_turns_and_slow_ones_stop_early() -> None:
     assert calls.count("slow") == 2  # the first run counts, and one more
     assert calls.count("quick") > 3
     assert calls[:4] == ["quick", "slow", "quick", "slow"]
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.__name__)
+def test_every_benchmark_explains_itself(benchmark, capsys) -> None:
+    commands = argparse.ArgumentParser().add_subparsers()
+    benchmark.add_command(commands)
+    (name,) = commands.choices
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    assert f"python -m benchmarks {name} [-h]" in capsys.readouterr().out
+
+
+def test_a_benchmark_runs_from_the_command_line(capsys) -> None:
+    main(["divergence", "--parts", "mlp", "--dimensions", "2", "--seconds", "0", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "MLP, d = 2, two hidden layers of 64; batch 1024 forward, 256 with backward" in printed
+    assert re.search(r"\nAnalytic +0 +yes ", printed)
+
+
+def test_a_wrong_argument_is_told_without_a_traceback(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["entropy_gap", "--data", "breast_cancer", "--seconds", "0.1"])
+    assert "got breast_cancer" in capsys.readouterr().err
 
 
 def test_table_states_ratios() -> None:
@@ -42,15 +69,15 @@ def test_measures_every_estimator() -> None:
 
 
 @pytest.mark.parametrize(
-    "subject",
+    "workload",
     [perceptron(2), perceptron(64), bottleneck(), *structured(), *convolutional()],
-    ids=lambda subject: subject.title,
+    ids=lambda workload: workload.title,
 )
-def test_every_estimator_suits_its_subject(subject) -> None:
-    field = subject.build(subject.event_shape)
-    x = torch.randn(2, *subject.event_shape)
-    for estimator in subject.estimators.values():
-        if estimator.cost(subject.event_shape, field) <= 32:
+def test_every_estimator_suits_its_workload(workload) -> None:
+    field = workload.build(workload.event_shape)
+    x = torch.randn(2, *workload.event_shape)
+    for estimator in workload.estimators.values():
+        if estimator.cost(workload.event_shape, field) <= 32:
             sample = estimator(field, torch.tensor(0.5), x, estimator.draw_probes(x, field=field))
             assert sample.divergence.shape == (2,)
 

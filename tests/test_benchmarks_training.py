@@ -1,36 +1,25 @@
 """Benchmarks that train: against the clock, beside other packages, and with path costs."""
 
 import csv
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import clock, regularisation
-from benchmarks.clock import train_for
-from benchmarks.floor import compare, timed
-from benchmarks.floor_report import line, save
-from benchmarks.floor_report import picture as picture_of_curves
-from benchmarks.rivals import own_matching
+from benchmarks import regularisation, time_budget
+from benchmarks.baselines import own_matching
+from benchmarks.entropy_gap import compare, timed
+from benchmarks.entropy_gap_report import line, save
+from benchmarks.entropy_gap_report import picture as picture_of_curves
+from benchmarks.recipes import recipe, settings
+from benchmarks.time_budget import train_for
 from benchmarks.training import after_equal_time, installed, matchings, measure
 from benchmarks.training_report import STEP, nll_table, picture, timing_table
 from flows.datasets import Batch, EightGaussians, SwissRoll
 from flows.fields import ConcatSquashMLP, Linear
 from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood
 from flows.training import Stage
-
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Clock:
@@ -55,7 +44,7 @@ class Noughts:
 
 
 def test_training_lasts_as_long_as_it_is_told_and_the_schedule_follows_the_time(monkeypatch):
-    monkeypatch.setattr(clock, "time", Clock())
+    monkeypatch.setattr(time_budget, "time", Clock())
     rates, model = [], nn.Linear(1, 1, bias=False)
     step = torch.optim.Adam.step
     monkeypatch.setattr(
@@ -144,13 +133,13 @@ def test_the_comparison_of_training_measures_and_prints_all(tmp_path):
     picture(report, dataset.entropy).savefig(tmp_path / "training.png")
 
 
-def test_floor_compares_with_a_spline_flow_and_saves_the_curves(tmp_path, script):
-    settings = script.recipe("moons")
-    settings["field"]["hidden"] = [8, 8]
-    settings["solver"] |= {"rtol": 1e-3, "atol": 1e-3}
-    for stage in settings["objective"].values():
+def test_entropy_gap_compares_with_a_spline_flow_and_saves_the_curves(tmp_path):
+    config = recipe("moons")
+    config["field"]["hidden"] = [8, 8]
+    config["solver"] |= {"rtol": 1e-3, "atol": 1e-3}
+    for stage in config["objective"].values():
         stage["batch_size"] = 16
-    pair = compare(settings, 0.2, 0.3, test_points=200, looks=3, progress=False)
+    pair = compare(config, 0.2, 0.3, test_points=200, looks=3, progress=False)
     for outcome in (pair.flow, pair.spline):
         assert outcome.data == "moons"
         assert outcome.seconds >= 0.2 == outcome.budget
@@ -160,21 +149,21 @@ def test_floor_compares_with_a_spline_flow_and_saves_the_curves(tmp_path, script
     assert pair.difference == pytest.approx(pair.spline.gap - pair.flow.gap, abs=1e-6)
     assert line(pair).split()[:2] == ["moons", "0.2"]
     save([pair], tmp_path)
-    with open(tmp_path / "floor.csv") as file:
+    with open(tmp_path / "entropy_gap.csv") as file:
         assert len(list(csv.DictReader(file))) == 6
-    assert json.loads((tmp_path / "floor.json").read_text())["pairs"][0]["flow"]["gap"] == pair.flow.gap
-    assert (tmp_path / "floor.png").exists()
+    assert json.loads((tmp_path / "entropy_gap.json").read_text())["pairs"][0]["flow"]["gap"] == pair.flow.gap
+    assert (tmp_path / "entropy_gap.png").exists()
     (panel,) = (axes for axes in picture_of_curves([pair]).axes if axes.get_visible())
     assert panel.get_title() == "moons"
     assert [len(curve.get_xdata()) for curve in panel.lines] == [3, 1, 3, 1]
 
 
-def test_floor_refuses_data_without_an_entropy(script):
-    with pytest.raises(ValueError, match="breast_cancer is no density of vectors with a known entropy; choose one"):
-        compare(script.recipe("breast_cancer"), 0.1)
+def test_entropy_gap_refuses_data_without_an_entropy():
+    with pytest.raises(ValueError, match=r"density of vectors with a known entropy.*got breast_cancer"):
+        compare(recipe("breast_cancer"), 0.1)
 
 
-def test_regularisation_prints_what_the_costs_buy(tmp_path, script):
+def test_regularisation_prints_what_the_costs_buy(tmp_path):
     case = regularisation.CASES["swissroll"]
     tiny = (
         "field.hidden=[16,16]",
@@ -186,7 +175,7 @@ def test_regularisation_prints_what_the_costs_buy(tmp_path, script):
         "trainer.progress_bar=false",
         "trainer.accelerator=cpu",
     )
-    *outcomes, error = regularisation.compare(script.settings(*case.overrides, *tiny), 10.0, tmp_path / "runs")
+    *outcomes, error = regularisation.compare(settings(*case.overrides, *tiny), 10.0, tmp_path / "runs")
     plain, regularised = outcomes
     assert regularised.path_costs["kinetic_energy"] < plain.path_costs["kinetic_energy"]
     assert regularised.path_costs["jacobian_norm"] < plain.path_costs["jacobian_norm"]
@@ -210,12 +199,12 @@ def test_regularisation_says_what_the_costs_have_bought(nll, verdict):
 
 
 @pytest.mark.parametrize("data", list(regularisation.CASES))
-def test_settings_of_each_regularisation_case_are_of_one_likelihood(data, script):
-    settings = script.settings(*regularisation.CASES[data].overrides)
-    (stage,) = settings["objective"].values()
+def test_settings_of_each_regularisation_case_are_of_one_likelihood(data):
+    config = settings(*regularisation.CASES[data].overrides)
+    (stage,) = config["objective"].values()
     assert stage["objective"]["_target_"] == "flows.objectives.MaximumLikelihood"
 
 
-def test_a_density_with_an_experiment_of_its_name_trains_by_it(script):
-    assert script.recipe("gaussian") == script.settings("data=gaussian")
-    assert script.recipe("moons")["objective"] == script.settings("experiment=moons")["objective"]
+def test_a_density_with_an_experiment_of_its_name_trains_by_it():
+    assert recipe("gaussian") == settings("data=gaussian")
+    assert recipe("moons")["objective"] == settings("experiment=moons")["objective"]

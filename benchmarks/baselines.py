@@ -1,4 +1,4 @@
-"""The same flow by other packages: one network, one tolerance, other code around them."""
+"""The same network and tolerance in other packages."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from flows.training.compiled import compiled
 
 
 class LikelihoodMethod(ABC):
-    """log p(x) in flow space of one field, by one way to solve and to differentiate.
+    """log p(x) in flow space, as one package computes it.
 
     Args:
-        field: v(t, x), shared with whoever trains it.
-        tolerance: absolute and relative, of dopri5.
+        field: v(t, x); not copied.
+        tolerance: absolute and relative tolerance of dopri5.
 
     Raises:
         ImportError: the package is not installed.
@@ -36,9 +36,9 @@ class LikelihoodMethod(ABC):
         self.field = field
         self.tolerance = tolerance
         self.base = StandardNormal(field.event_shape)
-        self.evaluations = 0  # of the field since the last log_prob began, its backward pass included
+        self.evaluations = 0  # of the field since the last call, its backward pass included
 
-        def count(*_: object) -> None:  # not a method, for a copy of the field would copy all of this with it
+        def count(*_: object) -> None:  # a bound method would make copies of the field copy this object too
             self.evaluations += 1
 
         field.register_forward_pre_hook(count)
@@ -50,10 +50,10 @@ class LikelihoodMethod(ABC):
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:  # (B, d) to (B,)
-        """What :meth:`__call__` returns."""
+        """Compute log p(x)."""
 
     def evaluations_of_a_step(self, x: Tensor) -> tuple[int, int]:
-        """How often a gradient of the likelihood evaluates the field: in the solve, and in the backward pass."""
+        """Evaluations of the field for one gradient: in the solve, and in the backward pass."""
         value = self(x)
         forward = self.evaluations
         value.mean().backward()
@@ -62,7 +62,7 @@ class LikelihoodMethod(ABC):
 
 
 class Flows(LikelihoodMethod):
-    """This package with its defaults: divergence in closed form, gradients by backprop."""
+    """This package with its defaults: closed-form divergence, gradients by backprop."""
 
     name = "flows"
 
@@ -82,18 +82,18 @@ class Flows(LikelihoodMethod):
 
 
 class CompiledFlows(Flows):
-    """This package with ``trainer.compile=true``."""
+    """This package with `hardware.compile=true`."""
 
     name = "flows, compiled"
 
     def __init__(self, field: Field, tolerance: float = 1e-5) -> None:
         super().__init__(field, tolerance)
-        self.code = compiled(self.flow, MaximumLikelihood())  # to be kept: leaving it undoes it
+        self.code = compiled(self.flow, MaximumLikelihood())  # kept open: leaving it undoes the compilation
         self.code.__enter__()
 
 
 class PublishedFFJORD(LikelihoodMethod):
-    """As FFJORD's code does it: a loop of reverse-mode products, and torchdiffeq's adjoint without the seminorm.
+    """FFJORD's own method: a loop of reverse-mode products, and torchdiffeq's adjoint without the seminorm.
 
     [Grathwohl et al. 2019, arXiv:1810.01367]
     """
@@ -110,7 +110,7 @@ class PublishedFFJORD(LikelihoodMethod):
 
 
 class _LoopDynamics(nn.Module):
-    """(v, −div v), one row of the Jacobian after the other."""
+    """(v, −div v), by one reverse-mode product per row of the Jacobian."""
 
     def __init__(self, field: Field) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _LoopDynamics(nn.Module):
 
 
 class Zuko(LikelihoodMethod):
-    """zuko's free-form Jacobian with the exact trace and its checkpointed adjoint; log-densities count 1 % there."""
+    """zuko's free-form Jacobian with the exact trace and its adjoint; it weights log-densities by 1 % in errors."""
 
     name = "zuko"
 
@@ -144,7 +144,7 @@ class Zuko(LikelihoodMethod):
 
 
 class Torchdyn(LikelihoodMethod):
-    """torchdyn's CNF with its loop for the trace and, as by default there, gradients by backprop."""
+    """torchdyn's CNF with its loop for the trace and its default gradients, by backprop."""
 
     name = "torchdyn"
 
@@ -154,7 +154,7 @@ class Torchdyn(LikelihoodMethod):
         from torchdyn.models import CNF as TorchdynCNF
 
         dynamics = TorchdynCNF(_TimeAsAttribute(field))
-        with contextlib.redirect_stdout(None):  # it explains how it wraps what has been given
+        with contextlib.redirect_stdout(None):  # it prints how it wraps the field
             self.ode = NeuralODE(dynamics, solver="dopri5", atol=tolerance, rtol=tolerance, return_t_eval=False)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Torchdyn(LikelihoodMethod):
 
 
 class _TimeAsAttribute(nn.Module):
-    """A field whose time is put into ``t`` from outside, as torchdyn does."""
+    """A field that reads its time from the attribute `t`, which torchdyn sets."""
 
     def __init__(self, field: Field) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ def own_matching(field: Field, coupling: str) -> MatchingLoss:
 
 
 def torchcfm_matching(field: Field, coupling: str) -> MatchingLoss:
-    """torchcfm's, on the same path.
+    """torchcfm's flow matching, on the same path.
 
     Raises:
         ImportError: it is not installed.

@@ -1,4 +1,4 @@
-"""The fields whose divergence is timed, each with the estimators that make sense for it."""
+"""The fields whose divergence is timed, each with the estimators that suit it."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from flows.divergence import (
 )
 from flows.fields import MLP, ConvNet, EquivariantKernel, Hollow, PeriodicConv, Planar, Potential
 
-WIDTHS = {2: 64, 64: 256, 512: 1024}  # dimension: of the two hidden layers
+HIDDEN_WIDTHS = {2: 64, 64: 256, 512: 1024}  # by dimension, of both hidden layers
+MAX_EXACT_DIMENSION = 128  # above it, exact divergences by products take minutes
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A field and how its divergence can be had."""
+class Workload:
+    """A field with the estimators to time on it."""
 
     title: str
     event_shape: tuple[int, ...]
     build: Callable[[tuple[int, ...]], nn.Module]
     estimators: Mapping[str, DivergenceEstimator]
-    batches: tuple[int, int] = (1024, 256)  # forward, forward and backward
-    loop: bool = False  # whether a plain loop over the coordinates is worth its time beside them
+    batches: tuple[int, int] = (1024, 256)  # of the forward pass alone, and of forward and backward
+    loop: bool = False  # also time a plain loop over the coordinates
 
 
-def perceptron(dimension: int) -> Subject:
-    """Two hidden layers, tanh: the field that most flows on points use."""
-    width = WIDTHS.get(dimension, 2 * dimension)
+def perceptron(dimension: int) -> Workload:
+    """A perceptron with two hidden layers, the usual field for points."""
+    width = HIDDEN_WIDTHS.get(dimension, 2 * dimension)
     estimators = {
         "Analytic": Analytic(),
         "Hutchinson, reverse": Hutchinson(),
         "Hutchinson, forward": Hutchinson(mode="forward"),
     }
-    if dimension <= 128:  # beyond it costs what the loop costs, minutes
+    if dimension <= MAX_EXACT_DIMENSION:
         estimators["Exact, reverse"] = Exact()
-    if 16 < dimension <= 128:
+    if 16 < dimension <= MAX_EXACT_DIMENSION:
         estimators["Exact, forward, chunks"] = Exact("forward", chunk_size=16)
     if dimension > 16:
         estimators |= {
@@ -52,7 +53,7 @@ def perceptron(dimension: int) -> Subject:
             "Hutch++": HutchPlusPlus(12),
             "XTrace": XTrace(12),
         }
-    return Subject(
+    return Workload(
         f"MLP, d = {dimension}, two hidden layers of {width}",
         (dimension,),
         lambda shape: MLP(shape, (width, width), "tanh"),
@@ -61,9 +62,9 @@ def perceptron(dimension: int) -> Subject:
     )
 
 
-def bottleneck() -> Subject:
+def bottleneck() -> Workload:
     """A field through a layer narrower than the space."""
-    return Subject(
+    return Workload(
         "MLP, d = 512, hidden layers of 512, 16 and 512",
         (512,),
         lambda shape: MLP(shape, (512, 16, 512), "tanh"),
@@ -77,9 +78,9 @@ def bottleneck() -> Subject:
     )
 
 
-def structured() -> list[Subject]:
-    """Fields made so that their divergence is cheap and exact."""
-    kinds = [
+def structured() -> list[Workload]:
+    """Fields whose structure makes the divergence cheap and exact."""
+    kinds: list[tuple[str, tuple[int, ...], Callable[[tuple[int, ...]], nn.Module], tuple[int, int]]] = [
         ("Hollow, d = 64", (64,), Hollow, (256, 128)),
         ("Hollow, d = 784", (784,), Hollow, (128, 32)),
         ("Potential, d = 64, two layers of 128", (64,), Potential, (256, 128)),
@@ -88,10 +89,10 @@ def structured() -> list[Subject]:
         ("PeriodicConv, 32 × 32 sites", (1, 32, 32), PeriodicConv, (64, 32)),
     ]
     estimators = {"Analytic": Analytic(), "Hutchinson, reverse": Hutchinson()}
-    return [Subject(title, shape, kind, estimators, batches) for title, shape, kind, batches in kinds]
+    return [Workload(title, shape, kind, estimators, batches) for title, shape, kind, batches in kinds]
 
 
-def convolutional() -> list[Subject]:
+def convolutional() -> list[Workload]:
     """Four 3 × 3 convolutions, whose Jacobian is local."""
     estimators = {
         "Probing, stride 5": Probing(5),
@@ -100,7 +101,7 @@ def convolutional() -> list[Subject]:
         "Hutchinson, 9 probes": Hutchinson(9),
     }
     return [
-        Subject(
+        Workload(
             f"ConvNet, {' × '.join(map(str, shape))}, four 3 × 3 convolutions of 32 channels",
             shape,
             lambda shape: ConvNet(shape, (32, 32, 32)),

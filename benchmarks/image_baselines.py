@@ -1,4 +1,4 @@
-"""Fitting the baselines; whatever is chosen, is chosen on the validation part."""
+"""Fit the image baselines; every choice is made on the validation images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flows.datasets import Dataset
 from flows.evaluation import likelihood, part_batches
 from flows.transforms import Transform
 
-FLOORS = (0.1, 0.03, 0.01, 1e-3)  # of a mixture's variances, where those of all points together are about 1
+FLOORS = (0.1, 0.03, 0.01, 1e-3)  # of a mixture's variances; whitened points have variance 1
 COMPONENTS = (5, 10, 20, 40, 80)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A baseline with what it took."""
+    """A fitted baseline."""
 
     model: TransformedDensity
     setting: str
@@ -32,32 +32,32 @@ class Fitted:
 
 
 def fit_gaussian(dataset: Dataset, transform: Transform, seconds: float, seed: int) -> Fitted:
-    """The Gaussian of the training data in flow space."""
+    """Fit a Gaussian to the training data in flow space."""
     started = time.perf_counter()
     model = Gaussian(transform, dataset.event_shape, flow_points(dataset, transform, seed))
     return Fitted(model, "full covariance", validation_nll(model, dataset), time.perf_counter() - started)
 
 
 def fit_mixture(dataset: Dataset, transform: Transform, seconds: float, seed: int) -> Fitted:
-    """The best of mixtures with more and more components and lower and lower floors, for so many seconds."""
+    """Fit mixtures with more and more components and lower and lower floors; keep the best within `seconds`."""
     started = time.perf_counter()
     points = flow_points(dataset, transform, seed)
     best = None
     for floor in FLOORS:
-        own = math.inf  # the best at this floor
+        best_at_floor = math.inf
         for count in COMPONENTS:
             if best is not None and time.perf_counter() - started > seconds:
                 break
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # EM that is stopped early is a candidate like any other
+                warnings.simplefilter("ignore")  # EM may stop before it converges
                 model = Mixture(transform, dataset.event_shape, points, count, floor, seed)
             nll = validation_nll(model, dataset)
             if best is None or nll < best.validation_nll:
                 best = Fitted(model, f"{count} components, floor {floor:g}", nll, 0.0)
-            if nll > own:
+            if nll > best_at_floor:
                 break
-            own = nll
-        if own > best.validation_nll:
+            best_at_floor = nll
+        if best_at_floor > best.validation_nll:
             break
     return replace(best, seconds=time.perf_counter() - started)
 
@@ -103,7 +103,7 @@ TITLES = {"nsf": "neural spline flow (zuko)", "mixture": "Gaussian mixture", "ga
 
 
 def flow_points(dataset: Dataset, transform: Transform, seed: int, least: int = 10_000) -> Tensor:  # (n, d)
-    """Training points in flow space, over and over with fresh noise until there are enough of them."""
+    """Training points in flow space, repeated with fresh noise until there are at least `least`."""
     generator = torch.Generator().manual_seed(seed)
     stream = dataset.train_stream(least, generator)
     parts: list[Tensor] = []
@@ -114,6 +114,6 @@ def flow_points(dataset: Dataset, transform: Transform, seed: int, least: int = 
 
 
 def validation_nll(model: TransformedDensity, dataset: Dataset) -> float:
-    """In nats, with the same noise whenever it is asked for."""
+    """Validation NLL in nats, with the same noise at every call."""
     batches, _ = part_batches(model, dataset, "validation", 10_000)
     return likelihood(model, batches, torch.Generator().manual_seed(1)).nll

@@ -1,4 +1,4 @@
-"""The table, the files and the picture of the benchmark against the entropy."""
+"""The table, files and picture of the entropy_gap benchmark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.clock import Look
+from benchmarks.time_budget import Look
 from flows.plots.style import DATA, FLOW, MUTED, tidy
 from flows.training.summary import to_json
 
@@ -20,26 +20,26 @@ FLOWS, SPLINE = "flows", "spline flow"
 
 @dataclass(frozen=True)
 class Outcome:
-    """A model after training for so many seconds, in nats above the entropy."""
+    """A model after training for a given time; gaps are nats above the entropy."""
 
     data: str
     model: str
-    budget: float  # seconds
-    seconds: float  # that it took
+    budget: float  # seconds allowed
+    seconds: float  # seconds used
     steps: int
     gap: float
     standard_error: float
-    nfe: float  # evaluations of the field in a likelihood
-    curve: list[Look]  # gaps on the validation points
+    nfe: float  # evaluations of the field per likelihood
+    curve: list[Look]  # gaps on validation points
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Both models on a density after the same time, tested on the same points."""
+    """Both models after the same training time, tested on the same points."""
 
     flow: Outcome
     spline: Outcome
-    difference: float  # of the gaps, spline flow − flow
+    difference: float  # gap of the spline flow minus gap of the flow
     standard_error: float  # of the difference
     solver_error: float  # of the flow's log p, nats
 
@@ -50,7 +50,7 @@ HEADER = (
 
 
 def line(pair: Pair) -> str:
-    """A row of the table."""
+    """One row of the table."""
     flow, spline = pair.flow, pair.spline
     return (
         f"{flow.data:13}{flow.budget:8g}{flow.gap:10.4f} ± {flow.standard_error:.4f}"
@@ -60,15 +60,15 @@ def line(pair: Pair) -> str:
 
 
 def save(pairs: Sequence[Pair], folder: Path) -> None:
-    """floor.json with all figures, floor.csv with the curves, floor.png with their picture."""
-    (folder / "floor.json").write_text(to_json({"pairs": [asdict(pair) for pair in pairs]}))
-    with open(folder / "floor.csv", "w", newline="") as file:
+    """Write entropy_gap.json (all figures), entropy_gap.csv (the curves) and entropy_gap.png (their picture)."""
+    (folder / "entropy_gap.json").write_text(to_json({"pairs": [asdict(pair) for pair in pairs]}))
+    with open(folder / "entropy_gap.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["data", "model", "budget", "seconds", "steps", "gap"])
         for outcome in _outcomes(pairs):
             head = (outcome.data, outcome.model, outcome.budget)
             rows.writerows([*head, f"{look.seconds:.2f}", look.steps, f"{look.value:.5f}"] for look in outcome.curve)
-    picture(pairs).savefig(folder / "floor.png")
+    picture(pairs).savefig(folder / "entropy_gap.png")
 
 
 def _outcomes(pairs: Sequence[Pair]) -> Iterator[Outcome]:
@@ -77,7 +77,7 @@ def _outcomes(pairs: Sequence[Pair]) -> Iterator[Outcome]:
 
 
 def picture(pairs: Sequence[Pair]) -> Figure:
-    """The gaps over time, a panel for each density."""
+    """The gaps over training time, one panel per density."""
     names = list(dict.fromkeys(pair.flow.data for pair in pairs))
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)

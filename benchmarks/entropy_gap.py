@@ -1,19 +1,21 @@
-"""How near the entropy a flow comes in so many seconds, beside a spline flow that trains as long."""
+"""How close a flow gets to the entropy in a given time, beside a spline flow that trains equally long."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.clock import Look, train_for
 from benchmarks.densities import Spline
-from benchmarks.floor_report import FLOWS, HEADER, SPLINE, Outcome, Pair, line, save
+from benchmarks.entropy_gap_report import FLOWS, HEADER, SPLINE, Outcome, Pair, line, save
+from benchmarks.recipes import recipe
+from benchmarks.time_budget import Look, train_for
 from flows.datasets import Batch, Density
+from flows.errors import InvalidValueError
 from flows.evaluation import Likelihood, likelihood
 from flows.models.cnf import CNF
 from flows.objectives import LossOutput
@@ -30,37 +32,36 @@ def spline_nll(model: Spline, batch: Batch, generator: torch.Generator | None = 
 
 # The best of a few learning rates from 1e-3 to 8e-3, after 30 s on checkerboard
 SPLINE_STAGE = Stage(spline_nll, steps=1000, batch_size=512, learning_rate=5e-3)
-Settings = Callable[[str], Mapping[str, Any]]  # of a run on a density, by its name
 
 
-def add_command(benchmarks: Any, settings: Settings) -> None:
-    """Add "floor" to the subparsers of a program; ``settings`` gives the recipe of each density."""
+def add_command(benchmarks: Any) -> None:
+    """Add `entropy_gap` to the commands."""
     description = (
         "Train this project's recipe and zuko's neural spline flow for the same time, and print how far the test NLL "
         "of each is above the entropy of the data, which no model can beat. Needs zuko: pip install -e '.[bench]'"
     )
     part = benchmarks.add_parser(
-        "floor", help="Gaps to the entropy beside a neural spline flow that trains as long.", description=description
+        "entropy_gap", help="Gaps to the entropy beside a neural spline flow.", description=description
     )
     part.add_argument("--data", nargs="+", default=list(DENSITIES), help="densities (default: all eight)")
     part.add_argument(
-        "--seconds", type=float, nargs="+", default=[60.0, 300.0], help="of training (default: 60 and 300)"
+        "--seconds", type=float, nargs="+", default=[60.0, 300.0], help="of training time (default: 60 and 300)"
     )
     part.add_argument(
         "--likelihood",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="of the time for stages that solve the ODE, where there are others as well; the few dozen steps that fit "
-        "into a minute of one core add more noise than they take away (%(default)s)",
+        help="of the time for stages that solve the ODE, if there are other stages; the few likelihood steps that "
+        "fit into a minute on one core add more noise than they remove (%(default)s)",
     )
-    part.add_argument("--test-points", type=int, default=100_000, help="default: %(default)s")
+    part.add_argument("--test-points", type=int, default=100_000, help="of the final NLL (%(default)s)")
     part.add_argument("--looks", type=int, default=8, help="points of each curve (%(default)s)")
-    part.add_argument("--output", type=Path, default=Path("runs/benchmarks/floor"), help="folder (%(default)s)")
-    part.set_defaults(run=lambda arguments: _print_report(arguments, settings))
+    part.add_argument("--output", type=Path, default=Path("runs/benchmarks/entropy_gap"), help="folder (%(default)s)")
+    part.set_defaults(run=_print_report)
 
 
-def _print_report(arguments: argparse.Namespace, settings: Settings) -> None:
+def _print_report(arguments: argparse.Namespace) -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; nats above the entropy ± standard error on")
     print(f"{arguments.test_points:,} points; ahead: spline flow − flow, ± standard error from the same points")
     print(HEADER, flush=True)
@@ -68,7 +69,7 @@ def _print_report(arguments: argparse.Namespace, settings: Settings) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for seconds in arguments.seconds:
         for name in arguments.data:
-            pairs.append(compare(settings(name), seconds, arguments.likelihood, arguments.test_points, arguments.looks))
+            pairs.append(compare(recipe(name), seconds, arguments.likelihood, arguments.test_points, arguments.looks))
             print(line(pairs[-1]), flush=True)
             save(pairs, arguments.output)
         done = [pair for pair in pairs if pair.flow.budget == seconds]
@@ -84,15 +85,15 @@ def compare(
     looks: int = 8,
     progress: bool = True,
 ) -> Pair:
-    """Train both models on the density of ``settings`` and test them on the same points.
+    """Train both models on the density of `settings` and test them on the same points.
 
     Raises:
-        ValueError: the data have no entropy to compare with.
+        InvalidValueError: the data have no entropy to compare with.
     """
     dataset = build_dataset(settings)
     if not isinstance(dataset, Density) or dataset.entropy is None or len(dataset.event_shape) != 1:
-        raise ValueError(
-            f"{dataset.name} is no density of vectors with a known entropy; choose one, such as 8gaussians"
+        raise InvalidValueError(
+            f"entropy_gap needs a density of vectors with a known entropy, such as 8gaussians; got {dataset.name}"
         )
     dataset = build_dataset({"data": {**settings["data"], "num_test": test_points}})
     torch.manual_seed(0)
@@ -121,7 +122,7 @@ def compare(
 
 
 def timed(stages: Sequence[Stage], seconds: float, likelihood_share: float) -> list[tuple[Stage, float]]:
-    """The stages with the seconds of each: those that solve the ODE share ``likelihood_share`` of all."""
+    """The stages with their seconds; those that solve the ODE share `likelihood_share` of the time."""
     solving = [getattr(stage.objective, "solves", True) for stage in stages]
     share = likelihood_share if any(solving) and not all(solving) else float(all(solving))
     seconds_of = {
@@ -132,17 +133,17 @@ def timed(stages: Sequence[Stage], seconds: float, likelihood_share: float) -> l
 
 
 def _moments(seconds: float, count: int) -> list[float]:
-    """Times from an eighth of the whole to its end, each the same multiple of the one before."""
+    """Times from an eighth of the whole on, in geometric progression."""
     return [seconds * 8 ** (k / max(1, count - 1) - 1) for k in range(count - 1)]
 
 
 def _gap(model: CNF | Spline, dataset: Density, points: int = 4000) -> float:
-    """Where the density is known, of the mean of log p − log q, whose standard error is a tenth of that of −log q."""
+    """The gap on validation points; by paired log p − log q, ten times less noisy, where p is known."""
     x = next(iter(dataset.validation_batches(points))).x
     with torch.no_grad():
         value = model.estimate_log_prob(x, solver_error=False).value.double().mean()
-        floor = -dataset.log_prob(x).double().mean() if dataset.has_log_prob else dataset.entropy
-    return float(-value - floor)
+        lowest = -dataset.log_prob(x).double().mean() if dataset.has_log_prob else dataset.entropy
+    return float(-value - lowest)
 
 
 def _outcome(model: str, dataset: Density, budget: float, curve: list[Look], test: Likelihood) -> Outcome:

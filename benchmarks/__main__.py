@@ -1,0 +1,44 @@
+"""Run a benchmark: `python -m benchmarks divergence` prints what every estimator costs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from benchmarks import (
+    compilation,
+    divergence,
+    entropy_gap,
+    gradients,
+    images,
+    probing_likelihood,
+    regularisation,
+    training,
+)
+from flows.training.console import readable_errors
+
+BENCHMARKS = (
+    divergence,
+    probing_likelihood,
+    gradients,
+    compilation,
+    training,
+    entropy_gap,
+    regularisation,
+    images,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark that the command line names."""
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    for benchmark in BENCHMARKS:
+        benchmark.add_command(commands)
+    parsed = parser.parse_args(arguments)
+    with readable_errors():
+        parsed.run(parsed)
+
+
+if __name__ == "__main__":
+    main()
