@@ -15,7 +15,7 @@ from flows.training.checkpoint import run_folder
 from flows.training.console import readable_errors
 from flows.training.folder import write_result
 from flows.training.overrides import PARTS, register_parts, with_changes
-from flows.training.rebuild import build_dataset, load_run, place
+from flows.training.runs import build_dataset, load_run, place
 from flows.training.settings import instantiate, plain_settings
 from flows.training.state import seeded
 from flows.training.summary import aligned, likelihood_dict, to_json

@@ -14,7 +14,7 @@ from flows.training.checkpoint import run_folder
 from flows.training.conditioning import comparable_points, guidance_caveat, readable_dataset, sampling_contexts
 from flows.training.console import readable_errors
 from flows.training.overrides import register_parts, with_changes
-from flows.training.rebuild import build_dataset, load_run, place
+from flows.training.runs import build_dataset, load_run, place
 from flows.training.sampling import draw, samples_file, save_samples
 from flows.training.settings import instantiate, plain_settings
 

@@ -9,9 +9,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from flows.training.compose import build_trainer
 from flows.training.console import readable_errors
 from flows.training.resume import resumed_config
+from flows.training.runs import build_trainer
 from flows.training.settings import plain_settings
 from flows.training.sweeps import current_job, sweeping
 

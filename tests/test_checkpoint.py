@@ -16,15 +16,15 @@ from flows.training import (
     CheckpointError,
     TrainingInterrupted,
     build_dataset,
+    check_trusted,
     find_checkpoint,
     load_checkpoint,
     load_flow,
     save_checkpoint,
-    vet,
 )
 from flows.training.checkpoint import RUN, VERSION
-from flows.training.rebuild import MODEL, build_flow
-from flows.training.vetting import UntrustedConfigError, foreign_packages
+from flows.training.runs import MODEL, build_flow
+from flows.training.trusted import UntrustedConfigError, foreign_packages
 
 CONFIG = {
     "data": {"_target_": "flows.datasets.EightGaussians", "num_test": 50},
@@ -243,7 +243,7 @@ def test_hostile_settings_are_refused_before_anything_runs(tmp_path, monkeypatch
 )
 def test_other_tricks_are_refused(settings, message):
     with pytest.raises(UntrustedConfigError, match=message):
-        vet(settings)
+        check_trusted(settings)
 
 
 def test_yaml_tags_are_not_obeyed(tmp_path):
@@ -256,17 +256,17 @@ def test_yaml_tags_are_not_obeyed(tmp_path):
 def test_a_trusted_package_is_let_through():
     config = {"field": {"_target_": "my_package.Net"}}
     with pytest.raises(UntrustedConfigError, match=r"pass trust=\[my_package\]"):
-        vet(config)
-    vet(config, trust=["my_package"])
+        check_trusted(config)
+    check_trusted(config, trust=["my_package"])
     assert foreign_packages([config, {"optimizer": {"_target_": "torch.optim.Adam"}}]) == ["my_package"]
     assert foreign_packages(CONFIG) == foreign_packages(None) == []
     with pytest.raises(UntrustedConfigError, match=r"os\.system"):
-        vet({"field": {"_target_": "os.system"}}, trust=["my_package"])
+        check_trusted({"field": {"_target_": "os.system"}}, trust=["my_package"])
 
 
 def test_everything_that_our_own_settings_name_passes():
-    vet(CONFIG)
-    vet(
+    check_trusted(CONFIG)
+    check_trusted(
         {
             "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
             "trainer": {"_target_": "flows.training.Trainer"},

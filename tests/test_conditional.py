@@ -18,9 +18,8 @@ from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.objectives.contexts import same_context
 from flows.objectives.posterior import posterior_moments
 from flows.training import Stage, Trainer, load_flow
-from flows.training.compose import build_trainer
 from flows.training.conditioning import chosen_context, comparable_points, sampling_contexts
-from flows.training.rebuild import build_dataset, load_run
+from flows.training.runs import build_dataset, build_trainer, load_run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CONFIGS = {path.stem: OmegaConf.load(path) for path in sorted((CONF / "data").glob("*.yaml"))}

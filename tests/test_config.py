@@ -13,10 +13,9 @@ from PIL import Image
 from small_run import QUIET
 
 from flows.datasets import Table
-from flows.training import vet
-from flows.training.compose import build_trainer
-from flows.training.rebuild import _with_shape, build_flow
-from flows.training.settings import SettingsError
+from flows.training import check_trusted
+from flows.training.runs import _accepted, build_flow, build_trainer
+from flows.training.settings import SettingsError, instantiate
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -58,7 +57,7 @@ def first_shape(field):
     """The first event shape that a field is made for."""
     for shape in SHAPES:
         try:
-            _with_shape(field, "field", shape)
+            instantiate(field, "field", **_accepted(field, {"event_shape": shape}))
         except SettingsError:
             continue
         return shape
@@ -138,7 +137,7 @@ def test_every_choice_trains(tmp_path, request, group, name):
     else:
         config = composed(tmp_path, *overrides)
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    vet(plain)  # so that the run's checkpoint can be loaded again
+    check_trusted(plain)  # so that the run's checkpoint can be loaded again
     summary = fitted(plain, dataset)
     assert summary.position.step == 2 * len(plain["objective"])
     assert abs(summary.validation_nll) < 1e6

@@ -20,7 +20,7 @@ from flows.path_costs import (
     TotalDerivative,
     draw_directions,
 )
-from flows.training.compose import build_trainer
+from flows.training.runs import build_trainer
 
 T = torch.tensor(0.3, dtype=torch.float64)
 COSTS = [KineticEnergy(), JacobianNorm(), TotalDerivative()]

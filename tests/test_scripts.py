@@ -118,7 +118,7 @@ def test_train_evaluate_and_sample(run, tmp_path, monkeypatch):
         "seed=-1": "seed must be a whole number >= 0, got -1",
         "solver_error_points=abc": "solver_error_points must be a whole number, got 'abc'",
         "checkpoint=[1]": "a checkpoint is a file, or the folder of a run; got [1]",
-        "trust=mine": "trust must be a list, each text, got 'mine'",
+        "trust=mine": "trust must be a list of text, got 'mine'",
     }.items():
         code, _, err = run("evaluate", "checkpoint=run", choice)
         assert code == 2
@@ -450,9 +450,9 @@ def test_only_what_the_package_raises_on_purpose_is_a_mistake():
 
 
 def load_flow_with_a_wrong_type():
-    from flows.training.vetting import vet
+    from flows.training.trusted import check_trusted
 
-    vet({"field": {"_target_": "flows.fields.MLP"}}, trust=None)
+    check_trusted({"field": {"_target_": "flows.fields.MLP"}}, trust=None)
 
 
 def test_a_bug_keeps_its_traceback():

@@ -13,7 +13,7 @@ from torch import Tensor
 from flows.datasets import Dataset, one_hot
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
-from flows.training.rebuild import LoadedRun, build_dataset
+from flows.training.runs import LoadedRun, build_dataset
 from flows.training.stage import Stage
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.errors import InvalidValueError
 from flows.training.checkpoint import FOLDER, CheckpointError, find_checkpoint, load_checkpoint
-from flows.training.rebuild import checkpoint_config
+from flows.training.runs import checkpoint_config
 
 # What may change without making it another run: how it is run and watched, and how long a stage lasts.
 CHANGEABLE = re.compile(

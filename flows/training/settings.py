@@ -1,20 +1,158 @@
-"""From settings to objects, with a message that names the setting where one is wrong."""
+"""Builds objects from settings and checks the settings first.
+
+Settings are plain values as a yaml file holds them. A mapping with a `_target_` describes an object: the import path of
+a class or function, and its arguments. With `_partial_: true` it describes the function that still lacks arguments.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import difflib
+import functools
+import importlib
 import inspect
 import numbers
 import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Annotated, Any
 
-from flows.errors import InvalidValueError
+from torch import nn
 
+from flows.errors import FlowsError, InvalidValueError
+
+TARGET, PARTIAL = "_target_", "_partial_"
+# Arguments that a run gives to what these parts describe, so that they are no settings of it.
+GIVEN = {
+    "field": ("event_shape", "context_shape"),
+    "transform": ("event_shape", "num_levels"),
+    "optimizer": ("params", "lr"),
+    "objective": ("params", "lr"),
+    "evaluation": ("dataset", "seed", "progress_bar"),
+}
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+PLURALS = {int: "whole numbers", float: "numbers", str: "text"}
+MAX_SHOWN = 300  # characters of a value in a message
+
+
+class SettingsError(InvalidValueError):
+    """A setting does not fit. The message begins with its name, such as `solver.rtol`."""
+
+
+def instantiate(config: Any, part: str = "", /, **arguments: Any) -> Any:
+    """Build the object that `config` describes, and all objects inside it.
+
+    All names and plain values are checked before anything is built.
+
+    Args:
+        config: a mapping with a `_target_`.
+        part: the dotted name of `config` in messages, such as `"field"` or `"objective.flow_matching"`.
+        arguments: more arguments of the target; they win over those in `config`.
+
+    Raises:
+        SettingsError: a setting has a wrong name or type, or the target fails with it.
+    """
+    if not isinstance(config, Mapping) or TARGET not in config:
+        raise SettingsError(
+            f"{part or 'the settings'} must be a mapping with a {TARGET}, the class to build, got {_show(config)}"
+        )
+    check_settings(config, part, arguments)
+    return _build(config, part, arguments)
+
+
+def check_settings(config: Any, part: str = "", given: Collection[str] = ()) -> None:
+    """Check names and plain values against the parameters of the targets, at all depths.
+
+    Args:
+        given: names of arguments that come from elsewhere.
+
+    Raises:
+        SettingsError: a target has no such parameter, or its annotation does not allow the value.
+    """
+    if isinstance(config, str) and "${" in config:
+        raise SettingsError(f"{part or 'the settings'} must be a plain value, got the interpolation {config!r}")
+    if _is_list(config):
+        for i, element in enumerate(config):
+            check_settings(element, f"{part}[{i}]")
+    if not isinstance(config, Mapping):
+        return
+    target = _find_target(config[TARGET], part) if TARGET in config else None
+    for key in config:
+        _check_key(key, config, part, target, given)
+    for key, value in _arguments(config).items():
+        name = _join(part, key)
+        check_settings(value, name)
+        if target is not None and key in target.hints and not _describes_objects(value):
+            check_type(name, value, target.hints[key])
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run with every default of their targets written out.
+
+    An object among the defaults becomes a mapping with a `_target_`. Arguments that the run gives (`GIVEN`) are left
+    out, and so are defaults that yaml cannot hold.
+
+    Args:
+        config: parts by name, such as `field`.
+    """
+    return {part: _complete(value, GIVEN.get(part, ())) for part, value in config.items()}
+
+
+def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Check `values` against the annotations of the parameters of `function`.
+
+    Raises:
+        SettingsError: a value has another type.
+    """
+    for name, hint in typing.get_type_hints(function).items():
+        if name in values:
+            check_type(name, values[name], hint)
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise `SettingsError` unless the annotation `hint` allows `value`.
+
+    Text is no number, `true` is no 1, and 1.0 is no whole number. A whole number is a number, and a list may stand for
+    a tuple. An annotation that pydantic does not know allows everything.
+    """
+    import pydantic  # slow to import
+
+    try:
+        adapter: Any = pydantic.TypeAdapter(_strict(hint), config={"arbitrary_types_allowed": True, "strict": True})
+    except (pydantic.PydanticUserError, NameError, TypeError):
+        return
+    for candidate in (_plain_number(value), _with_tuples(value)):
+        with contextlib.suppress(pydantic.ValidationError):
+            adapter.validate_python(candidate)
+            return
+    raise SettingsError(f"{name} must be {_describe(hint)}, got {_show(value)}")
+
+
+def parameter_names(target: Any) -> Sequence[str]:
+    """The names of the parameters of a target; none if it cannot be found."""
+    try:
+        return list(_find_target(target, "").parameters)
+    except SettingsError:
+        return []
+
+
+def no_setting(key: str, part: str, valid: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    """The message for a setting that does not exist.
+
+    Args:
+        valid: the settings that `part` has.
+        elsewhere: settings with the name `key` in other parts.
+    """
+    close = elsewhere or difflib.get_close_matches(str(key), valid, n=1)
+    suggestion = f" (did you mean {' or '.join(close)}?)" if close else ""
+    has = f"has {', '.join(valid)}" if valid else "has no settings"
+    return f"there is no setting {_join(part, key)}{suggestion}; {part or 'the top level'} {has}"
+
 
 OWN = {  # settings of the programs that belong to no part
     "seed": int,
@@ -31,205 +169,318 @@ OWN = {  # settings of the programs that belong to no part
 }
 
 
-class SettingsError(InvalidValueError):
-    """A setting does not fit; the message begins with its name, such as ``solver.rtol``."""
-
-
-def instantiate(config: Mapping[str, Any], part: str = "", /, **arguments: Any) -> Any:
-    """``hydra.utils.instantiate`` with plain lists and dicts as arguments.
-
-    Args:
-        config: the settings, with a ``_target_``.
-        part: what they are called where the user sees them: ``"field"``, ``"objective.flow_matching"``.
-        arguments: beside the settings.
-
-    Raises:
-        SettingsError: a setting has the wrong name or type, or the target refuses it.
-    """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate as build  # slow to import, and not needed to use a flow
-
-    if not isinstance(config, Mapping) or "_target_" not in config:
-        raise SettingsError(f"{part or 'the settings'} must be a mapping with a _target_ to call, got {config!r}")
-    check_settings(config, part, arguments)
-    try:
-        return build(config, _convert_="all", **arguments)
-    except InstantiationException as error:
-        raise SettingsError(_explain(error, config, part)) from error
-
-
 def plain_settings(config: Any) -> dict[str, Any]:
-    """What Hydra composed, as plain values; those of the program itself have the type that :data:`OWN` says.
-
-    Raises:
-        SettingsError: one has not.
-        MissingMandatoryValue: one must be given.
-    """
+    """What Hydra composed, as plain values; those of the program itself have the type that `OWN` says."""
     from omegaconf import OmegaConf
 
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     for name, kind in OWN.items():
         if name in plain:
             check_type(name, plain[name], kind)
     return plain
 
 
-def check_settings(config: Any, part: str = "", given: Iterable[str] = ()) -> None:
-    """Compare settings, at all depths, with the parameters of their targets.
+@dataclass(frozen=True)
+class _Target:
+    """A class or function to call, and what is known of its parameters."""
 
-    Args:
-        given: arguments that are passed beside the settings.
+    path: str
+    function: Callable[..., Any]
+    parameters: Mapping[str, inspect.Parameter]
+    hints: Mapping[str, Any]
+    open: bool  # takes keyword arguments of any name
 
-    Raises:
-        SettingsError: a target has no such parameter, or its annotation allows no such value.
-    """
-    if isinstance(config, (list, tuple)):
-        for i, element in enumerate(config):
-            check_settings(element, f"{part}[{i}]")
-    if not isinstance(config, Mapping):
-        return
-    names, hints, closed = _signature(config["_target_"]) if "_target_" in config else ([], {}, False)
-    for key, value in config.items():
-        if str(key).startswith("_"):
+
+def _find_target(path: Any, part: str) -> _Target:
+    function = _import(path, _join(part, TARGET))
+    try:
+        all_parameters = {} if _takes_nothing(function) else dict(inspect.signature(function).parameters)
+        is_open = any(p.kind is p.VAR_KEYWORD for p in all_parameters.values())
+    except (TypeError, ValueError):  # some functions written in C tell nothing
+        all_parameters, is_open = {}, True
+    try:
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except Exception:  # an annotation may name what only type checkers import
+        hints = {}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = {name: p for name, p in all_parameters.items() if p.kind in named}
+    stated = {name: hints[name] for name in parameters if name in hints}
+    for name, hint in stated.items():
+        if parameters[name].default is None:
+            stated[name] = typing.Optional[hint]  # noqa: UP045 (`hint` may be any annotation)
+    return _Target(path, function, parameters, stated, is_open)
+
+
+def _takes_nothing(function: Any) -> bool:
+    return inspect.isclass(function) and function.__init__ is nn.Module.__init__
+
+
+def _import(path: Any, name: str) -> Callable[..., Any]:
+    """The class or function with an import path."""
+    if not isinstance(path, str) or not all(word.isidentifier() for word in path.split(".")) or "." not in path:
+        raise SettingsError(f"{name} must be an import path such as flows.fields.MLP, got {_show(path)}")
+    words = path.split(".")
+    found: Any = None
+    for i, word in enumerate(words):
+        module, prefix = ".".join(words[: i + 1]), ".".join(words[:i])
+        if found is not None and hasattr(found, word):
+            found = getattr(found, word)
             continue
-        if closed and key not in names:
-            text = no_setting(key, part, [name for name in names if name not in given])
-            raise SettingsError(f"{text}. ~{_join(part, key)} takes it away where an experiment has set it")
-        if key in hints:
-            check_type(_join(part, key), value, hints[key])
-        check_settings(value, _join(part, key))
+        try:
+            if found is not None and not inspect.ismodule(found):
+                raise ModuleNotFoundError(name=module)
+            found = importlib.import_module(module)
+        except Exception as error:
+            absent = isinstance(error, ModuleNotFoundError) and error.name == module
+            if not absent:
+                raise SettingsError(f"{name}: importing {module} fails: {type(error).__name__}: {error}") from error
+            others = [other for other in dir(found) if not other.startswith("_")] if found is not None else []
+            close = difflib.get_close_matches(word, others, n=1)
+            suggestion = f"; did you mean {prefix}.{close[0]}?" if close else ""
+            raise SettingsError(f"{name}: there is no {module}{suggestion}") from None
+    if not callable(found):
+        raise SettingsError(f"{name} must be a class or function, got {path}, a {type(found).__name__}")
+    return found
 
 
-def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Compare ``values`` with the annotations of the parameters of ``function`` that they are for.
+def _check_key(key: Any, config: Mapping[str, Any], part: str, target: _Target | None, given: Collection[str]) -> None:
+    where, name = part or "the settings", _join(part, key)
+    if not isinstance(key, str):
+        raise SettingsError(f"the names of settings must be text, got {_show(key)} in {where}")
+    if "${" in key:
+        raise SettingsError(f"the names of settings must be plain text, got {_show(key)} in {where}")
+    if key == PARTIAL:
+        check_type(_join(part, key), config[key], bool)
+    elif key == "lr" and "lr" in _given(part):
+        raise SettingsError(f"{name} cannot be set: every stage has its own, objective.STAGE.learning_rate")
+    elif key != TARGET and key.startswith("_") and key.endswith("_"):
+        raise SettingsError(f"there is no special setting {_join(part, key)}; there are {TARGET} and {PARTIAL}")
+    elif key not in (TARGET, PARTIAL) and target is not None and not target.open and key not in target.parameters:
+        valid = [name for name in target.parameters if name not in given and name not in _given(part)]
+        raise SettingsError(
+            f"{no_setting(key, part, valid)}. If an experiment sets it, remove it with ~{_join(part, key)}"
+        )
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in (TARGET, PARTIAL)}
+
+
+def _describes_objects(value: Any) -> bool:
+    """Whether a `_target_` stands anywhere in `value`."""
+    if isinstance(value, Mapping):
+        return TARGET in value or any(map(_describes_objects, value.values()))
+    return _is_list(value) and any(map(_describes_objects, value))
+
+
+def _build(config: Any, part: str, arguments: Mapping[str, Any]) -> Any:
+    if _is_list(config):
+        return [_build(element, f"{part}[{i}]", {}) for i, element in enumerate(config)]
+    if not isinstance(config, Mapping):
+        return config
+    values = {key: _build(value, _join(part, key), {}) for key, value in _arguments(config).items()}
+    if TARGET not in config:
+        return values
+    target = _find_target(config[TARGET], part)
+    for key, value in values.items():
+        if key in target.hints and _describes_objects(config[key]):
+            check_type(_join(part, key), value, target.hints[key])
+    values |= arguments
+    call = _Partial(target.function, **values)
+    call.target, call.settings, call.part = target, _arguments(config), part
+    if config.get(PARTIAL):
+        return call
+    missing = [name for name, p in target.parameters.items() if p.default is p.empty and name not in values]
+    if missing:
+        raise SettingsError(f"{_join(part, missing[0])} must be given, it has no default")
+    return call()
+
+
+class _Partial(functools.partial):
+    """A call whose errors name the settings that it was made from."""
+
+    target: _Target
+    settings: Mapping[str, Any]
+    part: str
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        with _named_errors(self.target, self.settings, self.part):
+            return super().__call__(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _named_errors(target: _Target, settings: Mapping[str, Any], part: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise SettingsError(_explain(error, target, settings, part)) from error
+
+
+def _explain(error: Exception, target: _Target, settings: Mapping[str, Any], part: str) -> str:
+    """The target's own words after the name of the setting; with all settings if they are not meant for the user."""
+    text = str(error).strip()
+    first = re.match(r"\w*", text)[0]  # type: ignore[index]
+    if part and re.match(rf"{re.escape(part)}[\s.:\[]", text):
+        return text  # an object inside has named its setting
+    if first in target.parameters and first not in _given(part):
+        return _join(part, text)
+    if isinstance(error, (FlowsError, ValueError, OSError, ImportError)) and text:
+        return f"{part}: {text}" if part else text
+    line = text.splitlines()[0] if text else ""
+    shown = ", ".join(f"{key}={_show(value)}" for key, value in settings.items()) or "no settings"
+    return f"{part or 'the settings'}: {target.path} fails with {shown}: {type(error).__name__}: {line}"
+
+
+def _complete(config: Any, given: Collection[str]) -> Any:
+    if _is_list(config):
+        return [_complete(element, given) for element in config]
+    if not isinstance(config, Mapping):
+        return config
+    completed = {key: _complete(value, given) for key, value in config.items()}
+    try:
+        target = _find_target(config[TARGET], "")
+    except (KeyError, SettingsError):  # no object, or one whose error is told when it is built
+        return completed
+    for name, parameter in target.parameters.items():
+        # keyword-only parameters of torch's optimisers choose among implementations and change with its version
+        internal = parameter.kind is parameter.KEYWORD_ONLY and not target.path.startswith("flows.")
+        if name not in completed and name not in given and not internal:
+            with contextlib.suppress(TypeError):
+                completed[name] = _as_settings(_default(target.function, parameter))
+    return completed
+
+
+def _default(function: Any, parameter: inspect.Parameter) -> Any:
+    """The default of a parameter, also of a dataclass field with a `default_factory`."""
+    if dataclasses.is_dataclass(function):
+        for field in dataclasses.fields(function):
+            if field.name == parameter.name and field.default_factory is not dataclasses.MISSING:
+                return field.default_factory()
+    if parameter.default is parameter.empty:
+        raise TypeError("no default")
+    return parameter.default
+
+
+def _as_settings(value: Any) -> Any:
+    """A default as yaml can hold it.
 
     Raises:
-        SettingsError: a value has another type.
+        TypeError: it cannot.
     """
-    for name, hint in typing.get_type_hints(function).items():
-        if name in values:
-            check_type(name, values[name], hint)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _as_settings(element) for key, element in value.items()}
+    if _is_list(value):
+        return [_as_settings(element) for element in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return {TARGET: _public_path(type(value))} | {name: _as_settings(element) for name, element in fields.items()}
+    raise TypeError(f"{value!r} is no plain value")
 
 
-def parameter_names(target: Any) -> Sequence[str]:
-    """Of the class or function with that import path; none if it cannot be found."""
-    return _signature(target)[0]
+def _public_path(kind: type) -> str:
+    """The shortest import path of a class."""
+    words = kind.__module__.split(".")
+    for i in range(1, len(words)):
+        package = ".".join(words[:i])
+        if getattr(importlib.import_module(package), kind.__name__, None) is kind:
+            return f"{package}.{kind.__name__}"
+    return f"{kind.__module__}.{kind.__name__}"
 
 
-def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise :class:`SettingsError` unless the annotation ``hint`` allows ``value``, or is none of plain data."""
-    if not _fits(value, hint):
-        raise SettingsError(f"{name} must be {_describe(hint)}, got {value!r}")
+def _strict(hint: Any) -> Any:
+    """`hint` for pydantic, in which any class that is no plain value asks for an instance of it."""
+    import pydantic
 
-
-def no_setting(key: str, part: str, valid: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    """Say that a part has no such setting, and which ones it has; ``elsewhere``: where one of that name is."""
-    close = elsewhere or difflib.get_close_matches(key, valid, n=1)
-    suggestion = f" (did you mean {' or '.join(close)}?)" if close else ""
-    return f"there is no setting {_join(part, key)}{suggestion}; {part or 'the top level'} has {', '.join(valid)}"
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether plain data are of a type; true for types that no plain data can have, which Hydra builds."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if isinstance(value, Mapping) and "_target_" in value:
-        return hint not in NAMES
-    if hint is bool or hint is type(None):
-        return isinstance(value, hint)
-    if hint in (int, float):
-        kind = numbers.Integral if hint is int else numbers.Real
-        return isinstance(value, kind) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, str)
-    kind = origin or hint
-    if kind in (tuple, list, Sequence):
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            return False
-        if kind is tuple and arguments and arguments[-1] is not ...:
-            return len(value) == len(arguments) and all(map(_fits, value, arguments))
-        return not arguments or all(_fits(element, arguments[0]) for element in value)
-    if kind is Mapping or kind is dict:
-        return isinstance(value, Mapping)
-    if value is None or isinstance(value, (str, numbers.Number)):
-        return _may_be(value, kind)
-    return True
+        return typing.Union[tuple(map(_strict, arguments))]  # noqa: UP007 (made of a tuple)
+    if origin in (tuple, list, Sequence, Mapping, dict, Iterable):
+        return types.GenericAlias(origin, tuple(a if a is ... else _strict(a) for a in arguments))
+    if hint in NAMES or hint in (tuple, list, Sequence, Mapping, dict, Any, object) or not inspect.isclass(hint):
+        return hint
+    return Annotated[Any, pydantic.AfterValidator(functools.partial(_must_be, hint))]
 
 
-def _may_be(value: Any, kind: Any) -> bool:
-    """Whether text, a number or null may stand for an object of a class; what is no class allows all."""
-    if not inspect.isclass(kind) or kind is Any:  # which is a class in Python 3.11
-        return True
-    if getattr(kind, "_is_protocol", False):
-        members = (name for base in kind.__mro__[:-1] for name in vars(base) if not name.startswith("_"))
-        return all(hasattr(value, name) for name in members)
-    if issubclass(kind, os.PathLike):
-        return isinstance(value, (str, kind))
-    return isinstance(value, kind)
+def _must_be(kind: Any, value: Any) -> Any:
+    if _is_path(kind):
+        fits = isinstance(value, (str, kind))
+    elif getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
+        members = {name for base in kind.__mro__[:-1] for name in vars(base) if not name.startswith("_")}
+        fits = all(hasattr(value, name) for name in members)
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        raise ValueError(f"no {kind.__name__}")  # told by check_type
+    return value
+
+
+def _is_path(kind: Any) -> bool:
+    return inspect.isclass(kind) and (kind is os.PathLike or issubclass(kind, PurePath))
+
+
+def _plain_number(value: Any) -> Any:
+    """Numbers of other libraries, such as `numpy.int64`, as Python's."""
+    if isinstance(value, bool) or type(value) in (int, float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _with_tuples(value: Any) -> Any:
+    return tuple(map(_with_tuples, value)) if _is_list(value) else value
 
 
 def _describe(hint: Any) -> str:
+    """What an annotation allows, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_describe, arguments)))
     if origin is typing.Literal:
-        return " or ".join(map(repr, arguments))
+        return " or ".join(map(_show, arguments))
     if hint in NAMES:
         return NAMES[hint]
     kind = origin or hint
     if kind is tuple and arguments and arguments[-1] is not ...:
-        return f"a list of {len(arguments)}"
-    if kind in (tuple, list, Sequence):
-        return f"a list, each {_describe(arguments[0])}" if arguments else "a list"
-    if kind is Mapping or kind is dict:
+        kinds = list(dict.fromkeys(map(_describe_many, arguments)))
+        return f"a list of {len(arguments)}" + (f" {kinds[0]}" if len(kinds) == 1 else "")
+    if kind in (tuple, list, Sequence, Iterable):
+        return f"a list of {_describe_many(arguments[0])}" if arguments else "a list"
+    if kind in (Mapping, dict):
         return "a mapping"
-    return getattr(hint, "__name__", str(hint))
+    if kind is Callable:
+        return "a function"
+    if _is_path(kind):
+        return "a path"
+    return kind.__name__ if inspect.isclass(kind) else str(hint)
 
 
-def _signature(target: Any) -> tuple[list[str], dict[str, Any], bool]:
-    """The names of the parameters, the types of those that state one, and whether there can be no others."""
-    from hydra.utils import get_object
-
-    try:
-        function = get_object(target)
-        parameters = inspect.signature(function).parameters
-    except Exception:  # what cannot be looked at is not checked; Hydra says what is wrong with it
-        return [], {}, False
-    try:
-        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    except Exception:  # such as a name that is imported for type checkers alone
-        hints = {}
-    closed = all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values())
-    stated = {name: hints[name] for name in parameters if name in hints}
-    for name, hint in stated.items():
-        if parameters[name].default is None:
-            stated[name] = typing.Optional[hint]  # noqa: UP045 (of any annotation)
-    return list(parameters), stated, closed
+def _describe_many(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_describe_many, arguments)))
+    if hint in PLURALS:
+        return PLURALS[hint]
+    if origin in (tuple, list, Sequence):
+        return f"lists of {_describe_many(arguments[0])}"
+    return _describe(hint)
 
 
-def _explain(error: BaseException, config: Mapping[str, Any], part: str) -> str:
-    """The target's own words, after the name of the setting that they are about."""
-    from hydra.errors import InstantiationException
-
-    cause = error
-    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    inner = re.search(r"^full_key: (.+)$", str(error), re.MULTILINE)
-    for key in inner[1].split(".") if inner else []:
-        part, config = _join(part, key), config.get(key, {}) if isinstance(config, Mapping) else {}
-    text = str(cause)
-    if text.split(" ")[0] in config:
-        return _join(part, text)
-    if isinstance(cause, InstantiationException):
-        text = text.splitlines()[0]
-    if isinstance(cause, (InstantiationException, ValueError, OSError, ImportError)):  # their words are for people
-        return f"{part}: {text}" if part else text
-    settings = ", ".join(f"{key}={value!r}" for key, value in config.items() if not str(key).startswith("_"))
-    return f"{part or 'the settings'}: {config.get('_target_')} fails with {settings}: {type(cause).__name__}: {text}"
+def _given(part: str) -> Sequence[str]:
+    return GIVEN.get(part.split(".")[0], ())
 
 
-def _join(part: str, key: str) -> str:
-    return f"{part}.{key}" if part else key
+def _show(value: Any) -> str:
+    """A value as yaml words it, shortened."""
+    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _join(part: str, key: Any) -> str:
+    return f"{part}.{key}" if part else str(key)

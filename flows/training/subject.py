@@ -16,7 +16,7 @@ from flows.evaluation import part_batches
 from flows.models.cnf import CNF
 from flows.training.checkpoint import run_folder
 from flows.training.folder import RUNS
-from flows.training.rebuild import build_dataset, build_flow, load_run, place
+from flows.training.runs import build_dataset, build_flow, load_run, place
 
 MODEL = ("field", "transform", "solver")  # the parts of a flow beside its estimator
 

@@ -40,7 +40,7 @@ from flows.training.state import RunState
 from flows.training.step import OptimiserStep, SolverErrorPolicy
 from flows.training.stopping import StopSignals
 from flows.training.summary import Summary
-from flows.training.vetting import foreign_packages
+from flows.training.trusted import foreign_packages
 
 
 class Trainer:

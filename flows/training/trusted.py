@@ -1,4 +1,4 @@
-"""What the settings of a file may call, so that a file from a stranger cannot run code."""
+"""What the settings in a file may call, so that a stranger's file cannot run code."""
 
 from __future__ import annotations
 
@@ -9,55 +9,68 @@ from typing import Any
 
 from flows.training.checkpoint import CheckpointError
 
-# What settings may call: what these parts of the package define, and a few classes of torch by name.
-SAFE_PARTS = ("datasets", "divergence", "fields", "models", "objectives", "path_costs", "solvers", "transforms")
+# Settings from a file may call what these parts of the package define, and a few other classes by name.
+SAFE_PARTS = (
+    "bases",
+    "datasets",
+    "divergence",
+    "evaluation",
+    "fields",
+    "models",
+    "objectives",
+    "path_costs",
+    "solvers",
+    "transforms",
+)
 SAFE_NAMES = {
-    "flows.training.Stage",
+    *(f"flows.training.{name}" for name in ("Hardware", "Optimization", "Reporting", "Stage")),
     *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RMSprop", "NAdam", "RAdam")),
     *(
         f"torch.nn.{name}"
         for name in ("ELU", "GELU", "Identity", "Mish", "ReLU", "Sigmoid", "SiLU", "Softplus", "Tanh")
     ),
 }
-SAFE_KEYS = {"_target_", "_partial_", "_convert_", "_args_"}
+SAFE_KEYS = {"_target_", "_partial_"}
 
 
 class UntrustedConfigError(CheckpointError):
-    """Settings ask for something that settings from a file may not do."""
+    """Settings from a file ask for something that might run code."""
 
 
-def vet(config: Any, trust: Sequence[str] = (), where: str = "") -> None:
-    """Check that instantiating ``config`` can only build what is known to be harmless.
+def check_trusted(config: Any, trust: Sequence[str] = (), where: str = "") -> None:
+    """Check that building `config` runs no foreign code.
 
-    Every ``_target_`` must be a class or function that the parts of this package which describe a model
-    *define* (``flows.datasets.readers.os.system`` is not), one of a few torch classes, or belong to a trusted
-    package. Interpolations and other special keys of Hydra are refused.
+    A `_target_` must be a class or function that a part of this package *defines* (`flows.datasets.readers.os.system`
+    is none), one of a few classes of torch, or belong to a trusted package. Interpolations and other special keys are
+    refused.
+
+    Args:
+        trust: names of packages whose classes and functions may be called.
+        where: the place of `config` in the file, for messages.
 
     Raises:
-        UntrustedConfigError: with the place in the settings, and how to allow it.
+        UntrustedConfigError: names the place, and says how to allow the call.
     """
     if isinstance(config, Mapping):
+        if "_target_" in config:
+            _check_target(config["_target_"], trust, where)
         for key, value in config.items():
             if not isinstance(key, str) or "${" in key:
                 raise UntrustedConfigError(f"the settings have the key {key!r} at {where or 'the top'}; refused")
             if key.startswith("_") and key.endswith("_") and key not in SAFE_KEYS:
-                raise UntrustedConfigError(
-                    f"the settings use Hydra's special key {key} at {where or 'the top'}; refused"
-                )
-            vet(value, trust, f"{where}.{key}" if where else key)
-        if "_target_" in config:
-            _vet_target(config["_target_"], tuple(trust), where)
+                raise UntrustedConfigError(f"the settings use the special key {key} at {where or 'the top'}; refused")
+            check_trusted(value, trust, f"{where}.{key}" if where else key)
     elif isinstance(config, (list, tuple)):
         for i, value in enumerate(config):
-            vet(value, trust, f"{where}[{i}]")
+            check_trusted(value, trust, f"{where}[{i}]")
     elif isinstance(config, str) and "${" in config:
         raise UntrustedConfigError(f"the settings hold an interpolation at {where}: {config!r}; refused")
 
 
 def foreign_packages(config: Any) -> list[str]:
-    """The packages to trust for these settings to be taken from a file: those of their targets, without this one."""
-    tops = {target.split(".")[0] for target in _targets(config) if target not in SAFE_NAMES}
-    return sorted(tops - {"flows"})
+    """The packages to pass as `trust=` when these settings are loaded from a file."""
+    packages = {target.split(".")[0] for target in _targets(config) if target not in SAFE_NAMES}
+    return sorted(packages - {"flows"})
 
 
 def _targets(config: Any) -> Iterator[str]:
@@ -70,25 +83,25 @@ def _targets(config: Any) -> Iterator[str]:
             yield from _targets(value)
 
 
-def _vet_target(target: Any, trust: tuple[str, ...], where: str) -> None:
+def _check_target(target: Any, trust: Sequence[str], where: str) -> None:
+    package = target.split(".")[0] if isinstance(target, str) else None
     known = SAFE_NAMES | ({"flows.training.Trainer"} if where == "trainer" else set())
-    top = target.split(".")[0] if isinstance(target, str) else None
-    if top is not None and (top in trust or target in known):
+    if package is not None and (package in trust or target in known):
         return
-    if top == "flows":
-        found = _resolve(target)
+    if package == "flows":
+        found = _find(target)
         home = (getattr(found, "__module__", None) or "").split(".")
         if (inspect.isclass(found) or inspect.isfunction(found)) and home[0] == "flows" and home[1:2][0] in SAFE_PARTS:
             return
-    advice = f"; if you trust that package, pass trust=[{top}]" if top and top != "flows" else ""
+    advice = f"; if you trust that package, pass trust=[{package}]" if package and package != "flows" else ""
     raise UntrustedConfigError(
         f"the settings call {target!r} at {where or 'the top'}, which is no class or function of flows that "
         f"describes a model, and might run anything{advice}"
     )
 
 
-def _resolve(target: str) -> Any:
-    """The object of that name; only modules inside this package are imported for it."""
+def _find(target: str) -> Any:
+    """The object with that import path; `None` if there is none. Only modules of this package are imported."""
     found: Any = importlib.import_module("flows")
     path = "flows"
     for name in target.split(".")[1:]:

@@ -1,0 +1,262 @@
+"""Builds flows, data and trainers from settings, and loads trained flows from checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from flows.datasets import Dataset
+from flows.errors import InvalidValueError
+from flows.models.cnf import CNF
+from flows.training.checkpoint import FLOW, CheckpointError, check_content, find_checkpoint, load_checkpoint
+from flows.training.levels import check_levels
+from flows.training.settings import TARGET, SettingsError, instantiate, parameter_names
+from flows.training.trusted import check_trusted
+
+if TYPE_CHECKING:
+    from flows.training.trainer import Trainer
+
+MODEL = ("transform", "field", "divergence", "solver")  # the parts of a flow
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained flow with its averaged weights, and the settings of its run."""
+
+    flow: CNF
+    config: dict[str, Any]
+    checkpoint: Path
+    step: int
+    context_shape: tuple[int, ...] | None  # of the training data
+    num_classes: int | None  # None: the contexts are no classes
+
+
+def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: CNF | None = None) -> CNF:
+    """Load a trained flow.
+
+    The flow has its averaged weights, is in evaluation mode and lies on the CPU.
+
+    ```python
+    flow = flows.load("runs/8gaussians/2026-01-31_12-00-00")
+    flow.sample((1000,))
+    ```
+
+    Args:
+        path: the folder of a run, for its best checkpoint, or a checkpoint file.
+        trust: names of packages whose classes the settings in the checkpoint may call, besides this package's.
+        flow: a flow of the same shape to fill. Needed for runs that were started from Python without settings.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or belongs to another model.
+        UntrustedConfigError: the settings in the checkpoint call something else.
+    """
+    if flow is None:
+        return load_run(path, trust).flow
+    content = load_checkpoint(find_checkpoint(path))
+    check_content(content, path, FLOW)
+    _fill(flow, content, path)
+    return flow.eval()
+
+
+def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedRun:
+    """Load a trained flow like `load_flow`, with the settings of its run."""
+    file = find_checkpoint(path)
+    content = load_checkpoint(file)
+    config = checkpoint_config(content, file, trust)
+    check_content(content, file, FLOW)
+    try:
+        shape = None if content.get("context_shape") is None else tuple(content["context_shape"])
+        levels = content.get("num_levels")
+        flow = build_flow(config, content["event_shape"], None, _dtype(content), context_shape=shape, num_levels=levels)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"no flow can be built from the settings in {file}: {error}") from error
+    _fill(flow, content, file)
+    return LoadedRun(flow.eval(), config, file, content["position"]["step"], shape, content.get("num_classes"))
+
+
+def checkpoint_config(
+    content: Mapping[str, Any], path: str | os.PathLike[str], trust: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The settings in a checkpoint, once they have proved harmless.
+
+    Raises:
+        CheckpointError: there are none, or they describe no flow.
+        UntrustedConfigError: see `check_trusted`.
+    """
+    if content.get("config") is None:
+        raise CheckpointError(
+            f"{path} holds no settings, since the run was started from Python without config=...; build the flow "
+            "yourself and call load_flow(path, flow=flow)"
+        )
+    try:
+        config = yaml.safe_load(content["config"])
+        check_trusted(config, trust)
+    except (yaml.YAMLError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the settings in {path} are not valid yaml: {error}") from error
+    parts = config if isinstance(config, dict) else {}
+    missing = [part for part in MODEL if not (isinstance(parts.get(part), dict) and TARGET in parts[part])]
+    if missing:
+        raise CheckpointError(f"the settings in {path} do not describe a flow: they have no {', '.join(missing)}")
+    return config
+
+
+def build_dataset(config: Mapping[str, Any]) -> Dataset:
+    """Build the data that `config["data"]` describes."""
+    return instantiate(_part(config, "data"), "data")
+
+
+def build_flow(
+    config: Mapping[str, Any],
+    event_shape: Sequence[int],
+    dataset: Dataset | None = None,
+    dtype: torch.dtype | None = None,
+    context_shape: Sequence[int] | None = None,
+    num_levels: int | None = None,
+) -> CNF:
+    """Build an untrained flow from settings.
+
+    Args:
+        config: the settings of `field`, `divergence`, `solver` and `transform`.
+        event_shape: the shape of one data point. Every part that takes it gets it.
+        dataset: the data to fit the transform to. `None` (default): its state is loaded later.
+        dtype: of parameters and constants. `None` (default): torch's default dtype.
+        context_shape: of the contexts, for a field that takes it. `None` (default): as in `dataset`.
+        num_levels: of discrete data, for transforms that take it. `None` (default): as in `dataset`.
+
+    Raises:
+        SettingsError: names the setting that does not fit.
+    """
+    if dataset is not None:
+        context_shape = dataset.context_shape if context_shape is None else context_shape
+        num_levels = dataset.num_levels if num_levels is None else num_levels
+    shapes: dict[str, Any] = {"event_shape": tuple(event_shape)}
+    contexts = {} if context_shape is None else {"context_shape": tuple(context_shape)}
+    parts = {part: _part(config, part) for part in MODEL}
+    with _default_dtype(dtype):
+        transform = instantiate(_with_arguments(parts["transform"], shapes | {"num_levels": num_levels}), "transform")
+        if dataset is not None:
+            check_levels(transform, dataset)
+            if dataset.has_samples:
+                transform.fit(dataset.reference())
+        return CNF(
+            instantiate(parts["field"], "field", **_accepted(parts["field"], shapes | contexts)),
+            divergence=instantiate(parts["divergence"], "divergence"),
+            solver=instantiate(parts["solver"], "solver"),
+            transform=transform,
+            event_shape=tuple(event_shape),
+        )
+
+
+def build_trainer(
+    config: Mapping[str, Any], resume: str | os.PathLike[str] | None = None, dataset: Dataset | None = None
+) -> Trainer:
+    """Build the trainer of a run from settings.
+
+    Args:
+        config: `data`, `transform`, `field`, `divergence`, `solver`, `objective` (the stages by name), `optimizer`,
+            `trainer`, `seed` and `output_dir`, as plain values.
+        resume: a checkpoint to continue from.
+        dataset: data to use instead of `config["data"]`.
+
+    Raises:
+        SettingsError: names the setting that does not fit.
+    """
+
+    seed = _part(config, "seed")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise SettingsError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
+    torch.manual_seed(seed)
+    dataset = build_dataset(config) if dataset is None else dataset
+    double = str(config["trainer"].get("precision")).startswith("64")
+    flow = build_flow(config, dataset.event_shape, dataset, torch.float64 if double else None)
+    trainer: type[Trainer] = instantiate({**config["trainer"], "_partial_": True}, "trainer")
+    return trainer(
+        flow,
+        dataset,
+        stages=_build_stages(_part(config, "objective")),
+        optimizer=instantiate(_part(config, "optimizer"), "optimizer"),
+        output_dir=config.get("output_dir"),
+        seed=seed,
+        resume=resume,
+        config=config,
+    )
+
+
+def place(flow: CNF, device: str | None = None, dtype: str | None = None) -> CNF:
+    """Move a flow to a device, by default to a GPU where there is one, and to a dtype."""
+    kind = getattr(torch, dtype, None) if dtype else None
+    if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise InvalidValueError(f"dtype must be a floating-point type of torch such as float64, got {dtype!r}")
+    try:
+        return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), kind)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidValueError(
+            f"the flow cannot be moved to device {device!r}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _build_stages(objective: Any) -> dict[str, Any]:
+    if not isinstance(objective, Mapping) or not objective:
+        raise SettingsError(
+            f"objective must be a mapping from the names of stages to their settings, got {objective!r}"
+        )
+    for name, stage in objective.items():
+        if isinstance(stage, Mapping) and TARGET not in stage:
+            chosen = ", ".join(other for other, settings in objective.items() if TARGET in settings)
+            raise SettingsError(
+                f"objective.{name} has settings ({', '.join(stage)}) but is no stage of the chosen objective, which "
+                f"has {chosen}. If an experiment or an override sets it, remove it with ~objective.{name}"
+            )
+    return {name: instantiate(stage, f"objective.{name}") for name, stage in objective.items()}
+
+
+def _part(config: Mapping[str, Any], name: str) -> Any:
+    if name not in config:
+        raise SettingsError(f"{name} must be given; the settings have {', '.join(map(str, config))}")
+    return config[name]
+
+
+def _with_arguments(config: Any, known: Mapping[str, Any]) -> Any:
+    """Settings in which every target, however deep, has those of the `known` arguments that it takes."""
+    if not isinstance(config, Mapping):
+        return config
+    inside = {key: _with_arguments(value, known) for key, value in config.items()}
+    return {**inside, **_accepted(config, known)} if TARGET in config else inside
+
+
+def _accepted(config: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The `known` arguments that the target of `config` takes and has no setting for."""
+    if not isinstance(config, Mapping):
+        return {}
+    parameters = parameter_names(config.get(TARGET))
+    return {name: value for name, value in known.items() if name in parameters and name not in config}
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fill(flow: CNF, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    flow.to(_dtype(content))
+    try:
+        flow.load_state_dict(content["ema"])
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {path} belong to another model: {error}") from error
+
+
+def _dtype(content: Mapping[str, Any]) -> torch.dtype | None:
+    return next((value.dtype for value in content["ema"].values() if value.is_floating_point()), None)
