@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flows.datasets import Dataset, one_hot
 from flows.models.cnf import CNF
-from flows.training.compose import build_trainer
+from flows.training.runs import build_trainer
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from benchmarks.image_baselines import BASELINES, TITLES
 from benchmarks.recipes import settings
 from flows.datasets import Dataset
 from flows.evaluation import Likelihood, likelihood, part_batches
-from flows.training.compose import build_trainer
-from flows.training.rebuild import build_dataset, build_flow
+from flows.training.runs import build_dataset, build_flow, build_trainer
 
 DATASETS = ("digits", "photo_patches")
 CLASSES = "digits_by_class"

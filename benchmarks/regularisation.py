@@ -158,7 +158,7 @@ def _trainer(
 ) -> Trainer:
     rare = {"validate_every": 0, "plot_every": None, "checkpoint_every": 0, "solver_error_points": 0}
     given = {**settings["trainer"], **rare}
-    return instantiate(given, "trainer", _partial_=True)(
+    return instantiate({**given, "_partial_": True}, "trainer")(
         flow, dataset, stages, instantiate(settings["optimizer"], "optimizer"), output_dir=folder, seed=settings["seed"]
     )
 

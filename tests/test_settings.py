@@ -147,9 +147,7 @@ def test_everything_in_conf_fits_its_constructor():
 
 def test_an_experiment_goes_with_another_objective(tmp_path):
     overrides = ["experiment=quick", "objective=maximum_likelihood", "trainer.accelerator=cpu"]
-    with pytest.raises(
-        ValueError, match=r"objective.flow_matching has settings .* remove it with ~"
-    ):
+    with pytest.raises(ValueError, match=r"objective.flow_matching has settings .* remove it with ~"):
         build_trainer(settings(*overrides))
     assert list(build_trainer(settings(*overrides, "~objective.flow_matching")).stages) == ["maximum_likelihood"]
 
