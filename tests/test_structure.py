@@ -6,15 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import flows
 
 PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
-GROUND = {"errors", "naming"}
+GROUND = {"checks", "errors", "naming"}
 MODELS = {"bases", "divergence", "dynamics", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
 ALLOWED = {
+    "checks": set(),
     "errors": set(),
     "naming": set(),
     **{part: set() for part in ("bases", "datasets", "divergence", "fields", "solvers", "transforms")},
@@ -27,7 +30,7 @@ ALLOWED = {
     "training": ABOVE | {"evaluation", "objectives", "plots"},
     "compare": ABOVE | {"evaluation", "plots"},
     "cli": ABOVE | {"compare", "evaluation", "objectives", "plots", "training"},
-    "__init__": ABOVE | {"evaluation", "objectives"},
+    "__init__": MODELS,
 }
 
 
@@ -65,10 +68,48 @@ def test_imports_point_one_way():
     assert not wrong
 
 
-def test_the_library_needs_neither_hydra_nor_tensorboard():
-    code = "import flows, sys; print([m for m in ('hydra', 'omegaconf', 'tensorboard') if m in sys.modules])"
+# Packages, and costly parts of torch, that `import flows` must not load beyond what `import torch` loads.
+LATE = [
+    "datasets",
+    "hydra",
+    "lightning",
+    "lightning_fabric",
+    "matplotlib",
+    "omegaconf",
+    "pandas",
+    "pyarrow",
+    "pydantic",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.optim.swa_utils",
+    "torch.utils.tensorboard",
+    "torchdiffeq",
+    "tqdm",
+]
+
+
+def modules_after(statement):
+    code = f"{statement}; import sys; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    return set(result.stdout.split())
+
+
+def test_import_flows_is_light():
+    added = modules_after("import flows") - modules_after("import torch")
+    assert "flows.solvers.solver" in added
+    assert [name for name in LATE if name in added] == []
+    assert not {name for name in added if name.startswith("torch.distributed")}
+
+
+def test_public_names_load_at_first_use():
+    assert {"Trainer", "objectives", "training"} <= set(dir(flows))
+    loaded = modules_after("import flows; flows.Trainer; flows.objectives.FlowMatching")
+    assert {"flows.training", "flows.objectives"} <= loaded
+    with pytest.raises(AttributeError, match="'flows' has no attribute 'nonsense'"):
+        flows.nonsense  # noqa: B018
 
 
 def test_public_names_exist_and_are_documented():

@@ -1,4 +1,4 @@
-"""Solving the ODE: settings, gradients through the solve, what a solve returns, and how it fails."""
+"""ODE solvers: settings, gradients through a solve, statistics, errors."""
 
 from flows.solvers.control import ErrorControl
 from flows.solvers.errors import SolverError

@@ -8,22 +8,23 @@ import torch
 from torch import Tensor
 
 from flows.errors import InvalidValueError
-from flows.solvers.problem import RightHandSide, State, random_state, refuse_second_derivative, same_random_state
+from flows.solvers.problem import RightHandSide, State
+from flows.solvers.replay import random_state, refuse_second_derivative, same_random_state
 from flows.solvers.task import Task
 
 
 def solve_with_adjoint(task: Task, state: State, parameters: tuple[Tensor, ...]) -> State:
-    r"""The states at all times; their gradients come from a second solve, backwards.
+    """The states at all times, with gradients from a second solve backwards in time.
 
-    With the cotangent a = ∂L/∂y, −da/dt = aᵀ ∂f/∂y and dL/dθ = −∫ aᵀ ∂f/∂θ dt, beside y itself, which is solved
-    again and put right at each of the times. a is solved for in units of its size at the start, so that the
-    tolerances mean the same for the sum and the mean over a batch. [Chen et al. 2018, arXiv:1806.07366]
+    With a = ∂L/∂y the second solve is −da/dt = aᵀ ∂f/∂y and dL/dθ = −∫ aᵀ ∂f/∂θ dt. It solves for y again, and starts
+    from the stored state at each of the times. a is scaled by its size at the start, so that the tolerances mean the
+    same for the sum and for the mean over a batch. [Chen et al. 2018, arXiv:1806.07366]
 
     Raises:
-        ValueError: the dynamics draw from torch's global generators, as dropout does: the second solve would be that
-            of another ODE.
+        InvalidValueError: the dynamics draw from torch's global generators, as dropout does. The second solve would be
+            that of another ODE.
     """
-    return _Adjoint.apply(task, len(state), *state, *parameters)
+    return _Adjoint.apply(task, len(state), *state, *parameters)  # pyright: ignore[reportReturnType]
 
 
 class _Adjoint(torch.autograd.Function):
@@ -35,9 +36,9 @@ class _Adjoint(torch.autograd.Function):
             states = task.integrate(tensors[:count])
         if any(ctx.needs_input_grad) and not same_random_state(before, random_state(device)):
             raise InvalidValueError(
-                "the dynamics draw random numbers, as dropout does, and the adjoint solve would draw others, for a "
-                "gradient of something else; use gradient='checkpoint', which draws the same again, or call eval() on "
-                "the field"
+                "the dynamics draw random numbers, as dropout does; the adjoint solve would draw others and give the "
+                "gradient of another function. Use gradient='checkpoint', which draws the same numbers again, or call "
+                "eval() on the field"
             )
         ctx.task, ctx.count = task, count
         ctx.save_for_backward(*tensors[count:], *states)
@@ -55,13 +56,13 @@ class _Adjoint(torch.autograd.Function):
         ]
         adjoint = tuple(g[-1] for g in given)
         totals = tuple(torch.zeros_like(parameter) for parameter in parameters)
-        for i in range(len(task.seconds) - 1, 0, -1):
+        for i in range(len(task.times) - 1, 0, -1):
             y = tuple(s[i] for s in states)
             scale = _size(adjoint)
             start = (*y, *(a / scale for a in adjoint), *(torch.zeros_like(parameter) for parameter in parameters))
-            function = _Backwards(task.backward_function(y), parameters, start)
+            function = _AdjointDynamics(task.backward_function(y), parameters, start)
             with task.precision():
-                end = task.integrate_adjoint(function, start, task.seconds[i], task.seconds[i - 1])
+                end = task.integrate_adjoint(function, start, task.times[i], task.times[i - 1])
             adjoint = tuple(scale * a + g[i - 1] for a, g in zip(end[count : 2 * count], given, strict=True))
             totals = tuple(total + scale * more for total, more in zip(totals, end[2 * count :], strict=True))
         return None, None, *adjoint, *totals
@@ -73,7 +74,7 @@ def _size(adjoint: State) -> Tensor:
     return torch.where(size > 0, size, torch.ones_like(size))
 
 
-class _Backwards(RightHandSide):
+class _AdjointDynamics(RightHandSide):
     """d/dt (y, a, ∂L/∂θ) = (f, −aᵀ ∂f/∂y, −aᵀ ∂f/∂θ)."""
 
     def __init__(self, function: RightHandSide, parameters: tuple[Tensor, ...], like: State) -> None:

@@ -1,43 +1,44 @@
-"""What drives the step size."""
+"""Which errors drive the step size."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from flows.checks import check_number
 from flows.errors import InvalidValueError
-from flows.solvers.problem import ADJOINT, Dynamics, State, by_sample
+from flows.solvers.problem import ADJOINT, Dynamics, State, mean_by_sample
 
 
 @dataclass(frozen=True)
 class ErrorControl:
-    r"""Which parts of the state drive the step size of an adaptive method, and how much each.
+    """Weights of the parts of the state whose errors drive the step size of an adaptive method.
 
-    A step with the error estimate e_c of component c, y_c before and y′_c after it, is accepted when
+    Let e_c be the error estimate of component c in a step, y_c the component before the step and y′_c after it. The
+    step is accepted when
 
         max_c w_c ‖e_c / (atol + rtol · max(|y_c|, |y′_c|))‖ ≤ 1,
 
-    and the size of the next step follows from the same number. By default the positions and their log-density
-    count alike and path costs (regularisers) do not: they are integrated along, and a noisy one cannot make the
-    solve expensive. A component that ends in NaN or infinite values rejects the step whatever its weight.
+    and the same number sets the size of the next step. By default positions and log-density have weight 1, and path
+    costs (regularisers) have weight 0, so that a noisy cost cannot make the solve expensive. NaN or infinite values in
+    any component reject the step, whatever its weight.
 
-    The norm is the root mean square over batch and event, so that a hard sample hides among easy ones; its error
-    may exceed the tolerance by the root of the batch size. With ``per_sample=True`` it is the largest of the root
-    mean squares of the samples: every sample meets the tolerance, and what a sample gets depends on its neighbours
-    no more than that. It takes more steps.
+    The norm is the root mean square over batch and event. A hard sample can hide among easy ones: its error may exceed
+    the tolerance by a factor of up to the root of the batch size. With `per_sample=True` the norm is the largest of the
+    samples' root mean squares, so that every sample meets the tolerance. It takes more steps.
 
     Args:
         state: weight of the first component, the positions.
-        log_density: weight of the component called "log_density".
-        path_costs: weight of every other component of dynamics that name theirs (``component_names``). Components
-            without names weigh as much as the state.
-        per_sample: see above. The batch is the first dimension of the first component, and the last of the others.
+        log_density: weight of the component named "log_density".
+        path_costs: weight of every other component of dynamics with `component_names`. Components without names have
+            the weight of the state.
+        per_sample: see above. The batch is the first dimension of the first component and the last of the others.
 
     Raises:
-        ValueError: a weight is negative, or all are 0.
+        InvalidValueError: a weight is negative or infinite, or all weights are 0.
     """
 
     state: float = 1.0
@@ -47,19 +48,17 @@ class ErrorControl:
 
     def __post_init__(self) -> None:
         for name in ("state", "log_density", "path_costs"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise InvalidValueError(f"the weight {name} of error_control must be >= 0, got {value}")
+            check_number(f"the weight {name} of error_control", getattr(self, name), at_least=0)
         if self.state == self.log_density == self.path_costs == 0:
-            raise InvalidValueError(
-                "error_control must give some component a weight > 0, or no error would ever be too large"
-            )
+            raise InvalidValueError("error_control needs at least one positive weight, got 0 for all")
+        if not isinstance(self.per_sample, bool):
+            raise InvalidValueError(f"per_sample of error_control must be true or false, got {self.per_sample!r}")
 
     def weights(self, dynamics: Dynamics, names: Sequence[str]) -> tuple[float, ...]:
         """The weight of each component.
 
         Raises:
-            ValueError: all are 0.
+            InvalidValueError: all weights are 0.
         """
         if getattr(dynamics, "component_names", None) is None:
             weights = (self.state,) * len(names)
@@ -68,21 +67,21 @@ class ErrorControl:
             weights = tuple(known.get(name, self.path_costs) for name in names)
         if not any(weights):
             raise InvalidValueError(
-                f"error_control gives weight 0 to all that is solved for here ({', '.join(names)}), so that no error "
-                "would be too large; give one of them a weight > 0"
+                f"error_control gives weight 0 to every component of this solve ({', '.join(names)}), so no error "
+                "would ever be too large; give one of them a positive weight"
             )
         return weights
 
 
 @dataclass(frozen=True)
 class ErrorNorm:
-    """The norms of the components of one solve, and the sample that is worst in each.
+    """The weighted norms of the components in one solve, and the worst sample of each.
 
     Args:
-        names, weights: of the components that count; the state may hold more of them behind.
+        names, weights: of the components that count. The state may have more components after them.
         rtol, atol: tolerances.
         batch_size: B.
-        per_sample: see :class:`ErrorControl`.
+        per_sample: see `ErrorControl`.
     """
 
     names: tuple[str, ...]
@@ -94,26 +93,21 @@ class ErrorNorm:
 
     @torch.no_grad()
     def __call__(self, error: State, before: State, after: State) -> tuple[list[float], list[int]]:
-        """Weighted error over tolerance of each component, and the index of its worst sample."""
+        """For each component, the weighted error over tolerance and the index of the worst sample."""
         rows = []
         for name, weight, e, a, b in zip(self.names, self.weights, error, before, after, strict=False):
             tolerance = torch.maximum(a.abs(), b.abs()).mul_(self.rtol).add_(self.atol)
             batch_first = name.removeprefix(ADJOINT) == self.names[0]
-            rows.append(by_sample((weight * e / tolerance).square(), self.batch_size, batch_first))
+            rows.append(mean_by_sample((weight * e / tolerance).square(), self.batch_size, batch_first))
         squares = torch.stack(rows)  # (C, B)
         ratios = (squares.amax(1) if self.per_sample else squares.mean(1)).sqrt()
         worst = squares.argmax(1)
-        exact = torch.promote_types(ratios.dtype, torch.float32)  # bfloat16 has no 257
-        ratios, worst = torch.stack([ratios.to(exact), worst.to(exact)]).tolist()  # the one wait for the device
+        exact = torch.promote_types(ratios.dtype, torch.float32)  # bfloat16 cannot represent 257
+        ratios, worst = torch.stack([ratios.to(exact), worst.to(exact)]).tolist()  # waits for the device once
         return ratios, [int(index) for index in worst]
 
     def worst(self, error: State, before: State, after: State) -> tuple[float, str, int]:
-        """The largest error over tolerance, NaN if there is one, with its component and sample."""
+        """The largest error over tolerance with its component and sample. NaN counts as the largest."""
         ratios, samples = self(error, before, after)
         i = max(range(len(ratios)), key=lambda i: math.inf if math.isnan(ratios[i]) else ratios[i])
         return ratios[i], self.names[i], samples[i]
-
-    def extended(self, name: str, size: int) -> ErrorNorm:
-        """With further components up to ``size``, all of that name."""
-        more = size - len(self.names)
-        return replace(self, names=(*self.names, *[name] * more), weights=(*self.weights, *[1.0] * more))

@@ -1,4 +1,4 @@
-"""How a solve fails: where, because of what, and what to try."""
+"""How a solve fails: where, why, and what to try."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import math
 from collections.abc import Sequence
 
 from flows.errors import ComputationError
-from flows.solvers.problem import ADJOINT, State, batch_size_of, by_sample
+from flows.solvers.problem import ADJOINT, PARAMETERS, State, batch_size_of, mean_by_sample
 from flows.solvers.statistics import Attempt
 
-_TRAINING = "while training, a lower learning rate, a smaller gradient_clip or a regulariser"
+TRAINING_ADVICE = "while training, a lower learning rate, a smaller gradient_clip or a regulariser"
 
 
 class SolverError(ComputationError):
-    """A solve that cannot go on; the message says where, because of what, and three things to try."""
+    """A solve cannot go on; the message says where, why, and three things to try.
+
+    Args:
+        message: the whole message.
+        t, dt: time and step size of the failure.
+        component: the component that limits the step or has bad values, if known.
+        sample: its index in the batch, if known.
+    """
 
     def __init__(
         self,
         message: str,
         t: float,
         dt: float,
-        component: str | None = None,  # of the state
-        sample: int | None = None,  # its index in the batch
+        component: str | None = None,
+        sample: int | None = None,
     ) -> None:
         super().__init__(message)
         self.t = t
@@ -30,7 +37,7 @@ class SolverError(ComputationError):
         self.sample = sample
 
     def retold(self, message: str) -> SolverError:
-        """The same failure in other words."""
+        """The same failure with another message."""
         return SolverError(message, self.t, self.dt, self.component, self.sample)
 
 
@@ -42,13 +49,13 @@ def step_limit(
     last: Attempt | None = None,
     max_step: float = math.inf,
 ) -> SolverError:
-    """No end in sight, since steps are short, be it that ``max_step`` keeps them so."""
+    """The solve takes too many steps, because the field is stiff or because of `max_step`."""
     if abs(dt) < max_step:
         cause = f"{'' if last is None else _limited(last)}: the field is stiff there"
-        advice = ("larger rtol and atol", _TRAINING, "a larger max_steps")
+        advice = ("larger rtol and atol", TRAINING_ADVICE, "a larger max_steps")
     else:
         cause = ", which is max_step"
-        advice = ("a larger max_step", "none at all, since rtol and atol limit steps as well", "a larger max_steps")
+        advice = ("a larger max_step", "no max_step, because rtol and atol limit steps too", "a larger max_steps")
     return SolverError(
         f"the {direction} solve reached t = {t:.6g} after max_steps = {max_steps} steps, the last of size "
         f"{abs(dt):.2g}{cause}. {_advice(*advice)}",
@@ -60,14 +67,14 @@ def step_limit(
 
 
 def underflow(direction: str, rtol: float, atol: float, t: float, dt: float, last: Attempt | None) -> SolverError:
-    """Steps too short for the clock."""
+    """Steps are too short for times of this dtype."""
     return SolverError(
         f"the {direction} solve underflowed at t = {t:.6g}, dt = {dt:.2g}: no step meets rtol = {rtol:g} and "
         f"atol = {atol:g}{'' if last is None else _limited(last)}. "
         + _advice(
             "larger tolerances (float32 resolves about 1e-6) or float64",
-            "a fixed-step method such as rk4, since a field with jumps in t or x cannot be solved adaptively",
-            _TRAINING,
+            "a fixed-step method such as rk4, if the field jumps in t or x",
+            TRAINING_ADVICE,
         ),
         t,
         dt,
@@ -85,44 +92,47 @@ def not_finite(
     derivatives: State | None = None,
     last: Attempt | None = None,
 ) -> SolverError:
-    """NaN or infinite values, in the state if it has any, else in its derivatives, else in ``last``, from there."""
+    """NaN or infinite values in the state, or else in its derivatives, or else at the end of the `last` attempt."""
     found = first_bad(names, state)
     if found is not None:
         name, sample, count = found
         where = f"the {name.replace('_', '-')} of sample {sample}"
         what = f"the state holds NaN or infinite values from the start ({count} of them, the first in {where})"
-        advice = ("to check the input", "to standardise the data", "float64 if the values have overflowed")
+        advice = ("checking the input", "standardising the data", "float64 if values overflow")
     else:
         advice = (
-            "to look for a division, a logarithm or an overflow in the field",
-            _TRAINING,
-            "float64, or steps that are shorter from the start",
+            "looking for a division, a logarithm or an overflow in the field",
+            TRAINING_ADVICE,
+            "float64, or a smaller max_step",
         )
         found = None if derivatives is None else first_bad(names, derivatives)
         if found is not None:
             name, sample, count = found
             what = f"{_derivative(name)} has {count} NaN or infinite values there, the first for sample {sample}"
-        elif last is None:  # the norm of values that are finite overflows
+        elif last is None:  # values are finite, but their norm overflows
             name, sample, what = None, None, "steps from there end in NaN or infinite values"
         else:
             name, sample = last.component, last.sample
-            what = f"a step from there of size {abs(last.dt):.2g}, the shortest that may be, ends in NaN or infinite "
-            what += f"values, the first in the {name.replace('_', '-')} of sample {sample}"
+            blamed = "a component" if name is None else f"the {name.replace('_', '-')} of sample {sample}"
+            what = (
+                f"a step of size {abs(last.dt):.2g}, the shortest possible, ends in NaN or infinite values, the first "
+            )
+            what += f"in {blamed}"
     return SolverError(
         f"the {direction} solve failed at t = {t:.6g}, dt = {dt:.2g}: {what}. {_advice(*advice)}", t, dt, name, sample
     )
 
 
 def blow_up(direction: str, method: str, t: float, dt: float, names: Sequence[str], state: State) -> SolverError:
-    """A fixed-step method has arrived at NaN or infinite values; what has no name is the gradient of a parameter."""
-    name, sample, _ = first_bad(names, state) or ("gradient of a parameter", None, 0)
+    """A fixed-step method has reached NaN or infinite values."""
+    name, sample, _ = first_bad(names, state) or (PARAMETERS, None, 0)
     return SolverError(
         f"the {direction} solve is not finite at t = {t:.4g} with method {method!r}, dt = {dt:.2g}, the first in the "
         f"{name.replace('_', '-')}{'' if sample is None else f' of sample {sample}'}. "
         + _advice(
             "a smaller step_size",
-            "an adaptive method such as 'dopri5', which says where the field gets stiff",
-            "to look for a division, a logarithm or an overflow in the field, or a training run that has diverged",
+            "an adaptive method such as 'dopri5', which says where the field is stiff",
+            "looking for a division, a logarithm or an overflow in the field, or a training run that has diverged",
         ),
         t,
         dt,
@@ -132,10 +142,10 @@ def blow_up(direction: str, method: str, t: float, dt: float, names: Sequence[st
 
 
 def gave_up(method: str, t: float, dt: float, last: Attempt) -> SolverError:
-    """A solver of scipy has stopped on its way."""
+    """A solver of scipy has stopped before the end."""
     return SolverError(
-        f"method {method!r} has stopped at t = {t:.4g}{_limited(last)}. "
-        + _advice("larger rtol and atol", "dopri5, which says where the field gets stiff", _TRAINING),
+        f"method {method!r} stopped at t = {t:.4g}{_limited(last)}. "
+        + _advice("larger rtol and atol", "dopri5, which says where the field is stiff", TRAINING_ADVICE),
         t,
         dt,
         last.component,
@@ -144,12 +154,12 @@ def gave_up(method: str, t: float, dt: float, last: Attempt) -> SolverError:
 
 
 def first_bad(names: Sequence[str], components: State) -> tuple[str, int, int] | None:
-    """The first component with NaN or infinite values, its first such sample, and how many values."""
+    """The first component with NaN or infinite values, its first such sample, and the number of such values."""
     batch_size = batch_size_of(components)
-    for name, component in zip(names, components, strict=False):  # an adjoint solve has more
+    for name, component in zip(names, components, strict=False):  # an adjoint solve has more components
         bad = ~component.isfinite()
         if bool(bad.any()):
-            samples = by_sample(bad.float(), batch_size, name.removeprefix(ADJOINT) == names[0]) > 0
+            samples = mean_by_sample(bad.float(), batch_size, name.removeprefix(ADJOINT) == names[0]) > 0
             return name, int(samples.int().argmax()), int(bad.sum())
     return None
 

@@ -1,10 +1,10 @@
-"""Whether the adjoint's gradients can be trusted on a model."""
+"""How accurate the adjoint's gradients are on a model."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,26 +12,26 @@ import torch
 from torch import Tensor
 
 from flows.errors import InvalidValueError
-from flows.solvers.runge_kutta import runge_kutta
-from flows.solvers.solver import TIGHTER, ODESolver
+from flows.solvers.solver import REFERENCE_FACTOR, ODESolver
+from flows.solvers.tableaux import RUNGE_KUTTA
 
 
 class Cost(Protocol):
-    """A path cost, such as :class:`flows.path_costs.KineticEnergy`."""
+    """A path cost, such as `flows.path_costs.KineticEnergy`."""
 
     name: str
     weight: float
 
 
 class Estimate(Protocol):
-    """log p (*batch) and the integrals of the path costs (*batch) by their names."""
+    """log p (*batch), and the integrals of the path costs (*batch) by name."""
 
     value: Tensor
     path_costs: Mapping[str, Tensor]
 
 
 class Flow(Protocol):
-    """What is checked: :class:`flows.CNF`, or anything like it."""
+    """What is checked: a `flows.CNF`, or anything like it."""
 
     solver: ODESolver
 
@@ -44,22 +44,22 @@ class Flow(Protocol):
         path_costs: Sequence[Cost],
     ) -> Estimate: ...
 
-    def named_parameters(self) -> object: ...
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """How far the gradients of the loss lie apart, as ‖difference‖ / ‖reference‖ over all parameters and x.
+    """Relative differences between gradients of the loss, over all parameters and x.
 
-    The reference is backprop at tolerances 100 times tighter.
+    Each is ‖difference‖ / ‖reference‖. The reference is backprop at tolerances 100 times tighter.
     """
 
-    difference: float  # of the adjoint from backprop, at the flow's own tolerances
-    adjoint_error: float  # of the adjoint from the reference
-    backprop_error: float  # of backprop from the reference: what the forward tolerances cost
-    tighter_adjoint_difference: float  # of backprop from an adjoint with adjoint tolerances 100 times tighter
+    difference: float  # adjoint against backprop, at the flow's own tolerances
+    adjoint_error: float  # adjoint against the reference
+    backprop_error: float  # backprop against the reference: the error due to the forward tolerances
+    tighter_adjoint_difference: float  # adjoint at adjoint tolerances 100 times tighter against backprop
     worst: str  # the parameter (or "x") with the largest relative difference
-    worst_difference: float  # of that parameter
+    worst_difference: float  # its difference
     tolerance: float
     advice: str
 
@@ -72,8 +72,8 @@ class GradientCheck:
         return (
             f"adjoint against backprop: {self.difference:.1e} of the norm of the gradient "
             f"({'within' if self.passed else 'above'} {self.tolerance:.0e}), most in {self.worst} "
-            f"({self.worst_difference:.1e}); against a solve at tolerances {TIGHTER:.0f} times tighter: adjoint "
-            f"{self.adjoint_error:.1e}, backprop {self.backprop_error:.1e}. {self.advice}"
+            f"({self.worst_difference:.1e}); against a solve at tolerances {REFERENCE_FACTOR:.0f} times tighter: "
+            f"adjoint {self.adjoint_error:.1e}, backprop {self.backprop_error:.1e}. {self.advice}"
         )
 
 
@@ -85,33 +85,32 @@ def check_gradients(
     seed: int = 0,
     path_costs: Sequence[Cost] | Mapping[str, Cost] = (),
 ) -> GradientCheck:
-    """Compare the adjoint's gradient with that of backprop, on your model, and say what to change.
+    """Compare the adjoint's gradient with backprop's on your model, and advise what to change.
 
-    The gradient is that of the likelihood's loss, −mean log p(x) + Σ weight · mean path cost::
+    The gradient is that of −mean log p(x) + Σ weight · mean path cost:
 
         print(flows.solvers.check_gradients(flow, x))
 
-    Four gradients are computed, at the solver's settings whatever its ``gradient`` says: backprop, adjoint, adjoint
-    at adjoint tolerances 100 times tighter, and backprop at tolerances 100 times tighter (for a fixed-step method:
-    a step half as long). The flow is left as it is; probes are the same in all four. Backprop's memory is needed,
-    so take a small batch; tolerances below 1e-6 need float64.
+    Four gradients are computed, whatever the solver's `gradient` is: backprop, adjoint, adjoint at adjoint tolerances
+    100 times tighter, and backprop at tolerances 100 times tighter (for a fixed-step method: half the step size). All
+    use the same probes, and the flow stays unchanged. Backprop keeps the whole graph, so take a small batch.
+    Tolerances below 1e-6 need float64.
 
     Args:
-        flow: has ``estimate_log_prob``, ``named_parameters()`` and ``solver``.
+        flow: has `estimate_log_prob`, `named_parameters()` and `solver`.
         x, context: some data.
-        tolerance: the relative difference to be content with. Noise of minibatches is around 0.1.
+        tolerance: the largest relative difference that passes. The noise of minibatches is around 0.1.
         seed: of the probes.
-        path_costs: those of the objective, with their weights, as :class:`flows.objectives.MaximumLikelihood` takes
-            them.
+        path_costs: those of the objective, with their weights, as `flows.objectives.MaximumLikelihood` takes them.
 
     Raises:
-        ValueError: the method is one of scipy's, which have no backprop to compare with.
+        InvalidValueError: the method is scipy's, which has no backprop.
     """
     solver = flow.solver
     if solver.method == "scipy_solver":
         raise InvalidValueError(
-            "gradients by scipy_solver come from the adjoint alone, and there is no backprop to compare them with; "
-            "check a flow with solver=ODESolver('dopri5') at the same tolerances"
+            "scipy_solver has only the adjoint's gradients, and there is no backprop to compare them with; check a "
+            "flow with solver=ODESolver('dopri5') at the same tolerances"
         )
     rtol, atol = solver.adjoint_rtol or solver.rtol, solver.adjoint_atol or solver.atol
     given = path_costs.values() if isinstance(path_costs, Mapping) else path_costs
@@ -122,7 +121,7 @@ def check_gradients(
 
     backprop = gradients(replace(solver, gradient="backprop"))
     adjoint = gradients(replace(solver, gradient="adjoint"))
-    if solver.is_fixed_step:
+    if solver.step_size is not None:
         finer = replace(solver, gradient="adjoint", step_size=solver.step_size / 2)
         exact = replace(finer, gradient="backprop")
     else:
@@ -130,14 +129,14 @@ def check_gradients(
         finer = replace(
             solver,
             gradient="adjoint",
-            adjoint_rtol=rtol / TIGHTER,
-            adjoint_atol=atol / TIGHTER,
+            adjoint_rtol=rtol / REFERENCE_FACTOR,
+            adjoint_atol=atol / REFERENCE_FACTOR,
             max_steps=exact.max_steps,
         )
     tighter = gradients(finer)
     reference = gradients(exact)
-    own = {name: _relative({name: adjoint[name]}, {name: backprop[name]}) for name in backprop}
-    worst = max(own, key=own.__getitem__)
+    differences = {name: _relative({name: adjoint[name]}, {name: backprop[name]}) for name in backprop}
+    worst = max(differences, key=differences.__getitem__)
     figures = {
         "difference": _relative(adjoint, backprop, reference),
         "adjoint_error": _relative(adjoint, reference),
@@ -147,7 +146,7 @@ def check_gradients(
     return GradientCheck(
         **figures,
         worst=worst,
-        worst_difference=own[worst],
+        worst_difference=differences[worst],
         tolerance=tolerance,
         advice=_advice(solver, rtol, atol, tolerance, bool(costs), **figures),
     )
@@ -171,7 +170,7 @@ def _gradients(
 
 
 def _relative(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: Mapping[str, Tensor] | None = None) -> float:
-    """‖a − b‖ / ‖scale‖, with the norm of ``b`` for a scale by default."""
+    """‖a − b‖ / ‖scale‖; the scale is `b` by default."""
     difference = sum(float((a[name] - b[name]).double().square().sum()) for name in b)
     norm = sum(float(value.double().square().sum()) for value in (b if scale is None else scale).values())
     return (difference / norm) ** 0.5 if norm > 0 else float("inf") * difference if difference else 0.0
@@ -190,7 +189,7 @@ def _advice(
 ) -> str:
     if max(difference, adjoint_error, backprop_error) <= tolerance:
         return "Nothing needs to change"
-    other = "checkpoint" if runge_kutta(solver.method) else "backprop"
+    other = "checkpoint" if solver.method in RUNGE_KUTTA else "backprop"
     checkpoint = f", or use gradient='{other}'"
     if solver.is_fixed_step:
         return f"Lower step_size (now {solver.step_size:g}){checkpoint if difference > tolerance else ''}"
@@ -204,5 +203,5 @@ def _advice(
     if rtol / factor < 1e-6:
         advice += ", in float64"
     if has_costs and not solver.error_control.path_costs:
-        advice += ", or let the path costs drive the step size too, by error_control=ErrorControl(path_costs=1.0)"
+        advice += ", or let path costs drive the step size too: error_control=ErrorControl(path_costs=1.0)"
     return advice + (checkpoint if helps else "")

@@ -1,29 +1,29 @@
-"""What is solved: the dynamics as the user writes them, and as the solvers see them."""
+"""What is solved: the dynamics that the user writes, and the right-hand side that the methods see."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from flows.errors import ComputationError, InvalidValueError
+from flows.errors import InvalidValueError
 
-ADJOINT = "adjoint of "  # before the name of a component, for what is solved beside it backwards
+ADJOINT = "adjoint of "  # prefix of a component's name for its adjoint
+PARAMETERS = "gradient of a parameter"  # name of the components of an adjoint solve that belong to parameters
 
 State = tuple[Tensor, ...]
 Dynamics = Callable[[Tensor, State], State]  # (t, state) -> time derivative of each component
 
 
 class RightHandSide:
-    """Dynamics that count their evaluations and answer in the dtype of the state.
+    """Dynamics that count their evaluations and return derivatives in the dtype of the state.
 
     Args:
-        dynamics: as given to :meth:`flows.ODESolver.solve`.
-        like: the initial state.
-        count: called once an evaluation.
+        dynamics: as passed to `flows.ODESolver.solve`.
+        like: a state with the shapes, dtype and device to expect.
+        count: called once per evaluation.
     """
 
     def __init__(self, dynamics: Dynamics, like: State, count: Callable[[], None]) -> None:
@@ -34,7 +34,8 @@ class RightHandSide:
 
     def __call__(self, t: float | Tensor, state: State) -> State:
         self.count()
-        time = torch.full((), t, dtype=self.dtype, device=self.device) if isinstance(t, float) else t.to(self.dtype)
+        is_tensor = isinstance(t, Tensor)
+        time = t.to(self.dtype) if is_tensor else torch.full((), t, dtype=self.dtype, device=self.device)
         derivatives = self.dynamics(time, state)
         shapes = [tuple(derivative.shape) for derivative in derivatives]
         if shapes != self.shapes:
@@ -42,7 +43,7 @@ class RightHandSide:
         return tuple(derivative.to(self.dtype) for derivative in derivatives)
 
     def fresh(self) -> RightHandSide:
-        """The same for a new graph: with ``dynamics.fresh()`` where the dynamics keep tensors between evaluations."""
+        """The same function for a new graph, without tensors that the dynamics cached in earlier evaluations."""
         renew = getattr(self.dynamics, "fresh", None)
         renewed = copy.copy(self)
         renewed.dynamics = self.dynamics if renew is None else renew()
@@ -50,7 +51,7 @@ class RightHandSide:
 
 
 def component_names(dynamics: Dynamics, state: State) -> tuple[str, ...]:
-    """What the components are called: ``dynamics.component_names``, else "state" and numbers."""
+    """The names of the components: `dynamics.component_names` if given, otherwise "state" and numbers."""
     names = getattr(dynamics, "component_names", None)
     if names is None:
         return "state", *(f"component {i}" for i in range(1, len(state)))
@@ -66,12 +67,12 @@ def batch_size_of(state: State) -> int:
     return len(state[0]) if state[0].ndim else 1
 
 
-def by_sample(
+def mean_by_sample(
     component: Tensor,  # (B, *event) if its batch dimension comes first, else (*, B)
     batch_size: int,
     batch_first: bool,
 ) -> Tensor:  # (B,)
-    """The mean over all but the batch; over everything for a component without a batch dimension."""
+    """The mean over all dimensions but the batch. Without a batch dimension, all samples have the same mean."""
     if batch_first and component.ndim > 0:
         return component if component.ndim == 1 else component.flatten(1).mean(1)
     if component.ndim > 0 and component.shape[-1] == batch_size:
@@ -80,47 +81,5 @@ def by_sample(
 
 
 def all_finite(*components: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one wait for the device."""
+    """Whether no value is NaN or infinite. Waits for the device once."""
     return bool(torch.stack([component.isfinite().all() for component in components]).all())
-
-
-def random_state(device: torch.device) -> tuple[Tensor, ...]:
-    """Of torch's global generators that dynamics on this device may draw from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return tuple(states)
-
-
-def same_random_state(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    """Whether nothing was drawn between the two."""
-    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
-
-
-def refuse_second_derivative(gradient: str) -> None:
-    """Raise in a backward pass of which autograd would keep a graph: it would silently lack the solve."""
-    if torch.is_grad_enabled():
-        raise ComputationError(
-            f"gradient={gradient!r} has first derivatives only, and create_graph=True asks for more; use "
-            "gradient='backprop'"
-        )
-
-
-class Precision:
-    """The autocast setting of the thread, to be restored where autograd evaluates the dynamics again.
-
-    Without its cache of converted weights: what is cached without gradients would be used where they are needed.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device_type = device.type
-        self.enabled = torch.is_autocast_enabled(device.type)
-        self.dtype = torch.get_autocast_dtype(device.type) if self.enabled else None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        if not self.enabled:
-            yield
-            return
-        with torch.autocast(self.device_type, dtype=self.dtype, cache_enabled=False):
-            yield

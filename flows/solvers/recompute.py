@@ -1,41 +1,49 @@
-"""Exact gradients of a solve from the states at some of its steps."""
+"""Exact gradients of a solve from the states at some of its steps (checkpoints)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flows.solvers.problem import State, random_state, refuse_second_derivative, same_random_state
-from flows.solvers.runge_kutta import take_step
-from flows.solvers.stepping import passed, state_at
+from flows.solvers.problem import State
+from flows.solvers.replay import (
+    random_state,
+    refuse_second_derivative,
+    restored_random_state,
+    same_random_state,
+    set_random_state,
+)
+from flows.solvers.runge_kutta import states_within, take_step
+from flows.solvers.stepping import times_in
+from flows.solvers.tableaux import RungeKutta
 from flows.solvers.task import Task
 
-CHECKPOINTS = 32  # for each step of a segment, the checkpoints to have before segments get twice as long
-EVALUATIONS = 6  # at least, of a segment; shorter ones would save little, and spend time on starting over
+MAX_CHECKPOINTS_PER_STEP = 32  # of a segment; when there are more checkpoints, segments get twice as long
+MIN_SEGMENT_EVALUATIONS = 6  # shorter segments would save little memory and lose time in starting again
 
 
-def solve_with_checkpoints(task: Task, state: State, parameters: tuple[Tensor, ...]) -> State:
-    """The states at all times; the backward pass solves one segment after the other again, on the same steps.
+def solve_with_checkpoints(task: Task, method: RungeKutta, state: State, parameters: tuple[Tensor, ...]) -> State:
+    """The states at all times; the backward pass solves one segment after another again, on the same steps.
 
-    The first pass keeps no graph. Segments get longer with the number of steps n: there are at most √(32 n)
-    checkpoints (a state and its slope), and at most √(n/8) steps in a segment, or as many as six evaluations make.
-    The graph of a segment lives alone. A state is much smaller than the graph of a step, hence the uneven balance.
+    The forward pass keeps no graph. With n steps there are at most √(32 n) checkpoints (a state and its slope), and a
+    segment has at most √(n/8) steps, or as many as six evaluations make. Only one segment has a graph at a time. The
+    two numbers differ because a state is much smaller than the graph of a step.
 
-    Random numbers that the dynamics draw from torch's global generators (dropout) are drawn again alike, on the CPU
-    and on the device of the state; those of generators of their own are not.
+    Random numbers from torch's global generators, as dropout draws them, are drawn again alike. Those from generators
+    of the dynamics' own are not.
     """
-    return _Checkpointed.apply(_Record(task), len(state), *state, *parameters)
+    return _Checkpointed.apply(_Record(task, method), len(state), *state, *parameters)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    step: int  # the position of the step that starts here
+    step: int  # index of the step that starts here
     state: State
     slope: State | None  # None: to be evaluated
 
@@ -44,41 +52,43 @@ class _Checkpoint:
 class _RecordedStep:
     t0: float
     t1: float
-    first_output: int  # of the times that lie in it
+    first_output: int  # index of the first output time in the step
     num_outputs: int
     random: tuple[Tensor, ...]  # the states of the generators at its start
 
 
 class _Record:
-    """What the first pass leaves: the accepted steps, and the state at some of them."""
+    """What the forward pass leaves: the accepted steps, and the state at some of them."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, method: RungeKutta) -> None:
         self.task = task
+        self.method = method
         self.steps: list[_RecordedStep] = []
         self.checkpoints: list[_Checkpoint] = []
-        self.segment = math.ceil(EVALUATIONS / task.method.evaluations)  # steps between checkpoints
-        self.draws = False  # whether the dynamics take random numbers
+        self.segment = math.ceil(MIN_SEGMENT_EVALUATIONS / method.evaluations)  # steps between checkpoints
+        self.draws = False  # whether the dynamics draw random numbers
         self.random: tuple[Tensor, ...] = ()  # the states of the generators at the start
         self._random: tuple[Tensor, ...] = ()
 
     def run(self, state: State) -> State:
-        """Solve, and write down what :meth:`segments` needs."""
-        task, times, device = self.task, self.task.seconds, state[0].device
+        """Solve, and record what `segments` needs."""
+        task, method, device = self.task, self.method, state[0].device
         states = [state]
         self.random = self._random = random_state(device)
         slope = None
-        for step in task.steps(task.forward_function(state), state, begin=lambda: self._note_random(device)):
-            num_outputs = passed(step, times, len(states))
+        log = task.forward_log(begin=lambda: self._note_random(device))
+        for step in task.forward.steps(method, task.forward_function(state), state, task.times, log):
+            inside = times_in(step, task.times, len(states))
             self._keep(step.start, slope)
-            self.steps.append(_RecordedStep(step.t0, step.t1, len(states), num_outputs, self._random))
-            states += [state_at(task.method, step, t) for t in times[len(states) : len(states) + num_outputs]]
+            self.steps.append(_RecordedStep(step.t0, step.t1, len(states), len(inside), self._random))
+            states += states_within(method, step, inside)
             slope = step.next_slope
         self._note_random(device)
         self.draws = self._random is not self.random
         return tuple(torch.stack(component) for component in zip(*states, strict=True))
 
     def segments(self) -> Iterator[tuple[_Checkpoint, list[_RecordedStep]]]:
-        """The checkpoints with the steps up to the next one, the last first."""
+        """Each checkpoint with the steps up to the next one, the last first."""
         end = len(self.steps)
         for checkpoint in reversed(self.checkpoints):
             yield checkpoint, self.steps[checkpoint.step : end]
@@ -88,12 +98,12 @@ class _Record:
         position = len(self.steps)
         if position % self.segment == 0:
             self.checkpoints.append(_Checkpoint(position, state, slope))
-        if len(self.checkpoints) > CHECKPOINTS * self.segment:
+        if len(self.checkpoints) > MAX_CHECKPOINTS_PER_STEP * self.segment:
             self.segment *= 2
             self.checkpoints = [kept for kept in self.checkpoints if kept.step % self.segment == 0]
 
     def _note_random(self, device: torch.device) -> None:
-        """The object stays the same where nothing was drawn."""
+        """Keep the same object as long as nothing was drawn."""
         now = random_state(device)
         if not same_random_state(now, self._random):
             self._random = now
@@ -118,7 +128,7 @@ class _Checkpointed(torch.autograd.Function):
         slope_adjoint: list[Tensor | None] = [None] * count
         totals: list[Tensor | None] = [None] * len(parameters)
         device = state[0].device
-        with _restored_afterwards(record.draws, device), record.task.precision():
+        with restored_random_state(device) if record.draws else nullcontext(), record.task.precision():
             for checkpoint, steps in record.segments():
                 graph = _Segment(record, checkpoint, steps, device)
                 products = graph.products(parameters, gradients, adjoint, slope_adjoint)
@@ -134,22 +144,23 @@ class _Segment:
     def __init__(
         self, record: _Record, checkpoint: _Checkpoint, steps: list[_RecordedStep], device: torch.device
     ) -> None:
-        task, method = record.task, record.task.method
+        task, method = record.task, record.method
         function = task.backward_function(checkpoint.state)
-        self.outputs: list[tuple[int, State]] = []  # position among the times, and the state there
+        self.outputs: list[tuple[int, State]] = []  # index among the times, and the state there
         with torch.enable_grad():
             state = self.state = _leaves(checkpoint.state)
             slope = self.slope = None if checkpoint.slope is None else _leaves(checkpoint.slope)
             if slope is None and method.is_adaptive:
                 if record.draws:
-                    _set_random_state(record.random, device)
+                    set_random_state(record.random, device)
                 slope = function(steps[0].t0, state)
             for step in steps:
                 if record.draws:
-                    _set_random_state(step.random, device)
+                    set_random_state(step.random, device)
                 taken = take_step(method, function, step.t0, step.t1, state, slope)
-                for i in range(step.first_output, step.first_output + step.num_outputs):
-                    self.outputs.append((i, state_at(method, taken, task.seconds[i])))
+                inside = range(step.first_output, step.first_output + step.num_outputs)
+                found = states_within(method, taken, [task.times[i] for i in inside])
+                self.outputs += zip(inside, found, strict=True)
                 state, slope = taken.end, taken.next_slope
         self.end, self.end_slope = state, slope
 
@@ -161,17 +172,16 @@ class _Segment:
         slope_adjoint: list[Tensor | None],
     ) -> list[Tensor | None]:
         """The gradients of the state and the slope at the start, and of the parameters."""
-        pairs = [*zip(self.end, adjoint, strict=True)]
+        candidates = [*zip(self.end, adjoint, strict=True)]
         if self.end_slope is not None:
-            pairs += zip(self.end_slope, slope_adjoint, strict=True)
+            candidates += zip(self.end_slope, slope_adjoint, strict=True)
         for i, state in self.outputs:
-            pairs += [(c, None if g is None else g[i]) for c, g in zip(state, gradients, strict=True)]
-        pairs = [(value, cotangent) for value, cotangent in pairs if cotangent is not None and value.requires_grad]
+            candidates += [(c, None if g is None else g[i]) for c, g in zip(state, gradients, strict=True)]
+        pairs = [(value, cotangent) for value, cotangent in candidates if cotangent is not None and value.requires_grad]
         slope = self.slope or ()
         inputs = (*self.state, *slope, *parameters)
-        if not pairs:
-            found: tuple[Tensor | None, ...] = (None,) * len(inputs)
-        else:
+        found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+        if pairs:
             values, cotangents = zip(*pairs, strict=True)
             found = torch.autograd.grad(values, inputs, cotangents, allow_unused=True)
         at = len(self.state)
@@ -187,20 +197,3 @@ def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     if total is None or more is None:
         return more if total is None else total
     return total + more
-
-
-def _set_random_state(states: tuple[Tensor, ...], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
-@contextmanager
-def _restored_afterwards(draws: bool, device: torch.device) -> Iterator[None]:
-    """Leave the generators as they were."""
-    before = random_state(device) if draws else ()
-    try:
-        yield
-    finally:
-        if draws:
-            _set_random_state(before, device)

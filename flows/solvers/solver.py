@@ -1,4 +1,4 @@
-"""The settings of a solve."""
+"""Settings of a solve, and the solve."""
 
 from __future__ import annotations
 
@@ -8,64 +8,69 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.odeint import SOLVERS
-from torchdiffeq._impl.solvers import FixedGridODESolver
 
+from flows.checks import check_number
 from flows.errors import InvalidValueError
 from flows.solvers.adjoint import solve_with_adjoint
-from flows.solvers.control import ErrorControl
-from flows.solvers.problem import Dynamics, State
+from flows.solvers.control import ErrorControl, ErrorNorm
+from flows.solvers.integrator import Integrator
+from flows.solvers.multistep import ADAMS, SCIPY, check_options
+from flows.solvers.problem import ADJOINT, PARAMETERS, Dynamics, State, batch_size_of, component_names
 from flows.solvers.recompute import solve_with_checkpoints
-from flows.solvers.runge_kutta import runge_kutta
-from flows.solvers.statistics import Solution
-from flows.solvers.task import Task
+from flows.solvers.replay import Precision
+from flows.solvers.statistics import Solution, SolverStatistics
+from flows.solvers.stepping import StepLimits
+from flows.solvers.tableaux import RUNGE_KUTTA
+from flows.solvers.task import Task, checked_state, checked_times
 
+METHODS = (*RUNGE_KUTTA, *ADAMS, SCIPY)
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
-TIGHTER, LONGEST = 100.0, 0.2  # times the tolerances, and the longest step, of solves to compare with
+MAX_STEPS = 10**9
+REFERENCE_FACTOR = 100.0  # how much tighter the tolerances of a reference solve are
+REFERENCE_MAX_STEP = 0.2  # the longest step of a reference solve
 
 
 @dataclass(frozen=True)
 class ODESolver:
     """Settings of a solve.
 
-    The step size of an adaptive method is shared by the batch; ``error_control`` says what drives it.
+    An adaptive method uses one step size for the whole batch; `error_control` says which errors drive it.
 
-    Three ways lead to gradients. With n steps:
+    There are three ways to compute gradients. With n steps:
 
-    ============== ======================== ============ =========================================================
-    ``gradient``   is                       memory       evaluations
-    ============== ======================== ============ =========================================================
-    "backprop"     of what was computed     O(n)         no more
-    "checkpoint"   of what was computed     O(√n)        every accepted step is solved once more, in the backward
-                                                         pass; equal to "backprop" up to rounding
-    "adjoint"      as accurate as the       O(1)         a second solve, backwards, with steps of its own
-                   tolerances
-    ============== ======================== ============ =========================================================
+    | `gradient`     | gradient of           | memory | extra evaluations                                     |
+    |----------------|-----------------------|--------|-------------------------------------------------------|
+    | `"backprop"`   | what was computed     | O(n)   | none                                                  |
+    | `"checkpoint"` | what was computed     | O(√n)  | every accepted step again, in the backward pass       |
+    | `"adjoint"`    | the exact solution    | O(1)   | a second solve, backwards in time, with its own steps |
 
-    :func:`flows.solvers.check_gradients` compares them on your model. [Chen et al. 2018, arXiv:1806.07366; Gholami
-    et al. 2019, arXiv:1902.10298]
+    `"checkpoint"` equals `"backprop"` up to rounding. `"adjoint"` is as accurate as its tolerances.
+    `flows.solvers.check_gradients` compares them on your model.
+    [Chen et al. 2018, arXiv:1806.07366; Gholami et al. 2019, arXiv:1902.10298]
 
     Args:
-        method: adaptive: dopri5, dopri8, bosh3, fehlberg2, adaptive_heun; of fixed step: euler, midpoint, heun2,
-            heun3, rk4; by torchdiffeq, without checkpoints: explicit_adams, implicit_adams, scipy_solver.
-        rtol, atol: tolerances of an adaptive method; below 1e-6 they need float64.
-        step_size: of a fixed-step method, in units of time (a flow runs for 1); refused otherwise.
-        gradient: see above.
-        adjoint_rtol, adjoint_atol: tolerances of the adjoint solve; default to the forward ones.
-        adjoint_seminorm: leave the gradients of the parameters, which feed nothing back, out of the error control of
-            the adjoint solve. [Kidger et al. 2021, arXiv:2009.09457]
-        max_steps: the attempted steps after which an adaptive solve is given up, forward or backward;
-            for scipy_solver, ten evaluations are taken for a step.
-        min_step: in units of time; an adaptive step of this length is accepted whatever its error, and counted in
-            ``statistics.forced`` where that is above the tolerance. 0: never.
-        max_step: in units of time; the longest adaptive step. ``None``: no limit, but the first is at most half of
-            the solve.
-        error_control: which components drive the step size. It, ``min_step`` and ``max_step`` are refused by methods
-            that they have no effect on, those of fixed step or by torchdiffeq.
-        options: further options of torchdiffeq's method, such as ``{"solver": "RK45"}`` for scipy_solver.
+        method: adaptive: dopri5, dopri8, bosh3, fehlberg2, adaptive_heun. Fixed steps: euler, midpoint, heun2, heun3,
+            rk4, and explicit_adams and implicit_adams by torchdiffeq. By scipy: scipy_solver. The last three cannot use
+            checkpoints.
+        rtol, atol: tolerances of an adaptive method. Below 1e-6 they need float64.
+        step_size: the longest step of a fixed-step method, in units of time (a flow runs for 1). Refused by other
+            methods.
+        gradient: see the table.
+        adjoint_rtol, adjoint_atol: tolerances of the adjoint solve. By default those of the forward solve.
+        adjoint_seminorm: leave the gradients of the parameters out of the adjoint's error control, because nothing
+            depends on them. [Kidger et al. 2021, arXiv:2009.09457]
+        max_steps: attempted steps after which an adaptive solve fails, forward or backward. For scipy_solver, ten
+            evaluations count as a step.
+        min_step: an adaptive step of this size is accepted whatever its error, and counted in `statistics.forced` if
+            the error is above the tolerance. By default 0: no step is.
+        max_step: the longest adaptive step. By default there is no limit, but the first step covers at most half of the
+            solve.
+        error_control: which components drive the step size.
+        options: further options: `max_order` of Adams methods, `max_iters` of implicit_adams, and `solver` of
+            scipy_solver, such as `{"solver": "RK45"}`.
 
     Raises:
-        ValueError: an unknown method or setting, or one that is missing or does not apply.
+        InvalidValueError: a setting is unknown, missing or out of range, or has no effect on the method.
     """
 
     method: str = "dopri5"
@@ -83,69 +88,95 @@ class ODESolver:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.method not in SOLVERS:
-            raise InvalidValueError(f"method must be one of {', '.join(sorted(SOLVERS))}, got {self.method!r}")
+        if self.method not in METHODS:
+            raise InvalidValueError(f"method must be one of {', '.join(sorted(METHODS))}, got {self.method!r}")
         if self.gradient not in GRADIENTS:
             raise InvalidValueError(f"gradient must be 'backprop', 'checkpoint' or 'adjoint', got {self.gradient!r}")
-        if self.is_fixed_step and not (self.step_size and self.step_size > 0):
-            raise InvalidValueError(
-                f"method {self.method!r} takes steps of fixed size: set step_size > 0, such as 0.05 for twenty steps "
-                f"from 0 to 1; got {self.step_size}"
+        self._check_numbers()
+        if not isinstance(self.adjoint_seminorm, bool):
+            raise InvalidValueError(f"adjoint_seminorm must be true or false, got {self.adjoint_seminorm!r}")
+        if not isinstance(self.error_control, ErrorControl):
+            raise InvalidValueError(f"error_control must be an ErrorControl, got {self.error_control!r}")
+        if not isinstance(self.options, Mapping):
+            raise InvalidValueError(f"options must be a mapping, got {self.options!r}")
+        self._check_effects()
+
+    def _check_numbers(self) -> None:
+        for name in ("rtol", "adjoint_rtol"):
+            if name == "rtol" or self.adjoint_rtol is not None:
+                check_number(name, getattr(self, name), above=0, below=1)
+        for name in ("atol", "adjoint_atol"):
+            if name == "atol" or self.adjoint_atol is not None:
+                check_number(name, getattr(self, name), above=0, below=1e9)
+        check_number("max_steps", self.max_steps, whole=True, at_least=1, at_most=MAX_STEPS)
+        check_number("min_step", self.min_step, at_least=0)
+        if self.max_step is not None:
+            no_limit = "use None for no limit"
+            check_number("max_step", self.max_step, above=0, otherwise=no_limit)
+            if self.max_step <= self.min_step:
+                raise InvalidValueError(
+                    f"max_step must be > min_step = {self.min_step:g}, got {self.max_step:g}; {no_limit}"
+                )
+
+    def _check_effects(self) -> None:
+        if self.is_fixed_step:
+            check_number(
+                f"step_size of method {self.method!r}",
+                self.step_size,
+                above=0,
+                otherwise="0.05, for example, takes twenty steps from 0 to 1",
             )
-        if not self.is_fixed_step and self.step_size is not None:
+        elif self.step_size is not None:
             raise InvalidValueError(
-                f"method {self.method!r} chooses its own steps and takes no step_size, got {self.step_size}; set "
+                f"method {self.method!r} chooses its own steps and takes no step_size, got {self.step_size!r}; set "
                 "rtol and atol instead"
-            )
-        for name in ("rtol", "atol", "adjoint_rtol", "adjoint_atol", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InvalidValueError(f"{name} must be > 0, got {value}")
-        if not self.min_step >= 0:
-            raise InvalidValueError(f"min_step must be >= 0, got {self.min_step}")
-        if self.max_step is not None and not self.max_step > self.min_step:
-            raise InvalidValueError(
-                f"max_step must be > min_step, which is {self.min_step}, or None for no limit, got {self.max_step}"
             )
         if not self.controls_error:
             for name, default in (("min_step", 0.0), ("max_step", None), ("error_control", ErrorControl())):
                 if getattr(self, name) != default:
-                    instead = "set step_size" if self.is_fixed_step else "choose one that is controlled here, dopri5"
+                    instead = "set step_size" if self.is_fixed_step else "choose a method that uses it, such as dopri5"
                     raise InvalidValueError(
                         f"{name} has no effect on method {self.method!r}, got {getattr(self, name)}; {instead}"
                     )
-        if runge_kutta(self.method) is not None and self.options:
+        if self.method not in RUNGE_KUTTA:
+            check_options(self.method, self.options)
+            if self.gradient == "checkpoint":
+                raise InvalidValueError(
+                    f"method {self.method!r} cannot start again from a checkpoint, because its steps depend on "
+                    "earlier ones; choose a Runge-Kutta method such as 'dopri5' or 'rk4', or gradient='adjoint'"
+                )
+        elif self.options:
             raise InvalidValueError(f"method {self.method!r} takes no further options, got {dict(self.options)}")
-        if runge_kutta(self.method) is None and self.gradient == "checkpoint":
-            raise InvalidValueError(
-                f"method {self.method!r} cannot start again from a checkpoint, since its steps are not "
-                "self-contained; choose a Runge-Kutta method such as 'dopri5' or 'rk4', or gradient='adjoint'"
-            )
 
     @property
     def is_fixed_step(self) -> bool:
-        """Whether the method takes steps of a fixed size rather than control its error."""
-        return issubclass(SOLVERS[self.method], FixedGridODESolver)
+        """Whether the method takes steps of a fixed size."""
+        return not self.controls_error and self.method != SCIPY
 
     @property
     def controls_error(self) -> bool:
-        """Whether the method is an adaptive Runge-Kutta one, for ``error_control`` and bounds of steps to act on."""
-        method = runge_kutta(self.method)
-        return method is not None and method.is_adaptive
+        """Whether the method is an adaptive Runge-Kutta method, which uses `error_control` and the bounds of steps."""
+        return self.method in RUNGE_KUTTA and RUNGE_KUTTA[self.method].is_adaptive
 
     def tighter(self) -> ODESolver:
-        """Settings of a solve to compare with: tolerances 100 times tighter, or fixed steps a tenth as long.
+        """Settings of a reference solve: tolerances 100 times tighter, or fixed steps a tenth as long.
 
-        ``min_step`` is a tenth too, and adaptive Runge-Kutta methods take steps of at most a fifth of a unit of time,
-        or a solve whose steps the tolerances do not limit might be compared with itself.
+        `min_step` becomes a tenth, and adaptive Runge-Kutta methods take steps of at most 0.2 units of time. Without
+        these bounds, a solve whose steps do not depend on the tolerances might be compared with itself.
         """
         if self.is_fixed_step:
+            assert self.step_size is not None
             return replace(self, step_size=self.step_size / 10)
-        finer = replace(self, rtol=self.rtol / TIGHTER, atol=self.atol / TIGHTER, max_steps=10 * self.max_steps)
+        finer = replace(
+            self,
+            rtol=self.rtol / REFERENCE_FACTOR,
+            atol=self.atol / REFERENCE_FACTOR,
+            max_steps=min(10 * self.max_steps, MAX_STEPS),
+        )
         if not self.controls_error:
             return finer
-        shortest, longest = min(self.min_step / 10, LONGEST / 2), min(self.max_step or LONGEST, LONGEST)
-        return replace(finer, min_step=shortest, max_step=longest)
+        shortest = min(self.min_step / 10, REFERENCE_MAX_STEP / 2)
+        return replace(finer, min_step=shortest, max_step=min(self.max_step or REFERENCE_MAX_STEP, REFERENCE_MAX_STEP))
 
     def solve(
         self,
@@ -154,38 +185,69 @@ class ODESolver:
         times: Tensor | Sequence[float],
         parameters: Sequence[Tensor] = (),
     ) -> Solution:
-        """Integrate ``dynamics`` from ``state`` at ``times[0]`` through all ``times``, which may decrease.
+        """Integrate `dynamics` from `state` at `times[0]` through all `times`.
 
-        Steps do not depend on the times in between, where an adaptive method interpolates; the last step ends at
-        the last time.
+        Times in between do not change the steps of an adaptive method, which interpolates. The last step ends at the
+        last time.
 
-        Dynamics may tell more about themselves: ``component_names``, one for each component, for error control and
-        messages ("state" and "log_density" are known, all others are path costs); ``observe(derivatives)``, named
-        0-d tensors that are kept for every accepted step; ``fresh()``, the same dynamics without the tensors that
-        they have kept from earlier evaluations, if they keep any.
+        Dynamics may have three more attributes:
+
+        - `component_names`: a name for each component, for error control and messages. "state" and "log_density" have
+          weights of their own; all others are path costs.
+        - `observe(derivatives)`: returns named 0-d tensors, which are kept for every accepted step.
+        - `fresh()`: returns the same dynamics without tensors that earlier evaluations have cached.
 
         Args:
-            dynamics: the right-hand side; a tuple of derivatives shaped like ``state``.
-            state: components, all of one dtype and device; the first is (B, *event), the others (*, B).
-            times: (T,), at least two, strictly monotonic.
-            parameters: with ``gradient="adjoint"`` or ``"checkpoint"``, every tensor beside the state that
-                ``dynamics`` depends on and that needs a gradient.
+            dynamics: the right-hand side; returns a tuple of derivatives shaped like `state`.
+            state: components of one dtype and device. The first is (B, *event), the others are (*, B).
+            times: (T,), at least two, strictly increasing or strictly decreasing.
+            parameters: all tensors besides the state that `dynamics` depends on and that need a gradient. Needed by
+                `gradient="adjoint"` and `"checkpoint"`.
 
         Raises:
-            SolverError: the step size underflows, ``max_steps`` is reached, or the state becomes non-finite.
-            ValueError: the times are no such sequence or require gradients, or ``max_step`` is less than the dtype
-                resolves.
+            SolverError: the step size underflows, `max_steps` is reached, or the state becomes non-finite.
+            InvalidValueError: the times are not such a sequence, or require gradients; or the dtype cannot resolve
+                `max_step`.
         """
-        task = Task(self, dynamics, state, times)
-        if state[0].numel() == 0:  # nobody moves
-            states = tuple(component.expand(len(task.seconds), *component.shape) for component in state)
-            return Solution(task.times, states, task.statistics)
+        state = checked_state(state)
+        needed = tuple(parameter for parameter in parameters if parameter.requires_grad)
+        task = self._task(dynamics, state, checked_times(times), len(needed))
+        at = torch.tensor(task.times, dtype=state[0].dtype, device=state[0].device)
+        if state[0].numel() == 0:  # an empty batch
+            states = tuple(component.expand(len(task.times), *component.shape) for component in state)
+            return Solution(at, states, task.statistics)
+        function = task.forward_function(state)
         if self.gradient == "backprop" or not torch.is_grad_enabled():
-            if self.method == "scipy_solver" and torch.is_grad_enabled():
+            if self.method == SCIPY and torch.is_grad_enabled():
                 raise InvalidValueError("scipy_solver cannot be differentiated through; set gradient='adjoint'")
-            states = task.integrate(state)
+            states = task.forward.integrate(function, state, task.times, task.forward_log())
+        elif self.gradient == "adjoint":
+            states = solve_with_adjoint(task, state, needed)
         else:
-            needed = tuple(parameter for parameter in parameters if parameter.requires_grad)
-            states = (solve_with_adjoint if self.gradient == "adjoint" else solve_with_checkpoints)(task, state, needed)
-        task.check(states, state)
-        return Solution(task.times, states, task.statistics)
+            states = solve_with_checkpoints(task, RUNGE_KUTTA[self.method], state, needed)
+        solution = Solution(at, states, task.statistics)
+        names = task.statistics.components
+        task.forward.check_finite(function, state, task.times, solution.end, names, "forward")
+        return solution
+
+    def _task(self, dynamics: Dynamics, state: State, times: tuple[float, ...], num_parameters: int) -> Task:
+        names, size = component_names(dynamics, state), batch_size_of(state)
+        weights = self.error_control.weights(dynamics, names)
+        norm = ErrorNorm(names, weights, self.rtol, self.atol, size, self.error_control.per_sample)
+        limits = StepLimits(
+            self.max_steps,
+            self.min_step,
+            float("inf") if self.max_step is None else self.max_step,
+            abs(times[-1] - times[0]) / 2,  # the error estimate of a single step over everything is unreliable
+        )
+        forward = Integrator(self.method, norm, limits, self.step_size, self.options)
+        counted = 0 if self.adjoint_seminorm else num_parameters
+        adjoint_norm = replace(
+            norm,
+            names=(*names, *(ADJOINT + name for name in names), *(PARAMETERS,) * counted),
+            weights=(*weights, *weights, *(1.0,) * counted),
+            rtol=self.rtol if self.adjoint_rtol is None else self.adjoint_rtol,
+            atol=self.atol if self.adjoint_atol is None else self.adjoint_atol,
+        )
+        backward = replace(forward, norm=adjoint_norm)
+        return Task(dynamics, times, forward, backward, SolverStatistics(names), Precision(state[0].device))

@@ -1,30 +1,33 @@
-"""From one time to another, step by step."""
+"""The steps of a Runge-Kutta method from one time to another."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from flows.errors import InvalidValueError
-from flows.solvers import errors as failure
+from flows.solvers import errors
 from flows.solvers.control import ErrorNorm
 from flows.solvers.problem import RightHandSide, State, all_finite
-from flows.solvers.runge_kutta import RungeKutta, Step, error_estimate, interpolate, take_step
+from flows.solvers.runge_kutta import Step, error_estimate, take_step
 from flows.solvers.statistics import Attempt
+from flows.solvers.tableaux import RungeKutta
 
-SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0  # of the step size: below what the error allows, and within these factors
-SHARED = 4  # the last steps of a solve, of equal size
-ROUNDING = 1e-6  # of times, relative to a step
+SAFETY = 0.9  # the next step is this factor shorter than its error estimate allows
+LEAST_GROWTH, MOST_GROWTH = 0.2, 10.0  # bounds of the next step size over the last one
+SHARED_STEPS = 4  # when this many steps reach the end, they share the rest equally
+TIME_ROUNDING = 1e-6  # relative to a step
+MAX_FIXED_STEPS = 1_000_000
 
 
 @dataclass
-class Log:
-    """Where the steps of one solve are written down."""
+class StepLog:
+    """Where the steps of one solve are recorded."""
 
     direction: str  # "forward" or "adjoint"
     names: tuple[str, ...]  # of the components
@@ -34,16 +37,27 @@ class Log:
     begin: Callable[[], None] | None = None  # called before each attempt
 
     def start(self) -> None:
+        """Announce an attempt."""
         if self.begin is not None:
             self.begin()
 
-    def step(self, attempt: Attempt, slope: State | None = None) -> None:
-        """``slope``: the derivatives at the start of the step, where they are known."""
+    def record(self, attempt: Attempt, slope: State | None = None) -> None:
+        """Record an attempt; `slope` has the derivatives at its start, if known."""
         self.attempts.append(attempt)
         if self.observe is not None and slope is not None and attempt.accepted:
             with torch.no_grad():
                 for name, value in self.observe(slope).items():
                     self.observed.setdefault(name, []).append((attempt.t, value))
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """Bounds of an adaptive solve."""
+
+    max_steps: int  # attempts
+    min_step: float  # a step of this size is accepted whatever its error
+    max_step: float
+    first_step: float  # bound of the first step
 
 
 def adaptive_steps(
@@ -53,22 +67,20 @@ def adaptive_steps(
     start: float,
     end: float,
     norm: ErrorNorm,
-    max_steps: int,
-    min_step: float,
-    max_step: float,
-    first_step: float,
-    log: Log,
+    limits: StepLimits,
+    log: StepLog,
 ) -> Iterator[Step]:
-    """The accepted steps from ``start`` to ``end``, where the last one ends; each is tried from the size before.
+    """The accepted steps from `start` to `end`.
 
-    With r the error over tolerance of :class:`ErrorNorm`, the next size is 0.9 r^(-1/order) times the last, within
-    [0.2, 10] times, and not above it after a rejection. Where up to four such steps would reach the end, they share
-    what remains, since shorter ones are refused less; a single one may use up the margin of 0.9. Sizes are from
-    ``min_step`` to ``max_step``, and the first at most ``first_step``.
+    Let r be the error over tolerance of an attempt, as `ErrorNorm` measures it, and p the order of the method. The next
+    attempt has 0.9 r^(−1/p) times the size of this one, within [0.2, 10] times. It is not shorter after an accepted
+    attempt, nor longer after a rejected one. When at most four steps would reach the end, they share the rest equally,
+    because shorter steps are rejected less often. A single last step may use up the margin of 0.9.
     [Hairer, Nørsett & Wanner 1993, II.4]
     """
     t, sign = start, math.copysign(1.0, end - start)
-    finest = 16 * torch.finfo(state[0].dtype).eps * max(abs(start), abs(end))  # stage times would fall together
+    max_step, min_step = limits.max_step, limits.min_step
+    finest = 16 * torch.finfo(state[0].dtype).eps * max(abs(start), abs(end))  # shorter: stages have equal times
     if max_step < finest:
         raise InvalidValueError(
             f"max_step must be at least {finest:.2g}, what {state[0].dtype} resolves, got {max_step:g}"
@@ -76,107 +88,105 @@ def adaptive_steps(
     slope = function(t, state)
     size, bad = _initial_size(method, function, state, slope, start, end, norm)
     if bad:
-        raise failure.not_finite(log.direction, t, sign * size, log.names, state, slope)
-    size = min(max(min(size, first_step), min_step, finest), max_step)
+        raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope)
+    size = min(max(min(size, limits.first_step), min_step, finest), max_step)
     last: Attempt | None = None
-    for _ in range(max_steps):
+    for _ in range(limits.max_steps):
         remaining = abs(end - t)
-        # One above min_step might be refused again and again; rounding is no step of its own
-        margin = 1 - ROUNDING / 2 if size <= min_step else SAFETY
-        if size >= margin * remaining and max_step * (1 + ROUNDING) >= remaining:
+        # A last step above min_step needs the margin, or it might be rejected again and again. Rounding of times must
+        # not leave a step of its own.
+        margin = 1 - TIME_ROUNDING / 2 if size <= min_step else SAFETY
+        if size >= margin * remaining and max_step * (1 + TIME_ROUNDING) >= remaining:
             target = end
         else:
-            if size * SHARED > remaining:
-                size = max(remaining / max(2, math.ceil(remaining / size - ROUNDING)), min_step, finest)
+            if size * SHARED_STEPS > remaining:
+                size = max(remaining / max(2, math.ceil(remaining / size - TIME_ROUNDING)), min_step, finest)
             target = t + sign * size
         size = abs(target - t)
         if size < min(finest, remaining):
-            if last is not None and math.isnan(last.error):
-                raise failure.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
-            raise failure.underflow(log.direction, norm.rtol, norm.atol, t, sign * size, last)
+            if last is not None and last.error is not None and math.isnan(last.error):
+                raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
+            raise errors.underflow(log.direction, norm.rtol, norm.atol, t, sign * size, last)
         log.start()
         step = take_step(method, function, t, target, state, slope)
         ratio, component, sample = norm.worst(error_estimate(method, step), state, step.end)
-        shortest = size <= min_step * (1 + ROUNDING)
+        shortest = size <= min_step * (1 + TIME_ROUNDING)
         accepted = ratio <= 1 or (shortest and math.isfinite(ratio))
         last = Attempt(t, target - t, accepted, ratio, component, sample)
-        log.step(last, slope)
+        log.record(last, slope)
         if shortest and not accepted:
-            raise failure.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
-        if last.accepted:
+            raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
+        if accepted:
+            assert step.next_slope is not None
             yield step
             if target == end:
                 return
             t, state, slope = target, step.end, step.next_slope
-        size = min(max(size * _factor(ratio, method.order), min_step), max_step)
-    raise failure.step_limit(log.direction, max_steps, t, sign * size, last, max_step)
+        size = min(max(size * _growth(ratio, method.order), min_step), max_step)
+    raise errors.step_limit(log.direction, limits.max_steps, t, sign * size, last, max_step)
 
 
 def fixed_steps(
-    method: RungeKutta, function: RightHandSide, state: State, times: Sequence[float], step_size: float, log: Log
+    method: RungeKutta, function: RightHandSide, state: State, times: Sequence[float], step_size: float, log: StepLog
 ) -> Iterator[Step]:
-    """Equal steps of at most ``step_size`` from each of ``times`` to the next."""
+    """Equal steps of at most `step_size` from each of `times` to the next."""
     for t0, t1 in itertools.pairwise(grid(times, step_size)):
         log.start()
         step = take_step(method, function, t0, t1, state)
-        log.step(Attempt(t0, t1 - t0), step.slopes[0])
+        log.record(Attempt(t0, t1 - t0), step.slopes[0])
         yield step
         state = step.end
 
 
 def grid(times: Sequence[float], step_size: float) -> list[float]:
-    """The times themselves, with equal steps of at most ``step_size`` between them."""
+    """The times themselves, with equal steps of at most `step_size` between them.
+
+    Raises:
+        InvalidValueError: these are more than a million steps.
+    """
+    total = sum(abs(end - start) / step_size for start, end in itertools.pairwise(times))
+    if total > MAX_FIXED_STEPS:
+        raise InvalidValueError(
+            f"step_size = {step_size:g} takes {total:.2g} steps from {times[0]:g} to {times[-1]:g}, and the most are "
+            f"{MAX_FIXED_STEPS:,}; set a larger step_size"
+        )
     points = [times[0]]
     for start, end in itertools.pairwise(times):
-        steps = max(1, math.ceil(abs(end - start) / step_size - 1e-3))  # forgive rounding of times
+        steps = max(1, math.ceil(abs(end - start) / step_size - 1e-3))  # tolerates rounding of the times
         points += [start + (end - start) * i / steps for i in range(1, steps)] + [end]
     return points
 
 
-def passed(step: Step, times: Sequence[float], position: int) -> int:
-    """How many of ``times``, from ``position`` on, lie in the step; its end counts, its start does not."""
+def times_in(step: Step, times: Sequence[float], position: int) -> Sequence[float]:
+    """The times from `position` on that lie in the step. The step's end counts, its start does not."""
     sign = math.copysign(1.0, step.t1 - step.t0)
     count = 0
     while position + count < len(times) and sign * (step.t1 - times[position + count]) >= 0:
         count += 1
-    return count
+    return times[position : position + count]
 
 
-def state_at(method: RungeKutta, step: Step, t: float) -> State:
-    """The state at a time within the step."""
-    return step.end if t == step.t1 else interpolate(method, step, t)
-
-
-def collect(method: RungeKutta, steps: Iterable[Step], state: State, times: Sequence[float]) -> State:
-    """The states at all ``times``, each component (T, *component)."""
-    states = [state]
-    for step in steps:
-        for t in times[len(states) : len(states) + passed(step, times, len(states))]:
-            states.append(state_at(method, step, t))
-    return tuple(torch.stack(component) for component in zip(*states, strict=True))
-
-
-def _factor(ratio: float, order: int) -> float:
-    """The next step over this one."""
+def _growth(ratio: float, order: int) -> float:
+    """The next step size over this one, given the error over tolerance."""
     if not ratio < math.inf:
-        return SHRINK
+        return LEAST_GROWTH
     if ratio == 0:
-        return GROW
-    return min(GROW, max(SAFETY * ratio ** (-1 / order), SHRINK if ratio > 1 else 1.0))
+        return MOST_GROWTH
+    return min(MOST_GROWTH, max(SAFETY * ratio ** (-1 / order), LEAST_GROWTH if ratio > 1 else 1.0))
 
 
 @torch.no_grad()
 def _initial_size(
     method: RungeKutta, function: RightHandSide, state: State, slope: State, start: float, end: float, norm: ErrorNorm
 ) -> tuple[float, bool]:
-    """A first step whose error should be within the tolerance, and whether anything was not finite.
+    """A first step size that should meet the tolerance, and whether anything was NaN or infinite.
 
-    One more evaluation. It says how fast the slope changes, see :func:`_first_step`.
+    Takes one evaluation, which shows how fast the slope changes; see `_first_step`.
     """
     span = abs(end - start)
     sizes, speeds = (norm(values, state, state)[0] for values in (state, slope))
-    largest, fastest = (max(values, key=_nan_is_most) for values in (sizes, speeds))
-    if not math.isfinite(largest) or not math.isfinite(fastest):  # bad values, or an overflow of their squares
+    largest, fastest = (max(values, key=_nan_as_largest) for values in (sizes, speeds))
+    if not math.isfinite(largest) or not math.isfinite(fastest):  # bad values, or their squares overflow
         return 1e-6 * span, not all_finite(*state, *slope)
     first = min(1e-6 if min(largest, fastest) < 1e-5 else 0.01 * largest / fastest, span)
     ahead = start + math.copysign(first, end - start)
@@ -189,21 +199,22 @@ def _initial_size(
 
 
 def _first_step(method: RungeKutta, speed: float, bend: float) -> float:
-    """The first step that a component allows whose slope has the norm s, over tolerance, and changes at the rate b.
+    """The first step size that one component allows.
 
-    If it changed exponentially, with the time τ = s / b, the error of a method of order p would be C s τ (h / τ)^p;
-    0.4 of the step at which this meets the tolerance is taken, and of τ at most, as most equations are less simple. The
-    classical choice, h^p max(s, b) = 0.01, is the least: it has no regard for τ, and is far too short for a component
-    that starts at zero, as a log-density does, since the s of that is large. A component that is at rest, or moves
-    evenly, sets no bound. [Hairer, Nørsett & Wanner 1993, II.4]
+    Its slope has the norm s (over tolerance) and changes at the rate b. If it changed exponentially, with the time
+    τ = s / b, the error estimate of a method of order p would be C s τ (h / τ)^p. Take 0.4 of the h at which this meets
+    the tolerance, and at most 0.4 τ, because most equations are less simple. But take at least the classical choice,
+    h^p max(s, b) = 0.01. That alone ignores τ and is far too short for a component that starts at zero, such as a
+    log-density, because its s is large. A component whose slope is constant sets no bound.
+    [Hairer, Nørsett & Wanner 1993, II.4]
     """
     if bend == 0:
         return math.inf
     classical = (0.01 / max(speed, bend)) ** (1 / method.order)
     time = speed / bend
-    error = method.error_constant * speed * time  # of h = τ
+    error = method.error_constant * speed * time  # at h = τ
     return max(classical, 0.4 * time * max(error, 1.0) ** (-1 / method.order))
 
 
-def _nan_is_most(value: float) -> float:
+def _nan_as_largest(value: float) -> float:
     return math.inf if math.isnan(value) else value

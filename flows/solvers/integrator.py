@@ -1,0 +1,103 @@
+"""Integration in one direction, forward or for the adjoint, with fixed settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flows.solvers import errors
+from flows.solvers.control import ErrorNorm
+from flows.solvers.multistep import integrate_by_torchdiffeq
+from flows.solvers.problem import RightHandSide, State, all_finite
+from flows.solvers.runge_kutta import Step, states_within
+from flows.solvers.stepping import StepLimits, StepLog, adaptive_steps, fixed_steps, times_in
+from flows.solvers.tableaux import RK4, RUNGE_KUTTA, RungeKutta
+
+
+@dataclass(frozen=True)
+class Integrator:
+    """Solves one ODE from time to time.
+
+    Args:
+        method: name of the method.
+        norm: how the error of a step is measured.
+        limits: bounds of adaptive steps.
+        step_size: of a fixed-step method.
+        options: of a method that torchdiffeq runs.
+    """
+
+    method: str
+    norm: ErrorNorm
+    limits: StepLimits
+    step_size: float | None
+    options: Mapping[str, Any]
+
+    @property
+    def tableau(self) -> RungeKutta | None:
+        """The coefficients of a Runge-Kutta method, `None` for a method that torchdiffeq runs."""
+        return RUNGE_KUTTA.get(self.method)
+
+    def integrate(
+        self, function: RightHandSide, state: State, times: Sequence[float], log: StepLog
+    ) -> State:  # each component (T, *component)
+        """The states at all times. Autograd records them where it is on."""
+        method = self.tableau
+        if method is None:
+            return integrate_by_torchdiffeq(
+                self.method, function, state, times, self.norm, self.step_size, self.limits, self.options, log
+            )
+        states = [state]
+        for step in self.steps(method, function, state, times, log):
+            states += states_within(method, step, times_in(step, times, len(states)))
+        return tuple(torch.stack(component) for component in zip(*states, strict=True))
+
+    def steps(
+        self, method: RungeKutta, function: RightHandSide, state: State, times: Sequence[float], log: StepLog
+    ) -> Iterator[Step]:
+        """The accepted steps of a Runge-Kutta method."""
+        if method.is_adaptive:
+            return adaptive_steps(method, function, state, times[0], times[-1], self.norm, self.limits, log)
+        assert self.step_size is not None
+        return fixed_steps(method, function, state, times, self.step_size, log)
+
+    def check_finite(
+        self,
+        function: RightHandSide,
+        start: State,
+        times: Sequence[float],
+        end: State,
+        names: tuple[str, ...],
+        direction: str,
+    ) -> None:
+        """Raise if the state at the end is not finite.
+
+        After fixed steps, the solve is repeated to find the first step with bad values. For a multistep method it is
+        repeated with rk4, whose answer is used if it blames the same component and sample.
+
+        Raises:
+            SolverError: the state holds NaN or infinite values.
+        """
+        if all_finite(*end):
+            return
+        span = times[-1] - times[0]
+        failed = errors.blow_up(
+            direction, self.method, times[-1], math.copysign(self.step_size or abs(span), span), names, end
+        )
+        if self.step_size is None:
+            raise failed
+        which = errors.first_bad(names, end)
+        with torch.no_grad():
+            for step in fixed_steps(
+                self.tableau or RK4, function, start, times, self.step_size, StepLog(direction, names, [])
+            ):
+                if all_finite(*step.end):
+                    continue
+                found = errors.first_bad(names, step.end)
+                if self.tableau is None and (which is None or found is None or found[:2] != which[:2]):
+                    break
+                raise errors.blow_up(direction, self.method, step.t0, step.t1 - step.t0, names, step.end)
+        raise failed
