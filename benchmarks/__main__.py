@@ -15,7 +15,7 @@ from benchmarks import (
     regularisation,
     training,
 )
-from flows.training.console import readable_errors
+from flows.cli.errors import readable_errors
 
 BENCHMARKS = (
     divergence,

@@ -120,7 +120,8 @@ def test_mistakes_get_one_paragraph(run, arguments, message):
 def test_help_names_the_choices_and_examples(run):
     code, out, _ = run("compare_estimators", "--help")
     assert code == 0
-    assert out.count("python scripts/compare_estimators.py") >= 3
+    assert out.count("flows compare") >= 3
+    assert "python scripts/compare_estimators.py" in out
     assert all(choice in out for choice in (*CHOICES, "8gaussians", "hollow"))
     assert "$" not in out
     assert torch.get_default_dtype() == torch.float32

@@ -11,14 +11,15 @@ from small_run import QUIET, small_gaussian
 
 import flows
 from flows import CNF, ODESolver, plots
+from flows.cli.sample import sampling_contexts
 from flows.datasets import Batch, ConditionalDensity, GaussianMean, MoonsByClass, one_hot
 from flows.evaluation import likelihood
 from flows.fields import MLP, Linear
 from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.objectives.contexts import same_context
 from flows.objectives.posterior import posterior_moments
+from flows.samples import chosen_context, comparable_points
 from flows.training import Stage, Trainer, load_flow
-from flows.training.conditioning import chosen_context, comparable_points, sampling_contexts
 from flows.training.runs import build_dataset, build_trainer, load_run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

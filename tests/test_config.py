@@ -2,22 +2,21 @@
 
 import itertools
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from small_run import QUIET
 
+from flows.cli.config import compose_node, config_folder
 from flows.datasets import Table
 from flows.training import check_trusted
 from flows.training.runs import _accepted, build_flow, build_trainer
 from flows.training.settings import SettingsError, instantiate
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = config_folder()
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 SHAPES = [(2,), (1, 4, 4), (4, 3)]  # vectors, small images, point sets
@@ -26,8 +25,7 @@ SHAPES = [(2,), (1, 4, 4), (4, 3)]  # vectors, small images, point sets
 def composed(tmp_path, *overrides):
     """The settings of a run, made tiny; on a Gaussian in the plane where an experiment does not say otherwise."""
     data = [] if any(override.startswith("experiment=") for override in overrides) else ["data=gaussian"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", overrides=[*data, f"output_dir={tmp_path / 'run'}", *overrides])
+    config = compose_node("train", [*data, f"output_dir={tmp_path / 'run'}", *overrides])
     for stage in config.objective.values():
         stage.steps, stage.batch_size, stage.warmup_steps = 2, 6, 0
     for part, tiny in ((config.data, 20), (config.field, 8), (config.field.get("field", {}), 8)):
@@ -151,8 +149,7 @@ def test_every_group_is_a_default_of_train():
 
 
 def test_the_default_run_goes_through_both_stages(tmp_path):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", overrides=["output_dir=x", "objective.flow_matching.steps=7"])
+    config = compose_node("train", ["output_dir=x", "objective.flow_matching.steps=7"])
     assert list(config.objective) == ["flow_matching", "maximum_likelihood"]
     assert config.objective.flow_matching.steps == 7
     assert config.data["_target_"] == "flows.datasets.EightGaussians"
@@ -161,8 +158,7 @@ def test_the_default_run_goes_through_both_stages(tmp_path):
 def test_data_sets_choose_a_transform_and_the_user_another(tmp_path):
     chosen = {}
     for overrides in (["data=moons"], ["data=digits"], ["transform=dequantise_variational", "data=digits"]):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("train", overrides=["output_dir=x", *overrides])
+        config = compose_node("train", ["output_dir=x", *overrides])
         chosen[" ".join(overrides)] = config.transform
     moons, digits, other = chosen.values()
     assert moons["_target_"] == "flows.transforms.Standardise"

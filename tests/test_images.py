@@ -7,12 +7,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
+from flows.cli.config import compose_node
 from flows.datasets import Digits, HubImages, Images, LabelledImages, PhotoPatches
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -323,8 +323,7 @@ def test_hub_names(monkeypatch, tmp_path):
 
     monkeypatch.setattr(datasets, "load_dataset", serve)
     for name, source in names.items():
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("train", overrides=[f"data={name}", "output_dir=x", "data.conditional=true"]).data
+        config = compose_node("train", [f"data={name}", "output_dir=x", "data.conditional=true"]).data
         dataset = instantiate(config)
         assert asked[-1] == source
         assert (dataset.name, dataset.num_levels, dataset.num_classes, dataset.num_test) == (name, 256, 10, 60)

@@ -10,7 +10,7 @@ from flows import plots
 from flows.datasets import Batch, Dataset
 from flows.fields import ConvNet
 from flows.plots.images import grid, is_image, shades, tiled
-from flows.training.sampling import save_samples
+from flows.samples import save_samples
 from flows.transforms import Standardise
 
 

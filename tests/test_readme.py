@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from flows.training.overrides import register_parts
+from flows.cli.config import compose_node
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,8 +21,6 @@ COMMANDS = [
     for line in block.splitlines()
     if re.match(r"python scripts/(train|evaluate|sample|compare_estimators)\.py", line)
 ]
-
-register_parts()
 
 
 @pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
@@ -42,9 +39,8 @@ def test_commands_compose(command):
     assert any(override.is_sweep_override() for override in parsed) == sweeping
     (jobs,) = BasicSweeper.split_arguments(parsed, None) if sweeping else [[overrides]]
     assert len(jobs) > 1 or not sweeping
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for job in jobs:
-            compose(Path(words[1]).stem, list(job))
+    for job in jobs:
+        compose_node(Path(words[1]).stem, list(job))
 
 
 def test_there_are_blocks_of_both_kinds():

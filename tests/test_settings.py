@@ -6,12 +6,12 @@ from typing import Any, Literal, SupportsFloat
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from small_run import Memory, small_trainer
 from test_config import CONF
 from test_scripts import TINY
 
+from flows.cli.config import compose
 from flows.fields import MLP
 from flows.training.fabric import Fabric
 from flows.training.loggers import Logger
@@ -24,13 +24,11 @@ from flows.training.settings import (
     check_type,
     instantiate,
     parameter_names,
-    plain_settings,
 )
 
 
 def settings(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return plain_settings(compose("train", overrides=overrides))
+    return compose("train", overrides)
 
 
 @pytest.mark.parametrize(

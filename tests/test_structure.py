@@ -27,9 +27,10 @@ ALLOWED = {
     "objectives": ABOVE,
     "evaluation": ABOVE,
     "plots": ABOVE | {"evaluation"},
+    "samples": ABOVE,
     "training": ABOVE | {"evaluation", "objectives", "plots"},
     "compare": ABOVE | {"evaluation", "plots"},
-    "cli": ABOVE | {"compare", "evaluation", "objectives", "plots", "training"},
+    "cli": ABOVE | {"compare", "evaluation", "objectives", "plots", "samples", "training"},
     "__init__": MODELS,
 }
 

@@ -1,19 +1,13 @@
-"""Whether flow, data and objectives suit each other, and which contexts to sample under."""
+"""Whether flow, data and objectives suit each other."""
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
-from flows.datasets import Dataset, one_hot
+from flows.datasets import Dataset
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
-from flows.training.runs import LoadedRun, build_dataset
 from flows.training.stage import Stage
 
 
@@ -62,89 +56,3 @@ def check_samples(dataset: Dataset, stages: Mapping[str, Stage]) -> None:
                 f"{dataset.name!r} is an energy without samples, which the stage {name} would train on; choose "
                 "objective=reverse_kl"
             )
-
-
-def guidance_caveat(config: Mapping[str, Any]) -> str | None:
-    """What to tell who samples with guidance from a run with these settings; ``None``: nothing."""
-    stages = config.get("objective", {})
-    if any(stage.get("objective", {}).get("context_dropout") for stage in stages.values()):
-        return None
-    return (
-        "no stage of this run left out contexts, so the field without one, which guidance leads away from, has not "
-        "been trained; train with objective.flow_matching.objective.context_dropout=0.1"
-    )
-
-
-def chosen_context(
-    context_shape: Sequence[int] | None,
-    num_classes: int | None,
-    label: int | None = None,
-    values: float | Sequence[float] | None = None,
-) -> Tensor | None:  # (*context), or None where neither is given
-    """The context that a user asks for, by the number of a class or value by value.
-
-    Raises:
-        ValueError: the flow has no contexts, or the choice does not fit them.
-    """
-    if label is None and values is None:
-        return None
-    if context_shape is None:
-        raise InvalidValueError("the flow is unconditional and takes neither a class nor a context")
-    if label is not None and values is not None:
-        raise InvalidValueError("give a class or a context, not both")
-    if label is not None:
-        if num_classes is None:
-            raise InvalidValueError(
-                f"the contexts of this flow are no classes but {tuple(context_shape)} numbers; give a context instead"
-            )
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
-            raise InvalidValueError(f"class must be a whole number from 0 to {num_classes - 1}, got {label!r}")
-        return one_hot(torch.tensor(label), num_classes)
-    try:
-        context = torch.tensor(values, dtype=torch.get_default_dtype())
-    except (TypeError, ValueError) as error:
-        raise InvalidValueError(f"context must be a list of numbers, got {values!r}") from error
-    if context.numel() != math.prod(context_shape):
-        raise InvalidValueError(f"context must have {math.prod(context_shape)} numbers, got {context.numel()}")
-    return context.reshape(tuple(context_shape))
-
-
-def sampling_contexts(
-    run: LoadedRun,
-    dataset: Callable[[], Dataset],  # where contexts come from that are not chosen; asked only then
-    num_samples: int,
-    label: int | None = None,
-    values: float | Sequence[float] | None = None,
-) -> Tensor | None:  # (num_samples, *context)
-    """The context of each sample of a trained flow: the chosen one, else those of the data."""
-    chosen = chosen_context(run.context_shape, run.num_classes, label, values)
-    if chosen is not None:
-        return chosen.expand(num_samples, *chosen.shape)
-    return None if run.context_shape is None else dataset().contexts(num_samples)
-
-
-def readable_dataset(config: Mapping[str, Any], chosen: bool = False) -> tuple[Dataset | None, str]:
-    """The data to compare samples with; where they have moved or have no points None, and why.
-
-    Data that were ``chosen`` for this have no excuse.
-    """
-    try:
-        dataset = build_dataset(config)
-    except (ValueError, OSError) as error:
-        if chosen:
-            raise
-        return None, f"the data cannot be read ({error})"
-    return (dataset, "") if dataset.has_samples else (None, f"{dataset.name} has no samples")
-
-
-def comparable_points(dataset: Dataset, context: Tensor | None) -> Tensor:  # (n, *event)
-    """Points of the data to show beside samples under ``context`` (m, *context).
-
-    Those of the same context where all samples share one and the data has it, else all of them.
-    """
-    if context is not None and bool((context == context[0]).all()):
-        batch = next(iter(dataset.validation_batches(dataset.num_validation)))
-        same = (batch.context == context[0].to(batch.context)).flatten(1).all(1)
-        if same.any():
-            return batch.x[same]
-    return dataset.reference()

@@ -154,32 +154,6 @@ def no_setting(key: str, part: str, valid: Sequence[str], elsewhere: Sequence[st
     return f"there is no setting {_join(part, key)}{suggestion}; {part or 'the top level'} {has}"
 
 
-OWN = {  # settings of the programs that belong to no part
-    "seed": int,
-    "output_dir": str | None,
-    "output": str | None,
-    "device": str | None,
-    "dtype": str | None,
-    "trust": Sequence[str],
-    "part": str,
-    "batch_size": int,
-    "solver_error_points": int,
-    "plot": bool,
-    "progress_bar": bool,
-}
-
-
-def plain_settings(config: Any) -> dict[str, Any]:
-    """What Hydra composed, as plain values; those of the program itself have the type that `OWN` says."""
-    from omegaconf import OmegaConf
-
-    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    for name, kind in OWN.items():
-        if name in plain:
-            check_type(name, plain[name], kind)
-    return plain
-
-
 @dataclass(frozen=True)
 class _Target:
     """A class or function to call, and what is known of its parameters."""

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from flows import plots
 from flows.training.folder import RUNS, new_folder
 from flows.training.summary import flat
 
-COLUMNS = (  # of the table: title, figure, its standard error, form
+COLUMNS = (  # of the table: title, figure, its standard error, format
     ("NLL", "test_nll", "test_nll_se", ".4f"),
     ("free energy", "importance_weights.free_energy", "importance_weights.free_energy_se", ".4f"),
     ("ESS", "importance_weights.effective_sample_size", None, ".3f"),
@@ -25,62 +31,78 @@ COLUMNS = (  # of the table: title, figure, its standard error, form
     ("steps", "steps", None, ","),
     ("seconds", "seconds", None, ".0f"),
 )
-LONGEST = 100  # characters; folders have a limit, and names a reader
+MAX_NAME_LENGTH = 100  # of a job, which is also the name of a folder
 
-_folders: dict[str | None, Path] = {}  # of the sweep that runs in this process, by what was given for it
+# The processes in which a launcher runs jobs inherit these variables.
+SWEPT, NEW_FOLDER = "FLOWS_SWEPT", "FLOWS_SWEEP_FOLDER"  # the keys that are swept over; the folder if none is given
+
+_folders: dict[str | None, Path] = {}  # of the sweep in this process, by the folder that was given for it
 
 
-def job_name(overrides: Sequence[str], arguments: Sequence[str], number: int) -> str:
-    """What sets a job apart: ``divergence-exact_seed-1`` for the overrides that the command line sweeps over.
+def swept_keys(arguments: Sequence[str]) -> list[str]:
+    """The settings that a command line sweeps over."""
+    given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    return [str(o.key_or_group) for o in OverridesParser.create().parse_overrides(given) if o.is_sweep_override()]
+
+
+def job_name(overrides: Sequence[str], swept: Sequence[str], number: int) -> str:
+    """The name of a job by what sets it apart: `divergence-exact_seed-1`.
 
     Args:
-        overrides: of the job, each ``key=value``.
-        arguments: the command line of the sweep.
-        number: of the job, which names it where the values do not tell, or would make the name too long.
+        overrides: of the job, each `key=value`.
+        swept: the keys that the sweep varies.
+        number: of the job; part of the name if the values give none, or one that is too long.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(given) if o.is_sweep_override()}
     pairs = [override.lstrip("+").partition("=") for override in overrides]
     name = "_".join(f"{key}-{value}" for key, _, value in pairs if key in swept)
     name = re.sub(r"[^\w.,\[\]+-]+", "-", name)
-    return name if 0 < len(name) <= LONGEST else "_".join(filter(None, [str(number), name[:LONGEST]]))
+    return name if 0 < len(name) <= MAX_NAME_LENGTH else "_".join(filter(None, [str(number), name[:MAX_NAME_LENGTH]]))
 
 
 def current_job() -> str | None:
-    """The name of the job of a sweep that is running; ``None`` outside a sweep."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
+    """The name of the running job; `None` outside a sweep."""
     settings = HydraConfig.get()
     if settings.mode != RunMode.MULTIRUN:
         return None
-    _folders.setdefault(settings.sweep.dir, Path(settings.sweep.dir))  # where hydra.sweep.dir itself was given
-    return job_name(settings.overrides.task, sys.argv[1:], settings.job.num)
+    _folders.setdefault(settings.sweep.dir, Path(settings.sweep.dir))  # if hydra.sweep.dir itself was given
+    return job_name(settings.overrides.task, os.environ.get(SWEPT, "").split(), settings.job.num)
+
+
+def sweep_folder(given: str | None) -> str:
+    """The folder of the sweep: the given one, or a new one."""
+    if given not in _folders:
+        if given is None:
+            if NEW_FOLDER not in os.environ:
+                os.environ[NEW_FOLDER] = str(new_folder(RUNS / "sweeps"))
+            _folders[given] = Path(os.environ[NEW_FOLDER])
+        else:
+            _folders[given] = Path(given)
+    return str(_folders[given])
+
+
+OmegaConf.register_new_resolver("job_name", current_job, replace=True)
+OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
 
 
 @contextlib.contextmanager
-def sweeping() -> Iterator[None]:
-    """Around a program that may turn out to be a sweep: makes its folder, and sums up its runs at the end.
+def sweeping(arguments: Sequence[str]) -> Iterator[None]:
+    """Sum up the runs at the end if the program with these arguments is a sweep.
 
-    Settings may use ``${job_name:}`` and ``${sweep_folder:...}``: the name of the current job, and the folder of the
-    sweep, which is the one given, or a new one for null. When a sweep ends, however it ends, a table of the runs is
-    printed, and written as ``sweep.csv`` into its folder, with their densities or samples on one sheet, ``sweep.png``.
+    Settings may refer to `${job_name:}` and `${sweep_folder:...}`. When a sweep ends, also by an error, a table of the
+    runs is printed and written into its folder as `sweep.csv`, with their densities or samples on one sheet,
+    `sweep.png`.
     """
-    from omegaconf import OmegaConf
-
-    def folder(given: str | None) -> str:
-        if given not in _folders:
-            _folders[given] = new_folder(RUNS / "sweeps") if given is None else Path(given)
-        return str(_folders[given])
-
     _folders.clear()
-    OmegaConf.register_new_resolver("job_name", current_job, replace=True)
-    OmegaConf.register_new_resolver("sweep_folder", folder, replace=True)
+    before = {name: os.environ.pop(name, None) for name in (SWEPT, NEW_FOLDER)}
+    with contextlib.suppress(HydraException):  # reported when Hydra parses them
+        os.environ[SWEPT] = " ".join(swept_keys(arguments))
     try:
         yield
     finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
         for path in dict.fromkeys(_folders.values()):
             if results := sweep_results(path):
                 _write_csv(path / "sweep.csv", results)
@@ -90,12 +112,12 @@ def sweeping() -> Iterator[None]:
 
 
 def sweep_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """What ``summary.json`` holds for each finished run in the folder of a sweep, flat, by the name of its job."""
+    """The content of `summary.json` of each finished run, with dotted names, by the name of the job."""
     return {path.parent.name: flat(json.loads(path.read_text())) for path in sorted(folder.glob("*/summary.json"))}
 
 
 def sweep_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each run, with the columns that at least one of them has."""
+    """A line for each run; columns that no run has are left out."""
     columns = {
         title: [_cell(result, name, error, form) for result in results.values()] for title, name, error, form in COLUMNS
     }
@@ -109,7 +131,7 @@ def sweep_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _cell(result: Mapping[str, Any], name: str, error: str | None = None, form: str = ".4f") -> str:
-    """A figure with its standard error, as far as they are known."""
+    """A figure with its standard error, if they are known."""
     value, spread = result.get(name), result.get(error) if error else None
     if value is None:
         return ""
@@ -117,7 +139,7 @@ def _cell(result: Mapping[str, Any], name: str, error: str | None = None, form: 
 
 
 def _draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Put the densities, or else the samples, of the runs on one sheet; whether there are any."""
+    """Put the densities of the runs, or else their samples, on one sheet. Returns whether there are any."""
     for name in ("density", "samples"):
         pictures = {run: path.parent / run / "plots" / f"{name}.png" for run in results}
         if all(picture.exists() for picture in pictures.values()):

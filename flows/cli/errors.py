@@ -1,0 +1,144 @@
+"""What a person at the terminal reads: one paragraph for a mistake, a traceback for a bug."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from flows.cli.config import compose_node, config_folder, plain
+from flows.errors import FlowsError
+from flows.training.settings import no_setting
+from flows.training.stopping import TrainingInterrupted
+from flows.training.summary import flat
+
+MISTAKE, FAILURE = 2, 1  # exit codes: settings or files are wrong; the computation failed
+
+
+class JobFailedError(Exception):
+    """A job of a sweep failed and has reported why."""
+
+    def __init__(self, job: str, code: int) -> None:
+        super().__init__(f"the job {job} of the sweep failed")
+        self.code = code
+
+
+@contextlib.contextmanager
+def readable_errors(
+    program: str | None = None, arguments: Sequence[str] = (), job: str | None = None
+) -> Iterator[None]:
+    """End the program with a readable paragraph for every error that the user can mend.
+
+    These are the errors of Hydra and each `FlowsError`. Anything else is a bug and keeps its traceback. Exit codes: 2
+    for wrong settings or files, 1 for a computation that failed, 128 + number of the signal for an interruption.
+
+    Args:
+        program: the name of its main yaml; an unknown setting is then answered with the valid ones.
+        arguments: the command line.
+        job: the name of a job of a sweep. Its failure is reported, and the sweep goes on; the exit code of the program
+            is that of the first failed job.
+    """
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report
+    try:
+        yield
+    except TrainingInterrupted as stop:
+        _report(f"\nStopped after step {stop.step}; everything is saved. Resume with\n\n    {resume_command(stop)}\n")
+        sys.exit(128 + stop.signal_number)
+    except KeyboardInterrupt:
+        _report("\nInterrupted.")
+        sys.exit(128 + signal.SIGINT)
+    except JobFailedError as failure:
+        _report("\nNot all jobs of the sweep succeeded; see their errors above.")
+        sys.exit(failure.code)
+    except Exception as error:
+        message, code = explain(error, program, arguments)
+        if job is not None:
+            _report(f"\nError in {job}: {message or traceback.format_exc()}")
+            raise JobFailedError(job, code) from None
+        if message is None:
+            raise
+        _report(f"\nError: {message}")
+        sys.exit(code)
+    finally:
+        if before is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def explain(error: BaseException, program: str | None = None, arguments: Sequence[str] = ()) -> tuple[str | None, int]:
+    """The message for a mistake with its exit code; no message for a bug."""
+    if isinstance(error, ConfigCompositionException) and isinstance(
+        error.__cause__, (ConfigKeyError, ConfigAttributeError)
+    ):
+        return _unknown_setting(str(error.__cause__.full_key), program, arguments), MISTAKE
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}=... must be given, it has no default", MISTAKE
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        text = str(error).partition("\nConfig search path")[0].strip()
+        return text.replace("\n\n", "; ").replace(":\n\t", ": ").replace("\n\t", ", "), MISTAKE  # lists in one line
+    if isinstance(error, FlowsError):
+        return str(error), MISTAKE if isinstance(error, (ValueError, TypeError, OSError)) else FAILURE
+    return None, FAILURE
+
+
+def quoted_override(key: str, value: object) -> str:
+    """`key=value` as one argument for a shell and Hydra, quoted where either needs it."""
+    text = str(value)
+    if not re.fullmatch(r"[A-Za-z0-9/_.:+%-]+", text):
+        escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+        return shlex.quote(f"{key}='{escaped}'")
+    return f"{key}={text}"
+
+
+def resume_command(stop: TrainingInterrupted) -> str:
+    """The command that continues an interrupted run."""
+    resume = quoted_override("resume", stop.checkpoint.parents[1])
+    trust = [shlex.quote(f"trust=[{','.join(stop.packages)}]")] if stop.packages else []
+    script = Path(sys.argv[0])
+    start = ["python", shlex.quote(sys.argv[0])] if script.suffix == ".py" else [shlex.quote(script.name), "train"]
+    return " ".join([*start, resume, *trust])
+
+
+def _unknown_setting(full_key: str, program: str | None, arguments: Sequence[str]) -> str:
+    """Name the setting that does not exist, and those that do: beside it, or of that name elsewhere."""
+    parent, _, key = full_key.rpartition(".")
+    config = None if program is None else _composed_without(full_key, program, arguments)
+    node = OmegaConf.select(config, parent) if config is not None and parent else config
+    valid = [str(name) for name in node if not str(name).startswith("_")] if isinstance(node, DictConfig) else []
+    if config is None or not valid:
+        return f"there is no setting {full_key}"
+    if not parent:
+        valid += [name for name in _groups_without_default(str(program)) if name not in valid]
+    elsewhere = [path for path in flat(plain(config)) if path.endswith(f".{key}")]
+    return no_setting(key, parent, valid, elsewhere)
+
+
+def _composed_without(key: str, program: str, arguments: Sequence[str]) -> DictConfig | None:
+    """The settings from the other overrides; `None` if something else is wrong too."""
+    kept = [a for a in arguments if "=" in a and not a.startswith("-") and a.partition("=")[0] != key]
+    try:
+        return compose_node(program, kept)
+    except (HydraException, OmegaConfBaseException):
+        return None
+
+
+def _groups_without_default(program: str) -> list[str]:
+    """The groups of which nothing is chosen by default, such as experiment."""
+    defaults = plain(OmegaConf.load(config_folder() / f"{program}.yaml"))["defaults"]
+    return [name for entry in defaults if isinstance(entry, dict) for name in entry if entry[name] is None]
+
+
+def _report(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,43 @@
+"""The command `flows`: `flows train data=moons`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+PROGRAMS = {
+    "train": "train a model, test it, and leave everything in one folder",
+    "evaluate": "test a trained flow, with error bars",
+    "sample": "draw from a trained flow into a file",
+    "compare": "compare the divergence estimators on a flow",
+}
+USAGE = "\n".join(
+    [
+        "Neural ODEs and continuous normalizing flows.",
+        "",
+        "usage: flows PROGRAM [setting=value ...]",
+        "",
+        *(f"    flows {name:<10}{text}" for name, text in PROGRAMS.items()),
+        "",
+        "    flows PROGRAM --help    choices, settings and examples",
+        "    flows --version",
+    ]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one of the programs; `arguments` are those of the command line by default."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = arguments[0] if arguments else "--help"
+    if first in PROGRAMS:
+        importlib.import_module(f"flows.cli.{first}").main(arguments[1:])
+    elif first in ("--help", "-h"):
+        print(USAGE)
+    elif first in ("--version", "-V"):
+        import flows
+
+        print(f"flows {flows.__version__}")
+    else:
+        print(f"Error: there is no program {first!r}; flows has {', '.join(PROGRAMS)}\n\n{USAGE}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,103 @@
+"""`flows sample`: draw from a trained flow into a file, with a plot beside it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from flows import plots
+from flows.cli.config import plain_settings, run_with_hydra, with_changes
+from flows.cli.errors import readable_errors
+from flows.datasets import Dataset
+from flows.samples import chosen_context, comparable_points, draw_samples, samples_file, save_samples
+from flows.training.checkpoint import run_folder
+from flows.training.runs import LoadedRun, build_dataset, load_run, place
+from flows.training.settings import instantiate
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; `arguments` are those of the command line by default."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with readable_errors("sample", arguments):
+        run_with_hydra(sample, "sample", arguments)
+
+
+def sample(composed: DictConfig) -> None:
+    """Sample with the composed settings."""
+    with readable_errors():
+        settings = plain_settings(composed)
+        output = None if settings["output"] is None else samples_file(settings["output"])
+        run = load_run(settings["checkpoint"], settings["trust"])
+        config = with_changes(run.config, {part: settings.get(part) for part in ("data", "solver")})
+        run.flow.solver = instantiate(config["solver"], "solver")
+        flow = place(run.flow, settings["device"])
+        if settings["guidance"] is not None:
+            flow = flow.guided(settings["guidance"])
+            if caveat := guidance_caveat(run.config):
+                print(f"Caution: {caveat}")
+        generator = torch.Generator().manual_seed(settings["seed"])
+        output = output or run_folder(run.checkpoint) / "samples" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.npy"
+        dataset, unknown = None, ""
+        if settings["plot"] or output.suffix == ".csv" or settings.get("data"):
+            dataset, unknown = readable_dataset(config, chosen=bool(settings.get("data")))
+        context = sampling_contexts(
+            run,
+            lambda: build_dataset(config) if dataset is None else dataset,
+            settings["num_samples"],
+            settings["class"],
+            settings["context"],
+        )
+        samples = draw_samples(flow, settings["num_samples"], settings["batch_size"], generator, context)
+        columns = getattr(dataset, "columns", None)
+        save_samples(output, samples, columns, flow.transform.num_levels)
+        print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}")
+        if settings["plot"]:
+            picture = output.with_suffix(".png")
+            points = None if dataset is None else comparable_points(dataset, context)
+            plots.save_samples(picture, samples, points, columns)
+            print(f"picture in {picture}" + (f", of the samples alone: {unknown}" if unknown else ""))
+
+
+def guidance_caveat(config: Mapping[str, Any]) -> str | None:
+    """A warning if the run was trained without context dropout, which guidance needs."""
+    stages = config.get("objective", {})
+    if any(stage.get("objective", {}).get("context_dropout") for stage in stages.values()):
+        return None
+    return (
+        "no stage of this run left out contexts, so the field without one, which guidance leads away from, has not "
+        "been trained; train with objective.flow_matching.objective.context_dropout=0.1"
+    )
+
+
+def sampling_contexts(
+    run: LoadedRun,
+    dataset: Callable[[], Dataset],  # called only if the contexts come from the data
+    num_samples: int,
+    label: int | None = None,
+    values: float | Sequence[float] | None = None,
+) -> Tensor | None:  # (num_samples, *context)
+    """The context of each sample: the chosen one for all, or else contexts of the data."""
+    chosen = chosen_context(run.context_shape, run.num_classes, label, values)
+    if chosen is not None:
+        return chosen.expand(num_samples, *chosen.shape)
+    return None if run.context_shape is None else dataset().contexts(num_samples)
+
+
+def readable_dataset(config: Mapping[str, Any], chosen: bool = False) -> tuple[Dataset | None, str]:
+    """The data to compare samples with, or `None` and the reason why they cannot be read.
+
+    If the user has `chosen` them, errors are raised.
+    """
+    try:
+        dataset = build_dataset(config)
+    except (ValueError, OSError) as error:
+        if chosen:
+            raise
+        return None, f"the data cannot be read ({error})"
+    return (dataset, "") if dataset.has_samples else (None, f"{dataset.name} has no samples")

@@ -1,0 +1,136 @@
+"""Many samples of a trained flow: under which contexts, in batches, and into a file."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flows.datasets import Dataset, one_hot
+from flows.errors import FileError, InvalidValueError
+from flows.models.cnf import CNF
+
+ENDINGS = (".npy", ".csv")
+
+
+def draw_samples(
+    flow: CNF,
+    num_samples: int,
+    batch_size: int = 10_000,
+    generator: torch.Generator | None = None,
+    context: Tensor | None = None,  # (n, *context), one for each sample
+) -> Tensor:  # (n, *event), on the CPU
+    """Sample in batches, one solve each.
+
+    Raises:
+        InvalidValueError: a number is less than one.
+    """
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    with torch.no_grad():
+        parts, like = [], next(flow.parameters())
+        for start in range(0, num_samples, batch_size):
+            size = min(batch_size, num_samples - start)
+            if context is None:
+                parts.append(flow.sample((size,), generator=generator))
+            else:
+                parts.append(flow.sample((), context[start : start + size].to(like), generator))
+        return torch.cat([part.cpu() for part in parts])
+
+
+def samples_file(path: str | os.PathLike[str]) -> Path:
+    """Check that `save_samples` can write this file; worth knowing before the samples are drawn.
+
+    Raises:
+        InvalidValueError: the ending is neither .npy nor .csv.
+    """
+    path = Path(path)
+    if path.suffix not in ENDINGS:
+        raise InvalidValueError(f"output must end in {' or '.join(ENDINGS)}, got {str(path)!r}")
+    return path
+
+
+def save_samples(
+    path: str | os.PathLike[str],
+    samples: Tensor,  # (n, *event)
+    names: Sequence[str] | None = None,  # of the columns of a .csv; x0, x1, ... by default
+    num_levels: int | None = None,  # of discrete samples
+) -> Path:
+    """Write samples as .npy in their full shape, or as .csv with a header and one flattened sample a row.
+
+    An .npy file holds discrete samples in the smallest unsigned type that has all levels.
+
+    Raises:
+        InvalidValueError: the ending is neither .npy nor .csv.
+        FileError: the file cannot be written.
+    """
+    path = samples_file(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npy":
+            kind = samples.numpy().dtype if num_levels is None else np.min_scalar_type(num_levels - 1)
+            np.save(path, samples.numpy().astype(kind))
+        else:
+            rows = samples.flatten(1).numpy()
+            with path.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(
+                    [f"x{i}" for i in range(rows.shape[1])] if names is None else names
+                )
+                np.savetxt(file, rows, delimiter=",", fmt="%.17g" if rows.dtype == np.float64 else "%.9g")
+    except OSError as error:
+        raise FileError(f"{path} cannot be written ({error.strerror}); choose another output") from error
+    return path
+
+
+def chosen_context(
+    context_shape: Sequence[int] | None,
+    num_classes: int | None,
+    label: int | None = None,
+    values: float | Sequence[float] | None = None,
+) -> Tensor | None:  # (*context), or None if neither is given
+    """The context given by the number of a class or by its values.
+
+    Raises:
+        InvalidValueError: the flow has no contexts, or the choice does not fit them.
+    """
+    if label is None and values is None:
+        return None
+    if context_shape is None:
+        raise InvalidValueError("the flow is unconditional and takes neither a class nor a context")
+    if label is not None and values is not None:
+        raise InvalidValueError("give a class or a context, not both")
+    if label is not None:
+        if num_classes is None:
+            raise InvalidValueError(
+                f"the contexts of this flow are no classes but {tuple(context_shape)} numbers; give a context instead"
+            )
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
+            raise InvalidValueError(f"class must be a whole number from 0 to {num_classes - 1}, got {label!r}")
+        return one_hot(torch.tensor(label), num_classes)
+    try:
+        context = torch.tensor(values, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidValueError(f"context must be a list of numbers, got {values!r}") from error
+    if context.numel() != math.prod(context_shape):
+        raise InvalidValueError(f"context must have {math.prod(context_shape)} numbers, got {context.numel()}")
+    return context.reshape(tuple(context_shape))
+
+
+def comparable_points(dataset: Dataset, context: Tensor | None) -> Tensor:  # (n, *event)
+    """Points of the data to show beside samples under `context` (m, *context).
+
+    If all samples share a context that the data has, these are the points with that context; otherwise all points.
+    """
+    if context is not None and bool((context == context[0]).all()):
+        batch = next(iter(dataset.validation_batches(dataset.num_validation)))
+        same = (batch.context == context[0].to(batch.context)).flatten(1).all(1)
+        if same.any():
+            return batch.x[same]
+    return dataset.reference()
