@@ -15,7 +15,7 @@ from benchmarks import (
     regularisation,
     training,
 )
-from flows.cli.errors import readable_errors
+from flows.errors import FlowsError
 
 BENCHMARKS = (
     divergence,
@@ -36,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for benchmark in BENCHMARKS:
         benchmark.add_command(commands)
     parsed = parser.parse_args(arguments)
-    with readable_errors():
+    try:
         parsed.run(parsed)
+    except FlowsError as error:
+        parser.exit(2, f"Error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from flows.bases.normal import StandardNormal
+from flows.errors import FlowsError
 from flows.models.results import LogProbEstimate
 from flows.solvers import SolverStatistics
 from flows.transforms import Transform, Whiten
+
+
+class MissingPackageError(FlowsError, ModuleNotFoundError):
+    """A package that a baseline needs is not installed."""
 
 
 class TransformedDensity(nn.Module):
@@ -108,7 +113,7 @@ class Spline(TransformedDensity):
     """zuko's neural spline flow, untrained. [Durkan et al. 2019, arXiv:1906.04032]
 
     Raises:
-        ModuleNotFoundError: zuko is not installed.
+        MissingPackageError: zuko is not installed.
     """
 
     def __init__(
@@ -128,11 +133,11 @@ class Spline(TransformedDensity):
 
 
 def spline_flow() -> Callable[..., nn.Module]:
-    """zuko's class of neural spline flows; raises `ModuleNotFoundError` with advice if zuko is missing."""
+    """zuko's class of neural spline flows; raises `MissingPackageError` if zuko is missing."""
     try:
         from zuko.flows import NSF
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             "the neural spline flow needs zuko, which is not installed: pip install -e '.[bench]'; for images, "
             "--baselines mixture gaussian does without it"
         ) from error
