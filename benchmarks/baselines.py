@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from flows.bases.normal import StandardNormal
+from flows.bases import Normal
 from flows.datasets import Batch
 from flows.fields import Field
 from flows.models.cnf import CNF
 from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.solvers import ODESolver
-from flows.training.compiled import compiled
+from flows.training.compile import compiled
 
 
 class LikelihoodMethod(ABC):
@@ -35,7 +35,7 @@ class LikelihoodMethod(ABC):
     def __init__(self, field: Field, tolerance: float = 1e-5) -> None:
         self.field = field
         self.tolerance = tolerance
-        self.base = StandardNormal(field.event_shape)
+        self.base = Normal(field.event_shape)
         self.evaluations = 0  # of the field since the last call, its backward pass included
 
         def count(*_: object) -> None:  # a bound method would make copies of the field copy this object too

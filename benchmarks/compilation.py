@@ -18,7 +18,7 @@ from flows.fields import MLP, ConcatSquashMLP
 from flows.models.cnf import CNF
 from flows.objectives import FlowMatching, MaximumLikelihood, Objective
 from flows.solvers import ODESolver
-from flows.training.compiled import compiled
+from flows.training.compile import compiled
 
 SOLVER = ODESolver(rtol=1e-5, atol=1e-5)
 CASES: dict[str, Callable[[], tuple[CNF, Objective]]] = {

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flows.bases.normal import StandardNormal
+from flows.bases import Normal
 from flows.errors import FlowsError
 from flows.models.results import LogProbEstimate
 from flows.solvers import SolverStatistics
@@ -30,7 +30,7 @@ class TransformedDensity(nn.Module):
         super().__init__()
         self.transform = transform
         self.event_shape = event_shape
-        self.base = StandardNormal(event_shape)  # states the device and dtype
+        self.base = Normal(event_shape)  # states the device and dtype
 
     @abstractmethod
     def log_density(self, y: Tensor) -> Tensor:

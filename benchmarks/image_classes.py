@@ -44,7 +44,7 @@ def classify_samples(flow: CNF, dataset: Dataset, num_each: int, seed: int = 0) 
     real = torch.from_numpy(classifier.predict(test.x.flatten(1).numpy())) == test.context.argmax(1)
     wanted = torch.arange(dataset.num_classes).repeat_interleave(num_each)
     with torch.no_grad():
-        samples = flow.sample((), one_hot(wanted, dataset.num_classes).to(flow.base.zero), generator).cpu()
+        samples = flow.sample((), one_hot(wanted, dataset.num_classes).to(flow.device, flow.dtype), generator).cpu()
     correct = torch.from_numpy(classifier.predict(samples.flatten(1).numpy())) == wanted
     return Recognition(float(real.double().mean()), correct.double().view(-1, num_each).mean(1), num_each)
 

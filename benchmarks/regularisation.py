@@ -167,14 +167,14 @@ def tested(flow: CNF, dataset: Dataset, progress: str | None) -> Likelihood:
     """Test on all test points; this also sets the tolerances of `flow`."""
     flow.solver = replace(flow.solver, rtol=TEST_TOLERANCE, atol=TEST_TOLERANCE)
     batches, num_points = part_batches(flow, dataset, "test", 10_000)
-    generator = torch.Generator(flow.base.zero.device).manual_seed(0)
+    generator = torch.Generator(flow.device).manual_seed(0)
     return likelihood(flow, batches, generator, solver_error_points=2000, progress=progress, num_points=num_points)
 
 
 def path_costs(flow: CNF, dataset: Dataset, points: int = 1000) -> dict[str, float]:
     """Mean integrals of ‖v‖² and ‖J‖² along the paths of test points."""
     costs: Sequence[PathCost] = (KineticEnergy(), JacobianNorm())
-    generator = torch.Generator(flow.base.zero.device).manual_seed(0)
+    generator = torch.Generator(flow.device).manual_seed(0)
     with torch.no_grad():
         batch = next(iter(part_batches(flow, dataset, "test", points)[0]))
         estimate = flow.estimate_log_prob(batch.x, batch.context, generator, solver_error=False, path_costs=costs)

@@ -9,7 +9,7 @@ from flows import bases, divergence, fields, path_costs, solvers, transforms
 from flows.errors import FlowsError
 from flows.models.cnf import CNF
 from flows.models.distribution import FlowDistribution
-from flows.models.results import Drawn, LogProbEstimate, Transported
+from flows.models.results import LogProbEstimate, Sample, Transport
 from flows.solvers import ODESolver, Solution, SolverError, SolverStatistics
 
 if TYPE_CHECKING:
@@ -20,16 +20,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CNF",
-    "Drawn",
     "FlowDistribution",
     "FlowsError",
     "LogProbEstimate",
     "ODESolver",
+    "Sample",
     "Solution",
     "SolverError",
     "SolverStatistics",
     "Trainer",
-    "Transported",
+    "Transport",
     "bases",
     "compare",
     "datasets",

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def by_name(family: type[T], value: T | str) -> T:
-    """Return ``value`` if it is a ``family``, else a default instance of the subclass that it names.
+    """Return `value` if it is a `family`, else a default instance of the subclass that it names.
 
     Names are the lower-case names of the subclasses that have been imported, with or without underscores between
     words, so a new subclass needs no registration.
@@ -34,7 +34,7 @@ def by_name(family: type[T], value: T | str) -> T:
 
 
 def _in_words(name: str) -> str:
-    """``optimal_transport`` for OptimalTransport, but ``silu`` for SiLU."""
+    """`optimal_transport` for OptimalTransport, but `silu` for SiLU."""
     return re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()
 
 

@@ -15,18 +15,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flows.divergence import FieldSample, VectorField
-from flows.divergence.base import declared, field_name
+from flows.divergence import FieldSample
 from flows.divergence.probes import Rademacher
 from flows.errors import InvalidTypeError, InvalidValueError
+from flows.vector_field import BoundField
 
 
 @dataclass(frozen=True)
 class PathCost(ABC):
     """A rate c(t, x) >= 0 for each example.
 
-    To add one: subclass it with :attr:`name` and :meth:`rate`, and give it to an objective as one of its
-    ``regularizers``.
+    To add one: subclass it with `name` and `rate`, and give it to an objective as one of its
+    `regularizers`.
 
     Args:
         weight: of the integral in the loss, which is in nats an example; 0 turns the cost off.
@@ -42,7 +42,7 @@ class PathCost(ABC):
     @abstractmethod
     def rate(
         self,
-        field: VectorField,  # bound to its context
+        field: BoundField,  # bound to its context
         t: Tensor,  # 0-d
         x: Tensor,  # (B, *event)
         sample: FieldSample,  # of the field there; its squared norm of the Jacobian only for costs with directions
@@ -54,7 +54,7 @@ class PathCost(ABC):
         x: Tensor,  # (B, *event); gives shape, dtype and device
         generator: torch.Generator | None = None,
     ) -> Tensor | None:  # (P, B, *event)
-        """What ``with_jacobian_norm`` of the estimator needs in this solve, for costs that use the norm."""
+        """What `with_jacobian_norm` of the estimator needs in this solve, for costs that use the norm."""
         return None
 
 
@@ -67,7 +67,7 @@ class KineticEnergy(PathCost):
 
     name: ClassVar[str] = "kinetic_energy"
 
-    def rate(self, field: VectorField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
+    def rate(self, field: BoundField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
         return sample.value.square().flatten(1).sum(1)
 
 
@@ -75,14 +75,14 @@ class KineticEnergy(PathCost):
 class JacobianNorm(PathCost):
     r"""c = ‖∂v/∂x‖²_F, or an unbiased estimate of it.
 
-    Free where the divergence estimator has products with probes of its own, ‖Jᵀε‖² (``Hutchinson``, ``Probing``),
-    or all rows (``Exact``). Otherwise it takes products with directions of its own: in closed form where the
-    field has ``value_divergence_and_products``, as perceptrons do, else by autograd. These are the basis, which is
-    exact, up to ``exact_up_to`` dimensions, and ``num_probes`` random signs beyond.
+    Free where the divergence estimator has products with probes of its own, ‖Jᵀε‖² (`Hutchinson`, `Probing`),
+    or all rows (`Exact`). Otherwise it takes products with directions of its own: in closed form where the
+    field has `value_divergence_and_products`, as perceptrons do, else by autograd. These are the basis, which is
+    exact, up to `exact_up_to` dimensions, and `num_probes` random signs beyond.
     [Finlay et al. 2020, arXiv:2002.02798]
 
     Args:
-        weight: see :class:`PathCost`.
+        weight: see `PathCost`.
         num_probes: >= 1.
         exact_up_to: dimensions.
     """
@@ -105,7 +105,7 @@ class JacobianNorm(PathCost):
             return basis.view(dimension, 1, *x.shape[1:]).expand(dimension, *x.shape)
         return Rademacher().draw(self.num_probes, x, generator) / math.sqrt(self.num_probes)
 
-    def rate(self, field: VectorField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
+    def rate(self, field: BoundField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
         return sample.squared_jacobian_norm
 
 
@@ -118,7 +118,7 @@ class TotalDerivative(PathCost):
 
     name: ClassVar[str] = "total_derivative"
 
-    def rate(self, field: VectorField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
+    def rate(self, field: BoundField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
         _, acceleration = torch.func.jvp(field, (t, x), (torch.ones_like(t), sample.value))
         return acceleration.square().flatten(1).sum(1)
 
@@ -127,7 +127,7 @@ class TotalDerivative(PathCost):
 class HamiltonJacobi(PathCost):
     """c = |∂Φ/∂t − ½ ‖∇Φ‖²| of a field v = −∇Φ, which is zero along the paths of optimal transport.
 
-    For fields with a ``potential(t, x, context)``. [Onken et al. 2021, arXiv:2006.00104; Yang & Karniadakis 2020]
+    For fields with a `potential(t, x, context)`. [Onken et al. 2021, arXiv:2006.00104; Yang & Karniadakis 2020]
 
     Raises:
         TypeError: the field has no potential.
@@ -135,22 +135,20 @@ class HamiltonJacobi(PathCost):
 
     name: ClassVar[str] = "hamilton_jacobi"
 
-    def rate(self, field: VectorField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
-        potential = declared(field, "potential")
+    def rate(self, field: BoundField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
+        potential = field.potential
         if potential is None:
             raise InvalidTypeError(
-                f"HamiltonJacobi needs a field with a potential, such as Potential, and {field_name(field)} has none; "
+                f"HamiltonJacobi needs a field with a potential, such as Potential, and {field.name} has none; "
                 "TotalDerivative asks the same of any field"
             )
-        context = getattr(field, "context", None)
-        given = () if context is None else (context,)
-        _, rate = torch.func.jvp(lambda s: potential(s, x, *given), (t,), (torch.ones_like(t),))
+        _, rate = torch.func.jvp(lambda s: potential(s, x), (t,), (torch.ones_like(t),))
         return (rate - 0.5 * sample.value.square().flatten(1).sum(1)).abs()
 
 
 def draw_directions(
     costs: Iterable[PathCost], x: Tensor, generator: torch.Generator | None = None
 ) -> Tensor | None:  # (P, B, *event)
-    """The directions of the first of ``costs`` that needs any; one set serves all."""
+    """The directions of the first of `costs` that needs any; one set serves all."""
     drawn = (cost.draw_directions(x, generator) for cost in costs)
     return next((directions for directions in drawn if directions is not None), None)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from flows.fields import MLP
+from flows.fields import MLP, bind
 
 EVENT_SHAPES = {"points": (7,), "point set": (4, 3), "image": (2, 6, 6)}
 
@@ -58,6 +58,23 @@ class Convolutions(nn.Module):
         for layer in self.layers[1:]:
             h = layer(h.tanh())
         return h
+
+
+def at_work(estimator, field, event_shape=None, context=None):
+    """The estimator bound to a field; `event_shape` is for functions, which state none."""
+    return estimator.bind(bind(field, context, event_shape))
+
+
+def on_shape(estimator, event_shape):
+    """The estimator bound to a function of which only the shape of its points is known."""
+    return at_work(estimator, torch.tanh, event_shape)
+
+
+def sampled(estimator, field, x, seed=0, t=0.3, context=None):
+    """One evaluation as a solve makes it: the field bound, probes from a generator."""
+    bound = at_work(estimator, field, x.shape[1:], context)
+    probes = bound.draw_probes(x, torch.Generator().manual_seed(seed))
+    return bound(torch.tensor(t, dtype=x.dtype), x, probes)
 
 
 def dense_jacobian(field, t, x):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from problems import Convolutions, assert_unbiased, dense_divergence, perceptron
+from problems import Convolutions, assert_unbiased, at_work, dense_divergence, perceptron, sampled
 
 from flows import CNF
 from flows.divergence import Analytic, Auto, Exact, Hutchinson, Probing
-from flows.fields import MLP, ConvNet, bind
+from flows.fields import MLP, ConvNet
 
 
 @pytest.mark.parametrize(
@@ -20,35 +20,32 @@ from flows.fields import MLP, ConvNet, bind
         (ConvNet((1, 2, 2), (4, 4, 4)), (1, 2, 2), Auto(), Exact()),
         (ConvNet((3, 28, 28), (4, 4, 4)), (3, 28, 28), Auto(num_probes=3), Hutchinson(3)),
         (ConvNet((3, 28, 28), (4, 4, 4)), (3, 28, 28), Auto(max_products=75), Probing(5)),
-        (None, (7,), Auto(), Exact()),
+        (torch.sin, (7,), Auto(), Exact()),
     ],
 )
 def test_choices(field, event_shape, estimator, choice):
-    assert estimator.choose(event_shape, field) == choice
-    assert estimator.cost(event_shape, field) == choice.cost(event_shape, field) <= estimator.max_products
-    assert estimator.is_exact(event_shape, field) == choice.is_exact(event_shape, field)
-    assert estimator.description(event_shape, field) == f"Auto ({type(choice).__name__})"
-    assert estimator.choose(event_shape, None if field is None else bind(field)) == choice
+    bound = at_work(estimator, field, event_shape)
+    assert bound == choice
+    assert bound.cost == at_work(choice, field, event_shape).cost <= estimator.max_products
+    assert bound.description == type(choice).__name__
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
 def test_exact_by_probing(padding_mode):
     field = Convolutions((1, 9, 9), 1, padding_mode)
-    estimator, x, t = Auto(num_probes=3), torch.randn(4, 1, 9, 9), torch.tensor(0.3)
-    sample = estimator(bind(field), t, x, estimator.draw_probes(x, field=field))
-    truth = dense_divergence(field, t, x)
-    torch.testing.assert_close(sample.estimates, truth.expand(3, 4), rtol=0, atol=1e-10)
-    assert estimator.standard_error(sample.estimates.detach(), (1, 9, 9), field).eq(0).all()
+    bound, x, t = at_work(Auto(), field), torch.randn(4, 1, 9, 9), torch.tensor(0.3)
+    estimates = bound(t, x, bound.draw_probes(x)).estimates
+    torch.testing.assert_close(estimates, dense_divergence(field, t, x).unsqueeze(0), rtol=0, atol=1e-10)
+    assert bound.standard_error(estimates.detach()).eq(0).all()
 
 
 def test_unbiased_with_a_standard_error_where_exactness_is_too_dear():
     field = MLP((7,), (8,))
     without_closed_form = lambda t, x: field(t, x)  # noqa: E731
     estimator, x, t = Auto(max_products=6, num_probes=4), torch.randn(1, 7), torch.tensor(0.3)
-    points = x.expand(4000, 7)
-    estimates = estimator(without_closed_form, t, points, estimator.draw_probes(points)).estimates.detach()
+    estimates = sampled(estimator, without_closed_form, x.expand(4000, 7)).estimates.detach()
     assert_unbiased(estimates.mean(0), dense_divergence(field, t, x).item())
-    errors = estimator.standard_error(estimates, (7,), without_closed_form)
+    errors = at_work(estimator, without_closed_form, (7,)).standard_error(estimates)
     assert errors.square().mean() == pytest.approx(estimates.mean(0).var().item(), rel=0.15)
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from problems import Convolutions, dense_divergence, dense_jacobian, perceptron
+from problems import Convolutions, at_work, dense_divergence, dense_jacobian, perceptron
 
 import flows
 from flows.compare import Row, advise, as_dict, as_text, compare, error_against_cost
@@ -27,6 +27,7 @@ from flows.divergence import (
     HutchPlusPlus,
     Probing,
     XTrace,
+    bind,
     linearise,
 )
 
@@ -46,22 +47,17 @@ ALL = {
 class Ones(DivergenceEstimator):
     """The popular mistake: the sum of all entries of the Jacobian."""
 
-    def draw_probes(self, x, generator=None, field=None):
-        return None
-
-    def __call__(self, field, t, x, probes):
-        value, products = linearise(field, t, x)
+    def __call__(self, t, x, probes):
+        value, products = linearise(self.field, t, x)
         return FieldSample(value, products(torch.ones_like(x)[None]).flatten(2).sum(2))
-
-    def cost(self, event_shape, field=None):
-        return 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Overconfident(Hutchinson):
     """Noise that states to be exact."""
 
-    def is_exact(self, event_shape, field=None):
+    @property
+    def is_exact(self):
         return True
 
 
@@ -134,7 +130,7 @@ def test_standard_deviations_are_those_of_the_formulas(on_a_perceptron):
     jacobian = jacobians_along(flow, x).flatten(0, 1)
     for estimator in (Hutchinson(1), Hutchinson(4), Probing(1), Probing(4)):
         row = rows_of(comparison)[labelled([estimator, Hutchinson(7), Probing(7)])[0].label]
-        expected = float(estimator.variance(jacobian, (16,), flow.field).mean().sqrt())
+        expected = float(at_work(estimator, flow.field).variance(jacobian).mean().sqrt())
         assert row.accuracy.sd == pytest.approx(expected, rel=0.15)
         assert row.accuracy.rmse == pytest.approx(expected, rel=0.15)
 
@@ -310,7 +306,7 @@ def test_cases_leave_the_field_as_it_was():
     field.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     case(field, trajectory)()
     assert calls == [False, False]
-    probes = Hutchinson().draw_probes(trajectory.x[0])
+    probes = at_work(Hutchinson(), field).draw_probes(trajectory.x[0])
     case(field, trajectory, Hutchinson(), probes, training=True)()
     assert calls[2:] == [True, True]
     assert all(parameter.grad is None for parameter in field.parameters())
@@ -406,11 +402,11 @@ def test_conditional_flows_are_compared_at_their_context():
 
 def test_budgets_reach_what_an_estimator_can_do():
     """Known answers for a field of radius 2 on a 9 x 9 image of 3 channels, d = 243."""
-    field, shape = Convolutions((3, 9, 9), 2), (3, 9, 9)
+    field = Convolutions((3, 9, 9), 2)
     budgets = (1, 2, 4, 12, 27, 100, 243)
 
     def costs(estimator):
-        return [estimator.with_budget(budget, shape, field).cost(shape, field) for budget in budgets]
+        return [at_work(estimator.with_budget(budget, bind(field)), field).cost for budget in budgets]
 
     assert costs(Probing()) == [3, 3, 3, 12, 27, 27, 27]
     assert costs(Probing(num_repeats=2)) == [6, 6, 6, 6, 24, 54, 54]
@@ -418,9 +414,9 @@ def test_budgets_reach_what_an_estimator_can_do():
     assert costs(HutchPlusPlus()) == [3, 3, 3, 12, 27, 99, 243]
     assert costs(XTrace()) == [4, 4, 4, 12, 26, 100, 243]
     assert costs(Exact()) == [243] * 7
-    assert HutchPlusPlus().with_budget(243, shape).is_exact(shape)
-    assert XTrace().with_budget(243, shape).is_exact(shape)
-    assert Bottleneck().with_budget(9, (12,), perceptron((12,))) == dataclasses.replace(Bottleneck(), num_probes=5)
+    for estimator in (HutchPlusPlus(), XTrace()):
+        assert at_work(estimator.with_budget(243, bind(field)), field).is_exact
+    assert Bottleneck().with_budget(9, bind(perceptron((12,)))) == dataclasses.replace(Bottleneck(), num_probes=5)
 
 
 @pytest.mark.parametrize(

@@ -48,11 +48,11 @@ def assert_agree(pair):
 def test_estimators_give_the_numbers_of_the_cpu(path, event_shape):
     estimator = instantiate(OmegaConf.load(path))
     field, x = perceptron(event_shape), torch.randn(5, *event_shape)
-    probes = estimator.draw_probes(x, torch.Generator().manual_seed(0), field)
+    probes = estimator.bind(bind(field)).draw_probes(x, torch.Generator().manual_seed(0))
 
     def compute(field, device):
         moved = None if probes is None else probes.to(device)
-        sample = estimator(bind(field), torch.tensor(0.3, device=device), x.to(device), moved)
+        sample = estimator.bind(bind(field))(torch.tensor(0.3, device=device), x.to(device), moved)
         gradient = torch.autograd.grad(sample.divergence.sum(), [*field.parameters()], allow_unused=True)
         return [sample.value, sample.estimates, *(g for g in gradient if g is not None)]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from problems import at_work
 from torch import nn
 
 from flows.divergence import (
@@ -106,7 +107,7 @@ def test_a_field_is_evaluated_once_for_value_and_divergence():
         return f(x)
 
     x = torch.randn(4, 3)
-    sample = Exact()(counting, torch.zeros(()), x, None)
+    sample = at_work(Exact(), counting, (3,))(torch.zeros(()), x)
     torch.testing.assert_close(sample.value, f(x))
     assert len(calls) == 1
 
@@ -179,7 +180,7 @@ def test_analytic_works_in_inference_mode():
     field = MLP((3,), (8, 8))
     x = torch.randn(4, 3)
     with torch.inference_mode():
-        sample = Analytic()(field.bind(), torch.zeros(()), x, None)
+        sample = at_work(Analytic(), field)(torch.zeros(()), x)
     torch.testing.assert_close(sample.divergence, divergence(lambda x: field(torch.zeros(()), x), x).detach())
 
 
@@ -202,16 +203,15 @@ class Product(Field):
 
 
 def test_what_a_field_holds_says_nothing_about_it() -> None:
-    assert Probing(3).is_exact((1, 9, 9), Product().field)
-    assert not Probing(3).is_exact((1, 9, 9), Product())
-    assert Probing(3).is_exact((1, 9, 9), bind(Product().field))
+    assert at_work(Probing(3), Product().field).is_exact
+    assert not at_work(Probing(3), Product()).is_exact
 
 
 def test_channels_are_no_axis_of_the_grid() -> None:
     field = ConvNet((6, 6, 6), (4,))
-    assert Probing(3, grid_ndim=2).is_exact((6, 6, 6), field)
-    assert Probing(3, grid_ndim=1).is_exact((6, 6, 6), field)
-    assert not Probing(3, grid_ndim=3).is_exact((6, 6, 6), field)
+    assert at_work(Probing(3, grid_ndim=2), field).is_exact
+    assert at_work(Probing(3, grid_ndim=1), field).is_exact
+    assert not at_work(Probing(3, grid_ndim=3), field).is_exact
 
 
 class Squares:
@@ -269,8 +269,23 @@ def test_equal_settings_are_equal() -> None:
     ],
 )
 def test_closed_forms_that_grow_say_so(field, cost: int) -> None:
-    assert Analytic().cost(field.event_shape, field) == cost
-    assert Analytic().cost(field.event_shape, bind(field)) == cost
-    assert Auto(max_products=cost).choose(field.event_shape, field) == Analytic()
+    assert at_work(Analytic(), field).cost == cost
+    assert at_work(Auto(max_products=cost), field) == Analytic()
     if cost:
-        assert Auto(max_products=cost - 1).choose(field.event_shape, field) == Hutchinson(2)
+        assert at_work(Auto(max_products=cost - 1), field) == Hutchinson(2)
+
+
+def test_an_estimator_of_no_field_says_how_to_give_it_one() -> None:
+    with pytest.raises(ValueError, match=r"Exact is not bound to a field; use Exact\(...\).bind\(flows.fields.bind"):
+        Exact()(torch.zeros(()), torch.randn(4, 3))
+
+
+def test_binding_leaves_the_options_alone() -> None:
+    options, first, second = Hutchinson(2), Linear((3,)), Linear((5,))
+    bound = at_work(options, first)
+    assert bound == options
+    assert bound.field.field is first
+    assert bound.bind(bind(second)).field.dimension == 5
+    assert bound.field.field is first
+    with pytest.raises(ValueError, match="not bound"):
+        options.field  # noqa: B018

@@ -9,7 +9,16 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from problems import EVENT_SHAPES, assert_unbiased, assert_variance, dense_divergence, dense_jacobian, perceptron
+from problems import (
+    EVENT_SHAPES,
+    assert_unbiased,
+    assert_variance,
+    at_work,
+    dense_divergence,
+    dense_jacobian,
+    perceptron,
+    sampled,
+)
 
 import flows
 from flows.divergence import Bottleneck, Exact, Hutchinson, HutchPlusPlus, Probing, XTrace
@@ -52,17 +61,11 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def evaluate(estimator, field, x, seed=0, t=0.3):
-    """One evaluation as a solve makes it: probes from a generator, the field bound."""
-    probes = estimator.draw_probes(x, seeded(seed), field)
-    return estimator(bind(field), torch.tensor(t, dtype=x.dtype), x, probes)
-
-
 def many_draws(estimator, field, event_shape, count=DRAWS):
     """One point as often as independent draws are wanted, and the estimates there (K, count)."""
     x = torch.randn(1, *event_shape)
     with torch.no_grad():
-        return x, evaluate(estimator, field, x.expand(count, *event_shape)).estimates
+        return x, sampled(estimator, field, x.expand(count, *event_shape)).estimates
 
 
 @every_estimator
@@ -71,28 +74,29 @@ def many_draws(estimator, field, event_shape, count=DRAWS):
 def test_shapes_and_dtypes(estimator, event_shape, dtype):
     field = perceptron(event_shape).to(dtype)
     x = torch.randn(5, *event_shape, dtype=dtype)
-    probes = estimator.draw_probes(x, seeded(0), field)
-    sample = evaluate(estimator, field, x)
+    bound = at_work(estimator, field)
+    probes = bound.draw_probes(x, seeded(0))
+    sample = sampled(estimator, field, x)
     assert probes is None or probes.dtype == dtype
     assert sample.value.shape == x.shape
-    assert sample.estimates.shape == (estimator.num_estimates, 5)
+    assert sample.estimates.shape == (bound.num_estimates, 5)
     assert sample.value.dtype == sample.estimates.dtype == sample.divergence.dtype == dtype
     torch.testing.assert_close(sample.value, field(torch.tensor(0.3, dtype=dtype), x))
-    assert estimator.standard_error(sample.estimates.detach(), event_shape, field).shape == (5,)
-    assert isinstance(estimator.is_exact(event_shape, field), bool)
-    assert estimator.cost(event_shape, field) >= 0
+    assert bound.standard_error(sample.estimates.detach()).shape == (5,)
+    assert isinstance(bound.is_exact, bool)
+    assert bound.cost >= 0
 
 
 @every_estimator
 @every_event
 def test_equal_to_the_dense_trace_or_unbiased(estimator, event_shape):
     field = perceptron(event_shape)
-    if estimator.is_exact(event_shape, field):
+    if at_work(estimator, field).is_exact:
         x = torch.randn(6, *event_shape)
-        sample = evaluate(estimator, field, x)
+        sample = sampled(estimator, field, x)
         truth = dense_divergence(field, torch.tensor(0.3), x)
         torch.testing.assert_close(sample.estimates, truth.expand_as(sample.estimates), rtol=0, atol=1e-10)
-        assert estimator.standard_error(sample.estimates.detach(), event_shape, field).eq(0).all()
+        assert at_work(estimator, field).standard_error(sample.estimates.detach()).eq(0).all()
     else:
         x, estimates = many_draws(estimator, field, event_shape)
         truth = dense_divergence(field, torch.tensor(0.3), x).item()
@@ -103,10 +107,11 @@ def test_equal_to_the_dense_trace_or_unbiased(estimator, event_shape):
 @every_event
 def test_single_precision_gives_the_same_number(estimator, event_shape):
     field, x = perceptron(event_shape), torch.randn(6, *event_shape)
-    probes, t = estimator.draw_probes(x, seeded(0), field), torch.tensor(0.3)
-    double = estimator(bind(field), t, x, probes)
+    bound, t = at_work(estimator, field), torch.tensor(0.3)
+    probes = bound.draw_probes(x, seeded(0))
+    double = bound(t, x, probes)
     probes = probes.float() if probes is not None and probes.is_floating_point() else probes
-    single = estimator(bind(field.float()), t.float(), x.float(), probes)
+    single = at_work(estimator, field.float())(t.float(), x.float(), probes)
     assert single.estimates.dtype == torch.float32
     torch.testing.assert_close(single.estimates.double(), double.estimates, rtol=1e-4, atol=2e-4)
 
@@ -117,11 +122,12 @@ def test_the_norm_of_the_jacobian_beside_it_is_unbiased(estimator, event_shape):
     """Asking for it changes neither value nor estimates."""
     field = perceptron(event_shape)
     x = torch.randn(1, *event_shape).expand(DRAWS // 10, *event_shape)
-    probes, t = estimator.draw_probes(x, seeded(0), field), torch.tensor(0.3)
+    bound, t = at_work(estimator, field), torch.tensor(0.3)
+    probes = bound.draw_probes(x, seeded(0))
     directions = torch.randn(2, *x.shape, generator=seeded(1)) / 2**0.5
     with torch.no_grad():
-        plain = estimator(bind(field), t, x, probes)
-        sample = estimator.with_jacobian_norm(bind(field), t, x, probes, directions)
+        plain = bound(t, x, probes)
+        sample = bound.with_jacobian_norm(t, x, probes, directions)
     torch.testing.assert_close(sample.value, plain.value)
     torch.testing.assert_close(sample.estimates, plain.estimates)
     assert plain.squared_jacobian_norm is None
@@ -133,15 +139,16 @@ def test_the_norm_of_the_jacobian_beside_it_is_unbiased(estimator, event_shape):
 def test_variance_is_the_stated_one(estimator, event_shape):
     """By formula where the estimator has one, and as the mean square of its standard error where it gives that."""
     field = perceptron(event_shape)
-    if estimator.is_exact(event_shape, field):
+    if at_work(estimator, field).is_exact:
         return
     x, estimates = many_draws(estimator, field, event_shape)
     draws = estimates.mean(0)
-    if hasattr(estimator, "variance"):
+    bound = at_work(estimator, field)
+    if hasattr(bound, "variance"):
         jacobian = dense_jacobian(field, torch.tensor(0.3), x)[0]
-        assert_variance(draws, estimator.variance(jacobian, event_shape, field))
-    errors = estimator.standard_error(estimates, event_shape, field)
-    if estimator.num_estimates == 1:
+        assert_variance(draws, bound.variance(jacobian))
+    errors = bound.standard_error(estimates)
+    if bound.num_estimates == 1:
         assert errors.isnan().all()
     else:
         assert 0.6 < errors.square().mean() / draws.var() < 1.33  # XTrace's is known to be low
@@ -152,9 +159,9 @@ def test_variance_is_the_stated_one(estimator, event_shape):
 def test_the_probes_decide_the_number(estimator, event_shape):
     field = perceptron(event_shape)
     x = torch.randn(4, *event_shape)
-    first, again, other = [evaluate(estimator, field, x, seed).estimates for seed in (1, 1, 2)]
+    first, again, other = [sampled(estimator, field, x, seed).estimates for seed in (1, 1, 2)]
     assert torch.equal(first, again)
-    if not estimator.is_exact(event_shape, field):
+    if not at_work(estimator, field).is_exact:
         assert (first != other).any(0).all()
 
 
@@ -169,10 +176,10 @@ def test_gradients_are_those_of_the_dense_trace(estimator, event_shape):
     truth = torch.autograd.grad(dense, [x, *parameters], allow_unused=True, materialize_grads=True)
 
     def gradient(count, seed):
-        divergence = evaluate(estimator, field, x.expand(count, *event_shape), seed).divergence.mean()
+        divergence = sampled(estimator, field, x.expand(count, *event_shape), seed).divergence.mean()
         return torch.autograd.grad(divergence, [x, *parameters], allow_unused=True, materialize_grads=True)
 
-    if estimator.is_exact(event_shape, field):
+    if at_work(estimator, field).is_exact:
         torch.testing.assert_close(gradient(1, 0), truth, rtol=0, atol=1e-10)
         return
     blocks = [gradient(80, seed) for seed in range(14)]
@@ -186,9 +193,9 @@ def test_gradients_are_those_of_the_dense_trace(estimator, event_shape):
 def test_no_grad_gives_the_same_number_without_a_graph(estimator, event_shape):
     field = perceptron(event_shape).eval()
     x = torch.randn(4, *event_shape)
-    recorded = evaluate(estimator, field, x)
+    recorded = sampled(estimator, field, x)
     with torch.no_grad():
-        sample = evaluate(estimator, field, x)
+        sample = sampled(estimator, field, x)
     assert recorded.estimates.requires_grad
     assert not sample.value.requires_grad
     assert not sample.estimates.requires_grad
@@ -199,7 +206,7 @@ def test_no_grad_gives_the_same_number_without_a_graph(estimator, event_shape):
 @every_event
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
 def test_trains_a_flow_with_probes_drawn_once_a_solve(estimator, event_shape, gradient, monkeypatch):
-    kind, drawn = type(estimator), []
+    kind, drawn = type(at_work(estimator, perceptron(event_shape))), []
     original = kind.draw_probes
     monkeypatch.setattr(kind, "draw_probes", lambda *a, **k: drawn.append(1) or original(*a, **k))
     solver = flows.ODESolver(method="euler", step_size=0.5, gradient=gradient)
@@ -233,8 +240,9 @@ def test_stays_on_the_device_of_x(estimator, event_shape):
     """Tensors of the meta device refuse to meet those of the CPU."""
     field = perceptron(event_shape).to("meta")
     x = torch.randn(4, *event_shape, device="meta")
-    probes = estimator.draw_probes(x, seeded(0), field)
-    sample = estimator(bind(field), torch.zeros((), device="meta"), x, probes)
+    bound = at_work(estimator, field)
+    probes = bound.draw_probes(x, seeded(0))
+    sample = bound(torch.zeros((), device="meta"), x, probes)
     assert probes is None or probes.device.type == "meta"
     assert sample.value.device.type == sample.estimates.device.type == "meta"
 
@@ -245,7 +253,7 @@ def test_the_defaults_of_every_yaml_work_in_the_plane(path):
     estimator = instantiate(OmegaConf.load(path))
     field = perceptron((2,), (16, 16))
     x = torch.randn(400, 2)
-    sample = evaluate(estimator, field, x)
+    sample = sampled(estimator, field, x)
     truth = dense_divergence(field, torch.tensor(0.3), x)
     assert (sample.divergence - truth).mean().abs() < 4 * (sample.divergence - truth).std() / 20 + 1e-10
     sample.divergence.sum().backward()
@@ -265,7 +273,7 @@ def test_evaluations_of_the_field(mode, chunk_size, evaluations):
         calls.append(1)
         return field(t, x)
 
-    Exact(mode, chunk_size)(counted, torch.tensor(0.3), torch.randn(3, 7), None)
+    at_work(Exact(mode, chunk_size), counted, (7,))(torch.tensor(0.3), torch.randn(3, 7))
     assert len(calls) == evaluations
 
 
@@ -274,10 +282,11 @@ def test_evaluations_of_the_field(mode, chunk_size, evaluations):
 def test_a_budget_is_kept_and_not_wasted(estimator, event_shape):
     """At any budget: within it or as cheap as it gets, better with more, and no dearer once exact."""
     field = perceptron(event_shape)
-    chosen = [estimator.with_budget(budget, event_shape, field) for budget in range(1, 80)]
-    costs = [one.cost(event_shape, field) for one in chosen]
+    view = bind(field)
+    chosen = [estimator.with_budget(budget, view) for budget in range(1, 80)]
+    costs = [one.bind(view).cost for one in chosen]
     assert all(type(one) is type(estimator) for one in chosen)
     assert all(cost <= max(budget, costs[0]) for budget, cost in enumerate(costs, start=1))
     assert costs == sorted(costs)
-    exact = [cost for one, cost in zip(chosen, costs, strict=True) if one.is_exact(event_shape, field)]
+    exact = [cost for one, cost in zip(chosen, costs, strict=True) if one.bind(view).is_exact]
     assert len(set(exact)) <= 1

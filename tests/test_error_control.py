@@ -163,13 +163,13 @@ def test_a_solve_never_leaves_its_interval():
 def test_the_standard_error_of_the_divergence_is_kept_over_time():
     """At t = 0 and K probes it is the spread of the K estimates, and 0 everywhere on a field that they see exactly."""
     field, x = MLP((3,), (16,)), torch.randn(50, 3)
-    estimator = Hutchinson(4)
+    estimator = Hutchinson(4).bind(bind(field))
     probes = estimator.draw_probes(x, torch.Generator().manual_seed(1))
-    dynamics = AugmentedDynamics(bind(field), estimator, probes)
+    dynamics = AugmentedDynamics(estimator, probes)
     with torch.no_grad():
         statistics = ODESolver().solve(dynamics, dynamics.initial_state(x), (0.0, 1.0)).statistics
         times, errors = statistics.curve("divergence_standard_error")
-        estimates = estimator(bind(field), torch.tensor(0.0), x, probes).estimates
+        estimates = estimator(torch.tensor(0.0), x, probes).estimates
     assert len(times) == statistics.accepted
     assert times[0] == 0
     assert errors[0] == pytest.approx(float((estimates.var(0) / 4).mean().sqrt()))

@@ -129,8 +129,8 @@ def test_time_matters_and_may_differ_between_samples():
 def test_what_is_computed_once_a_solve_is_computed_once(monkeypatch):
     field = MLP((3,), (8, 8))
     built = []
-    original = field._trace
-    monkeypatch.setattr(field, "_trace", lambda: built.append(1) or original())
+    original = field.precompute
+    monkeypatch.setattr(field, "precompute", lambda: built.append(1) or original())
     bound = bind(field)
     x = torch.randn(2, 3)
     for t in torch.linspace(0, 1, 5):

@@ -500,7 +500,7 @@ def test_guidance_extrapolates_from_no_context():
     given, without = field(t, x, context.expand(7, 3)), field(t, x, torch.zeros(7, 3))
     for weight in (0.0, 1.0, 2.5):
         guided = Guided(field, weight)
-        value, divergence = guided.value_and_divergence(t, x, context.expand(7, 3))
+        value, divergence = guided.bind(context.expand(7, 3)).value_and_divergence(t, x)
         torch.testing.assert_close(value, without + weight * (given - without))
         torch.testing.assert_close(value, guided(t, x, context.expand(7, 3)))
         torch.testing.assert_close(divergence, dense_divergence(guided.bind(context), t, x))
@@ -519,7 +519,7 @@ def test_a_guided_flow_shares_its_parameters_and_has_a_density():
 def test_guidance_without_a_closed_form_or_a_context():
     network = Adapter(torch.nn.Linear(2, 2), (2,), ("context",), context_shape=(2,))
     guided = Guided(network, 2.0)
-    assert not hasattr(guided, "value_and_divergence")
+    assert guided.bind().value_and_divergence is None
     x, context = torch.randn(4, 2), torch.randn(4, 2)
     bias = network.module.bias
     torch.testing.assert_close(guided(torch.tensor(0.0), x, context), 2 * network.module(context) - bias)

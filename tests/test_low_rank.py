@@ -2,19 +2,24 @@
 
 import pytest
 import torch
-from problems import EVENT_SHAPES, LowRank, assert_unbiased, assert_variance, dense_divergence, perceptron
+from problems import (
+    EVENT_SHAPES,
+    LowRank,
+    assert_unbiased,
+    assert_variance,
+    at_work,
+    dense_divergence,
+    on_shape,
+    perceptron,
+    sampled,
+)
 
 from flows import CNF, ODESolver
 from flows.divergence import Exact, Hutchinson, HutchPlusPlus, Probing, XTrace, divergence
-from flows.fields import MLP, bind
+from flows.fields import MLP
 
 T = torch.tensor(0.3, dtype=torch.float64)
 DRAWS = 20_000
-
-
-def estimate(estimator, field, x, seed=0):
-    probes = estimator.draw_probes(x, torch.Generator().manual_seed(seed), field)
-    return estimator(bind(field), T, x, probes)
 
 
 def linear(matrix):
@@ -23,7 +28,7 @@ def linear(matrix):
 
 def draws_of(estimator, matrix, count=DRAWS):
     with torch.no_grad():
-        return estimate(estimator, linear(matrix), torch.zeros(count, len(matrix)))
+        return sampled(estimator, linear(matrix), torch.zeros(count, len(matrix)))
 
 
 def spectrum(values):
@@ -42,10 +47,10 @@ def test_exact_up_to_a_rank(estimator, rank, event_shape):
     for lower in range(1, rank + 1):
         field = LowRank(event_shape, lower)
         truth = dense_divergence(field, T, x)
-        sample = estimate(estimator, field, x)
+        sample = sampled(estimator, field, x)
         torch.testing.assert_close(sample.estimates, truth.expand_as(sample.estimates), rtol=0, atol=1e-9)
     field = LowRank(event_shape, rank + 1)
-    assert (estimate(estimator, field, x).divergence - dense_divergence(field, T, x)).abs().max() > 1e-4
+    assert (sampled(estimator, field, x).divergence - dense_divergence(field, T, x)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("estimator", [HutchPlusPlus(12), XTrace(8)], ids=str)
@@ -54,7 +59,7 @@ def test_gradients_are_exact_up_to_a_rank(estimator):
     field = LowRank((7,), 2)
     x = torch.randn(1, 7)
     truth = torch.autograd.grad(dense_divergence(field, T, x).sum(), list(field.parameters()))
-    sample = estimate(estimator, field, x.expand(4000, 7))
+    sample = sampled(estimator, field, x.expand(4000, 7))
     gradient = torch.autograd.grad(sample.divergence.mean(), list(field.parameters()))
     for ours, dense in zip(gradient, truth, strict=True):
         assert (ours - dense).norm() < 0.1 * dense.norm()
@@ -68,15 +73,15 @@ def test_zero_and_rank_deficient_fields_are_finite(estimator, mode, dtype):
     field = MLP((6,), (8,)).to(dtype)
     torch.nn.init.zeros_(field.out.weight)
     x = torch.randn(5, 6, dtype=dtype)
-    probes = estimator.draw_probes(x)
-    sample = estimator(bind(field), T.to(dtype), x, probes)
+    probes = at_work(estimator, field).draw_probes(x)
+    sample = at_work(estimator, field)(T.to(dtype), x, probes)
     assert sample.estimates.eq(0).all()
     sample.divergence.sum().backward()
     assert field.out.weight.grad.isfinite().all()
     assert field.out.weight.grad.abs().max() > 0
     mask = torch.tensor([1, 0, 0, 1, 0, 0], dtype=dtype)
     for slopes in (mask, 1e-30 * mask, 1e12 * mask):
-        sample = estimator(lambda t, x, slopes=slopes: slopes * x, T, x, probes)
+        sample = at_work(estimator, lambda t, x, slopes=slopes: slopes * x, (6,))(T, x, probes)
         expected = slopes.sum().expand_as(sample.estimates)
         torch.testing.assert_close(sample.estimates, expected, rtol=3e-3 if dtype == torch.float32 else 1e-9, atol=0)
 
@@ -84,7 +89,7 @@ def test_zero_and_rank_deficient_fields_are_finite(estimator, mode, dtype):
 @pytest.mark.parametrize("estimator", [HutchPlusPlus(6), XTrace(6)], ids=str)
 def test_values_that_are_not_finite_pass_through(estimator):
     """So that the solver can say where they came from."""
-    assert estimate(estimator, lambda t, x: x * torch.nan, torch.randn(3, 5)).estimates.isnan().all()
+    assert sampled(estimator, lambda t, x: x * torch.nan, torch.randn(3, 5)).estimates.isnan().all()
 
 
 @pytest.mark.parametrize("values", [torch.ones(6), 0.3 ** torch.arange(6)], ids=["flat", "decaying"])
@@ -99,8 +104,8 @@ def test_residual_probes_that_the_sketch_has_seen_are_biased():
     """The mistake that independent probes avoid: far beyond the 4 standard errors of `test_unbiased`."""
 
     class Reusing(HutchPlusPlus):
-        def draw_probes(self, x, generator=None, field=None):
-            sketch, _ = super().draw_probes(x, generator, field).chunk(2)
+        def draw_probes(self, x, generator=None):
+            sketch, _ = super().draw_probes(x, generator).chunk(2)
             return torch.cat([sketch, sketch])
 
     matrix = spectrum(torch.ones(6))
@@ -112,18 +117,18 @@ def test_residual_probes_that_the_sketch_has_seen_are_biased():
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_hutch_plus_plus_has_the_stated_variance_given_its_sketch(mode):
     matrix = spectrum(torch.rand(6) + 0.5)
-    estimator = HutchPlusPlus(6, mode)
+    estimator = at_work(HutchPlusPlus(6, mode), linear(matrix), (6,))
     x = torch.zeros(DRAWS, 6)
     sketch, residual = estimator.draw_probes(x).chunk(2)
     sketch = sketch[:, :1].expand_as(sketch)
-    draws = estimator(linear(matrix), T, x, torch.cat([sketch, residual]))
+    draws = estimator(T, x, torch.cat([sketch, residual]))
     target = matrix if mode == "forward" else matrix.T
     left = torch.linalg.svd(target @ sketch[:, 0].T, full_matrices=False)[0]
     off = torch.eye(6) - left @ left.T
     symmetric = (off @ (matrix + matrix.T) @ off) / 2
     stated = (2 * symmetric.square().sum() - 2 * symmetric.diagonal().square().sum()) / 2
     assert_variance(draws.divergence, stated)
-    squared_error = estimator.standard_error(draws.estimates, (6,)).square()
+    squared_error = estimator.standard_error(draws.estimates).square()
     assert_unbiased(squared_error, stated)
 
 
@@ -131,10 +136,10 @@ def test_xtrace_is_its_definition():
     """Against a QR for each test vector left out."""
     d, k = 7, 4
     matrix = spectrum(torch.rand(d))
-    estimator = XTrace(2 * k, "forward")
+    estimator = at_work(XTrace(2 * k, "forward"), linear(matrix), (d,))
     x = torch.zeros(5, d)
     probes = estimator.draw_probes(x)
-    estimates = estimator(linear(matrix), T, x, probes).estimates
+    estimates = estimator(T, x, probes).estimates
     for b in range(5):
         omega = probes[:, b].T
         for i in range(k):
@@ -149,7 +154,7 @@ def test_xtrace_gives_the_error_estimate_of_the_paper():
     estimates = draws_of(XTrace(12), matrix).estimates
     mean = estimates.mean(0)
     paper = ((estimates - mean).square().sum(0) / (6 * 5)).sqrt()
-    ours = XTrace(12).standard_error(estimates, (12,))
+    ours = on_shape(XTrace(12), (12,)).standard_error(estimates)
     torch.testing.assert_close(ours, paper)
     assert 0.6 < ours.square().mean() / mean.var() < 1
 
@@ -158,7 +163,7 @@ def test_sketches_pay_where_singular_values_decay_and_only_there():
     decaying = spectrum(0.3 ** torch.arange(12.0).to(torch.get_default_dtype()))
     flat = spectrum(torch.ones(12))
     for matrix, pays in ((decaying, True), (flat, False)):
-        hutchinson = Hutchinson(6, "gaussian").variance(matrix, (12,))
+        hutchinson = Hutchinson(6, "gaussian").variance(matrix)
         assert (draws_of(HutchPlusPlus(6), matrix).divergence.var() < hutchinson / 3) == pays
     assert draws_of(XTrace(6), decaying).divergence.var() < draws_of(HutchPlusPlus(6), decaying).divergence.var()
 
@@ -179,19 +184,19 @@ def test_a_sketch_that_fills_the_space_is_the_exact_trace():
     x = torch.randn(3, 4)
     matrix = torch.randn(4, 4)
     for estimator in (HutchPlusPlus(12), HutchPlusPlus(30), XTrace(8), XTrace(20)):
-        assert estimator.is_exact((4,))
-        assert estimator.cost((4,)) == 4
-        sample = estimate(estimator, linear(matrix), x)
+        assert on_shape(estimator, (4,)).is_exact
+        assert on_shape(estimator, (4,)).cost == 4
+        sample = sampled(estimator, linear(matrix), x)
         assert sample.estimates.shape == (estimator.num_estimates, 3)
         torch.testing.assert_close(sample.estimates, matrix.trace().expand_as(sample.estimates))
     for estimator in (HutchPlusPlus(9), XTrace(6)):
-        assert not estimator.is_exact((4,))
-        assert estimator.cost((4,)) == estimator.num_products
+        assert not on_shape(estimator, (4,)).is_exact
+        assert on_shape(estimator, (4,)).cost == estimator.num_products
 
 
 def test_standard_error_needs_two_estimates():
-    estimates = estimate(HutchPlusPlus(3), linear(torch.randn(4, 4)), torch.randn(3, 4)).estimates
-    assert HutchPlusPlus(3).standard_error(estimates, (4,)).isnan().all()
+    estimates = sampled(HutchPlusPlus(3), linear(torch.randn(4, 4)), torch.randn(3, 4)).estimates
+    assert on_shape(HutchPlusPlus(3), (4,)).standard_error(estimates).isnan().all()
 
 
 @pytest.mark.parametrize(("bad", "try_"), [(0, 3), (2, 3), (7, 6), (8, 9)])

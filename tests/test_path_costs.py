@@ -32,10 +32,10 @@ def rng(seed=0):
 
 def rate(cost, field, x, estimator=None, seed=0, context=None):
     """c at one time, as a solve computes it."""
-    estimator = Exact() if estimator is None else estimator
-    probes = estimator.draw_probes(x, rng(seed), field)
+    estimator = (Exact() if estimator is None else estimator).bind(bind(field, context, x.shape[1:]))
+    probes = estimator.draw_probes(x, rng(seed))
     directions = draw_directions([cost], x, rng(seed + 1000))
-    dynamics = AugmentedDynamics(bind(field, context), estimator, probes, [cost], directions)
+    dynamics = AugmentedDynamics(estimator, probes, [cost], directions)
     return dynamics(T, dynamics.initial_state(x))[2]
 
 
@@ -90,8 +90,8 @@ def test_estimators_with_products_of_their_own_take_no_more_of_them(monkeypatch)
     for estimator in (Hutchinson(3), Exact()):
         counts = []
         for costs in ([], [KineticEnergy(), JacobianNorm()]):
-            probes, directions = estimator.draw_probes(x, rng()), draw_directions(costs, x, rng())
-            dynamics = AugmentedDynamics(bind(field), estimator, probes, costs, directions)
+            bound = estimator.bind(bind(field))
+            dynamics = AugmentedDynamics(bound, bound.draw_probes(x, rng()), costs, draw_directions(costs, x, rng()))
             passes.clear()
             dynamics(T, dynamics.initial_state(x))
             counts.append(len(passes))

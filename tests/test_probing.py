@@ -4,20 +4,23 @@ import math
 
 import pytest
 import torch
-from problems import Convolutions, assert_unbiased, assert_variance, dense_divergence, dense_jacobian
+from problems import (
+    Convolutions,
+    assert_unbiased,
+    assert_variance,
+    at_work,
+    dense_divergence,
+    dense_jacobian,
+    on_shape,
+    sampled,
+)
 
 from flows import CNF, ODESolver
 from flows.divergence import Auto, Exact, Hutchinson, Probing, divergence
 from flows.divergence.probing import colour_event, colour_line, num_line_colours
-from flows.fields import bind
 
 T = torch.tensor(0.3, dtype=torch.float64)
 GRIDS = [(1, 9), (2, 7), (1, 8, 9), (2, 7, 6), (3, 4, 5)]
-
-
-def estimate(estimator, field, x, seed=0):
-    probes = estimator.draw_probes(x, torch.Generator().manual_seed(seed), field)
-    return estimator(bind(field), T, x, probes)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8, 13, 28])
@@ -56,8 +59,8 @@ def test_exact_above_the_receptive_radius(event_shape, num_layers, padding_mode,
     x = torch.randn(3, *event_shape)
     truth = dense_divergence(field, T, x)
     exact = Probing(num_layers + 1, mode=mode, chunk_size=chunk_size)
-    assert exact.is_exact(event_shape, bind(field))
-    torch.testing.assert_close(estimate(exact, field, x).divergence, truth, rtol=0, atol=1e-10)
+    assert at_work(exact, field).is_exact
+    torch.testing.assert_close(sampled(exact, field, x).divergence, truth, rtol=0, atol=1e-10)
 
 
 def test_not_exact_at_the_receptive_radius():
@@ -65,20 +68,19 @@ def test_not_exact_at_the_receptive_radius():
         field = Convolutions(event_shape, 2)
         x = torch.randn(3, *event_shape)
         coarse = Probing(2)
-        assert not coarse.is_exact(event_shape, field)
-        error = (estimate(coarse, field, x).divergence - dense_divergence(field, T, x)).abs()
+        assert not at_work(coarse, field).is_exact
+        error = (sampled(coarse, field, x).divergence - dense_divergence(field, T, x)).abs()
         assert error.max() > 1e-3
 
 
 def test_exact_only_by_what_the_field_states():
     event_shape = (2, 9, 9)
     field = Convolutions(event_shape, 2)
-    assert Probing(3).is_exact(event_shape, field)
-    assert not Probing(3).is_exact(event_shape)
-    assert not Probing(3).is_exact(event_shape, torch.nn.Identity())
-    assert Probing(9).is_exact(event_shape)  # every entry has its own colour
+    assert at_work(Probing(3), field).is_exact
+    assert not on_shape(Probing(3), event_shape).is_exact
+    assert on_shape(Probing(9), event_shape).is_exact  # every entry has its own colour
     field.receptive_radius = 3
-    assert not Probing(3).is_exact(event_shape, bind(field))
+    assert not at_work(Probing(3), field).is_exact
     flow = CNF(Convolutions(event_shape, 2), Probing(3), ODESolver("euler", step_size=0.5))
     assert flow.estimate_log_prob(torch.randn(2, *event_shape), solver_error=False).standard_error.eq(0).all()
 
@@ -104,11 +106,11 @@ def test_the_seam_of_a_torus_matters():
     truth = dense_divergence(field, T, x)
     torch.testing.assert_close(divergence(lambda x: field(T, x), x, 2, Exact()), truth)
     hidden = Hidden(field)
-    assert (estimate(Probing(3), hidden, x).divergence - truth).abs().max() > 1e-3
+    assert (sampled(Probing(3), hidden, x).divergence - truth).abs().max() > 1e-3
     hidden.periodic = True
-    torch.testing.assert_close(estimate(Probing(3), hidden, x).divergence, truth, rtol=0, atol=1e-10)
-    assert Probing(3).cost(event_shape) == 3
-    assert Probing(3).cost(event_shape, hidden) == 4
+    torch.testing.assert_close(sampled(Probing(3), hidden, x).divergence, truth, rtol=0, atol=1e-10)
+    assert on_shape(Probing(3), event_shape).cost == 3
+    assert at_work(Probing(3), hidden, event_shape).cost == 4
 
 
 def test_functions_state_their_radius_too():
@@ -133,9 +135,9 @@ def test_variance_of_a_field_that_reaches_further(event_shape, padding_mode, str
     x = torch.randn(1, *event_shape)
     jacobian = dense_jacobian(field, T, x)[0]
     estimator = Probing(stride, num_repeats=2)
-    variance = estimator.variance(jacobian, event_shape, field)
+    variance = at_work(estimator, field).variance(jacobian)
     with torch.no_grad():
-        draws = estimate(estimator, field, x.expand(4000, *event_shape)).divergence
+        draws = sampled(estimator, field, x.expand(4000, *event_shape)).divergence
     if variance == 0:  # a ring of few pixels
         torch.testing.assert_close(draws, jacobian.trace().expand(4000))
     else:
@@ -144,17 +146,17 @@ def test_variance_of_a_field_that_reaches_further(event_shape, padding_mode, str
 
 
 def test_costs():
-    assert Probing(5).cost((1, 28, 28)) == 25
-    assert Probing(5).cost((3, 32, 32)) == 75
-    assert Probing(5, num_repeats=4).cost((3, 32, 32)) == 300
-    assert Probing(5).cost((3, 32, 32), Convolutions((3, 32, 32), 4, "circular")) == 3 * 6 * 6
-    assert Probing(5).cost((3, 2, 40)) == 3 * 2 * 5
-    assert Probing(5).cost((40,)) == 5
-    assert Probing(5).cost((4, 100)) == 20
-    assert Probing(5).cost((13, 3)) == 13 * 3
-    assert Probing(5, grid_ndim=0).cost((13, 3)) == 5
-    assert Probing(5, grid_ndim=1).cost((10, 10)) == 50
-    assert Probing(5, grid_ndim=2).cost((10, 10)) == 25
+    assert on_shape(Probing(5), (1, 28, 28)).cost == 25
+    assert on_shape(Probing(5), (3, 32, 32)).cost == 75
+    assert on_shape(Probing(5, num_repeats=4), (3, 32, 32)).cost == 300
+    assert at_work(Probing(5), Convolutions((3, 32, 32), 4, "circular")).cost == 3 * 6 * 6
+    assert on_shape(Probing(5), (3, 2, 40)).cost == 3 * 2 * 5
+    assert on_shape(Probing(5), (40,)).cost == 5
+    assert on_shape(Probing(5), (4, 100)).cost == 20
+    assert on_shape(Probing(5), (13, 3)).cost == 13 * 3
+    assert on_shape(Probing(5, grid_ndim=0), (13, 3)).cost == 5
+    assert on_shape(Probing(5, grid_ndim=1), (10, 10)).cost == 50
+    assert on_shape(Probing(5, grid_ndim=2), (10, 10)).cost == 25
 
 
 @pytest.mark.parametrize("event_shape", [(1, 28, 28), (3, 32, 32)])
@@ -164,10 +166,10 @@ def test_twenty_five_products_a_channel_for_a_picture_of_any_size(event_shape):
     x = torch.randn(1, *event_shape)
     products = []
     x.requires_grad_().register_hook(lambda gradient: products.append(1))
-    value = estimate(Probing(5), field, x)
-    assert len(products) == Probing(5).cost(event_shape, field) == 25 * event_shape[0]
+    value = sampled(Probing(5), field, x)
+    assert len(products) == at_work(Probing(5), field).cost == 25 * event_shape[0]
     with torch.no_grad():
-        exact = Exact(chunk_size=96)(bind(field), T, x)
+        exact = at_work(Exact(chunk_size=96), field)(T, x)
     torch.testing.assert_close(value.divergence.detach(), exact.divergence, rtol=0, atol=1e-10)
 
 
@@ -176,9 +178,9 @@ def test_less_noise_than_hutchinson_at_the_same_cost():
     field = Convolutions((1, 8, 8), 4, centre=1.0)
     jacobian = dense_jacobian(field, T, torch.randn(1, 1, 8, 8))[0]
     for stride, factor in ((2, 1.2), (3, 3), (4, 5)):
-        probing, hutchinson = Probing(stride), Hutchinson(stride**2)
-        assert probing.cost((1, 8, 8)) == hutchinson.cost((1, 8, 8))
-        ratio = hutchinson.variance(jacobian, (1, 8, 8)) / probing.variance(jacobian, (1, 8, 8))
+        probing, hutchinson = at_work(Probing(stride), field), at_work(Hutchinson(stride**2), field)
+        assert probing.cost == hutchinson.cost
+        ratio = hutchinson.variance(jacobian) / probing.variance(jacobian)
         assert ratio.sqrt() > factor
 
 
@@ -190,7 +192,7 @@ def test_without_a_grid_blocks_cover_the_event():
     torch.testing.assert_close(divergence(f, x, 2, Probing(15, grid_ndim=0)), matrix.trace().expand(4))
     torch.testing.assert_close(divergence(torch.sin, x, 2, Probing(2, grid_ndim=0)), x.cos().sum((1, 2)))
     field = Convolutions((5, 3), 1)
-    assert not Probing(2, grid_ndim=0).is_exact((5, 3), field)  # a radius is along the grid that there is not
+    assert not at_work(Probing(2, grid_ndim=0), field).is_exact  # a radius is along the grid that there is not
 
 
 def test_a_radius_that_circular_padding_breaks_is_refused():
@@ -214,7 +216,7 @@ def test_a_radius_that_circular_padding_breaks_is_refused():
             CNF(field, estimator).log_prob(x)
     field.periodic = True
     truth = dense_divergence(field, T, x)
-    torch.testing.assert_close(estimate(Probing(2), field, x).divergence, truth, rtol=0, atol=1e-10)
+    torch.testing.assert_close(sampled(Probing(2), field, x).divergence, truth, rtol=0, atol=1e-10)
 
 
 def test_errors():

@@ -37,13 +37,14 @@ def gradients(solver, times=(1.0, 0.0), estimator=None, seed=1):
     """Gradients of a loss over all output times and components, with those of start, context and probes."""
     torch.manual_seed(seed)
     field = steep(context_shape=(3,))
-    estimator = estimator or Hutchinson(2)
+    options = estimator or Hutchinson(2)
     x, context = torch.randn(6, 2, requires_grad=True), torch.randn(6, 3, requires_grad=True)
     start = torch.randn(6, requires_grad=True)
+    estimator = options.bind(bind(field, context))
     probes = estimator.draw_probes(x)
     if probes is not None:
         probes.requires_grad_()
-    dynamics = AugmentedDynamics(bind(field, context), estimator, probes)
+    dynamics = AugmentedDynamics(estimator, probes)
     state = (x, dynamics.initial_state(x)[1] + start)
     tensors = [*field.parameters(), context, *([] if probes is None else [probes])]
     solution = solver.solve(dynamics, state, times, tensors)

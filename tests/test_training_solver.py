@@ -20,7 +20,7 @@ from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.path_costs import JacobianNorm, KineticEnergy
 from flows.solvers import Attempt, SolverError, SolverStatistics
 from flows.training import Stage, TrainingInterrupted, examiner, load_checkpoint
-from flows.training.compiled import compiled, stages_to_compile
+from flows.training.compile import compiled, stages_to_compile
 from flows.training.reporting import Reporter
 from flows.training.step import SolverErrorPolicy
 from flows.training.watch import WINDOW, EvaluationWatch

@@ -397,7 +397,7 @@ def test_mixed_precision_leaves_data_their_digits():
 def test_flow_matching_draws_fresh_noise():
     """With one image, a zero field and the noise of the base fixed, only dequantisation can change the loss."""
 
-    class Frozen(flows.bases.normal.StandardNormal):
+    class Frozen(flows.bases.Normal):
         def sample(self, shape, generator=None):
             return torch.zeros(*shape, *self.event_shape)
 

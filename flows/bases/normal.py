@@ -1,4 +1,4 @@
-"""The base of a flow."""
+"""The standard normal, from which a flow starts by default."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from flows.bases.base import Base
+from flows.errors import InvalidTypeError
 
 
-class StandardNormal(nn.Module):
-    """N(0, I) on an event shape; its samples take an explicit generator and the module's dtype and device.
-
-    Args:
-        event_shape: shape of a point.
-    """
-
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.register_buffer("zero", torch.zeros(()), persistent=False)  # follows .to(dtype, device)
+class Normal(Base):
+    """N(0, I)."""
 
     def sample(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-        """Draw points of shape (*shape, *event), on the generator's device first where one is given."""
-        device = self.zero.device if generator is None else generator.device
+        """Draw points of shape (*shape, *event); with a generator on its device, then moved."""
+        device = self.device if generator is None else generator.device
         size = (*shape, *self.event_shape)
-        return torch.randn(size, generator=generator, dtype=self.zero.dtype, device=device).to(self.zero.device)
+        return torch.randn(size, generator=generator, dtype=self.dtype, device=device).to(self.device)
 
     def log_prob(
         self,
@@ -34,3 +28,12 @@ class StandardNormal(nn.Module):
         """log N(z; 0, I) in nats."""
         squares = z.square().flatten(z.ndim - len(self.event_shape)).sum(-1)
         return -0.5 * (squares + math.prod(self.event_shape) * math.log(2 * math.pi))
+
+
+def require_normal(base: Base, user: str) -> None:
+    """Raise `TypeError` if `user`, which supposes N(0, I), was given another base."""
+    if not isinstance(base, Normal):
+        raise InvalidTypeError(
+            f"{user} supposes that the flow starts from flows.bases.Normal, and its base is {type(base).__name__}; "
+            "leave out base=, or train by MaximumLikelihood"
+        )

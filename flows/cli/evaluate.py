@@ -67,7 +67,7 @@ def evaluate(composed: DictConfig) -> float:
             content |= scores.as_dict()
             rows += [*scores.table(), ("scores", str(write_result(output.with_suffix(".csv"), scores.csv())))]
         write_result(output, to_json(content))
-        estimator = flow.divergence.description(flow.event_shape, flow.field)
+        estimator = flow.divergence.bind(flow.bind()).description
         first = [("data", f"{dataset.name}, {part}"), ("with", f"{estimator}, {flow.solver.method}")]
         print(aligned([*first, *rows, ("file", str(output))]))
         if result is not None:

@@ -16,7 +16,6 @@ from flows.compare.trajectory import Trajectory
 from flows.divergence import DivergenceEstimator, Exact, linearise
 from flows.divergence.probes import Rademacher
 from flows.errors import InvalidValueError
-from flows.fields import bind
 
 
 @dataclass(frozen=True)
@@ -48,20 +47,19 @@ def truth(
     trajectory: Trajectory,
     candidates: Sequence[Candidate],
 ) -> Truth:
-    """The exact divergence, by the cheapest of the candidates that states to be exact, checked against ``Exact()``.
+    """The exact divergence, by the cheapest of the candidates that states to be exact, checked against `Exact()`.
 
     The check covers as many points of the middle time as 2,048 products allow, two at least. Where it fails,
-    ``Exact()`` itself is used.
+    `Exact()` itself is used.
     """
-    shape = tuple(trajectory.x.shape[2:])
     double, moved = copy.deepcopy(field).double(), trajectory.double()
-    dimension = math.prod(shape)
+    dimension = math.prod(trajectory.event_shape)
     middle = moved.at(len(moved.times) // 2).first(max(2, 2048 // dimension))
     reference = evaluate(Exact(), double, middle)
     norm = _jacobian_norm(double, moved)
-    costs = {one.label: one.estimator.cost(shape, field) for one in candidates}
-    stated = [one for one in candidates if one.estimator.is_exact(shape, field) and costs[one.label] < dimension]
-    for candidate in [*sorted(stated, key=lambda one: costs[one.label]), Candidate("Exact", "Exact", Exact())]:
+    bound = {one.label: one.estimator.bind(trajectory.bind(field)) for one in candidates}
+    stated = [one for one in candidates if bound[one.label].is_exact and bound[one.label].cost < dimension]
+    for candidate in [*sorted(stated, key=lambda one: bound[one.label].cost), Candidate("Exact", "Exact", Exact())]:
         found = evaluate(candidate.estimator, double, middle)
         check = float((found - reference).abs().max())
         if check <= 1e-9 * norm:
@@ -79,11 +77,10 @@ def evaluate(
 ) -> Tensor:  # (T, n), float64
     """Estimates of the divergence with new probes at each time."""
     with torch.no_grad():
-        bound = bind(field, trajectory.context)
+        bound = estimator.bind(trajectory.bind(field))
         found = []
         for t, x in zip(trajectory.times, trajectory.x, strict=True):
-            probes = estimator.draw_probes(x, generator, field)
-            found.append(estimator(bound, t, x, probes).divergence.double())
+            found.append(bound(t, x, bound.draw_probes(x, generator)).divergence.double())
         return torch.stack(found)
 
 
@@ -97,12 +94,13 @@ def accuracy(
     seconds: float,
     generator: torch.Generator,
 ) -> Accuracy:
-    """Compare with the truth over ``draws`` draws of the probes, fewer (two at least) where time runs out.
+    """Compare with the truth over `draws` draws of the probes, fewer (two at least) where time runs out.
 
     An estimator without probes is evaluated once, one that states to be exact at most twice.
     """
-    random = estimator.draw_probes(trajectory.x[0], generator, field) is not None
-    if estimator.is_exact(tuple(trajectory.x.shape[2:]), field):
+    bound = estimator.bind(trajectory.bind(field))
+    random = bound.draw_probes(trajectory.x[0], generator) is not None
+    if bound.is_exact:
         draws = 2  # to see it confirmed
     started = time.perf_counter()
     errors = []
@@ -147,7 +145,7 @@ def _goes_on(done: int, draws: int, elapsed: float, seconds: float) -> bool:
 def _jacobian_norm(field: nn.Module, trajectory: Trajectory) -> float:
     """The root mean square of ‖J‖_F, estimated from ‖Jᵀε‖² for random signs ε."""
     with torch.no_grad():
-        bound = bind(field, trajectory.context)
+        bound = trajectory.bind(field)
         total = 0.0
         for t, x in zip(trajectory.times, trajectory.x, strict=True):
             _, products = linearise(bound, t, x)

@@ -11,7 +11,7 @@ from flows.errors import InvalidValueError
 
 @dataclass(frozen=True)
 class Advice:
-    """The estimators to train and to evaluate with, as sentences: ``Analytic: exact at 1.1 field evaluations``."""
+    """The estimators to train and to evaluate with, as sentences: `Analytic: exact at 1.1 field evaluations`."""
 
     training: str
     training_reason: str
@@ -28,7 +28,7 @@ def advise(comparison: Comparison, affordable: float = 100.0) -> Advice:
     remove only as far as it stands out from what the choice of the points brings in anyway.
 
     *Evaluation*: the points are given, and noise is a defect of the figure. The cheapest exact estimator, if it
-    costs at most ``affordable`` bare evaluations of the field; else the least noise that this much buys.
+    costs at most `affordable` bare evaluations of the field; else the least noise that this much buys.
 
     Figures within a quarter of each other count as equal, as times are not more certain than that; then fewer
     products decide.

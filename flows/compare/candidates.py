@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from flows.compare.trajectory import Trajectory
 from flows.divergence import DivergenceEstimator
 from flows.errors import InvalidValueError
-from flows.fields import bind
+from flows.vector_field import BoundField
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Candidates:
 def gather(
     estimators: Mapping[str, DivergenceEstimator],
     budgets: Sequence[int],
-    field: object,
+    field: nn.Module,
     trajectory: Trajectory,
 ) -> Candidates:
     """The settings of estimators, given by name, that apply to the field.
@@ -44,17 +44,17 @@ def gather(
     Raises:
         ValueError: there is none.
     """
-    shape = tuple(trajectory.x.shape[2:])
+    view = trajectory.bind(field)
     found, left_out, stand_ins = [], {}, {}
     for name, given in estimators.items():
-        estimator = given.choose(shape, field)
-        if estimator is not given:
+        estimator = given.bind(view)
+        if type(estimator) is not type(given):
             stand_ins[name] = estimator
         reason = not_applicable(estimator, field, trajectory)
-        worthwhile = [] if reason else settings(estimator, budgets, shape, field)
+        worthwhile = [] if reason else settings(estimator, budgets, view)
         if not worthwhile:
             left_out[name] = reason or (
-                f"costs {estimator.cost(shape, field)} products here, more than the {math.prod(shape)} of Exact()"
+                f"costs {estimator.cost} products here, more than the {view.dimension} of Exact()"
             )
         found += worthwhile
     if not found:
@@ -69,35 +69,32 @@ def gather(
     return Candidates(list(measured.values()), left_out, dict(zip(stand_ins, labels, strict=True)))
 
 
-def not_applicable(estimator: DivergenceEstimator, field: object, trajectory: Trajectory) -> str | None:
-    """Why the estimator cannot be used on this field, in its own words; ``None`` if it can."""
+def not_applicable(estimator: DivergenceEstimator, field: nn.Module, trajectory: Trajectory) -> str | None:
+    """Why the estimator cannot be used on this field, in its own words; `None` if it can."""
     one_point = trajectory.first(1)
     x = one_point.x[0]
     try:
-        estimator.cost(tuple(x.shape[1:]), field)
-        probes = estimator.draw_probes(x, field=field)
+        bound = estimator.bind(one_point.bind(field))
+        _ = bound.cost  # may be what is missing
         with torch.no_grad():
-            estimator(bind(field, one_point.context), one_point.times[0], x, probes)
+            bound(one_point.times[0], x, bound.draw_probes(x))
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return str(error)
     return None
 
 
-def settings(
-    estimator: DivergenceEstimator, budgets: Sequence[int], event_shape: tuple[int, ...], field: object
-) -> list[DivergenceEstimator]:
+def settings(estimator: DivergenceEstimator, budgets: Sequence[int], field: BoundField) -> list[DivergenceEstimator]:
     """The estimator as given, at each budget of products, and at what makes it exact, as far as that is below d.
 
-    At d products ``Exact()`` serves; only an estimator that never takes fewer is kept at d.
+    At d products `Exact()` serves; only an estimator that never takes fewer is kept at d.
     """
-    dimension = math.prod(event_shape)
-    found = [estimator, *(estimator.with_budget(budget, event_shape, field) for budget in budgets)]
-    limit = estimator.with_budget(dimension, event_shape, field)
-    if limit.is_exact(event_shape, field):
+    found = [estimator, *(estimator.with_budget(budget, field) for budget in budgets)]
+    limit = estimator.with_budget(field.dimension, field)
+    if limit.bind(field).is_exact:
         found.append(limit)
-    costs = [one.cost(event_shape, field) for one in found]
-    below = [(cost, one) for cost, one in zip(costs, found, strict=True) if cost < dimension]
-    at = [one for cost, one in zip(costs, found, strict=True) if cost == dimension]
+    costs = [one.bind(field).cost for one in found]
+    below = [(cost, one) for cost, one in zip(costs, found, strict=True) if cost < field.dimension]
+    at = [one for cost, one in zip(costs, found, strict=True) if cost == field.dimension]
     return [one for _, one in sorted(below, key=lambda pair: pair[0])] or at[:1]
 
 

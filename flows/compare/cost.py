@@ -11,7 +11,6 @@ from flows.compare.memory import peak_memory
 from flows.compare.timing import alternating_times
 from flows.compare.trajectory import Trajectory
 from flows.divergence import DivergenceEstimator
-from flows.fields import bind
 
 Case = Callable[[], object]
 
@@ -29,15 +28,15 @@ def case(
 
     def run() -> None:
         with torch.set_grad_enabled(training):
-            bound = bind(field, trajectory.context)
+            view = trajectory.bind(field)
+            bound = None if estimator is None else estimator.bind(view)
             points = trajectory.x.clone().requires_grad_(training)
             loss = points.new_zeros(())
             for t, x in zip(trajectory.times, points, strict=True):
-                if estimator is None:
-                    value = bound(t, x)
-                    loss = loss + value.sum()
+                if bound is None:
+                    loss = loss + view(t, x).sum()
                 else:
-                    sample = estimator(bound, t, x, probes)
+                    sample = bound(t, x, probes)
                     loss = loss + sample.value.sum() + sample.divergence.sum()
             if training:
                 torch.autograd.grad(loss, [points, *parameters], allow_unused=True)
@@ -67,12 +66,12 @@ def affordable(
     tried, most = 2, trajectory.x.shape[1]
     if memory is not None:
         few = trajectory.at(0).first(tried)
-        probes = estimator.draw_probes(few.x[0], field=field)
+        probes = estimator.bind(few.bind(field)).draw_probes(few.x[0])
         peak = peak_memory(case(field, few, estimator, probes, training=True), few.x.device)
         most = max(2, min(most, int(memory / max(peak, 1) * tried)))
     while tried < most:
         few = trajectory.at(0).first(tried)
-        probes = estimator.draw_probes(few.x[0], field=field)
+        probes = estimator.bind(few.bind(field)).draw_probes(few.x[0])
         taken = min(alternating_times({"few": case(field, few, estimator, probes)}, 0.02)["few"])
         if taken / tried * min(4 * tried, most) > seconds:
             return trajectory.first(min(most, max(2, int(tried * seconds / taken))))

@@ -24,7 +24,7 @@ TRAINING_PRODUCTS = 128  # nobody trains with more, and the graph of so many wou
 
 @dataclass(frozen=True)
 class Row:
-    """One setting of an estimator. Times and memory are of one evaluation, on ``points`` points."""
+    """One setting of an estimator. Times and memory are of one evaluation, on `points` points."""
 
     label: str
     kind: str  # the label without its numbers
@@ -69,11 +69,11 @@ def compare(
     seed: int = 0,
     progress: bool = False,
 ) -> Comparison:
-    """Measure estimators on a flow, at ``x`` carried along the flow to several ``times``.
+    """Measure estimators on a flow, at `x` carried along the flow to several `times`.
 
     Args:
         estimators: by name; each is measured as it is and at every budget (see
-            :meth:`flows.divergence.DivergenceEstimator.with_budget`).
+            `flows.divergence.DivergenceEstimator.with_budget`).
         budgets: Jacobian products an evaluation.
         times: from 0 (noise) to 1 (data).
         draws: of the probes, at every point and time.
@@ -118,8 +118,8 @@ def _row(
     memory: float,
     seed: int,
 ) -> Row:
-    estimator, shape = candidate.estimator, tuple(trajectory.x.shape[2:])
-    products = estimator.cost(shape, field)
+    estimator = candidate.estimator.bind(trajectory.bind(field))
+    products = estimator.cost
     trains = products <= TRAINING_PRODUCTS
     memory_bytes = memory * 2**30 if trains else None
     trajectory = affordable(field, trajectory, estimator, memory_bytes, seconds / CALLS)
@@ -131,7 +131,7 @@ def _row(
     )
     middle = trajectory.at(len(trajectory.times) // 2)
     timed = middle if products else trajectory  # closed forms share what they compute once a solve
-    probes = estimator.draw_probes(timed.x[0], generator, field)
+    probes = estimator.draw_probes(timed.x[0], generator)
     costs = {}
     for training in (False, True) if trains else (False,):
         bare, run = (case(field, timed, one, probes, training) for one in (None, estimator))
@@ -142,7 +142,7 @@ def _row(
         label=candidate.label,
         kind=candidate.kind,
         products=products,
-        exact=estimator.is_exact(shape, field) and measured.rmse <= rounding,
+        exact=estimator.is_exact and measured.rmse <= rounding,
         accuracy=measured,
         points=points,
         seconds=costs[False][0],

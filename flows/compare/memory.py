@@ -12,7 +12,7 @@ from torch.autograd.profiler import profile
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that tensors take at once while ``run`` runs, beyond those that were there before.
+    """The most bytes that tensors take at once while `run` runs, beyond those that were there before.
 
     On a GPU, the peak of the caching allocator; on the CPU, the running sum of all allocations and releases that
     torch's profiler records, the temporaries inside kernels included.

@@ -17,7 +17,7 @@ def alternating_medians(
     most: int = 50,
     progress: str | None = None,
 ) -> dict[str, float]:
-    """Seconds a call of each case: the median of :func:`alternating_times`."""
+    """Seconds a call of each case: the median of `alternating_times`."""
     times = alternating_times(cases, seconds_each, most, progress)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -30,9 +30,9 @@ def alternating_times(
 ) -> dict[str, list[float]]:
     """Seconds of the calls of each case, over rounds in which every case runs in turn.
 
-    Each case runs once beforehand, uncounted. It leaves the rounds once it has had ``seconds_each`` (but never
-    before three runs) or ``most`` runs, so that slow cases do not decide how often fast ones are measured. A case
-    that takes more than five times ``seconds_each`` is past what a first call costs extra: its first run counts,
+    Each case runs once beforehand, uncounted. It leaves the rounds once it has had `seconds_each` (but never
+    before three runs) or `most` runs, so that slow cases do not decide how often fast ones are measured. A case
+    that takes more than five times `seconds_each` is past what a first call costs extra: its first run counts,
     and one more is enough.
 
     Args:
@@ -66,7 +66,7 @@ def _timed(case: Callable[[], object]) -> float:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add ``--device``: a GPU where there is one."""
+    """Add `--device`: a GPU where there is one."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=_device, default=default, help="cpu, cuda, cuda:1, ... (%(default)s)")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
+from flows.vector_field import BoundField, bind
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,15 @@ class Trajectory:
     times: Tensor  # (T,)
     x: Tensor  # (T, n, *event), flow space
     context: Tensor | None = None  # (n, *context)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one point."""
+        return tuple(self.x.shape[2:])
+
+    def bind(self, field: Callable[..., Tensor]) -> BoundField:
+        """The field at the contexts of these points."""
+        return bind(field, self.context, self.event_shape)
 
     def first(self, num_points: int) -> Trajectory:
         """That many of its points."""
@@ -44,7 +54,7 @@ def trajectory_of(
     context: Tensor | None = None,  # (n, *context)
     generator: torch.Generator | None = None,  # of the noise of a transform that has any
 ) -> Trajectory:
-    """Carry points of the data back along the flow, from t = 1, and note where they are at ``times``.
+    """Carry points of the data back along the flow, from t = 1, and note where they are at `times`.
 
     Raises:
         ValueError: no times, or times outside of [0, 1].

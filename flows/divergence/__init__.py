@@ -3,7 +3,7 @@
 from flows.divergence.analytic import Analytic
 from flows.divergence.auto import Auto
 from flows.divergence.autodiff import linearise
-from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField
+from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.divergence.bottleneck import Bottleneck
 from flows.divergence.exact import Exact
 from flows.divergence.function import divergence
@@ -11,11 +11,13 @@ from flows.divergence.hutchinson import Hutchinson
 from flows.divergence.low_rank import HutchPlusPlus, XTrace
 from flows.divergence.probes import Coordinates, Gaussian, Orthonormal, ProbeFamily, Rademacher, Sphere
 from flows.divergence.probing import Probing
+from flows.vector_field import BoundField, VectorField, bind
 
 __all__ = [
     "Analytic",
     "Auto",
     "Bottleneck",
+    "BoundField",
     "Coordinates",
     "DivergenceEstimator",
     "Exact",
@@ -30,6 +32,7 @@ __all__ = [
     "Sphere",
     "VectorField",
     "XTrace",
+    "bind",
     "divergence",
     "linearise",
 ]

@@ -3,21 +3,18 @@
 What a product costs, in bare evaluations of the field (bare forward + backward passes when training), as the
 median of alternating runs of the trace of one Jacobian, CPU time on one core, torch 2.13:
 
-========================== ======== ================== ================== ================== ==================
-field                      products reverse, loop      reverse, 8 a call  forward, loop      forward, 8 a call
-========================== ======== ================== ================== ================== ==================
-MLP d = 2, batch 512       2        1.2 (training 1.6) 1.2 (1.6)          6.0 (4.6)          3.6 (3.2)
-MLP d = 64, batch 256      64       0.8 (1.4)          0.8 (0.8)          5.7 (4.3)          1.5 (1.2)
-MLP d = 512, batch 64      512      0.7 (0.9)          0.6 (0.7)          4.4 (3.6)          1.1 (1.0)
-four convolutions, 28 × 28 25       1.0 (1.4)          1.1 (1.5)          3.3 (3.4)          1.6 (1.4)
-four convolutions, 8 × 8   25       1.1 (1.4)          1.2 (1.3)          4.0 (3.3)          1.5 (1.3)
-========================== ======== ================== ================== ================== ==================
+| field | products | reverse, loop | reverse, 8 a call | forward, loop | forward, 8 a call |
+|---|---|---|---|---|---|
+| MLP d = 2, batch 512 | 2 | 1.2 (training 1.6) | 1.2 (1.6) | 6.0 (4.6) | 3.6 (3.2) |
+| MLP d = 64, batch 256 | 64 | 0.8 (1.4) | 0.8 (0.8) | 5.7 (4.3) | 1.5 (1.2) |
+| MLP d = 512, batch 64 | 512 | 0.7 (0.9) | 0.6 (0.7) | 4.4 (3.6) | 1.1 (1.0) |
+| four convolutions, 28 × 28 | 25 | 1.0 (1.4) | 1.1 (1.5) | 3.3 (3.4) | 1.6 (1.4) |
+| four convolutions, 8 × 8 | 25 | 1.1 (1.4) | 1.2 (1.3) | 4.0 (3.3) | 1.5 (1.3) |
 
-Hence the defaults: reverse mode, one product at a time (several a call are up to 1.7 times faster in training
-perceptrons, no faster without gradients and slower on convolutions, and not every operation can be batched); in
-forward mode, 16 a call, which saves the evaluation of the field that each product would repeat. Forward mode
-pays for training convolutions (at 32 a call 1.2 to 1.3 times faster than the reverse loop), and for memory: it keeps no
-graph without gradients.
+Hence the defaults. Reverse mode takes one product at a time: several a call are up to 1.7 times faster in training
+perceptrons, but no faster without gradients, slower on convolutions, and not every operation can be batched. Forward
+mode takes 16 a call, since each call evaluates the field again. Forward mode pays for training convolutions (at 32 a
+call 1.2 to 1.3 times faster than the reverse loop) and for memory: it keeps no graph without gradients.
 """
 
 from __future__ import annotations
@@ -28,8 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flows.divergence.base import VectorField, checked_value
 from flows.errors import ComputationError, InvalidValueError
+from flows.vector_field import VectorField, checked_value
 
 Mode = Literal["reverse", "forward"]
 Products = Callable[[Tensor], Tensor]  # (n, B, *event) -> (n, B, *event)
@@ -42,7 +39,7 @@ _DEFAULT_CHUNK = {"reverse": 1, "forward": 16}  # products in one call
 
 
 def check_mode(mode: str, chunk_size: int | None) -> None:
-    """Raise ``ValueError`` on an unknown mode or a chunk size below one."""
+    """Raise `ValueError` on an unknown mode or a chunk size below one."""
     if mode not in ("reverse", "forward"):
         raise InvalidValueError(f"mode must be 'reverse' or 'forward', got {mode!r}")
     if chunk_size is not None and chunk_size < 1:
@@ -53,7 +50,7 @@ def check_mode(mode: str, chunk_size: int | None) -> None:
 
 
 def products_per_call(mode: Mode, chunk_size: int | None) -> int:
-    """``chunk_size``, or the default of the mode where it is ``None``."""
+    """`chunk_size`, or the default of the mode where it is `None`."""
     return _DEFAULT_CHUNK[mode] if chunk_size is None else chunk_size
 
 
@@ -63,40 +60,34 @@ def linearise(
     x: Tensor,  # (B, *event)
     mode: Mode = "reverse",
     chunk_size: int | None = None,
+    check: Callable[[Tensor, Tensor], Tensor] = checked_value,
 ) -> tuple[Tensor, Products]:
-    r"""Evaluate ``field`` at ``(t, x)`` and return its value with a function for Jacobian products.
+    r"""Evaluate `field` at `(t, x)` and return its value with a function for Jacobian products.
 
-    With J = ∂v/∂x of each sample, ``products(u)`` is Jᵀu in reverse mode and Ju in forward mode; uᵀJu, and
-    with it every trace estimate, is the same for both. ``u`` stacks n directions for every sample of the
-    batch, and may be an expanded (stride 0) tensor. Products taken under ``torch.no_grad()`` are constants.
+    With J = ∂v/∂x of each sample, `products(u)` is Jᵀu in reverse mode and Ju in forward mode; uᵀJu, and with it every
+    trace estimate, is the same for both. `u` stacks n directions for every sample of the batch, and may be an expanded
+    (stride 0) tensor. Products taken under `torch.no_grad()` are constants.
 
-    ``chunk_size`` products run as one vectorised call, which takes that many times the memory; ``None`` is 1 in
-    reverse and 16 in forward mode.
+    Cost: one field evaluation. Each product then costs about one backward pass in reverse mode (the graph is shared),
+    and in forward mode the evaluation of a tangent, with the field's own once a call.
 
-    Cost: one field evaluation; each product then costs about one backward pass in reverse mode (the graph is
-    shared), and in forward mode the evaluation of a tangent, with the field's own once a call.
+    Args:
+        field: the vector field.
+        t: time.
+        x: the points.
+        mode: `"reverse"` or `"forward"`.
+        chunk_size: products in one vectorised call, which takes that many times the memory; `None`: 1 in reverse and 16
+            in forward mode.
+        check: called as `check(value, x)` on what the field returns, and raises on a wrong shape; by default, one that
+            differs from that of `x`.
 
     Raises:
-        ValueError: the field returns another shape than that of ``x``, or, in reverse mode, a value that
-            autograd cannot trace to ``x``.
-        RuntimeError: reverse mode under ``torch.inference_mode()``.
+        ValueError: `check` refuses the value, or, in reverse mode, autograd cannot trace the value to `x`.
+        RuntimeError: reverse mode under `torch.inference_mode()`.
     """
-    return linearise_map(lambda y: checked_value(field(t, y), y), x, mode, chunk_size)
-
-
-def linearise_map(
-    function: Callable[[Tensor], Tensor],  # (B, *event) -> (B, *out)
-    x: Tensor,  # (B, *event)
-    mode: Mode = "reverse",
-    chunk_size: int | None = None,
-) -> tuple[Tensor, Products]:
-    """:func:`linearise` between spaces of different shape: products are (n, B, *event) -> (n, B, *out) forward,
-    and (n, B, *out) -> (n, B, *event) in reverse."""
     size = products_per_call(mode, chunk_size)
-    return _reverse(function, x, size) if mode == "reverse" else _forward(function, x, size)
-
-
-def _reverse(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int) -> tuple[Tensor, Products]:
+    if mode == "forward":
+        return _forward(lambda y: check(field(t, y), y), x, size)
     if torch.is_inference_mode_enabled():
         raise ComputationError(
             "reverse-mode products need autograd, which torch.inference_mode() forbids; use torch.no_grad(), "
@@ -106,12 +97,12 @@ def _reverse(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int) -
     if not (differentiable and x.requires_grad):
         x = x.detach().requires_grad_()
     with torch.enable_grad():
-        value = function(x)
+        value = check(field(t, x), x)
     if not value.requires_grad:
         raise InvalidValueError(_UNTRACEABLE)
 
     def products(directions: Tensor) -> Tensor:
-        return torch.cat([vjp(chunk) for chunk in directions.split(chunk_size)])
+        return torch.cat([vjp(chunk) for chunk in directions.split(size)])
 
     def vjp(directions: Tensor) -> Tensor:
         batched = len(directions) > 1

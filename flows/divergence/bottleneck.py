@@ -7,21 +7,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flows.divergence.autodiff import Mode, check_mode, linearise_map, products_per_call
-from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField, checked_value, declared, field_name
+from flows.divergence.autodiff import Mode, check_mode, linearise, products_per_call
+from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.divergence.exact import basis_trace
 from flows.divergence.probes import ProbeFamily, Rademacher
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.naming import by_name
+from flows.vector_field import BoundField, VectorField, checked_value
 
 
 @dataclass(frozen=True)
 class Bottleneck(DivergenceEstimator):
     r"""div v = tr(J_dec J_enc) = tr(J_enc J_dec) ≈ ε_kᵀ J_enc J_dec ε_k with ε in ℝᴴ, for v = decode ∘ encode.
 
-    ``encode: ℝᵈ → ℝᴴ`` ends at the narrowest layer of the field. The variance is that of the probe family
-    (:mod:`flows.divergence.probes`) for the H × H matrix J_enc J_dec in the place of J: smaller where H < d and
-    the spectrum of J is flat. With ``exact=True`` the H basis vectors take the place of the probes, and the
+    `encode: ℝᵈ → ℝᴴ` ends at the narrowest layer of the field. The variance is that of the probe family
+    (`flows.divergence.probes`) for the H × H matrix J_enc J_dec in the place of J: smaller where H < d and
+    the spectrum of J is flat. With `exact=True` the H basis vectors take the place of the probes, and the
     result is exact.
 
     Cost: one product a probe, H of them if exact. At H >= d nothing is wrong, and nothing gained.
@@ -30,13 +31,13 @@ class Bottleneck(DivergenceEstimator):
 
     Args:
         num_probes: K >= 1; not used if exact.
-        probes: a :class:`ProbeFamily` or its lower-case name.
+        probes: a `ProbeFamily` or its lower-case name.
         exact: whether to take all H basis vectors instead of probes.
-        mode: ``"reverse"`` or ``"forward"`` Jacobian products.
-        chunk_size: products in one vectorised call; ``None``: 1 in reverse, 16 in forward mode.
+        mode: `"reverse"` or `"forward"` Jacobian products.
+        chunk_size: products in one vectorised call; `None`: 1 in reverse, 16 in forward mode.
 
     Raises:
-        TypeError: the field has no ``encode(t, x)``, ``decode(t, h)`` and ``bottleneck_width``; the message names
+        TypeError: the field has no `encode(t, x)`, `decode(t, h)` and `bottleneck_width`; the message names
             what to choose instead.
     """
 
@@ -54,25 +55,28 @@ class Bottleneck(DivergenceEstimator):
         check_mode(self.mode, self.chunk_size)
         object.__setattr__(self, "probes", by_name(ProbeFamily, self.probes))
 
-    def draw_probes(
-        self, x: Tensor, generator: torch.Generator | None = None, field: object | None = None
-    ) -> Tensor | None:  # (K, B, H)
+    def draw_probes(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:  # (K, B, H)
         if self.exact:
             return None
-        return self.probes.draw(self.num_probes, x.new_empty(len(x), _width(field)), generator)
+        return self.family.draw(self.num_probes, x.new_empty(len(x), self._parts[2]), generator)
 
-    def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None) -> FieldSample:
-        width = _width(field)
-        code, encoder = linearise_map(lambda y: field.encode(t, y), x, self.mode, self.chunk_size)
-        if code.shape != (len(x), width):
-            raise InvalidValueError(
-                f"encode(t, x) must return one code a point, of shape {(len(x), width)} by the field's "
-                f"bottleneck_width, got {tuple(code.shape)}"
-            )
-        value, decoder = linearise_map(lambda h: field.decode(t, h), code, self.mode, self.chunk_size)
-        checked_value(value, x)
+    def __call__(self, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:
+        encode, decode, width = self._parts
+
+        def check_code(code: Tensor, x: Tensor) -> Tensor:
+            if code.shape != (len(x), width):
+                raise InvalidValueError(
+                    f"encode(t, x) must return one code a point, of shape {(len(x), width)} by the field's "
+                    f"bottleneck_width, got {tuple(code.shape)}"
+                )
+            return code
+
+        code, encoder = linearise(encode, t, x, self.mode, self.chunk_size, check_code)
+        value, decoder = linearise(
+            decode, t, code, self.mode, self.chunk_size, lambda value, _: checked_value(value, x)
+        )
         first, second = (encoder, decoder) if self.mode == "reverse" else (decoder, encoder)
-        if self.exact:
+        if probes is None:
             trace = basis_trace(lambda u: second(first(u)), code, products_per_call(self.mode, self.chunk_size))
             return FieldSample(value, trace.unsqueeze(0))
         return FieldSample(value, (second(first(probes)) * probes).sum(2))
@@ -81,32 +85,42 @@ class Bottleneck(DivergenceEstimator):
     def num_estimates(self) -> int:
         return 1 if self.exact else self.num_probes
 
-    def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
-        return _width(field) if self.exact else self.num_probes
+    @property
+    def cost(self) -> int:
+        return self._parts[2] if self.exact else self.num_probes
 
-    def with_budget(self, num_products: int, event_shape: tuple[int, ...], field: object | None = None) -> Bottleneck:
+    def with_budget(self, num_products: int, field: BoundField) -> Bottleneck:
         if self.exact:
             return self
-        return replace(self, num_probes=max(1, min(num_products, _width(field))))
+        return replace(self, num_probes=max(1, min(num_products, _parts(field)[2])))
 
-    def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
-        """Whether ``exact`` is set, or the probes of this family fill the bottleneck of the field."""
-        return self.exact or (field is not None and self._factor(field) == 0)
+    @property
+    def is_exact(self) -> bool:
+        """Whether `exact` is set, or the probes of this family fill the bottleneck of the field."""
+        return self.exact or self._spread_factor == 0
 
-    def standard_error(self, estimates: Tensor, event_shape: tuple[int, ...], field: object | None = None) -> Tensor:
-        return super().standard_error(estimates, event_shape, field) * (0 if self.exact else self._factor(field))
+    def standard_error(self, estimates: Tensor) -> Tensor:
+        return super().standard_error(estimates) * (0 if self.exact else self._spread_factor)
 
-    def _factor(self, field: object | None) -> float:
-        return self.probes.spread_factor(self.num_probes, _width(field))
+    @property
+    def family(self) -> ProbeFamily:
+        """The probe family, as an object."""
+        return by_name(ProbeFamily, self.probes)
+
+    @property
+    def _spread_factor(self) -> float:
+        return self.family.spread_factor(self.num_probes, self._parts[2])
+
+    @property
+    def _parts(self) -> tuple[VectorField, VectorField, int]:
+        return _parts(self.field)
 
 
-def _width(field: object | None) -> int:
-    """H of the field."""
-    width = declared(field, "bottleneck_width")
-    if width is None:
-        name = "no field" if field is None else field_name(field)
+def _parts(field: BoundField) -> tuple[VectorField, VectorField, int]:
+    """encode, decode and H of the field."""
+    if field.encode is None or field.decode is None or field.bottleneck_width is None:
         raise InvalidTypeError(
             "Bottleneck() needs a field with encode(t, x), decode(t, h) and bottleneck_width, such as "
-            f"flows.fields.MLP, and got {name}; choose Hutchinson(num_probes=...) or Exact(), which take any field"
+            f"flows.fields.MLP, and got {field.name}; choose Hutchinson(num_probes=...) or Exact(), which take any field"
         )
-    return width
+    return field.encode, field.decode, field.bottleneck_width

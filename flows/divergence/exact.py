@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from flows.divergence.autodiff import Mode, Products, check_mode, linearise, products_per_call
-from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField
+from flows.divergence.base import DivergenceEstimator, FieldSample
 
 
 @dataclass(frozen=True)
 class Exact(DivergenceEstimator):
     r"""div v = Σᵢ eᵢᵀ J eᵢ with d = dim(event) Jacobian products, for any field.
 
-    Cost: d products; the d × d Jacobian is never held, only ``chunk_size`` rows (or columns) at a time.
-    Prefer :class:`Analytic` where the field knows its divergence.
+    Cost: d products. The d × d Jacobian is never held, only `chunk_size` rows (or columns) at a time. Prefer `Analytic`
+    where the field knows its divergence.
 
     Args:
-        mode: ``"reverse"`` (vector-Jacobian) or ``"forward"`` (Jacobian-vector) products.
-        chunk_size: products in one vectorised call; memory grows with it. ``None``: 1 in reverse, 16 in forward mode.
+        mode: `"reverse"` (vector-Jacobian) or `"forward"` (Jacobian-vector) products.
+        chunk_size: products in one vectorised call; memory grows with it. `None`: 1 in reverse, 16 in forward mode.
     """
 
     mode: Mode = "reverse"
@@ -31,28 +31,25 @@ class Exact(DivergenceEstimator):
     def __post_init__(self) -> None:
         check_mode(self.mode, self.chunk_size)
 
-    def draw_probes(self, x: Tensor, generator: torch.Generator | None = None, field: object | None = None) -> None:
-        return None
-
-    def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:
-        value, products = linearise(field, t, x, self.mode, self.chunk_size)
+    def __call__(self, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:
+        value, products = linearise(self.field, t, x, self.mode, self.chunk_size)
         trace = basis_trace(products, x, products_per_call(self.mode, self.chunk_size))
         return FieldSample(value, trace.unsqueeze(0))
 
-    def with_jacobian_norm(
-        self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None, directions: Tensor
-    ) -> FieldSample:
-        """‖J‖²_F from the rows of J that the trace takes, exact and for nothing more."""
-        value, products = linearise(field, t, x, self.mode, self.chunk_size)
+    def with_jacobian_norm(self, t: Tensor, x: Tensor, probes: Tensor | None, directions: Tensor) -> FieldSample:
+        """‖J‖²_F, exactly and for free, from the rows of J that the trace takes."""
+        value, products = linearise(self.field, t, x, self.mode, self.chunk_size)
         trace, norm = x.new_zeros(len(x)), x.new_zeros(len(x))
         for entries, rows in _basis_products(products, x, products_per_call(self.mode, self.chunk_size)):
             trace, norm = trace + entries.sum(0), norm + rows.square().sum((0, 2))
         return FieldSample(value, trace.unsqueeze(0), norm)
 
-    def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
-        return math.prod(event_shape)
+    @property
+    def cost(self) -> int:
+        return self.field.dimension
 
-    def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
+    @property
+    def is_exact(self) -> bool:
         return True
 
 
@@ -61,7 +58,7 @@ def basis_trace(
     x: Tensor,  # (B, *event); gives shape, dtype and device
     chunk_size: int,
 ) -> Tensor:  # (B,)
-    """The trace of the matrix behind ``products`` from one product with each basis vector."""
+    """The trace of the matrix behind `products`, by one product with each basis vector."""
     trace = x.new_zeros(len(x))
     for entries, _ in _basis_products(products, x, chunk_size):
         trace = trace + entries.sum(0)
@@ -69,7 +66,7 @@ def basis_trace(
 
 
 def _basis_products(products: Products, x: Tensor, chunk_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The entries on the diagonal (n, B) and the products (n, B, d) of the basis vectors, n at a time."""
+    """Diagonal entries (n, B) and products (n, B, d) of the basis vectors, n vectors at a time."""
     event_shape = x.shape[1:]
     dimension = math.prod(event_shape)
     for start in range(0, dimension, chunk_size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from flows.divergence.base import DivergenceEstimator
 from flows.divergence.exact import Exact
 from flows.errors import InvalidValueError
+from flows.vector_field import BoundField
 
 
 def divergence(
@@ -21,26 +23,26 @@ def divergence(
 ) -> Tensor:  # (*batch)
     r"""div f(x) = Σᵢ ∂fᵢ/∂xᵢ of a function that maps each point of a batch to a vector of the same shape.
 
-    ``f`` is called on tensors of exactly the shape of ``x`` and must treat the points of a batch
-    independently of each other. The result is differentiable where autograd records.
+    `f` is called on tensors of exactly the shape of `x` and must treat the points of a batch independently of each
+    other. The result is differentiable where autograd records.
 
-    ::
-
-        divergence(f, x)                                   # points (B, d)
-        divergence(f, x, event_ndim=2)                     # point sets (B, N, 3): one number a set
-        divergence(f, x, event_ndim=3)                     # images (B, C, H, W)
-        divergence(f, x, estimator=Hutchinson(num_probes=8))
+    ``python
+    divergence(f, x)                                   # points (B, d)
+    divergence(f, x, event_ndim=2)                     # point sets (B, N, 3): one number a set
+    divergence(f, x, event_ndim=3)                     # images (B, C, H, W)
+    divergence(f, x, estimator=Hutchinson(num_probes=8))
+    ``
 
     Args:
-        f: ``(*batch, *event) -> (*batch, *event)``. An object with ``value_and_divergence(x)``, or with ``encode(x)``,
-            ``decode(h)`` and ``bottleneck_width``, on points ``(B, *event)``, suits ``Analytic`` and ``Bottleneck``.
+        f: `(*batch, *event) -> (*batch, *event)`. An object with `value_and_divergence(x)`, or with `encode(x)`,
+            `decode(h)` and `bottleneck_width`, on points `(B, *event)`, suits `Analytic` and `Bottleneck`.
         x: the points.
-        event_ndim: how many trailing dimensions of ``x`` make one point.
-        estimator: defaults to :class:`Exact`.
+        event_ndim: how many trailing dimensions of `x` make one point.
+        estimator: defaults to `Exact`.
         generator: source of the probes of a stochastic estimator.
 
     Raises:
-        ValueError: ``event_ndim`` does not fit ``x``, or ``f`` returns another shape.
+        ValueError: `event_ndim` does not fit `x`, or `f` returns another shape.
     """
     if not 1 <= event_ndim <= x.ndim:
         raise InvalidValueError(
@@ -50,21 +52,21 @@ def divergence(
     if not x.is_floating_point():
         raise InvalidValueError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
     batch_shape, event_shape = x.shape[: x.ndim - event_ndim], x.shape[x.ndim - event_ndim :]
-    estimator = Exact() if estimator is None else estimator
-    field = _TimelessField(f, x.shape)
+    bound = (Exact() if estimator is None else estimator).bind(_TimelessField(f, x.shape, event_ndim))
     points = x.reshape(-1, *event_shape)
-    sample = estimator(field, x.new_zeros(()), points, estimator.draw_probes(points, generator, f))
+    sample = bound(x.new_zeros(()), points, bound.draw_probes(points, generator))
     return sample.divergence.reshape(batch_shape)
 
 
-class _TimelessField:
-    """``f(x)`` as a field of one batch dimension."""
+class _TimelessField(BoundField):
+    """`f(x)` as a field of one batch dimension."""
 
-    is_wrapper = True  # what f states about itself is found at .field
-
-    def __init__(self, f: Callable[[Tensor], Tensor], shape: torch.Size) -> None:
-        self.field = f
+    def __init__(self, f: Callable[[Tensor], Tensor], shape: torch.Size, event_ndim: int) -> None:
+        super().__init__(f, event_shape=shape[len(shape) - event_ndim :])
         self.shape = shape
+        self.value_and_divergence = _without_time(self.value_and_divergence)
+        self.encode = _without_time(self.encode)
+        self.decode = _without_time(self.decode)
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         value = self.field(x.reshape(self.shape))
@@ -72,9 +74,6 @@ class _TimelessField:
             return value.reshape(x.shape)
         return value
 
-    def __getattr__(self, name: str) -> Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]:
-        """The further parts of a structured function, which take no time either."""
-        if name not in ("value_and_divergence", "encode", "decode"):
-            raise AttributeError(name)
-        part = getattr(self.field, name)
-        return lambda t, x: part(x)
+
+def _without_time(part: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    return None if part is None else lambda t, x: part(x)

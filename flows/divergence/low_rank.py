@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flows.divergence.autodiff import Mode, check_mode, linearise
-from flows.divergence.base import DivergenceEstimator, FieldSample, VectorField
+from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.divergence.exact import Exact
 from flows.divergence.probes import Gaussian, Rademacher, Sphere
 from flows.errors import InvalidValueError
+from flows.vector_field import BoundField
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class HutchPlusPlus(DivergenceEstimator):
 
     The m/3 estimates share the first term, so that their spread gives the standard error given Q, whose square
     has the mean 2(‖sym(PJP)‖²_F − Σ (PJP)_ii²)/(m/3). Exact where rank J <= m/3. Pays where the singular values
-    of J decay; on a flat spectrum ``Hutchinson(num_probes=m)`` has less noise.
+    of J decay; on a flat spectrum `Hutchinson(num_probes=m)` has less noise.
 
     Cost: m products, and one QR of a (d, m/3) matrix for each sample. From m/3 >= d on the sketch would fill the
     space; then the estimates are the exact trace, at d products.
@@ -36,8 +36,8 @@ class HutchPlusPlus(DivergenceEstimator):
 
     Args:
         num_products: m, a multiple of 3; the standard error needs six.
-        mode: ``"reverse"`` (which sketches Jᵀ, of the same trace) or ``"forward"`` Jacobian products.
-        chunk_size: products in one vectorised call; ``None``: 1 in reverse, 16 in forward mode.
+        mode: `"reverse"` (which sketches Jᵀ, of the same trace) or `"forward"` Jacobian products.
+        chunk_size: products in one vectorised call; `None`: 1 in reverse, 16 in forward mode.
     """
 
     num_products: int = 6
@@ -52,17 +52,15 @@ class HutchPlusPlus(DivergenceEstimator):
             )
         check_mode(self.mode, self.chunk_size)
 
-    def draw_probes(
-        self, x: Tensor, generator: torch.Generator | None = None, field: object | None = None
-    ) -> Tensor:  # (2K, B, *event): S, then G
+    def draw_probes(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (2K, B, *event): S, then G
         sketch = Gaussian().draw(self.num_estimates, x, generator)
         return torch.cat([sketch, Rademacher().draw(self.num_estimates, x, generator)])
 
-    def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor) -> FieldSample:
-        if self.is_exact(x.shape[1:]):
-            exact = Exact(self.mode, self.chunk_size)(field, t, x)
+    def __call__(self, t: Tensor, x: Tensor, probes: Tensor) -> FieldSample:
+        if self.is_exact:
+            exact = Exact(self.mode, self.chunk_size).bind(self.field)(t, x)
             return FieldSample(exact.value, exact.estimates.expand(self.num_estimates, -1))
-        value, products = linearise(field, t, x, self.mode, self.chunk_size)
+        value, products = linearise(self.field, t, x, self.mode, self.chunk_size)
         sketch, rest = probes.chunk(2)
         with torch.no_grad():
             basis = torch.linalg.qr(to_columns(products(sketch)))[0]  # (B, d, K)
@@ -76,19 +74,19 @@ class HutchPlusPlus(DivergenceEstimator):
     def num_estimates(self) -> int:
         return self.num_products // 3
 
-    def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
-        return math.prod(event_shape) if self.is_exact(event_shape) else self.num_products
+    @property
+    def cost(self) -> int:
+        return self.field.dimension if self.is_exact else self.num_products
 
-    def with_budget(
-        self, num_products: int, event_shape: tuple[int, ...], field: object | None = None
-    ) -> HutchPlusPlus:
-        dimension = math.prod(event_shape)
+    def with_budget(self, num_products: int, field: BoundField) -> HutchPlusPlus:
+        dimension = field.dimension
         if num_products >= dimension:
             return replace(self, num_products=3 * dimension)  # exact at d products
         return replace(self, num_products=max(3, num_products - num_products % 3))
 
-    def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
-        return self.num_estimates >= math.prod(event_shape)
+    @property
+    def is_exact(self) -> bool:
+        return self.num_estimates >= self.field.dimension
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,10 @@ class XTrace(DivergenceEstimator):
     and so is its gradient with Q_i taken for a constant. All of it follows from the 2k products J ω and J Q with
     one QR and one triangular solve for each sample.
 
-    The k estimates are exchangeable, and their spread/√k, which :meth:`standard_error` returns, is the paper's
+    The k estimates are exchangeable, and their spread/√k, which `standard_error` returns, is the paper's
     error estimate. As they are correlated it is somewhat optimistic: its mean square was 0.6 to 1 times the
     variance for spectra decaying by 0.2 to 0.8 a step, and less on flat ones. Exact where rank J <= k − 1.
-    Beats :class:`HutchPlusPlus` where the singular values of J decay; on a flat spectrum nothing is gained.
+    Beats `HutchPlusPlus` where the singular values of J decay; on a flat spectrum nothing is gained.
 
     Cost: m products. From k >= d on the sketch fills the space; then the estimates are the exact trace, at d
     products. The probes are drawn once a solve, and Q follows from them at every evaluation.
@@ -112,8 +110,8 @@ class XTrace(DivergenceEstimator):
 
     Args:
         num_products: m, even, >= 4.
-        mode: ``"reverse"`` (which sketches Jᵀ, of the same trace) or ``"forward"`` Jacobian products.
-        chunk_size: products in one vectorised call; ``None``: 1 in reverse, 16 in forward mode.
+        mode: `"reverse"` (which sketches Jᵀ, of the same trace) or `"forward"` Jacobian products.
+        chunk_size: products in one vectorised call; `None`: 1 in reverse, 16 in forward mode.
     """
 
     num_products: int = 6
@@ -128,16 +126,14 @@ class XTrace(DivergenceEstimator):
             )
         check_mode(self.mode, self.chunk_size)
 
-    def draw_probes(
-        self, x: Tensor, generator: torch.Generator | None = None, field: object | None = None
-    ) -> Tensor:  # (k, B, *event)
+    def draw_probes(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (k, B, *event)
         return Sphere().draw(self.num_estimates, x, generator)
 
-    def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor) -> FieldSample:
-        if self.is_exact(x.shape[1:]):
-            exact = Exact(self.mode, self.chunk_size)(field, t, x)
+    def __call__(self, t: Tensor, x: Tensor, probes: Tensor) -> FieldSample:
+        if self.is_exact:
+            exact = Exact(self.mode, self.chunk_size).bind(self.field)(t, x)
             return FieldSample(exact.value, exact.estimates.expand(self.num_estimates, -1))
-        value, products = linearise(field, t, x, self.mode, self.chunk_size)
+        value, products = linearise(self.field, t, x, self.mode, self.chunk_size)
         omega = to_columns(probes)  # (B, d, k)
         sketch = to_columns(products(probes))
         with torch.no_grad():
@@ -146,7 +142,7 @@ class XTrace(DivergenceEstimator):
             inner = basis.mT @ omega
             inner = inner - left_out * (left_out * inner).sum(-2, keepdim=True)
             rest = omega - basis @ inner  # ρ_i
-            left = math.prod(x.shape[1:]) - self.num_estimates + 1
+            left = self.field.dimension - self.num_estimates + 1
             weight = left / rest.square().sum(-2)  # (B, k)
         images = to_columns(products(to_vectors(basis, x)))  # J Q
         small = basis.mT @ images  # QᵀJQ
@@ -159,17 +155,19 @@ class XTrace(DivergenceEstimator):
     def num_estimates(self) -> int:
         return self.num_products // 2
 
-    def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
-        return math.prod(event_shape) if self.is_exact(event_shape) else self.num_products
+    @property
+    def cost(self) -> int:
+        return self.field.dimension if self.is_exact else self.num_products
 
-    def with_budget(self, num_products: int, event_shape: tuple[int, ...], field: object | None = None) -> XTrace:
-        dimension = math.prod(event_shape)
+    def with_budget(self, num_products: int, field: BoundField) -> XTrace:
+        dimension = field.dimension
         if num_products >= dimension:
             return replace(self, num_products=max(4, 2 * dimension))  # exact at d products
         return replace(self, num_products=max(4, num_products - num_products % 2))
 
-    def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
-        return self.num_estimates >= math.prod(event_shape)
+    @property
+    def is_exact(self) -> bool:
+        return self.num_estimates >= self.field.dimension
 
 
 def to_columns(
@@ -183,7 +181,7 @@ def to_vectors(
     columns: Tensor,  # (B, d, k)
     x: Tensor,  # (B, *event)
 ) -> Tensor:  # (k, B, *event)
-    """The columns as vectors shaped like ``x``."""
+    """The columns as vectors shaped like `x`."""
     return columns.permute(2, 0, 1).reshape(-1, *x.shape)
 
 

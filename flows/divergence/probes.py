@@ -20,7 +20,7 @@ from flows.errors import InvalidValueError
 class ProbeFamily(ABC):
     """Draws probes ε_1, ..., ε_K for every sample of a batch, so that mean_k ε_kᵀ J ε_k is unbiased.
 
-    To add one: subclass it; ``Hutchinson(probes=...)`` takes an instance or the lower-case class name.
+    To add one: subclass it; `Hutchinson(probes=...)` takes an instance or the lower-case class name.
     """
 
     @abstractmethod
@@ -30,7 +30,7 @@ class ProbeFamily(ABC):
         x: Tensor,  # (B, *event); gives shape, dtype and device
         generator: torch.Generator | None = None,
     ) -> Tensor:  # (K, B, *event)
-        """Draw ``num_probes`` probes a sample."""
+        """Draw `num_probes` probes a sample."""
 
     @abstractmethod
     def variance(
@@ -115,7 +115,7 @@ def draw_like(
     x: Tensor,  # (B, *event)
     generator: torch.Generator | None,
 ) -> Tensor:  # (K, B, *event)
-    """Draw with ``sampler`` on the generator's device, for the shape, dtype and device of ``x``."""
+    """Draw with `sampler` on the generator's device, for the shape, dtype and device of `x`."""
     device = x.device if generator is None else generator.device
     shape = (num_probes, *x.shape)
     return sampler(shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
@@ -146,7 +146,7 @@ class WithoutReplacement(ProbeFamily):
 class Orthonormal(WithoutReplacement):
     r"""A random orthonormal K-frame, times √d. Exact at K = d.
 
-    Variance 2d(d − K)/(K(d − 1)(d + 2)) (‖S‖²_F − tr²/d): that of :class:`Sphere`, times (d − K)/(d − 1).
+    Variance 2d(d − K)/(K(d − 1)(d + 2)) (‖S‖²_F − tr²/d): that of `Sphere`, times (d − K)/(d − 1).
     Frames are uniform (Haar), by QR of Gaussian matrices with the signs of R's diagonal [Mezzadri 2007,
     arXiv:math-ph/0609050]. Cost beside the products: one QR of a (d, K) matrix for each sample, once a solve.
     """

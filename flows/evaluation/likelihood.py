@@ -68,7 +68,7 @@ def part_batches(
 
     They come on the device and in the dtype of ``flow``, rounded once; with ``most_points`` only its first points.
     """
-    place = {"device": flow.base.zero.device, "dtype": flow.base.zero.dtype}
+    place = {"device": flow.device, "dtype": flow.dtype}
     if part == "test":
         batches, num_points = dataset.test_batches(batch_size, **place), dataset.num_test
     elif part == "validation":
@@ -183,7 +183,7 @@ def pointwise(
         )
     with torch.no_grad(), tqdm(total=num_points, desc=progress, unit="pt", disable=progress is None) as bar:
         for batch in batches:
-            x = batch.x.to(flow.base.zero)
+            x = batch.x.to(flow.device, flow.dtype)
             context = None if batch.context is None else batch.context.to(x)
             checked = min(len(x), solver_error_points)
             solver_error_points -= checked

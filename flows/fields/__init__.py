@@ -2,7 +2,7 @@
 
 from flows.fields.activations import Activation, Elementwise, SiLU, Sine, Softplus, Tanh
 from flows.fields.adapter import Adapter
-from flows.fields.base import BoundField, Field, bind
+from flows.fields.base import Field
 from flows.fields.concat_squash import ConcatSquashMLP
 from flows.fields.conv import ConvNet
 from flows.fields.equivariant import EquivariantKernel
@@ -17,6 +17,7 @@ from flows.fields.planar import Planar
 from flows.fields.potential import Potential
 from flows.fields.time import SinusoidalTime
 from flows.fields.unet import UNet
+from flows.vector_field import BoundField, bind
 
 __all__ = [
     "MLP",

@@ -71,7 +71,7 @@ class Elementwise(Activation):
     """Any elementwise module, its slope taken by forward-mode differentiation.
 
     Args:
-        module: such as ``torch.nn.GELU()``; must map each entry on its own.
+        module: such as `torch.nn.GELU()`; must map each entry on its own.
     """
 
     def __init__(self, module: nn.Module = nn.GELU()) -> None:  # noqa: B008 (stateless)

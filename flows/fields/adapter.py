@@ -15,7 +15,7 @@ _TIME_SHAPES = ("scalar", "batch", "column")
 
 
 class Adapter(Field):
-    r"""Calls any ``nn.Module`` as a field, whatever its arguments are called and in whatever order they stand.
+    r"""Calls any `nn.Module` as a field, whatever its arguments are called and in whatever order they stand.
 
     ::
 
@@ -25,14 +25,14 @@ class Adapter(Field):
         Adapter(net, event_shape=(2,), arguments=("x",))                           # autonomous
 
     Args:
-        module: the network; returns a velocity of the shape of ``x``.
+        module: the network; returns a velocity of the shape of `x`.
         event_shape: shape of a point.
-        arguments: which of ``"t"``, ``"x"``, ``"context"`` and ``"x_and_t"`` (x with t as one more feature at
+        arguments: which of `"t"`, `"x"`, `"context"` and `"x_and_t"` (x with t as one more feature at
             the end) the module takes, in the order of its positional arguments, or a mapping from them to its
             keywords.
-        time: what ``t`` the module is given: ``"scalar"`` (0-d where the solver gives one), ``"batch"`` (B,)
-            or ``"column"`` (B, 1).
-        context_shape: shape of the context, needed exactly if ``"context"`` is among the arguments.
+        time: what `t` the module is given: `"scalar"` (0-d where the solver gives one), `"batch"` (B,)
+            or `"column"` (B, 1).
+        context_shape: shape of the context, needed exactly if `"context"` is among the arguments.
     """
 
     def __init__(

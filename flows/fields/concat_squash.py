@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flows.errors import InvalidValueError
 from flows.fields.activations import Activation
-from flows.fields.base import BoundField, Field
-from flows.fields.trace import PerceptronTrace, perceptron_products
+from flows.fields.perceptron import Linearised, Perceptron
+from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
 
 
-class ConcatSquashMLP(Field):
+class ConcatSquashMLP(Perceptron):
     r"""Layers (W h + b) ∘ sigmoid(A c + a) + B c with c = (t, context), activations between them.
 
     The field of FFJORD's toy and tabular experiments (Grathwohl et al. 2019, arXiv:1810.01367, and its
@@ -26,8 +25,8 @@ class ConcatSquashMLP(Field):
     Args:
         event_shape: shape of a point; it is flattened for the layers.
         hidden: widths of the hidden layers, at least one.
-        activation: an :class:`Activation` or its lower-case name.
-        context_shape: shape of the context, ``None`` for an unconditional field.
+        activation: an `Activation` or its lower-case name.
+        context_shape: shape of the context, `None` for an unconditional field.
     """
 
     def __init__(
@@ -37,11 +36,7 @@ class ConcatSquashMLP(Field):
         activation: Activation | str = "tanh",
         context_shape: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(event_shape, context_shape)
-        if not hidden or min(hidden) < 1:
-            raise InvalidValueError(
-                f"hidden must hold the width of at least one hidden layer, such as (64, 64), got {tuple(hidden)}"
-            )
+        super().__init__(event_shape, hidden, context_shape)
         dimension = math.prod(self.event_shape)
         widths = (dimension, *hidden, dimension)
         condition = 1 + self.num_context_features
@@ -55,60 +50,35 @@ class ConcatSquashMLP(Field):
             h = self.activation(layer(h, condition)[0])
         return self.layers[-1](h, condition)[0].view_as(x)
 
-    def value_and_divergence(
-        self, t: Tensor, x: Tensor, context: Tensor | None = None, gating: _Gating | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """v (B, *event) and div v (B,); ``gating`` holds what :meth:`bind` has put together."""
-        value, weights, slopes, gate = self._value_and_slopes(t, x, context, gating)
-        return value, self._divergence(weights, slopes, gate)
+    def precompute(self) -> _Gating:
+        """The parameters of all gates, put together."""
+        return _Gating(self.layers)
 
-    def value_divergence_and_products(
-        self,
-        t: Tensor,
-        x: Tensor,
-        directions: Tensor,  # (P, B, *event)
-        context: Tensor | None = None,
-        gating: _Gating | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Beside v and div v the products J u (P, B, *event), each at the price of one evaluation."""
-        value, weights, slopes, gate = self._value_and_slopes(t, x, context, gating)
-        products = perceptron_products(weights, slopes, directions)
-        if gate is not None:
-            products = gate.view(-1, *self.event_shape) * products
-        return value, self._divergence(weights, slopes, gate), products
+    def linearised(self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: _Gating) -> Linearised:
+        """v, and the factors of its Jacobian.
 
-    def _value_and_slopes(
-        self, t: Tensor, x: Tensor, context: Tensor | None, gating: _Gating | None
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
-        """v, and J as diag(gate) W_out diag(slopes_L) W_L ··· diag(slopes_1) W_1.
-
-        Gates that the batch shares go into the weights, which are smaller than a batch; then ``gate`` is None.
+        Gates that the batch shares go into the weights, which are smaller than a batch; then `gate` is None.
         """
         condition = self._condition(t, context)
         h = x.flatten(1)
         slopes = []
         if len(condition) == 1:
-            gates, biases = (_Gating(self.layers) if gating is None else gating)(condition)
+            gates, biases = precomputed(condition)
             folded = [gate.T * weight for gate, weight in zip(gates, self._weights(), strict=True)]
             *maps, (weight, bias) = zip(folded, (bias.squeeze(0) for bias in biases), strict=True)
             for w, b in maps:
                 h, slope = self.activation.value_and_slope(functional.linear(h, w, b))
                 slopes.append(slope)
-            return functional.linear(h, weight, bias).view_as(x), [*(w for w, _ in maps), weight], slopes, None
+            weights = [*(w for w, _ in maps), weight]
+            value = functional.linear(h, weight, bias).view_as(x)
+            return Linearised(value, weights, slopes, None, PerceptronTrace(weights))
         for layer in self.layers[:-1]:
             z, gate = layer(h, condition)
             h, slope = self.activation.value_and_slope(z)
             slopes.append(slope * gate)
         value, gate = self.layers[-1](h, condition)
-        return value.view_as(x), self._weights(), slopes, gate
-
-    def bind(self, context: Tensor | None = None) -> BoundField:
-        return _BoundConcatSquash(self, context)
-
-    def _divergence(self, weights: list[Tensor], slopes: list[Tensor], gate: Tensor | None) -> Tensor:  # (B,)
-        if gate is None:
-            return PerceptronTrace(weights)(slopes)
-        return PerceptronTrace(weights, gate_per_sample=True)(slopes, gate)
+        weights = self._weights()
+        return Linearised(value.view_as(x), weights, slopes, gate, PerceptronTrace(weights, gate_per_sample=True))
 
     def _weights(self) -> list[Tensor]:
         return [layer.linear.weight for layer in self.layers]
@@ -157,22 +127,3 @@ class _Gating:
         gate = functional.linear(condition, self.gate, self.offset).sigmoid()
         bias = functional.linear(condition, self.shift) + self.bias * gate
         return gate.split(self.widths, 1), bias.split(self.widths, 1)
-
-
-class _BoundConcatSquash(BoundField):
-    """The field bound for a solve: the parameters of its gates are put together at their first use, once."""
-
-    def __init__(self, field: ConcatSquashMLP, context: Tensor | None) -> None:
-        super().__init__(field, context)
-        self._cached: _Gating | None = None
-
-    def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.field.value_and_divergence(t, x, self.context, self._gating())
-
-    def value_divergence_and_products(self, t: Tensor, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.field.value_divergence_and_products(t, x, directions, self.context, self._gating())
-
-    def _gating(self) -> _Gating:
-        if self._cached is None:
-            self._cached = _Gating(self.field.layers)
-        return self._cached

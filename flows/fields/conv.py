@@ -23,19 +23,19 @@ class ConvNet(Field):
     The convolutional field of FFJORD (Grathwohl et al. 2019, arXiv:1810.01367) at stride 1, with gates g and shifts
     s of sinusoidal features of t. The last layer starts at zero, so that the flow starts near the identity.
 
-    It has no closed form. A pixel sees others up to ``receptive_radius`` pixels away along either axis (no padding
-    reaches further), so ``Probing`` is exact at a stride above it: with four 3×3 layers 25 products a channel,
+    It has no closed form. A pixel sees others up to `receptive_radius` pixels away along either axis (no padding
+    reaches further), so `Probing` is exact at a stride above it: with four 3×3 layers 25 products a channel,
     whatever the size of the image.
 
     Args:
         event_shape: (C, H, W).
         hidden: channels of the hidden layers, at least one.
         kernel_size: odd.
-        padding_mode: ``"zeros"``, ``"circular"`` (pixels wrap around: ``periodic`` is true), ``"reflect"`` or
-            ``"replicate"``.
-        activation: an :class:`Activation` or its lower-case name.
-        num_frequencies: of the time features, see :class:`SinusoidalTime`.
-        context_shape: shape of the context (a class as a one-hot vector, say), ``None`` for an unconditional field.
+        padding_mode: `"zeros"`, `"circular"` (pixels wrap around: `periodic` is true), `"reflect"` or
+            `"replicate"`.
+        activation: an `Activation` or its lower-case name.
+        num_frequencies: of the time features, see `SinusoidalTime`.
+        context_shape: shape of the context (a class as a one-hot vector, say), `None` for an unconditional field.
     """
 
     def __init__(

@@ -33,12 +33,12 @@ class EquivariantKernel(Field):
 
     Args:
         event_shape: (N, D) with N >= 2.
-        num_kernels: K; their centres μ start evenly spaced from 0 to ``max_distance``, their widths γ at the spacing.
+        num_kernels: K; their centres μ start evenly spaced from 0 to `max_distance`, their widths γ at the spacing.
             Both are learned.
         max_distance: the largest distance to resolve; beyond it only the constant acts.
         softening: δ > 0, small against the distances between particles.
-        num_frequencies: of the time features, see :class:`SinusoidalTime`.
-        context_shape: shape of the context, ``None`` for an unconditional field; equivariance needs a context that
+        num_frequencies: of the time features, see `SinusoidalTime`.
+        context_shape: shape of the context, `None` for an unconditional field; equivariance needs a context that
             does not depend on the frame, such as a temperature.
     """
 

@@ -41,9 +41,9 @@ class Hollow(Field):
         event_shape: shape of a point; it is flattened.
         hidden: widths of the conditioner's hidden layers, at least one, each at least 2.
         num_features: m, the size of each h_i and of the layers of τ.
-        activation: an :class:`Activation` or its lower-case name.
-        num_frequencies: of the time features, see :class:`SinusoidalTime`.
-        context_shape: shape of the context, ``None`` for an unconditional field.
+        activation: an `Activation` or its lower-case name.
+        num_frequencies: of the time features, see `SinusoidalTime`.
+        context_shape: shape of the context, `None` for an unconditional field.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Hollow(Field):
 
 
 class _MaskedLinear(nn.Linear):
-    """W x + b with the entries of W zero where ``mask`` (out, in) is false."""
+    """W x + b with the entries of W zero where `mask` (out, in) is false."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from flows.errors import InvalidValueError
 from flows.fields.activations import Activation, Sine
-from flows.fields.base import BoundField, Field
 from flows.fields.modulation import Modulation
-from flows.fields.trace import PerceptronTrace, perceptron_products
+from flows.fields.perceptron import Linearised, Perceptron
+from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
 
 
-class MLP(Field):
+class MLP(Perceptron):
     r"""v(t, x) = W_out h_L + b_out(t),  h_l = σ(g_l(t) ∘ (W_l h_{l−1} + b_l) + s_l(t)),  h_0 = x.
 
     Scales g_l, shifts s_l and the output's offset are affine functions of sinusoidal features of t, passed
@@ -26,18 +26,18 @@ class MLP(Field):
 
         div v = tr(W_out diag(a_L) W_L ··· diag(a_1) W_1)
 
-    is exact and cheap (:class:`flows.fields.trace.PerceptronTrace`): with two hidden layers
+    is exact and cheap (`flows.fields.trace.PerceptronTrace`): with two hidden layers
     a_2ᵀ [W_2 ∘ (W_1 W_out)ᵀ] a_1, whose bracket is computed once a solve.
 
     Args:
         event_shape: shape of a point; it is flattened for the layers.
         hidden: widths of the hidden layers, at least one.
-        activation: an :class:`Activation` or its lower-case name.
+        activation: an `Activation` or its lower-case name.
         sine_frequency: if set, the first layer is sin(·) with weights drawn from N(0, sine_frequency²/d), so that
             its phases spread by about sine_frequency over data of unit scale; it resolves sharp structure in low
             dimensions.
-        num_frequencies: of the time features, see :class:`SinusoidalTime`.
-        context_shape: shape of the context, ``None`` for an unconditional field.
+        num_frequencies: of the time features, see `SinusoidalTime`.
+        context_shape: shape of the context, `None` for an unconditional field.
     """
 
     def __init__(
@@ -49,13 +49,8 @@ class MLP(Field):
         num_frequencies: int = 8,
         context_shape: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(event_shape, context_shape)
-        if not hidden or min(hidden) < 1:
-            raise InvalidValueError(
-                f"hidden must hold the width of at least one hidden layer, such as (128, 128), got {tuple(hidden)}"
-            )
+        super().__init__(event_shape, hidden, context_shape)
         dimension = math.prod(self.event_shape)
-        self.hidden = tuple(hidden)
         widths = (dimension, *self.hidden)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.out = nn.Linear(widths[-1], dimension)
@@ -76,7 +71,7 @@ class MLP(Field):
 
     @property
     def bottleneck_width(self) -> int:
-        """H, the width of the narrowest hidden layer, where the field is cut into :meth:`decode` ∘ :meth:`encode`."""
+        """H, the width of the narrowest hidden layer, where the field is cut into `decode` ∘ `encode`."""
         return min(self.hidden)
 
     def encode(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:  # (B, H)
@@ -85,7 +80,7 @@ class MLP(Field):
         return self._hidden(x.flatten(1), scales, shifts, slice(self._cut))
 
     def decode(self, t: Tensor, h: Tensor, context: Tensor | None = None) -> Tensor:  # (B, *event)
-        """The velocity from the activations ``h`` (B, H) of the narrowest hidden layer."""
+        """The velocity from the activations `h` (B, H) of the narrowest hidden layer."""
         scales, shifts, offset = self._modulate(t, context)
         h = self._hidden(h, scales, shifts, slice(self._cut, None))
         return (self.out(h) + offset).view(-1, *self.event_shape)
@@ -100,44 +95,22 @@ class MLP(Field):
             h = activation(torch.addcmul(shift, layer(h), scale))
         return h
 
-    def value_and_divergence(
-        self, t: Tensor, x: Tensor, context: Tensor | None = None, trace: PerceptronTrace | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """v (B, *event) and div v (B,); ``trace`` holds what :meth:`bind` has precomputed."""
-        value, slopes = self._value_and_slopes(t, x, context)
-        return value, (self._trace() if trace is None else trace)(slopes)
+    def precompute(self) -> PerceptronTrace:
+        """The trace's product of weights."""
+        return PerceptronTrace(self._weights())
 
-    def value_divergence_and_products(
-        self,
-        t: Tensor,
-        x: Tensor,
-        directions: Tensor,  # (P, B, *event)
-        context: Tensor | None = None,
-        trace: PerceptronTrace | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Beside v and div v the products J u (P, B, *event), each at the price of one evaluation."""
-        value, slopes = self._value_and_slopes(t, x, context)
-        products = perceptron_products(self._weights(), slopes, directions)
-        return value, (self._trace() if trace is None else trace)(slopes), products
-
-    def _value_and_slopes(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def linearised(self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: PerceptronTrace) -> Linearised:
         scales, shifts, offset = self._modulate(t, context)
         h = x.flatten(1)
         slopes = []
         for layer, activation, scale, shift in zip(self.layers, self.activations, scales, shifts, strict=True):
             h, slope = activation.value_and_slope(torch.addcmul(shift, layer(h), scale))
             slopes.append(slope * scale)
-        return (self.out(h) + offset).view_as(x), slopes
+        return Linearised((self.out(h) + offset).view_as(x), self._weights(), slopes, None, precomputed)
 
     @property
     def divergence_cost(self) -> int:
         return PerceptronTrace.num_tangents([layer.weight for layer in (*self.layers, self.out)])
-
-    def bind(self, context: Tensor | None = None) -> BoundField:
-        return _BoundMLP(self, context)
-
-    def _trace(self) -> PerceptronTrace:
-        return PerceptronTrace(self._weights())
 
     def _weights(self) -> list[Tensor]:
         return [*(layer.weight for layer in self.layers), self.out.weight]
@@ -147,22 +120,3 @@ class MLP(Field):
         *parts, offset = self.modulation(t, context)
         half = len(parts) // 2
         return [1 + scale for scale in parts[:half]], parts[half:], offset
-
-
-class _BoundMLP(BoundField):
-    """An MLP bound for a solve: the weights' part of the divergence is computed at its first use, once."""
-
-    def __init__(self, field: MLP, context: Tensor | None) -> None:
-        super().__init__(field, context)
-        self._cached: PerceptronTrace | None = None
-
-    def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.field.value_and_divergence(t, x, self.context, self._trace())
-
-    def value_divergence_and_products(self, t: Tensor, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.field.value_divergence_and_products(t, x, directions, self.context, self._trace())
-
-    def _trace(self) -> PerceptronTrace:
-        if self._cached is None:
-            self._cached = self.field._trace()
-        return self._cached

@@ -20,8 +20,8 @@ class Modulation(nn.Module):
 
     Args:
         sizes: of the vectors.
-        context_shape: shape of the context, ``None`` for time alone.
-        num_frequencies: of the time features, see :class:`SinusoidalTime`.
+        context_shape: shape of the context, `None` for time alone.
+        num_frequencies: of the time features, see `SinusoidalTime`.
         width: of the hidden layer.
     """
 

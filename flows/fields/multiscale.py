@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
+from flows.vector_field import bind
 
 
 class Multiscale(Field):
@@ -34,10 +35,10 @@ class Multiscale(Field):
 
     Args:
         event_shape: (C, H, W), H and W divisible by 2ⁿ⁻¹.
-        field: called for each stage as ``field(event_shape=..., context_shape=...)``: a class, or a ``partial`` of one
-            with its other arguments, such as ``partial(ConvNet, hidden=(32, 32))``.
+        field: called for each stage as `field(event_shape=..., context_shape=...)`: a class, or a `partial` of one
+            with its other arguments, such as `partial(ConvNet, hidden=(32, 32))`.
         num_scales: n >= 1.
-        context_shape: shape of the context, which every stage gets; ``None`` for an unconditional field.
+        context_shape: shape of the context, which every stage gets; `None` for an unconditional field.
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class Multiscale(Field):
                 shapes.append((channels, height, width))
                 channels = channels // 2
         self.stages = nn.ModuleList(field(event_shape=shape, context_shape=self.context_shape) for shape in shapes)
-        radii = [getattr(stage, "receptive_radius", None) for stage in self.stages]
-        if None not in radii:
+        views = [bind(stage, event_shape=shape) for stage, shape in zip(self.stages, shapes, strict=True)]
+        radii = [view.receptive_radius for view in views if view.receptive_radius is not None]
+        if len(radii) == len(views):
             zooms = [2 ** ((stage + 1) // 2) for stage in range(len(radii))]  # pixels of x along one of the stage's
             self.receptive_radius = max(zoom * (radius + 1) - 1 for zoom, radius in zip(zooms, radii, strict=True))
-        self.periodic = any(getattr(stage, "periodic", False) for stage in self.stages)
+        self.periodic = any(view.periodic for view in views)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_context(context)

@@ -36,9 +36,9 @@ class PeriodicConv(Field):
         event_shape: (C, L), (C, H, W) or (C, D, H, W).
         num_channels: of the hidden layer.
         kernel_size: odd, of both convolutions, or a pair for K_in and K_out; no larger than the lattice.
-        activation: σ, an :class:`Activation` or its lower-case name.
-        num_frequencies: of the time features, see :class:`SinusoidalTime`.
-        context_shape: shape of the context, ``None`` for an unconditional field.
+        activation: σ, an `Activation` or its lower-case name.
+        num_frequencies: of the time features, see `SinusoidalTime`.
+        context_shape: shape of the context, `None` for an unconditional field.
     """
 
     periodic = True
@@ -107,7 +107,7 @@ class PeriodicConv(Field):
 
 
 def _centre(weight: Tensor, radius: int) -> Tensor:
-    """The taps within ``radius`` of the middle along every axis."""
+    """The taps within `radius` of the middle along every axis."""
     for axis in range(2, weight.ndim):
         weight = weight.narrow(axis, weight.shape[axis] // 2 - radius, 2 * radius + 1)
     return weight

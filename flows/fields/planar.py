@@ -20,7 +20,7 @@ class Planar(Field):
 
     Each unit moves points along u_n, so its Jacobian g σ′ u wᵀ has rank one and the trace g σ′ wᵀu: the divergence
     of N units costs as little as one layer, where a discrete planar flow takes one unit at a time. Gates
-    g = sigmoid(·) of time switch units on and off; with ``hypernetwork`` u, w and b move with time as well.
+    g = sigmoid(·) of time switch units on and off; with `hypernetwork` u, w and b move with time as well.
     [Chen et al. 2018, arXiv:1806.07366, section 4]
 
     Args:
@@ -28,9 +28,9 @@ class Planar(Field):
         num_units: N.
         hypernetwork: whether u, w and b depend on time (and the context), by an addend of a small network; if
             not, the gates alone do. With a batch of times every sample then has weights of its own, 2 N d numbers.
-        activation: σ, an :class:`Activation` or its lower-case name.
-        num_frequencies: of the time features, see :class:`SinusoidalTime`.
-        context_shape: shape of the context, ``None`` for an unconditional field.
+        activation: σ, an `Activation` or its lower-case name.
+        num_frequencies: of the time features, see `SinusoidalTime`.
+        context_shape: shape of the context, `None` for an unconditional field.
     """
 
     def __init__(

@@ -41,8 +41,8 @@ class Potential(Field):
         width: m.
         num_layers: L >= 1; the first is not residual. OT-Flow has two.
         rank: rows of A, at most the size of s; 0 leaves the quadratic term out.
-        num_frequencies: of the time features, see :class:`SinusoidalTime`.
-        context_shape: shape of the context, ``None`` for an unconditional field.
+        num_frequencies: of the time features, see `SinusoidalTime`.
+        context_shape: shape of the context, `None` for an unconditional field.
     """
 
     def __init__(

@@ -91,7 +91,7 @@ class _Push:
 
 
 def _cost(widths: list[int], start: int) -> int:
-    """Multiplications of the matrix products when the tangents of node ``start`` are pushed around."""
+    """Multiplications of the matrix products when the tangents of node `start` are pushed around."""
     order = [widths[(start + 1 + k) % len(widths)] for k in range(len(widths))]
     return order[-1] * sum(a * b for a, b in itertools.pairwise(order))
 
@@ -112,7 +112,7 @@ def perceptron_products(
 class PerceptronTrace:
     r"""div of x ↦ diag(g) W_out σ_L(W_L ··· σ_1(W_1 x)) from the slopes of its activations and, if any, the gate g.
 
-    The cycle of :class:`CycleTrace` either skips the event space, through the edge W_1 W_out, or, where that is
+    The cycle of `CycleTrace` either skips the event space, through the edge W_1 W_out, or, where that is
     cheaper (a narrow event between three or more wide layers) or there is a gate, counts it as one more node.
 
     Args:

@@ -20,8 +20,8 @@ from flows.fields.modulation import Modulation
 class UNet(Field):
     r"""Residual blocks at several resolutions, scaled and shifted by time and context, with skips added across.
 
-    Level l = 0, 1, ... works at 1/2^l of the resolution with ``channels · multipliers[l]`` channels. On the way down
-    each level has ``num_blocks`` blocks, two more stand at the bottom, and on the way up each level has as many,
+    Level l = 0, 1, ... works at 1/2^l of the resolution with `channels · multipliers[l]` channels. On the way down
+    each level has `num_blocks` blocks, two more stand at the bottom, and on the way up each level has as many,
     before each of which the matching block of the way down is *added*: no channels to concatenate, so no block is wider
     than its level. A block is
 
@@ -32,7 +32,7 @@ class UNet(Field):
     Sizes need not be divisible by two. [Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239;
     pixel norm: Karras et al. 2018, arXiv:1710.10196]
 
-    It has no closed form. Without attention it has a finite ``receptive_radius``, a large one: ``Probing`` is exact
+    It has no closed form. Without attention it has a finite `receptive_radius`, a large one: `Probing` is exact
     above it, which pays for images much larger.
 
     Args:
@@ -41,12 +41,12 @@ class UNet(Field):
         multipliers: of the channels, one for each level.
         num_blocks: a level, on either way.
         attention_levels: those with self-attention after each block; its cost grows with the square of the pixels.
-            ``-1`` is the lowest level.
+            `-1` is the lowest level.
         num_heads: of the attention; divides the channels of its levels.
         recompute: keep only the input of each block for the backward pass and compute the rest again: less memory, a
             third more time. Only in training mode, and with reverse-mode products.
-        num_frequencies: of the time features, see :class:`SinusoidalTime`.
-        context_shape: shape of the context (a class as a one-hot vector, say), ``None`` for an unconditional field.
+        num_frequencies: of the time features, see `SinusoidalTime`.
+        context_shape: shape of the context (a class as a one-hot vector, say), `None` for an unconditional field.
     """
 
     def __init__(

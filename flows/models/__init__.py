@@ -2,6 +2,6 @@
 
 from flows.models.cnf import CNF
 from flows.models.distribution import FlowDistribution
-from flows.models.results import Drawn, LogProbEstimate, Transported
+from flows.models.results import LogProbEstimate, Sample, Transport
 
-__all__ = ["CNF", "Drawn", "FlowDistribution", "LogProbEstimate", "Transported"]
+__all__ = ["CNF", "FlowDistribution", "LogProbEstimate", "Sample", "Transport"]

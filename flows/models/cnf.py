@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from flows.bases.normal import StandardNormal
+from flows.bases import Base, Normal
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.errors import InvalidValueError
-from flows.fields import Guided, bind
+from flows.fields import Guided
 from flows.models.distribution import FlowDistribution
-from flows.models.results import Drawn, LogProbEstimate, Transported
+from flows.models.results import LogProbEstimate, Sample, Transport
 from flows.path_costs import PathCost, draw_directions
-from flows.solvers import ODESolver, Solution, SolverStatistics
+from flows.solvers import ODESolver, SolverStatistics
 from flows.transforms import Identity, Transform
+from flows.vector_field import BoundField, bind
 
 
 class CNF(nn.Module):
-    r"""A flow that carries a standard normal at t = 0 to the data at t = 1 along dx/dt = v(t, x).
+    r"""A flow that carries its base at t = 0 to the data at t = 1 along dx/dt = v(t, x).
 
-    log p(x) = log N(z; 0, I) + ∫₀¹ −div v(t, x_t) dt + log|det ∂y/∂x| with y = transform(x) and z reached from
-    y at t = 1 by solving back to t = 0. Everything public speaks data space, except :meth:`transport`.
+    log p(x) = log p₀(z) + ∫₀¹ −div v(t, x_t) dt + log|det ∂y/∂x|, with y = transform(x), and z reached from y by solving
+    from t = 1 back to t = 0. All public methods take and return points of data space, except `transport`.
 
-    With a transform that dequantises, data space is discrete: ``sample`` gives whole numbers, and ``log_prob`` is
-    log p(x + u) − log q(u | x) for one draw of the noise u ~ q, which bounds log P(x) from below in expectation
-    (:class:`flows.transforms.Dequantise`); :func:`flows.evaluation.likelihood` tightens the bound with more draws.
+    With a transform that dequantises, data space is discrete. Then `sample` gives whole numbers, and `log_prob` is
+    log p(x + u) − log q(u | x) for one draw of the noise u ~ q, a lower bound of log P(x) in expectation
+    (`flows.transforms.Dequantise`); `flows.evaluation.likelihood` tightens the bound with more draws.
 
-    Batches may have any number of leading dimensions; one solve serves the whole batch, so its step sizes do
-    too. [Chen et al. 2018, arXiv:1806.07366; Grathwohl et al. 2019, arXiv:1810.01367]
+    Batches may have any number of leading dimensions. One solve serves the whole batch, so its step sizes do too.
+    [Chen et al. 2018, arXiv:1806.07366; Grathwohl et al. 2019, arXiv:1810.01367]
 
     Args:
-        field: a :class:`flows.fields.Field`, or any module with ``forward(t, x)`` or ``forward(t, x, context)``.
-        divergence: the estimator; by default ``Auto()``, the closed form of a field that has one and the cheapest
-            affordable estimator for any other. May be replaced at any time, it holds no parameters.
+        field: a `flows.fields.Field`, or any module with `forward(t, x)` or `forward(t, x, context)`.
+        divergence: the estimator; by default `Auto()`, the closed form of a field that has one and the cheapest
+            affordable estimator for any other. May be replaced at any time; it holds no parameters.
         solver: settings of the solve; may be replaced at any time.
-        transform: data space to flow space, ``Identity()`` by default.
-        event_shape: shape of a point; needed if ``field`` does not state one.
+        base: the distribution at t = 0; N(0, I) by default. It is moved to the field's device and dtype.
+        transform: data space to flow space; `Identity()` by default.
+        event_shape: shape of a point; needed if `field` does not state one.
+
+    Raises:
+        ValueError: the event shape is missing, or field, base and `event_shape` disagree about it.
     """
 
     def __init__(
@@ -47,37 +53,51 @@ class CNF(nn.Module):
         field: nn.Module,
         divergence: DivergenceEstimator | None = None,
         solver: ODESolver | None = None,
+        base: Base | None = None,
         transform: Transform | None = None,
         event_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        stated = getattr(field, "event_shape", None)
-        if event_shape is None and stated is None:
-            raise InvalidValueError(
-                f"{type(field).__name__} does not state its event_shape; pass CNF(field, event_shape=(2,)) or the like"
-            )
-        self.event_shape = tuple(stated if event_shape is None else event_shape)
-        if stated is not None and tuple(stated) != self.event_shape:
-            raise InvalidValueError(f"the field's event_shape is {tuple(stated)}, and CNF was given {self.event_shape}")
+        self.event_shape = bind(field, event_shape=event_shape).event_shape
         self.field = field
         self.divergence = Auto() if divergence is None else divergence
         self.solver = ODESolver() if solver is None else solver
         self.transform = Identity() if transform is None else transform
-        self.base = StandardNormal(self.event_shape)
+        self.base = Normal(self.event_shape) if base is None else base
+        if self.base.event_shape != self.event_shape:
+            raise InvalidValueError(
+                f"the base's event_shape is {self.base.event_shape}, and the field's is {self.event_shape}"
+            )
         weights = [weights for weights in field.parameters() if weights.dtype.is_floating_point]
         if weights:  # noise for a field that was moved to a GPU or to float64; frozen parts may be in half precision
             decisive = max(weights, key=lambda weights: (weights.requires_grad, weights.dtype.itemsize))
             self.base.to(decisive.device, decisive.dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the flow computes."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its points."""
+        return self.base.dtype
+
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
-        """The distribution over data space, given the context: ``flow(context).log_prob(x)``."""
+        """The distribution over data space, given the context: `flow(context).log_prob(x)`."""
         return FlowDistribution(self, context)
 
     def guided(self, weight: float) -> CNF:
-        """This flow under classifier-free guidance, a flow of its own that shares the parameters; see ``Guided``."""
-        flow = CNF(Guided(self.field, weight), self.divergence, self.solver, self.transform, self.event_shape)
-        flow.base.to(self.base.zero)
-        return flow
+        """This flow under classifier-free guidance, a flow of its own that shares all modules; see `Guided`."""
+        guided = Guided(self.field, weight)
+        return CNF(guided, self.divergence, self.solver, self.base, self.transform, self.event_shape)
+
+    def bind(
+        self,
+        context: Tensor | None = None,  # (B, *context)
+    ) -> BoundField:
+        """The field as one solve sees it; `flow.divergence.bind(flow.bind())` tells what the divergence costs here."""
+        return bind(self.field, context, self.event_shape)
 
     def log_prob(
         self,
@@ -88,7 +108,7 @@ class CNF(nn.Module):
         """log p(x), the mean over the probes where the estimator is stochastic; for discrete data a lower bound.
 
         Raises:
-            ValueError: ``x`` has another event shape, or holds values on which the transform is not defined, NaN
+            ValueError: `x` has another event shape, or holds values on which the transform is not defined, NaN
                 and infinite ones among them.
             SolverError: the solve cannot go on.
         """
@@ -105,26 +125,28 @@ class CNF(nn.Module):
     ) -> LogProbEstimate:
         """log p(x) with its standard error from the probes and its solver error.
 
-        The solver error compares with a second solve from the same probes, by :meth:`ODESolver.tighter`: at tolerances
+        The solver error compares with a second solve from the same probes, by `ODESolver.tighter`: at tolerances
         100 times tighter (or steps a tenth as long), which costs more than the value itself. Training may have
-        ``path_costs`` integrated in the same solve, and end it at another ``base_time`` than 0.
+        `path_costs` integrated in the same solve, and end it at another `base_time` than 0.
         """
         points, batch_shape = self._flatten(x)
         context = self._flatten_context(context, batch_shape)
         self.transform.check(points)
         y, terms = self.transform.account(points, generator)
-        probes = self.divergence.draw_probes(y, generator, self.field)
+        estimator = self.divergence.bind(self.bind(context))
+        probes = estimator.draw_probes(y, generator)
         costs = (path_costs, draw_directions(path_costs, y, generator))
-        value, estimates, integrals, statistics = self._log_prob(y, context, probes, self.solver, costs, base_time)
+        value, estimates, integrals, statistics = self._log_prob(estimator, y, probes, self.solver, costs, base_time)
         error = None
         if solver_error:
             with torch.no_grad():
-                reference, *_ = self._log_prob(y, context, probes, self.solver.tighter(), base_time=base_time)
+                fresh = estimator.fresh()  # what the bound field keeps has been computed with gradients
+                reference, *_ = self._log_prob(fresh, y, probes, self.solver.tighter(), base_time=base_time)
             error = (value.detach() - reference).abs().reshape(batch_shape)
-        standard_error = self.divergence.standard_error(estimates.detach(), self.event_shape, self.field)
+        standard_error = estimator.standard_error(estimates.detach())
         terms = {name: term.reshape(batch_shape) for name, term in ({"model": value} | terms).items()}
         return LogProbEstimate(
-            value=sum(terms.values()),
+            value=reduce(torch.add, terms.values()),
             standard_error=standard_error.reshape(batch_shape),
             solver_error=error,
             nfe=statistics.nfe_forward,
@@ -141,7 +163,9 @@ class CNF(nn.Module):
     ) -> Tensor:  # (*shape, *event), or (*shape, *batch, *event) with a context
         """Draw from the flow; differentiable where autograd records and data are continuous. Costs no divergence."""
         z, context, full_shape = self._base_points(shape, context, generator)
-        y = self._solve(StateDynamics(self._bind(context)), z, (0.0, 1.0), context, None).end[0]
+        dynamics = StateDynamics(self.bind(context))
+        solution = self.solver.solve(dynamics, dynamics.initial_state(z), (0.0, 1.0), self._differentiated(context))
+        y = solution.end[0]
         return self.transform.inverse(y)[0].reshape(*full_shape, *self.event_shape)
 
     def sample_and_log_prob(
@@ -164,19 +188,19 @@ class CNF(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         path_costs: Sequence[PathCost] = (),
-    ) -> Drawn:
-        """:meth:`sample_and_log_prob` with the standard error from the probes, and integrals of ``path_costs``."""
+    ) -> Sample:
+        """`sample_and_log_prob` with the standard error from the probes, and integrals of `path_costs`."""
         z, context, full_shape = self._base_points(shape, context, generator)
-        probes = self.divergence.draw_probes(z, generator, self.field)
-        directions = draw_directions(path_costs, z, generator)
-        dynamics = AugmentedDynamics(self._bind(context), self.divergence, probes, path_costs, directions)
+        estimator = self.divergence.bind(self.bind(context))
+        probes = estimator.draw_probes(z, generator)
+        dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, z, generator))
         times = (0.0, 1.0)
-        solution = self._solve(dynamics, z, times, context, probes)
+        solution = self.solver.solve(dynamics, dynamics.initial_state(z), times, self._differentiated(context, probes))
         y, change, *integrals = solution.end
         x, log_det = self.transform.inverse(y)
-        error = self.divergence.standard_error(change.detach(), self.event_shape, self.field)
+        error = estimator.standard_error(change.detach())
         costs = dynamics.path_costs(integrals, times)
-        return Drawn(
+        return Sample(
             x=x.reshape(*full_shape, *self.event_shape),
             log_prob=(self.base.log_prob(z) + change.mean(0) - log_det).reshape(full_shape),
             standard_error=error.reshape(full_shape),
@@ -191,58 +215,52 @@ class CNF(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         log_density: bool = True,
-    ) -> Transported:
-        """Carry points of flow space along the ODE from ``times[0]`` to the last of ``times``.
+    ) -> Transport:
+        """Carry points of flow space along the ODE from `times[0]` to the last of `times`.
 
         Two times give the end alone; more give the state at every time, the first included. The transform is
-        not applied: a data point ``x`` has its latent at ``transport(flow.transform(x)[0]).x``.
+        not applied: a data point `x` has its latent at `transport(flow.transform(x)[0]).x`.
         """
         points, batch_shape = self._flatten(x)
         context = self._flatten_context(context, batch_shape)
-        probes = self.divergence.draw_probes(points, generator, self.field) if log_density else None
-        bound = self._bind(context)
-        dynamics = AugmentedDynamics(bound, self.divergence, probes) if log_density else StateDynamics(bound)
-        solution = self._solve(dynamics, points, times, context, probes)
+        bound, probes = self.bind(context), None
+        if log_density:
+            estimator = self.divergence.bind(bound)
+            probes = estimator.draw_probes(points, generator)
+            dynamics = AugmentedDynamics(estimator, probes)
+        else:
+            dynamics = StateDynamics(bound)
+        state = dynamics.initial_state(points)
+        solution = self.solver.solve(dynamics, state, times, self._differentiated(context, probes))
         pick = (lambda states: states[-1]) if len(times) == 2 else (lambda states: states)
         leading = () if len(times) == 2 else (len(times),)
         moved = pick(solution.states[0]).reshape(*leading, *batch_shape, *self.event_shape)
         change = None
         if log_density:
             change = pick(solution.states[1].mean(1)).reshape(*leading, *batch_shape)
-        return Transported(moved, change, solution.statistics)
+        return Transport(moved, change, solution.statistics)
 
     def _log_prob(
         self,
+        estimator: DivergenceEstimator,  # bound
         y: Tensor,  # (B, *event), flow space
-        context: Tensor | None,
         probes: Tensor | None,
         solver: ODESolver,
         costs: tuple[Sequence[PathCost], Tensor | None] = ((), None),  # and the directions that they need
         base_time: float = 0.0,
     ) -> tuple[Tensor, Tensor, Mapping[str, Tensor], SolverStatistics]:
         """Mean and the K estimates of log p, and the integrals of the path costs."""
-        dynamics = AugmentedDynamics(self._bind(context), self.divergence, probes, *costs)
+        dynamics = AugmentedDynamics(estimator, probes, *costs)
         times = (1.0, base_time)
-        solution = self._solve(dynamics, y, times, context, probes, solver)
+        tensors = self._differentiated(estimator.field.context, probes)
+        solution = solver.solve(dynamics, dynamics.initial_state(y), times, tensors)
         z, change, *integrals = solution.end  # change: log p(z) − log p(y)
         estimates = self.base.log_prob(z) - change
         return estimates.mean(0), estimates, dynamics.path_costs(integrals, times), solution.statistics
 
-    def _bind(self, context: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-        return bind(self.field, context)
-
-    def _solve(
-        self,
-        dynamics: AugmentedDynamics | StateDynamics,
-        x: Tensor,
-        times: Sequence[float],
-        context: Tensor | None,
-        probes: Tensor | None,
-        solver: ODESolver | None = None,
-    ) -> Solution:
-        extra = [tensor for tensor in (context, probes) if tensor is not None]
-        parameters = [*self.field.parameters(), *extra]
-        return (solver or self.solver).solve(dynamics, dynamics.initial_state(x), times, parameters)
+    def _differentiated(self, *tensors: Tensor | None) -> list[Tensor]:
+        """What a solve may need gradients of, beside its state."""
+        return [*self.field.parameters(), *(tensor for tensor in tensors if tensor is not None)]
 
     def _base_points(
         self, shape: Sequence[int], context: Tensor | None, generator: torch.Generator | None
@@ -264,7 +282,7 @@ class CNF(nn.Module):
             )
         dtypes = {parameter.dtype for parameter in self.field.parameters() if parameter.is_floating_point()}
         if not x.is_floating_point() or (dtypes and x.dtype not in dtypes):
-            own = next(iter(dtypes), self.base.zero.dtype)
+            own = next(iter(dtypes), self.dtype)
             raise InvalidValueError(
                 f"the points are {x.dtype} and the flow is {own}; convert the points with x.to({own}), or the flow "
                 "with flow.double() for more digits"
@@ -291,5 +309,5 @@ class CNF(nn.Module):
             ) from None
 
     def _context_ndim(self, context: Tensor) -> int:
-        stated = getattr(self.field, "context_shape", None)
+        stated = self.bind().context_shape
         return min(1, context.ndim) if stated is None else len(stated)

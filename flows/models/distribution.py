@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class FlowDistribution(Distribution):
-    """p(x | context) of a :class:`flows.CNF`, over data space.
+    """p(x | context) of a `flows.CNF`, over data space.
 
-    Its batch shape is that of the context, and empty without one. ``sample`` records no gradient, ``rsample``
+    Its batch shape is that of the context, and empty without one. `sample` records no gradient, `rsample`
     does.
 
     Args:
         flow: the flow, whose parameters it shares.
-        context: (*batch, *context) or ``None``.
+        context: (*batch, *context) or `None`.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (the base class's form)

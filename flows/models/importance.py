@@ -13,7 +13,7 @@ from flows.errors import InvalidTypeError, InvalidValueError
 
 
 def log_density_of(target: Any) -> Callable[[Tensor], Tensor]:
-    """log p̃ of an object with ``log_density(x)`` or ``log_prob(x)``, or of a function.
+    """log p̃ of an object with `log_density(x)` or `log_prob(x)`, or of a function.
 
     Raises:
         TypeError: neither.

@@ -26,7 +26,7 @@ class LogProbEstimate:
 
 
 @dataclass(frozen=True)
-class Transported:
+class Transport:
     """Points of flow space carried along the ODE."""
 
     x: Tensor  # (T, *batch, *event) if several times were asked for, else (*batch, *event)
@@ -35,7 +35,7 @@ class Transported:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Sample:
     """Points drawn from a flow, with their log-density in nats."""
 
     x: Tensor  # (*batch, *event), data space

@@ -9,11 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from flows.bases import require_normal
 from flows.datasets import Batch
 from flows.divergence import Auto, DivergenceEstimator
-from flows.divergence.base import checked_value
 from flows.errors import InvalidValueError
-from flows.fields import bind
 from flows.models.cnf import CNF
 from flows.naming import by_name
 from flows.objectives.base import LossOutput, Objective
@@ -21,6 +20,7 @@ from flows.objectives.contexts import drop_contexts, same_context
 from flows.objectives.couplings import Coupling, Independent
 from flows.objectives.paths import Linear, ProbabilityPath
 from flows.objectives.posterior import posterior_moments
+from flows.vector_field import checked_value
 
 LOW_DIMENSION = 8  # up to which a batch of some hundred points covers a density
 USUAL_WEIGHT = 0.1  # of the divergence's error
@@ -119,6 +119,7 @@ class FlowMatching(Objective):
             raise InvalidValueError(f"context_dropout must be a probability below 1, got {self.context_dropout}")
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
+        require_normal(flow.base, "FlowMatching")
         with torch.no_grad():  # noise that is learned is learned by the likelihood, whose bound it tightens
             data, _ = flow.transform(batch.x, generator)
         independent = self.coupling.is_independent
@@ -176,9 +177,10 @@ class FlowMatching(Objective):
         shape, weight = flow.event_shape, self.divergence_weight
         if weight == 0 or (weight == "auto" and not (self._is_marginal(flow) and math.prod(shape) <= LOW_DIMENSION)):
             return 0.0, None
-        estimator = next((e for e in (flow.divergence, Auto()) if e.is_exact(shape, flow.field)), None)
+        field = flow.bind()
+        estimator = next((e for e in (flow.divergence, Auto()) if e.bind(field).is_exact), None)
         if weight == "auto":
-            affordable = estimator is not None and estimator.cost(shape, flow.field) <= FEW_PRODUCTS
+            affordable = estimator is not None and estimator.bind(field).cost <= FEW_PRODUCTS
             return (USUAL_WEIGHT, estimator) if affordable else (0.0, None)
         if estimator is None:
             raise InvalidValueError(
@@ -199,8 +201,7 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor | None]:
     """v, and div v (B,) by the estimator if there is one."""
     if estimator is not None:
-        probes = estimator.draw_probes(position, generator, flow.field)  # some are exact by their probes
-        sample = estimator(bind(flow.field, context), t, position, probes)
+        bound = estimator.bind(flow.bind(context))
+        sample = bound(t, position, bound.draw_probes(position, generator))  # some are exact by their probes
         return sample.value, sample.divergence
-    value = flow.field(*((t, position) if context is None else (t, position, context)))
-    return checked_value(value, position), None
+    return checked_value(flow.bind(context)(t, position), position), None

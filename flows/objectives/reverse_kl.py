@@ -52,7 +52,7 @@ class ReverseKL(Objective):
         object.__setattr__(self, "regularizers", active_costs(self.regularizers))
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
-        if self.exact and not flow.divergence.is_exact(flow.event_shape, flow.field):
+        if self.exact and not flow.divergence.bind(flow.bind()).is_exact:
             raise InvalidValueError(
                 f"{type(flow.divergence).__name__} is not exact for {type(flow.field).__name__} on events of shape "
                 f"{flow.event_shape}, and its noise would bias the importance weights; choose an exact estimator "

@@ -70,7 +70,7 @@ def figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = Non
     context = dataset.contexts(count)
     with torch.no_grad():
         if context is not None:
-            drawn = flow.sample((), context.to(flow.base.zero), generator)
+            drawn = flow.sample((), context.to(flow.device, flow.dtype), generator)
         else:
             drawn = flow.sample((count,), generator=generator)
         pictures = {"samples": samples(drawn, reference, getattr(dataset, "columns", None))}

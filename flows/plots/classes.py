@@ -23,7 +23,7 @@ def class_samples(
     figure, panels = _panels(len(classes))
     for label, (context, axes) in enumerate(zip(classes, panels.T, strict=True)):
         with torch.no_grad():
-            drawn = flow.sample((num_points,), context.to(flow.base.zero), generator).cpu()
+            drawn = flow.sample((num_points,), context.to(flow.device, flow.dtype), generator).cpu()
         for own, shown, colour in zip(axes, (points[label][:num_points], drawn), (DATA, FLOW), strict=True):
             own.scatter(*shown.T.numpy(), s=4, color=colour, alpha=0.35, linewidths=0)
             own.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
@@ -43,7 +43,7 @@ def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96) -> Figure
     figure, panels = _panels(len(classes))
     for label, (context, axes) in enumerate(zip(classes, panels.T, strict=True)):
         with torch.no_grad():
-            modelled = flow.log_prob(grid.to(flow.base.zero), context.to(flow.base.zero)).exp().cpu()
+            modelled = flow.log_prob(grid.to(flow.device, flow.dtype), context.to(flow.device, flow.dtype)).exp().cpu()
         if getattr(dataset, "has_log_prob", False):
             known = dataset.log_prob(grid, context).exp().reshape(resolution, resolution).T.numpy()
         else:

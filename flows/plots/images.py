@@ -62,7 +62,7 @@ def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None
     """The pictures of a flow of images; the same noise for a generator in the same state."""
     reference = dataset.reference()
     context = dataset.contexts(NUM_SAMPLES)
-    context = None if context is None else context.to(flow.base.zero)
+    context = None if context is None else context.to(flow.device, flow.dtype)
     with torch.no_grad():
         z = flow.base.sample((NUM_SAMPLES,), generator)
         y = flow.transport(z, (0.0, 1.0), context, log_density=False).x
@@ -144,7 +144,7 @@ def image_classes(
 ) -> Figure:
     """Samples under each class, a row for each, from the same noise in all."""
     classes = min(dataset.num_classes, most)
-    context = torch.eye(dataset.num_classes)[:classes].to(flow.base.zero)
+    context = torch.eye(dataset.num_classes)[:classes].to(flow.device, flow.dtype)
     with torch.no_grad():
         z = flow.base.sample((num_each,), generator).repeat(classes, 1, 1, 1)
         y = flow.transport(z, (0.0, 1.0), context.repeat_interleave(num_each, 0), log_density=False).x
@@ -164,7 +164,7 @@ def interpolations(
     Of data with classes, both images of a row have the same one.
     """
     start, end, context = (
-        None if part is None else part.to(flow.base.zero) for part in _pairs_of_images(dataset, num_rows)
+        None if part is None else part.to(flow.device, flow.dtype) for part in _pairs_of_images(dataset, num_rows)
     )
     rows = len(start)
     weights = torch.linspace(0, 1, num_columns).to(start).view(-1, 1, 1)

@@ -33,7 +33,7 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128) -> Figure:
     axes_of_grid = [torch.linspace(low[i], high[i], 2 * resolution + 1)[1::2] for i in (0, 1)]  # centres of pixels
     grid = torch.cartesian_prod(*axes_of_grid)
     with torch.no_grad():
-        modelled = flow.log_prob(grid.to(flow.base.zero)).exp().cpu().reshape(resolution, resolution).T.numpy()
+        modelled = flow.log_prob(grid.to(flow.device, flow.dtype)).exp().cpu().reshape(resolution, resolution).T.numpy()
     if getattr(dataset, "has_log_prob", False):
         title, known = "data density", dataset.log_prob(grid).exp().reshape(resolution, resolution).T.numpy()
     else:

@@ -24,7 +24,7 @@ from flows.training.checkpoint import (
     load_checkpoint,
     own_run_folder,
 )
-from flows.training.compiled import compiled, stages_to_compile
+from flows.training.compile import compiled, stages_to_compile
 from flows.training.conditioning import check_context_shape, check_samples
 from flows.training.examiner import Examiner
 from flows.training.fabric import Accelerator, Strategy, build_fabric, deterministic_algorithms, on_first_process

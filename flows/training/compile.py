@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flows.divergence import Analytic, DivergenceEstimator, FieldSample, VectorField
+from flows.divergence import Analytic, DivergenceEstimator, FieldSample
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.objectives import Objective
 from flows.objectives.base import active_costs
 from flows.path_costs import draw_directions
+from flows.vector_field import BoundField
 
 WAY_OUT = "Use divergence.mode=forward, a field with a closed form and divergence=analytic, or trainer.compile=false"
 
@@ -32,7 +33,7 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
     own, call = flow.divergence, flow.field._compiled_call_impl  # what nn.Module.compile sets
     estimator = compilable_divergence(flow, objective)
     if estimator is not None:
-        flow.divergence = _Compiled(estimator, estimator.choose(flow.event_shape, flow.field))
+        flow.divergence = _Compiled(estimator, forward=estimator.bind(flow.bind()).mode == "forward")
     flow.field.compile()
     try:
         yield
@@ -51,13 +52,13 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
 def stages_to_compile(
     setting: bool | Literal["auto"], device: str, flow: CNF, objectives: Mapping[str, Objective]
 ) -> tuple[set[str], list[str]]:
-    """The names of the objectives to train compiled, and notices about others that ``"auto"`` would have.
+    """The names of the objectives to train compiled, and notices about others that `"auto"` would have.
 
     Args:
-        setting: ``"auto"``: all that can be, if ``device`` is "cuda".
+        setting: `"auto"`: all that can be, if `device` is "cuda".
 
     Raises:
-        ValueError: the setting is ``True``, and an objective cannot be.
+        ValueError: the setting is `True`, and an objective cannot be.
     """
     if not setting or (setting == "auto" and device != "cuda"):
         return set(), []
@@ -74,7 +75,7 @@ def stages_to_compile(
 
 
 def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimator | None:
-    """What the objective takes the divergence with, if it does; a function that is no ``Objective`` may use the flow's.
+    """What the objective takes the divergence with, if it does; a function that is no `Objective` may use the flow's.
 
     Raises:
         ValueError: it differentiates backwards within an evaluation.
@@ -84,13 +85,13 @@ def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimato
     taken = objective.divergence(flow) if isinstance(objective, Objective) else assumed
     if taken is None:
         return None
-    estimator = taken.choose(flow.event_shape, flow.field)
+    estimator = taken.bind(flow.bind())
     if solves and flow.solver.gradient == "adjoint":
         raise InvalidValueError(
             "trainer.compile=true does not go with solver.gradient=adjoint, whose backward pass calls autograd at each "
             "evaluation; use solver.gradient=backprop or checkpoint"
         )
-    if getattr(estimator, "mode", None) == "reverse":
+    if estimator.mode == "reverse":
         name = type(estimator).__name__
         raise InvalidValueError(
             f"trainer.compile=true does not go with divergence {name}(mode='reverse'): training differentiates its "
@@ -99,7 +100,7 @@ def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimato
         )
     costs = active_costs(getattr(objective, "regularizers", ()))
     norms = draw_directions(costs, torch.zeros(1, *flow.event_shape), torch.Generator()) is not None
-    if norms and _takes_norms_in_reverse(estimator, flow.field):
+    if norms and _takes_norms_in_reverse(estimator):
         raise InvalidValueError(
             f"trainer.compile=true does not go with a path cost that needs the norm of the Jacobian of "
             f"{type(flow.field).__name__}: {type(estimator).__name__}() takes it by vector-Jacobian products, and "
@@ -109,57 +110,62 @@ def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimato
     return taken
 
 
-def _takes_norms_in_reverse(estimator: DivergenceEstimator, field: object) -> bool:
+def _takes_norms_in_reverse(estimator: DivergenceEstimator) -> bool:
     if isinstance(estimator, Analytic):
-        return not hasattr(field, "value_divergence_and_products")
+        return estimator.field.value_divergence_and_products is None
     return type(estimator).with_jacobian_norm is DivergenceEstimator.with_jacobian_norm
 
 
 class _Compiled(DivergenceEstimator):
-    """An estimator that evaluates, compiled, the one that it has chosen for the field."""
+    """Options of which the bound estimator runs as compiled code.
 
-    def __init__(self, estimator: DivergenceEstimator, chosen: DivergenceEstimator) -> None:
+    Args:
+        estimator: the options.
+        forward: whether they take products in forward mode.
+    """
+
+    def __init__(self, estimator: DivergenceEstimator, forward: bool) -> None:
         self.estimator = estimator
-        self.chosen = chosen
         # Forward mode writes zeros that cannot be written to again; reusing their memory would (torch 2.13).
-        forward = getattr(chosen, "mode", None) == "forward"
         self._evaluate = torch.compile(_evaluate, options={"allow_buffer_reuse": False} if forward else None)
 
-    def __call__(self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None) -> FieldSample:
+    def bind(self, field: BoundField) -> DivergenceEstimator:
+        """A copy with the bound estimator in the place of the options."""
+        bound = super().bind(field)
+        bound.estimator = self.estimator.bind(field)
+        return bound
+
+    def __call__(self, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # as in all evaluations but the first of a solve: one program less
-        value, estimates = self._evaluate(self.chosen, field.fresh(), t, x, probes)
-        return FieldSample(value, estimates.expand(self.num_estimates, -1))  # as Auto does with an exact choice
+        return FieldSample(*self._evaluate(self.estimator.fresh(), t, x, probes))
 
-    def draw_probes(
-        self, x: Tensor, generator: torch.Generator | None = None, field: object | None = None
-    ) -> Tensor | None:
-        return self.estimator.draw_probes(x, generator, field)
+    def draw_probes(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
+        return self.estimator.draw_probes(x, generator)
 
-    def with_jacobian_norm(
-        self, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None, directions: Tensor
-    ) -> FieldSample:
-        return self.estimator.with_jacobian_norm(field, t, x, probes, directions)
+    def with_jacobian_norm(self, t: Tensor, x: Tensor, probes: Tensor | None, directions: Tensor) -> FieldSample:
+        return self.estimator.with_jacobian_norm(t, x, probes, directions)
 
     @property
     def num_estimates(self) -> int:
         return self.estimator.num_estimates
 
-    def cost(self, event_shape: tuple[int, ...], field: object | None = None) -> int:
-        return self.estimator.cost(event_shape, field)
+    @property
+    def cost(self) -> int:
+        return self.estimator.cost
 
-    def choose(self, event_shape: tuple[int, ...], field: object | None = None) -> DivergenceEstimator:
-        return self.estimator.choose(event_shape, field)
+    @property
+    def is_exact(self) -> bool:
+        return self.estimator.is_exact
 
-    def is_exact(self, event_shape: tuple[int, ...], field: object | None = None) -> bool:
-        return self.estimator.is_exact(event_shape, field)
+    @property
+    def description(self) -> str:
+        return self.estimator.description
 
-    def standard_error(self, estimates: Tensor, event_shape: tuple[int, ...], field: object | None = None) -> Tensor:
-        return self.estimator.standard_error(estimates, event_shape, field)
+    def standard_error(self, estimates: Tensor) -> Tensor:
+        return self.estimator.standard_error(estimates)
 
 
-def _evaluate(
-    estimator: DivergenceEstimator, field: VectorField, t: Tensor, x: Tensor, probes: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    sample = estimator(field, t, x, probes)
+def _evaluate(estimator: DivergenceEstimator, t: Tensor, x: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
+    sample = estimator(t, x, probes)
     return sample.value, sample.estimates

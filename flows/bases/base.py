@@ -1,0 +1,45 @@
+"""The contract of a base: the distribution of a flow at t = 0."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Base(nn.Module, ABC):
+    """A distribution over points of one event shape.
+
+    It follows `.to(device, dtype)` like any module, and draws on its device and in its dtype.
+
+    Args:
+        event_shape: shape of a point.
+    """
+
+    def __init__(self, event_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.register_buffer("_like", torch.zeros(()), persistent=False)  # has the device and the dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where points are drawn."""
+        return self._like.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the points."""
+        return self._like.dtype
+
+    @abstractmethod
+    def sample(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        """Draw points of shape (*shape, *event)."""
+
+    @abstractmethod
+    def log_prob(
+        self,
+        z: Tensor,  # (*batch, *event)
+    ) -> Tensor:  # (*batch)
+        """The log-density in nats."""

@@ -1,0 +1,71 @@
+"""What perceptrons with a closed-form divergence share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from flows.errors import InvalidValueError
+from flows.fields.base import Field
+from flows.fields.trace import PerceptronTrace, perceptron_products
+
+
+class Linearised(NamedTuple):
+    """v at some points, with its Jacobian diag(gate) W_out diag(a_L) W_L ··· diag(a_1) W_1."""
+
+    value: Tensor  # (B, *event)
+    weights: list[Tensor]  # W_1, ..., W_L, W_out
+    slopes: list[Tensor]  # a_1, ..., a_L, (B, width) or (1, width) each
+    gate: Tensor | None  # (B, d); None for ones
+    trace: PerceptronTrace  # of these weights
+
+
+class Perceptron(Field):
+    """A perceptron, with its divergence and products with its Jacobian in closed form.
+
+    Args:
+        event_shape: shape of a point; it is flattened for the layers.
+        hidden: widths of the hidden layers, at least one.
+        context_shape: shape of the context; `None` for an unconditional field.
+    """
+
+    def __init__(self, event_shape: Sequence[int], hidden: Sequence[int], context_shape: Sequence[int] | None) -> None:
+        super().__init__(event_shape, context_shape)
+        if not hidden or min(hidden) < 1:
+            raise InvalidValueError(
+                f"hidden must hold the width of at least one hidden layer, such as (128, 128), got {tuple(hidden)}"
+            )
+        self.hidden = tuple(hidden)
+
+    @abstractmethod
+    def precompute(self) -> Any:
+        """What depends on the parameters alone; `linearised` takes it."""
+
+    @abstractmethod
+    def linearised(self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: Any) -> Linearised:
+        """v, and the factors of its Jacobian."""
+
+    def value_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None, precomputed: Callable[[], Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """v (B, *event) and div v (B,)."""
+        found = self.linearised(t, x, context, (precomputed or self.precompute)())
+        return found.value, found.trace(found.slopes, found.gate)
+
+    def value_divergence_and_products(
+        self,
+        t: Tensor,
+        x: Tensor,
+        directions: Tensor,  # (P, B, *event)
+        context: Tensor | None = None,
+        precomputed: Callable[[], Any] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """v, div v, and the products J u (P, B, *event), each at the cost of one evaluation."""
+        found = self.linearised(t, x, context, (precomputed or self.precompute)())
+        products = perceptron_products(found.weights, found.slopes, directions)
+        if found.gate is not None:
+            products = found.gate.view(-1, *self.event_shape) * products
+        return found.value, found.trace(found.slopes, found.gate), products

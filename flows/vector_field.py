@@ -1,0 +1,152 @@
+"""A vector field as one solve sees it: v(t, x), and what else the field can do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from flows.errors import InvalidTypeError, InvalidValueError
+
+VectorField = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> v, with v shaped like x
+
+
+class BoundField:
+    """A field with its context fixed, for one solve.
+
+    Calling it evaluates the field. Any callable is a field as it is: a network of another package, a function. What it
+    offers beyond its value is looked up once, here, and is `None` where the field lacks it:
+
+    - `value_and_divergence(t, x) -> (value (B, *event), divergence (B,))`: the divergence in closed form.
+    - `value_divergence_and_products(t, x, directions (P, B, *event))`: products with the Jacobian as well.
+    - `encode(t, x) -> (B, H)`, `decode(t, h) -> (B, *event)` and `bottleneck_width`, H: the two halves of a field
+      that passes through a narrow layer.
+    - `potential(t, x) -> (B,)`: Φ of a field v = −∇Φ.
+    - `receptive_radius`: how many grid sites away, along any axis, a velocity can depend on x.
+
+    A field offers these under the same names; its functions take the context as one more argument at the end. It may
+    also have `periodic` (or `padding_mode == "circular"`) if its grid wraps around, `divergence_cost` if its closed form
+    costs about as much as that many Jacobian products, and `precompute()`. The value of the last depends on the
+    parameters alone; it is computed at most once a solve, and its closed forms take a function that returns it as
+    `precomputed=`.
+
+    Args:
+        field: called as `field(t, x)`, or `field(t, x, context)` if there is a context.
+        context: (B, *context).
+        event_shape: shape of one point, for a field that does not state its own.
+
+    Raises:
+        ValueError: the event shape is missing.
+    """
+
+    def __init__(
+        self, field: Callable[..., Tensor], context: Tensor | None = None, event_shape: Sequence[int] | None = None
+    ) -> None:
+        self.field = field
+        self.context = context
+        self.name: str = getattr(field, "__name__", type(field).__name__)
+        stated = getattr(field, "event_shape", None)
+        shape = event_shape if stated is None else stated
+        if shape is None:
+            raise InvalidValueError(f"{self.name} does not state its event_shape; pass event_shape=(2,) or the like")
+        self.event_shape = tuple(shape)
+        self.context_shape: tuple[int, ...] | None = getattr(field, "context_shape", None)
+        self.receptive_radius: int | None = getattr(field, "receptive_radius", None)
+        self.bottleneck_width: int | None = getattr(field, "bottleneck_width", None)
+        self.value_and_divergence = self._closed_form("value_and_divergence")
+        self.value_divergence_and_products = self._closed_form("value_divergence_and_products")
+        self.encode = self._given_context(getattr(field, "encode", None))
+        self.decode = self._given_context(getattr(field, "decode", None))
+        self.potential = self._given_context(getattr(field, "potential", None))
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.field(t, x) if self.context is None else self.field(t, x, self.context)
+
+    @property
+    def dimension(self) -> int:
+        """The number of entries of one point."""
+        return math.prod(self.event_shape)
+
+    @property
+    def periodic(self) -> bool:
+        """Whether the grid wraps around."""
+        return bool(getattr(self.field, "periodic", False)) or getattr(self.field, "padding_mode", "") == "circular"
+
+    @property
+    def divergence_cost(self) -> int:
+        """The Jacobian products that the closed form costs as much as."""
+        return getattr(self.field, "divergence_cost", 0)
+
+    def fresh(self) -> BoundField:
+        """The same binding without the tensors that it keeps, whose graph may be gone."""
+        return bind(self.field, self.context, self.event_shape)
+
+    def _closed_form(self, name: str) -> Callable[..., Any] | None:
+        function = getattr(self.field, name, None)
+        if function is not None and hasattr(self.field, "precompute"):
+            function = partial(function, precomputed=self._precomputed())
+        return self._given_context(function)
+
+    def _precomputed(self) -> _Once:
+        if "_once" not in self.__dict__:
+            self._once = _Once(self.field.precompute)  # pyright: ignore[reportFunctionMemberAccess]
+        return self._once
+
+    def _given_context(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """`function` with the context as its last argument."""
+        if function is None or self.context is None:
+            return function
+        context = self.context  # a closure of self would keep it alive in a cycle
+        return lambda *arguments: function(*arguments, context)
+
+
+class _Once:
+    """Computes a value at the first call and returns it at every call."""
+
+    def __init__(self, compute: Callable[[], Any]) -> None:
+        self.compute = compute
+        self.value = None
+
+    def __call__(self) -> Any:
+        if self.value is None:
+            self.value = self.compute()
+        return self.value
+
+
+def bind(
+    field: Callable[..., Tensor], context: Tensor | None = None, event_shape: Sequence[int] | None = None
+) -> BoundField:
+    """Fix the context of any field for one solve; see `BoundField`.
+
+    A field with a `bind(context)` of its own makes its own view.
+
+    Raises:
+        ValueError: the event shape is missing, or not the one that the field states.
+    """
+    own = getattr(field, "bind", None)
+    view = BoundField(field, context, event_shape) if own is None else own(context)
+    if event_shape is not None and view.event_shape != tuple(event_shape):
+        raise InvalidValueError(f"the field's event_shape is {view.event_shape}, and {tuple(event_shape)} was given")
+    return view
+
+
+def checked_value(
+    value: Tensor,  # what the field returned
+    x: Tensor,  # (B, *event)
+) -> Tensor:
+    """Return `value` if it is a velocity for `x`.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another shape.
+    """
+    if not isinstance(value, Tensor):
+        raise InvalidTypeError(f"a vector field must return a tensor, got {type(value).__name__}")
+    if value.shape != x.shape:
+        raise InvalidValueError(
+            f"a vector field must return one velocity a point, of shape {tuple(x.shape)}, got {tuple(value.shape)}"
+        )
+    return value
