@@ -30,7 +30,15 @@ class TransformedDensity(nn.Module):
         super().__init__()
         self.transform = transform
         self.event_shape = event_shape
-        self.base = Normal(event_shape)  # states the device and dtype
+        self.base = Normal(event_shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
 
     @abstractmethod
     def log_density(self, y: Tensor) -> Tensor:

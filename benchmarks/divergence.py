@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import probing_noise, workloads
 from flows.compare.timing import add_device, alternating_medians, machine
-from flows.divergence import DivergenceEstimator
+from flows.divergence import DivergenceEstimator, FieldSample
 from flows.fields import bind
 
 BARE, LOOP = "bare field", "plain loop"
@@ -92,13 +92,13 @@ def measure(
     """
     field = field.to(device)
     shape = tuple(event_shape)
-    bare = _Bare()
+    bound = {name: estimator.bind(bind(field, event_shape=shape)) for name, estimator in estimators.items()}
     timings = []
     for batch, training in ((forward_batch, False), (training_batch, True)):
         x = torch.randn(batch, *shape, device=device)
-        runs = {BARE: (bare, EVALUATIONS)} | ({LOOP: (_Loop(), 1)} if loop else {})
+        runs = {BARE: (_Bare(), EVALUATIONS)} | ({LOOP: (_Loop(), 1)} if loop else {})
         for name, estimator in estimators.items():
-            runs[name] = estimator, EVALUATIONS if estimator.cost(shape, field) <= 16 else 1
+            runs[name] = estimator, EVALUATIONS if bound[name].cost <= 16 else 1
         cases = {name: _repeated(estimator, count, field, x, training) for name, (estimator, count) in runs.items()}
         label = f"{progress}, {'forward + backward' if training else 'forward'}"
         medians = alternating_medians(cases, seconds_each, progress=label if progress else None)
@@ -107,8 +107,8 @@ def measure(
     return [
         Cost(
             name,
-            estimators[name].cost(shape, field) if name in estimators else None,
-            estimators[name].is_exact(shape, field) if name in estimators else None,
+            bound[name].cost if name in bound else None,
+            bound[name].is_exact if name in bound else None,
             forward[name],
             backward[name],
         )
@@ -134,19 +134,19 @@ def table(costs: Sequence[Cost]) -> Iterator[str]:
 
 
 def _repeated(
-    estimator: DivergenceEstimator | _Bare, evaluations: int, field: nn.Module, x: Tensor, training: bool
+    estimator: DivergenceEstimator, evaluations: int, field: nn.Module, x: Tensor, training: bool
 ) -> Callable[[], None]:
     """A case that evaluates at several times and, when training, runs one backward pass."""
-    probes = estimator.draw_probes(x, field=field)
+    probes = estimator.bind(bind(field, event_shape=x.shape[1:])).draw_probes(x)
     times = torch.linspace(0, 1, evaluations, device=x.device)
 
     def case() -> None:
         with torch.set_grad_enabled(training):
-            bound = bind(field)
+            bound = estimator.bind(bind(field, event_shape=x.shape[1:]))
             points = x.clone().requires_grad_(training)
             loss = torch.zeros((), device=x.device)
             for t in times:
-                sample = estimator(bound, t, points, probes)
+                sample = bound(t, points, probes)
                 if training:
                     loss = loss + sample.value.sum() + sample.divergence.sum()
             if training:
@@ -156,33 +156,24 @@ def _repeated(
     return case
 
 
-class _Bare:
+class _Bare(DivergenceEstimator):
     """The field alone, with the interface of an estimator."""
 
-    def draw_probes(self, x: Tensor, generator: None = None, field: object | None = None) -> None:
-        return None
-
-    def __call__(self, field: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor, probes: None) -> _Sample:
-        return _Sample(field(t, x), torch.zeros((), device=x.device))
+    def __call__(self, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:
+        return FieldSample(self.field(t, x), torch.zeros(1, 1, device=x.device))
 
 
-class _Loop(_Bare):
+class _Loop(DivergenceEstimator):
     """Σ_i ∂v_i/∂x_i by one reverse-mode pass per coordinate, as it is usually written."""
 
-    def __call__(self, field: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor, probes: None) -> _Sample:
+    def __call__(self, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:
         training = torch.is_grad_enabled()
         with torch.enable_grad():
             x = x if training else x.detach().requires_grad_()
-            value = field(t, x)
+            value = self.field(t, x)
             flat = value.flatten(1)
             trace = torch.zeros(len(x), device=x.device)
             for i in range(flat.shape[1]):
                 (row,) = torch.autograd.grad(flat[:, i].sum(), x, create_graph=training, retain_graph=True)
                 trace = trace + row.flatten(1)[:, i]
-        return _Sample(value, trace)
-
-
-@dataclass(frozen=True)
-class _Sample:
-    value: Tensor
-    divergence: Tensor
+        return FieldSample(value, trace.unsqueeze(0))

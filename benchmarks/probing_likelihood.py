@@ -77,7 +77,7 @@ def measure_saving(
     finally:
         flow.divergence = before
     exact, probing = (results[name] for name in estimators)
-    products = tuple(estimator.cost(flow.event_shape, flow.field) for estimator in estimators.values())
+    products = tuple(estimator.bind(flow.bind()).cost for estimator in estimators.values())
     difference = (exact.value - probing.value).abs().max().item()
     return Saving(flow.event_shape, stride, products, tuple(medians.values()), exact.nfe, difference)
 

@@ -14,7 +14,7 @@ from tqdm import tqdm, trange
 
 from flows.datasets import Batch
 from flows.divergence import DivergenceEstimator, Exact, Hutchinson, Probing
-from flows.fields import BoundField, ConvNet, bind
+from flows.fields import ConvNet
 from flows.models.cnf import CNF
 from flows.objectives import FlowMatching
 
@@ -73,16 +73,17 @@ def measure_noise(
     progress: bool = True,
 ) -> list[Noise]:
     """Errors of the divergence over `draws` draws of the probes, at points of the interpolation path."""
-    field = bind(flow.field)
-    pairs = [(Hutchinson(Probing(stride).cost(flow.event_shape, field)), Probing(stride)) for stride in strides]
+    field = flow.bind()
+    probing = [Probing(stride).bind(field) for stride in strides]
+    pairs = [(Hutchinson(estimator.cost).bind(field), estimator) for estimator in probing]
     variances: dict[int, list[tuple[float, float]]] = {pair[0].num_probes: [] for pair in pairs}
     results = []
     for time in tqdm(times, desc="measuring noise", leave=False, disable=not progress):
         x = torch.lerp(torch.randn_like(data), data, time)
         t = torch.tensor(time, dtype=x.dtype, device=x.device)
-        exact = Exact()(field, t, x, None).divergence
+        exact = Exact().bind(field)(t, x).divergence
         for pair in pairs:
-            variance = tuple(_variance(estimator, field, t, x, exact, draws) for estimator in pair)
+            variance = tuple(_variance(estimator, t, x, exact, draws) for estimator in pair)
             variances[pair[0].num_probes].append(variance)
             results.append(Noise(time, pair[0].num_probes, *(math.sqrt(value) for value in variance)))
     for products, values in variances.items():
@@ -100,12 +101,10 @@ def table(results: Sequence[Noise]) -> Iterator[str]:
         yield f"{time:>6}{row.products:10}{row.hutchinson:15.3f}{row.probing:12.3f}{ratio:8.1f}"
 
 
-def _variance(
-    estimator: DivergenceEstimator, field: BoundField, t: Tensor, x: Tensor, exact: Tensor, draws: int
-) -> float:
+def _variance(estimator: DivergenceEstimator, t: Tensor, x: Tensor, exact: Tensor, draws: int) -> float:
     """Mean square error over points and draws."""
     total = 0.0
     for _ in range(draws):
-        sample = estimator(field, t, x, estimator.draw_probes(x, field=field))
+        sample = estimator(t, x, estimator.draw_probes(x))
         total += (sample.divergence - exact).square().mean().item()
     return total / draws

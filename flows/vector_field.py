@@ -28,10 +28,12 @@ class BoundField:
     - `receptive_radius`: how many grid sites away, along any axis, a velocity can depend on x.
 
     A field offers these under the same names; its functions take the context as one more argument at the end. It may
-    also have `periodic` (or `padding_mode == "circular"`) if its grid wraps around, `divergence_cost` if its closed form
-    costs about as much as that many Jacobian products, and `precompute()`. The value of the last depends on the
-    parameters alone; it is computed at most once a solve, and its closed forms take a function that returns it as
-    `precomputed=`.
+    also have
+
+    - `periodic` (or `padding_mode == "circular"`): its grid wraps around.
+    - `divergence_cost`: the Jacobian products that its closed form costs as much as; 0 by default.
+    - `precompute()`: what its closed forms need of the parameters alone. It is computed at most once a solve; the
+      closed forms take a function that returns it, as `precomputed=`.
 
     Args:
         field: called as `field(t, x)`, or `field(t, x, context)` if there is a context.

@@ -22,7 +22,7 @@ def rng(seed=0):
 def linear_flow(divergence, transform=None):
     """v = A x: with frozen probes, log p is off by εᵀAε − tr A at every point."""
     field = flows.fields.Linear((3,), MATRIX)
-    return flows.CNF(field, divergence, flows.ODESolver("rk4", step_size=0.25), transform)
+    return flows.CNF(field, divergence, flows.ODESolver("rk4", step_size=0.25), transform=transform)
 
 
 def probe_variance():

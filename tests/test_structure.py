@@ -13,13 +13,14 @@ import flows
 PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
-GROUND = {"checks", "errors", "naming"}
+GROUND = {"checks", "errors", "naming", "vector_field"}
 MODELS = {"bases", "divergence", "dynamics", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
 ALLOWED = {
     "checks": set(),
     "errors": set(),
     "naming": set(),
+    "vector_field": set(),
     **{part: set() for part in ("bases", "datasets", "divergence", "fields", "solvers", "transforms")},
     "path_costs": {"divergence"},
     "dynamics": {"divergence", "path_costs", "solvers"},

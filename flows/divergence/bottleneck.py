@@ -72,9 +72,7 @@ class Bottleneck(DivergenceEstimator):
             return code
 
         code, encoder = linearise(encode, t, x, self.mode, self.chunk_size, check_code)
-        value, decoder = linearise(
-            decode, t, code, self.mode, self.chunk_size, lambda value, _: checked_value(value, x)
-        )
+        value, decoder = linearise(decode, t, code, self.mode, self.chunk_size, lambda v, _: checked_value(v, x))
         first, second = (encoder, decoder) if self.mode == "reverse" else (decoder, encoder)
         if probes is None:
             trace = basis_trace(lambda u: second(first(u)), code, products_per_call(self.mode, self.chunk_size))
@@ -121,6 +119,6 @@ def _parts(field: BoundField) -> tuple[VectorField, VectorField, int]:
     if field.encode is None or field.decode is None or field.bottleneck_width is None:
         raise InvalidTypeError(
             "Bottleneck() needs a field with encode(t, x), decode(t, h) and bottleneck_width, such as "
-            f"flows.fields.MLP, and got {field.name}; choose Hutchinson(num_probes=...) or Exact(), which take any field"
+            f"flows.fields.MLP, and got {field.name}; choose Hutchinson(num_probes=...) or Exact(), which take any"
         )
     return field.encode, field.decode, field.bottleneck_width

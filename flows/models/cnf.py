@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flows.bases import Base, Normal
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
-from flows.errors import InvalidValueError
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.fields import Guided
 from flows.models.distribution import FlowDistribution
 from flows.models.results import LogProbEstimate, Sample, Transport
@@ -25,8 +25,8 @@ from flows.vector_field import BoundField, bind
 class CNF(nn.Module):
     r"""A flow that carries its base at t = 0 to the data at t = 1 along dx/dt = v(t, x).
 
-    log p(x) = log p₀(z) + ∫₀¹ −div v(t, x_t) dt + log|det ∂y/∂x|, with y = transform(x), and z reached from y by solving
-    from t = 1 back to t = 0. All public methods take and return points of data space, except `transport`.
+    log p(x) = log p₀(z) + ∫₀¹ −div v(t, x_t) dt + log|det ∂y/∂x|, with y = transform(x), and z reached from y by
+    solving from t = 1 back to t = 0. All public methods take and return points of data space, except `transport`.
 
     With a transform that dequantises, data space is discrete. Then `sample` gives whole numbers, and `log_prob` is
     log p(x + u) − log q(u | x) for one draw of the noise u ~ q, a lower bound of log P(x) in expectation
@@ -45,6 +45,7 @@ class CNF(nn.Module):
         event_shape: shape of a point; needed if `field` does not state one.
 
     Raises:
+        TypeError: `base` is no `Base`.
         ValueError: the event shape is missing, or field, base and `event_shape` disagree about it.
     """
 
@@ -64,6 +65,8 @@ class CNF(nn.Module):
         self.solver = ODESolver() if solver is None else solver
         self.transform = Identity() if transform is None else transform
         self.base = Normal(self.event_shape) if base is None else base
+        if not isinstance(self.base, Base):
+            raise InvalidTypeError(f"base must be a flows.bases.Base, got {type(base).__name__}")
         if self.base.event_shape != self.event_shape:
             raise InvalidValueError(
                 f"the base's event_shape is {self.base.event_shape}, and the field's is {self.event_shape}"

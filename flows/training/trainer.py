@@ -76,7 +76,7 @@ class Trainer:
         solver_error_points: test points whose NLL is computed again at tighter tolerances.
         loggers: further loggers, beside TensorBoard, ``metrics.jsonl`` and the progress bar.
         progress_bar: whether to show one.
-        compile: run what training evaluates through torch.compile, see :func:`flows.training.compiled.compiled`;
+        compile: run what training evaluates through torch.compile, see :func:`flows.training.compile.compiled`;
             ``"auto"``: on a GPU, the stages that can be.
         on_solver_error: ``"raise"`` when a batch cannot be solved, or ``"skip"`` it and take another; skipped ones are
             counted, and ``max_solver_errors`` in a row end the run with its state saved. Weights whose validation
