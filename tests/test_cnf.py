@@ -1,6 +1,8 @@
 """The flow against closed forms: matrix exponentials, integrals, round trips, and gradients."""
 
 import math
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,3 +339,78 @@ def test_points_of_another_dtype_are_refused(points) -> None:
     flow = CNF(MLP((2,), (4,)))
     with pytest.raises(ValueError, match=rf"points are {points.dtype} and the flow is torch.float64; convert"):
         flow.log_prob(points)
+
+
+class Watched(nn.Module):
+    """A linear field that notes the functions of this package below which it is evaluated."""
+
+    event_shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(2))
+        self.frames = []
+
+    def forward(self, t, x):
+        package = str(Path(flows.__file__).parent)
+        stack = traceback.extract_stack()[:-1]
+        self.frames.append([frame.name for frame in stack if frame.filename.startswith(package)])
+        return x @ self.matrix
+
+
+class WatchedClosedForm(Watched):
+    def value_and_divergence(self, t, x):
+        return self.forward(t, x), self.matrix.trace().expand(len(x))
+
+
+@pytest.mark.parametrize("kind", [Watched, WatchedClosedForm])
+def test_few_functions_stand_between_log_prob_and_the_network(kind):
+    """At most 12, with the network's own."""
+    field = kind()
+    CNF(field).log_prob(torch.randn(3, 2))
+    deepest = max(field.frames, key=len)
+    assert deepest[0] == "log_prob"
+    assert len(deepest) + 1 <= 12, deepest
+
+
+class Still(nn.Module):
+    """A conditional field without parameters, which cannot say where noise should be drawn."""
+
+    event_shape, context_shape = (2,), (3,)
+
+    def forward(self, t, x, context):
+        return 0 * x
+
+
+def test_a_guided_flow_draws_noise_as_the_flow_does():
+    flow = CNF(Still(), solver=ODESolver("euler", step_size=0.5)).to(torch.float32)  # float64 is the default here
+    context = torch.zeros(3, dtype=torch.float32)
+    assert flow.guided(2.0).sample((4,), context).dtype == torch.float32
+    assert flow.to("meta").guided(2.0).device.type == "meta"
+
+
+class Wide(flows.bases.Base):
+    """N(0, 9)."""
+
+    def sample(self, shape, generator=None):
+        return 3 * torch.randn(*shape, *self.event_shape, generator=generator, dtype=self.dtype)
+
+    def log_prob(self, z):
+        return torch.distributions.Normal(0.0, 3.0).log_prob(z).sum(-1)
+
+
+def test_a_flow_may_start_elsewhere():
+    flow = CNF(Linear((2,), torch.zeros(2, 2)), base=Wide((2,)))
+    x = torch.randn(5, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(flow.log_prob(x), flow.base.log_prob(x))
+        drawn, log_prob = flow.sample_and_log_prob((2000,))
+    torch.testing.assert_close(log_prob, flow.base.log_prob(drawn))
+    assert abs(drawn.std() / 3 - 1) < 0.1
+    assert (flow.float().dtype, flow.device.type) == (torch.float32, "cpu")
+    with pytest.raises(TypeError, match=r"FlowMatching supposes .* flows.bases.Normal, and its base is Wide"):
+        flows.objectives.FlowMatching()(flow, flows.datasets.Batch(x))
+    with pytest.raises(ValueError, match=r"the base's event_shape is \(3,\), and the field's is \(2,\)"):
+        CNF(Linear((2,)), base=Wide((3,)))
+    with pytest.raises(TypeError, match=r"base must be a flows.bases.Base, got Standardise"):
+        CNF(Linear((2,)), base=Standardise((2,)))

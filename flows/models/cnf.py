@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -17,7 +17,7 @@ from flows.fields import Guided
 from flows.models.distribution import FlowDistribution
 from flows.models.results import LogProbEstimate, Sample, Transport
 from flows.path_costs import PathCost, draw_directions
-from flows.solvers import ODESolver, SolverStatistics
+from flows.solvers import ODESolver, Solution
 from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind
 
@@ -138,22 +138,25 @@ class CNF(nn.Module):
         y, terms = self.transform.account(points, generator)
         estimator = self.divergence.bind(self.bind(context))
         probes = estimator.draw_probes(y, generator)
-        costs = (path_costs, draw_directions(path_costs, y, generator))
-        value, estimates, integrals, statistics = self._log_prob(estimator, y, probes, self.solver, costs, base_time)
-        error = None
+        dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, y, generator))
+        tensors, times = self._differentiated(context, probes), (1.0, base_time)
+        solution = self.solver.solve(dynamics, dynamics.initial_state(y), times, tensors)
+        estimates = self._log_densities(solution)
+        value, error = estimates.mean(0), None
         if solver_error:
             with torch.no_grad():
-                fresh = estimator.fresh()  # what the bound field keeps has been computed with gradients
-                reference, *_ = self._log_prob(fresh, y, probes, self.solver.tighter(), base_time=base_time)
-            error = (value.detach() - reference).abs().reshape(batch_shape)
+                again = AugmentedDynamics(estimator.fresh(), probes)
+                reference = self.solver.tighter().solve(again, again.initial_state(y), times)
+                error = (value - self._log_densities(reference).mean(0)).abs().reshape(batch_shape)
         standard_error = estimator.standard_error(estimates.detach())
+        integrals = dynamics.path_costs(solution.end[2:], times)
         terms = {name: term.reshape(batch_shape) for name, term in ({"model": value} | terms).items()}
         return LogProbEstimate(
             value=reduce(torch.add, terms.values()),
             standard_error=standard_error.reshape(batch_shape),
             solver_error=error,
-            nfe=statistics.nfe_forward,
-            statistics=statistics,
+            nfe=solution.statistics.nfe_forward,
+            statistics=solution.statistics,
             terms=terms,
             path_costs={name: integral.reshape(batch_shape) for name, integral in integrals.items()},
         )
@@ -243,23 +246,10 @@ class CNF(nn.Module):
             change = pick(solution.states[1].mean(1)).reshape(*leading, *batch_shape)
         return Transport(moved, change, solution.statistics)
 
-    def _log_prob(
-        self,
-        estimator: DivergenceEstimator,  # bound
-        y: Tensor,  # (B, *event), flow space
-        probes: Tensor | None,
-        solver: ODESolver,
-        costs: tuple[Sequence[PathCost], Tensor | None] = ((), None),  # and the directions that they need
-        base_time: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor], SolverStatistics]:
-        """Mean and the K estimates of log p, and the integrals of the path costs."""
-        dynamics = AugmentedDynamics(estimator, probes, *costs)
-        times = (1.0, base_time)
-        tensors = self._differentiated(estimator.field.context, probes)
-        solution = solver.solve(dynamics, dynamics.initial_state(y), times, tensors)
-        z, change, *integrals = solution.end  # change: log p(z) − log p(y)
-        estimates = self.base.log_prob(z) - change
-        return estimates.mean(0), estimates, dynamics.path_costs(integrals, times), solution.statistics
+    def _log_densities(self, solution: Solution) -> Tensor:  # (K, B)
+        """The K estimates of log p(y) from a solve that began at y and ended at the base."""
+        z, change, *_ = solution.end  # change: log p(z) − log p(y)
+        return self.base.log_prob(z) - change
 
     def _differentiated(self, *tensors: Tensor | None) -> list[Tensor]:
         """What a solve may need gradients of, beside its state."""
