@@ -1,12 +1,16 @@
-"""Checks of the numbers that users pass."""
+"""Checks of arguments; each message says what is valid and what came."""
 
 from __future__ import annotations
 
+import os
 import sys
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
-from flows.errors import InvalidValueError
+from flows.errors import FileError, InvalidTypeError, InvalidValueError
+
+MEMORY_SHARE = 0.5  # of the machine's memory that one tensor may take: drawing and converting it needs a second copy
 
 
 def check_number(
@@ -25,28 +29,88 @@ def check_number(
     Args:
         name: what the message calls the number.
         value: what was passed.
-        above, at_least, below, at_most: the bounds; `None` sets no bound.
+        above, at_least, below, at_most: the bounds. Default: no bound.
         whole: require an integer.
-        otherwise: a hint that the message ends with, such as "use None for no limit".
+        otherwise: a hint that ends the message, such as "use None for no limit".
 
     Raises:
-        InvalidValueError: the value is no such number. Text, booleans and NaN are no numbers.
+        InvalidTypeError: the value is a bool, a text or anything else that is no number.
+        InvalidValueError: the number is NaN, infinite or out of bounds.
     """
     bounds = ((">", above), (">=", at_least), ("<", below), ("<=", at_most))
-    allowed = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+    allowed = " and ".join(f"{sign} {_text(bound)}" for sign, bound in bounds if bound is not None)
+    kind = "a whole number" if whole else "a finite number"
+    message = f"{name} must be {kind} {allowed}".rstrip() + f", got {value!r}{'; ' if otherwise else ''}{otherwise}"
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-        kind = "a whole number" if whole else "a number"
-    else:
-        number: Any = value
-        within = (
-            (above is None or number > above)
-            and (at_least is None or number >= at_least)
-            and (below is None or number < below)
-            and (at_most is None or number <= at_most)
+        raise InvalidTypeError(message)
+    number: Any = value
+    within = (
+        (above is None or number > above)
+        and (at_least is None or number >= at_least)
+        and (below is None or number < below)
+        and (at_most is None or number <= at_most)
+    )
+    if not within or not abs(number) <= sys.float_info.max:  # integers may be too large for a float
+        raise InvalidValueError(message)
+
+
+def whole_number(name: str, value: Any, at_least: int = 1, at_most: int | None = None, otherwise: str = "") -> int:
+    """Return `value` as an int if it lies within the bounds; see `check_number`."""
+    check_number(name, value, at_least=at_least, at_most=at_most, whole=True, otherwise=otherwise)
+    return int(value)
+
+
+def fits_in_memory(what: str, num_bytes: int) -> None:
+    """Raise `InvalidValueError` if `what` would take more than half of the machine's memory."""
+    try:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on this system; allocating then fails by itself
+        return
+    if num_bytes > MEMORY_SHARE * available:
+        raise InvalidValueError(
+            f"{what} would take {_size(num_bytes)}, more than half of this machine's {_size(available)} of memory; "
+            "choose a smaller number"
         )
-        is_finite = abs(number) <= sys.float_info.max  # False for integers too large for a float
-        if within and is_finite:
-            return
-        kind = "" if is_finite else "a finite number"
-    expected = " ".join(part for part in (kind, allowed) if part)
-    raise InvalidValueError(f"{name} must be {expected}, got {value!r}{'; ' if otherwise else ''}{otherwise}")
+
+
+def existing_path(name: str, path: object, expected: str, folder: bool = False) -> Path:
+    """Return `path` if it is a regular file, or a folder where allowed.
+
+    Devices and pipes are refused: reading one may never end.
+
+    Args:
+        name: the argument's name in the message.
+        expected: what the message calls the file, such as "picture".
+        folder: allow a folder. Default: files only.
+
+    Raises:
+        InvalidTypeError: `path` is neither a text nor a path.
+        FileError: there is no such file, or it is of another kind.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidTypeError(f"{name} must be the path of a {expected}, got {path!r}")
+    found = Path(path)
+    try:
+        if found.is_file() or (folder and found.is_dir()):
+            return found
+        exists, is_folder = found.exists(), found.is_dir()
+    except (OSError, ValueError) as error:  # a name too long, a null character, a folder that may not be entered
+        raise FileError(f"{name}: cannot open {str(found)!r} ({error}); give the path of a {expected}") from error
+    if is_folder:
+        raise FileError(f"{found} is a folder; {name} must be the path of a {expected}")
+    if exists:
+        raise FileError(f"{found} is no regular file but a device or a pipe; {name} must be the path of a {expected}")
+    raise FileError(f"no {expected} at {found}; a relative path starts at {Path.cwd()}")
+
+
+def _text(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def _size(num_bytes: int) -> str:
+    amount = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.3g} {unit}"
+        amount /= 1000
+    return f"{amount:,.0f} TB"

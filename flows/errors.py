@@ -24,3 +24,7 @@ class FileError(FlowsError, OSError):
 
 class ComputationError(FlowsError, RuntimeError):
     """A computation failed although its input was valid."""
+
+
+class MissingPackageError(FlowsError, ImportError):
+    """An optional package is not installed."""

@@ -1,5 +1,6 @@
 """Densities: every yaml in conf/data that names one is tested here, so that a new one is tested by being there."""
 
+import json
 import math
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from scipy.special import digamma, logsumexp
 
 from flows import datasets
 from flows.datasets import ConditionalDensity, Density, FreeField, Funnel, Particles, Phi4
+from flows.errors import FileError, InvalidTypeError, InvalidValueError
 
 CONFIGS = {path.stem: OmegaConf.load(path) for path in sorted(Path(__file__).parents[1].glob("conf/data/*.yaml"))}
 KINDS = {name: get_class(config._target_) for name, config in CONFIGS.items()}
@@ -295,17 +297,17 @@ def test_single_precision_samples_stay_in_the_support(tmp_path):
 def test_picture_errors(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     Image.new("L", (8, 8), 128).save(tmp_path / "grey.png")
-    with pytest.raises(FileNotFoundError, match=r"no picture at .*missing\.png; path is read from"):
+    with pytest.raises(FileError, match=r"no picture at .*missing\.png; a relative path starts at"):
         datasets.ImageDensity(tmp_path / "missing.png")
-    with pytest.raises(ValueError, match=r"text\.png is not a picture that Pillow can read .* use a \.png or \.jpg"):
+    with pytest.raises(FileError, match=r"text\.png is not a picture that Pillow can read .* use a \.png or \.jpg"):
         datasets.ImageDensity(tmp_path / "text.png")
     with pytest.raises(ValueError, match=r"grey\.png has a single shade at 8 x 8 pixels"):
         datasets.ImageDensity(tmp_path / "grey.png")
     with pytest.raises(ValueError, match="dense must be 'dark' or 'bright', got 'grey'"):
         datasets.ImageDensity(dense="grey")
-    with pytest.raises(ValueError, match="contrast must be positive, got 0"):
+    with pytest.raises(ValueError, match="contrast must be a finite number > 0, got 0; 1 takes"):
         datasets.ImageDensity(contrast=0)
-    with pytest.raises(ValueError, match="resolution must be a whole number of pixels >= 1, got 0"):
+    with pytest.raises(ValueError, match="resolution must be a whole number >= 1, got 0"):
         datasets.ImageDensity(resolution=0)
 
 
@@ -324,7 +326,7 @@ def test_a_density_needs_only_sample():
     assert not density.has_log_prob
     assert density.train_stream(4, rng()).next().x.shape == (4, 2)
     assert density.reference().shape == (10_000, 2)
-    with pytest.raises(NotImplementedError, match="Uniform has no log_prob; ask has_log_prob first"):
+    with pytest.raises(NotImplementedError, match="Uniform has no log_prob; check has_log_prob first"):
         density.log_prob(torch.zeros(1, 2))
 
 
@@ -335,11 +337,90 @@ def test_bad_samples_of_a_user(monkeypatch):
     with pytest.raises(ValueError, match=r"Uniform.sample\(4, generator\) must return .* \(4, 2\), got shape \(4, 3\)"):
         stream.next()
     monkeypatch.setattr(Uniform, "sample", lambda self, n, generator: np.zeros((n, 2)))
-    with pytest.raises(ValueError, match="got ndarray"):
+    with pytest.raises(InvalidTypeError, match="got ndarray"):
         density.reference()
     monkeypatch.setattr(Uniform, "sample", lambda self, n, generator: torch.tensor([[0.0, 1.0], [2.0, math.inf]] * 2))
-    with pytest.raises(ValueError, match=r"'uniform': 2 of 8 values are NaN or infinite .* inf, at index \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"'uniform': 2 of 8 values are NaN or infinite .* inf at index \(1, 1\)"):
         stream.next()
+
+
+def test_the_contract_has_defaults_and_a_description_in_plain_values():
+    density = Uniform()
+    assert (density.columns, density.num_levels, density.num_classes, density.context_shape) == (None,) * 4
+    assert density.has_samples
+    described = {
+        "uniform": Uniform(),
+        "moons_by_class": datasets.MoonsByClass(),
+        "table": datasets.Table(np.random.default_rng(0).normal(size=(20, 2)), columns=["a", "b"]),
+        "digits": datasets.Digits(conditional=True),
+    }
+    plain = {name: json.loads(json.dumps(dataset.description())) for name, dataset in described.items()}
+    assert plain == {name: dataset.description() for name, dataset in described.items()}
+    assert plain["digits"] == {
+        "name": "digits",
+        "event_shape": [1, 8, 8],
+        "context_shape": [10],
+        "num_classes": 10,
+        "num_levels": 17,
+        "columns": None,
+    }
+    assert plain["table"]["columns"] == ["a", "b"]
+
+
+IMPOSSIBLE = {
+    "num_test=10**12": lambda: datasets.Moons(num_test=10**12),
+    "num_validation=10**30": lambda: datasets.EightGaussians(num_validation=10**30),
+    "a wide Gaussian": lambda: datasets.GaussianMean(dimension=10**9),
+    "a large lattice": lambda: FreeField([100_000, 100_000]),
+    "a large lattice with interaction": lambda: Phi4([100_000, 100_000, 100_000]),
+    "many particles": lambda: Particles(num_particles=10**10),
+    "a wide funnel": lambda: Funnel(10**10),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_no_memory_can_hold_is_refused_with_its_size(name):
+    with pytest.raises(InvalidValueError, match=r"num_\w+: .* would take .* [GT]B, more than half of this machine's"):
+        IMPOSSIBLE[name]()
+
+
+WRONG_TYPES = {
+    "num_test": lambda value: datasets.Moons(num_test=value),
+    "tilt": lambda value: datasets.DoubleWell(tilt=value),
+    "dimension": lambda value: Funnel(value),
+    "sd": lambda value: datasets.GaussianMean(sd=value),
+    "mass": lambda value: FreeField(mass=value),
+    "size": lambda value: FreeField(size=value),
+    "mass_squared": lambda value: Phi4(mass_squared=value),
+    "coupling": lambda value: Phi4(coupling=value),
+    "num_particles": lambda value: Particles(value),
+    "spreads": lambda value: Particles(spreads=value),
+    "contrast": lambda value: datasets.ImageDensity(contrast=value),
+    "resolution": lambda value: datasets.ImageDensity(resolution=value),
+    "path": lambda value: datasets.ImageDensity(path=[value]),
+    "stride": lambda value: datasets.PhotoPatches(stride=value),
+    "split_seed": lambda value: datasets.Digits(split_seed=value),
+    "test_fraction": lambda value: datasets.BreastCancer(test_fraction=value),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_wrong_types_are_errors_that_name_the_setting(name):
+    for value in ("three", True, {"a": 1}):
+        with pytest.raises(InvalidTypeError, match=f"{name} must "):
+            WRONG_TYPES[name](value)
+
+
+NUMBERS = [name for name in WRONG_TYPES if name not in ("size", "spreads", "path")]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_values_out_of_range_are_errors_that_name_the_setting(name):
+    for value in (-1e9, math.nan, math.inf, -math.inf):
+        if name == "mass_squared" and math.isfinite(value):
+            continue
+        with pytest.raises((InvalidValueError, InvalidTypeError), match=f"{name} must .*got {value}"):
+            WRONG_TYPES[name](value)
 
 
 def test_bad_settings():
@@ -348,10 +429,10 @@ def test_bad_settings():
         datasets.Moons(num_test=0)
     with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0"):
         density.train_stream(0, rng())
-    with pytest.raises(ValueError, match=r"batch_size must be a whole number >= 1, got 2\.5"):
+    with pytest.raises(InvalidTypeError, match=r"batch_size must be a whole number >= 1, got 2\.5"):
         density.test_batches(2.5)
-    with pytest.raises(ValueError, match=r"a torch.Generator on the cpu, got int; pass torch.Generator"):
+    with pytest.raises(InvalidTypeError, match=r"a torch.Generator on the cpu, got int; pass torch.Generator"):
         density.train_stream(1, 0)
     state = datasets.Rings().train_stream(1, rng()).state_dict()
-    with pytest.raises(ValueError, match="belongs to the data set 'rings', this one is 'moons'"):
+    with pytest.raises(ValueError, match="belongs to the data set 'rings', but this one is 'moons'"):
         density.train_stream(1, rng()).load_state_dict(state)

@@ -71,7 +71,7 @@ def test_free_field_is_a_gaussian(size, mass):
     assert density.entropy == pytest.approx(exact.entropy().item(), abs=1e-10)
 
 
-@pytest.mark.parametrize("density", [Particles(), Particles(5, 3), Particles(2, 1, [0.1, 1, 10]), FreeField()])
+@pytest.mark.parametrize("density", [Particles(), Particles(5, 3), Particles(2, 1, [1e-4, 1, 1e4]), FreeField()])
 def test_entropy_is_the_mean_of_minus_log_prob(density):
     nll = -density.log_prob(density.sample(100_000, rng(1)))
     assert abs(nll.mean().item() - density.entropy) < 4 * nll.std().item() / math.sqrt(len(nll))
@@ -97,15 +97,15 @@ def test_log_prob_keeps_shape_dtype_and_gradient(density):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="num_particles must be >= 2 and dimensions >= 1, got 1 particles in 2"):
+    with pytest.raises(ValueError, match="num_particles must be a whole number >= 2, got 1"):
         Particles(1)
-    with pytest.raises(ValueError, match=r"spreads must hold at least one positive number, got \[1, -2\]"):
+    with pytest.raises(ValueError, match="each of spreads must be a finite number > 0, got -2"):
         Particles(spreads=[1, -2])
     with pytest.raises(ValueError, match=r"expects points of shape \(\*batch, 4, 2\), got \(5, 8\)"):
         Particles().log_prob(torch.zeros(5, 8))
-    with pytest.raises(ValueError, match=r"size must hold the sites, >= 2, along one to three axes.*got \[8, 1\]"):
+    with pytest.raises(ValueError, match="each entry of size must be a whole number >= 2, got 1"):
         FreeField((8, 1))
-    with pytest.raises(ValueError, match="mass must be a positive number, got 0"):
+    with pytest.raises(ValueError, match="mass must be a finite number > 0, got 0"):
         FreeField(mass=0)
-    with pytest.raises(ValueError, match=r"expected fields of shape \(\*batch, 1, 8, 8\), got \(5, 64\)"):
+    with pytest.raises(ValueError, match=r"expects points of shape \(\*batch, 1, 8, 8\), got \(5, 64\)"):
         FreeField().log_prob(torch.zeros(5, 64))

@@ -1,5 +1,6 @@
 """Tables of numbers: reading, splitting, streaming, and what a bad file is told."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.datasets import load_breast_cancer
 
 from flows import CNF
 from flows.datasets import BreastCancer, Table, Tabular
+from flows.errors import FileError, InvalidTypeError, InvalidValueError
 from flows.evaluation import part_batches
 from flows.fields import Linear
 from flows.transforms import Standardise
@@ -89,7 +91,7 @@ def test_columns_are_chosen_by_name_and_position(suffix, tmp_path):
         Tabular(path, columns=["d"])
     with pytest.raises(ValueError, match="at least one column and none twice, got \\['a', 1\\]"):
         Tabular(path, columns=["a", 1])
-    with pytest.raises(ValueError, match=r"columns must be a list, got 'a'; write \[a\]"):
+    with pytest.raises(InvalidTypeError, match=r"columns must be a list, got 'a'; write \[a\]"):
         Tabular(path, columns="a")
 
 
@@ -122,7 +124,7 @@ BAD_CSV = {
     "a,b\n1,nan\n2,inf\n3,4\n": r"bad\.csv: 2 values in 2 of 3 rows are NaN or infinite; the first is nan in row 1",
     "": "is empty",
     "a,b\n": "a line of names and no row of numbers",
-    "1,2\n2,3\n3,4\n": "has 3 rows, too few for the split: 3 training, 0 test, 0 validation rows",
+    "1,2\n2,3\n3,4\n": "has 3 rows, too few to split: 3 training, 0 test, 0 validation rows",
     "a,b\n" + "".join(f"{i},7\n" for i in range(20)): r"column 'b' is constant \(7\) .* leave it out: columns=\['a'\]",
 }
 
@@ -144,12 +146,12 @@ def test_shifted_rows_are_noticed_in_a_selection_of_columns(tmp_path):
 
 def test_bad_files(tmp_path):
     (tmp_path / "latin.csv").write_bytes("größe,b\n1,2\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.csv is not text in UTF-8"):
+    with pytest.raises(FileError, match=r"latin\.csv is not text in UTF-8"):
         Tabular(tmp_path / "latin.csv")
-    with pytest.raises(FileNotFoundError, match=r"no data file at .*none\.csv; path is read from"):
+    with pytest.raises(FileError, match=r"no data file at .*none\.csv; a relative path starts at"):
         Tabular(tmp_path / "none.csv")
     with pytest.raises(ValueError, match=r"suffix is '\.xlsx', expected one of \.csv, \.npy, \.parquet; convert"):
-        Tabular(tmp_path / "table.xlsx")
+        Tabular(write(tmp_path / "table.xlsx", ""))
     np.save(tmp_path / "flat.npy", np.arange(10.0))
     with pytest.raises(ValueError, match=r"must be a table .* got an array of shape \(10,\); reshape"):
         Tabular(tmp_path / "flat.npy")
@@ -157,14 +159,52 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="must hold real numbers, got <U1; convert"):
         Tabular(tmp_path / "words.npy")
     np.save(tmp_path / "objects.npy", np.array([[object()]]), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"objects\.npy is not a whole \.npy file of numbers"):
+    with pytest.raises(FileError, match=r"objects\.npy is not a whole \.npy file of numbers"):
         Tabular(tmp_path / "objects.npy")
     np.save(tmp_path / "cut.npy", VALUES)
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"cut\.npy is not a whole \.npy file"):
+    with pytest.raises(FileError, match=r"cut\.npy is not a whole \.npy file"):
         Tabular(tmp_path / "cut.npy")
-    with pytest.raises(ValueError, match=r"text\.parquet is not a whole Parquet file"):
+    with pytest.raises(FileError, match=r"text\.parquet is not a whole Parquet file"):
         Tabular(write(tmp_path / "text.parquet", "no table"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_only_regular_files_are_opened(tmp_path):
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(FileError, match=r"folder\.csv is a folder; path must be the path of a data file"):
+        Tabular(tmp_path / "folder.csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "device.csv").symlink_to("/dev/zero")
+    for name in ("pipe.csv", "device.csv"):
+        with pytest.raises(FileError, match=rf"{name} is no regular file but a device or a pipe"):
+            Tabular(tmp_path / name)
+    for path in ("a" * 5000 + ".csv", "null\0.csv"):
+        with pytest.raises(FileError, match=r"cannot open|no data file"):
+            Tabular(path)
+    with pytest.raises(InvalidTypeError, match="path must be the path of a data file, got 5"):
+        Tabular(5)
+
+
+@pytest.mark.parametrize("delimiter", ["", ",,", "\n", 5, None])
+def test_delimiters_are_single_characters(delimiter, tmp_path):
+    with pytest.raises(InvalidValueError, match="delimiter must be a single character, such as ',' or ';', got"):
+        Tabular(write(tmp_path / "table.csv", csv(VALUES)), delimiter=delimiter)
+
+
+@pytest.mark.parametrize("columns", [5, 2.5, True])
+def test_columns_are_a_list(columns, tmp_path):
+    with pytest.raises(InvalidTypeError, match="columns must be a list"):
+        Tabular(write(tmp_path / "table.csv", csv(VALUES)), columns=columns)
+
+
+def test_a_header_that_claims_too_much(tmp_path):
+    """A damaged .npy file must not make us allocate what its header says."""
+    np.save(tmp_path / "huge.npy", VALUES)
+    content = (tmp_path / "huge.npy").read_bytes()
+    (tmp_path / "huge.npy").write_bytes(content.replace(b"(50, 3)", b"(9000000000000000, 3)").replace(b"  ", b"", 7))
+    with pytest.raises(FileError, match=r"huge\.npy is not a whole \.npy file"):
+        Tabular(tmp_path / "huge.npy")
 
 
 def test_bad_parquet_columns(tmp_path):
@@ -181,17 +221,17 @@ def test_bad_parquet_columns(tmp_path):
 def test_bad_tables():
     with pytest.raises(ValueError, match=r"must be a table \(rows, columns\), got an array of shape \(4, 3, 2\)"):
         Table(np.zeros((4, 3, 2)))
-    with pytest.raises(ValueError, match="the table must hold real numbers only: its type is <U1"):
+    with pytest.raises(InvalidTypeError, match="the table must hold real numbers only, its type is <U1"):
         Table([["1", "2"]])
-    with pytest.raises(ValueError, match="test_fraction must be between 0 and 1, both excluded, got 0"):
+    with pytest.raises(ValueError, match="test_fraction must be a finite number > 0 and < 1, got 0"):
         Table(VALUES, test_fraction=0)
-    with pytest.raises(ValueError, match=r"must leave a training part, got 0\.5 \+ 0\.5"):
+    with pytest.raises(ValueError, match=r"must leave training rows, got 0\.5 \+ 0\.5"):
         Table(VALUES, validation_fraction=0.5, test_fraction=0.5)
-    with pytest.raises(ValueError, match="has 3 columns, got 2 names"):
+    with pytest.raises(ValueError, match="has 3 columns, but columns has 2 names"):
         Table(VALUES, columns=["a", "b"])
     huge = VALUES.copy()
     huge[Table(VALUES).split["train"][0], 0] = 1e40
-    with pytest.raises(ValueError, match=r"1 of 120 values are NaN or infinite as torch.float32, the first, 1e\+40"):
+    with pytest.raises(ValueError, match=r"1 of 120 values are NaN or infinite as torch.float32, the first is 1e\+40"):
         Table(huge).train_stream(4, rng(), dtype=torch.float32)
 
 
@@ -227,7 +267,7 @@ def test_stream_resumes_in_the_middle_of_a_pass(steps, tmp_path):
     resumed = Table(VALUES).train_stream(8, rng(2))
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert all(torch.equal(resumed.next().x, x) for x in expected)
-    with pytest.raises(ValueError, match="belongs to 40 training rows, 'table' now has 30; resume with the file"):
+    with pytest.raises(ValueError, match="belongs to 40 training rows, but 'table' now has 30; resume with the file"):
         Table(VALUES, test_fraction=0.3).train_stream(8, rng()).load_state_dict(stream.state_dict())
 
 

@@ -178,13 +178,13 @@ def test_the_standard_error_of_the_divergence_is_kept_over_time():
 
 
 def test_errors_of_settings():
-    with pytest.raises(ValueError, match="the weight log_density of error_control must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="the weight log_density of error_control must be a finite number >= 0, got -1"):
         ErrorControl(log_density=-1)
     with pytest.raises(ValueError, match="error_control needs at least one positive weight"):
         ErrorControl(0, 0, 0)
     with pytest.raises(ValueError, match=r"weight 0 to every component of this solve \(state\)"):
         CNF(MLP((2,), (4,)), solver=ODESolver(error_control=ErrorControl(state=0))).sample((3,))
-    with pytest.raises(ValueError, match=r"min_step must be >= 0, got -0\.1"):
+    with pytest.raises(ValueError, match=r"min_step must be a finite number >= 0, got -0\.1"):
         ODESolver(min_step=-0.1)
     with pytest.raises(ValueError, match=r"max_step must be > min_step = 0\.1, got 0\.1; .*None"):
         ODESolver(min_step=0.1, max_step=0.1)

@@ -1,6 +1,7 @@
 """Image data: what the embedded sets hold, files that the tests write, and what is said of bad ones."""
 
 import itertools
+import os
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from flows.cli.config import compose_node
 from flows.datasets import Digits, HubImages, Images, LabelledImages, PhotoPatches
+from flows.errors import FileError, InvalidTypeError, MissingPackageError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -114,9 +116,9 @@ def test_bad_patches():
         PhotoPatches(size=40)
     with pytest.raises(ValueError, match="region must fit into a photograph of 427 × 640 pixels, got 500"):
         PhotoPatches(region=500)
-    with pytest.raises(ValueError, match="stride must be a whole number of pixels >= 1, got 0"):
+    with pytest.raises(ValueError, match="stride must be a whole number >= 1, got 0"):
         PhotoPatches(stride=0)
-    with pytest.raises(ValueError, match="photo_patches has 2 regions, too few for the split"):
+    with pytest.raises(ValueError, match="photo_patches has 2 regions, too few to split"):
         PhotoPatches(region=400)
 
 
@@ -152,7 +154,7 @@ def test_stream_resumes_in_the_middle_of_a_pass(tmp_path):
         again = resumed.next()
         assert torch.equal(again.x, batch.x)
         assert torch.equal(again.context, batch.context)
-    with pytest.raises(ValueError, match="belongs to 40 training images, 'images' now has 30"):
+    with pytest.raises(ValueError, match="belongs to 40 training images, but 'images' now has 30"):
         Images(in_parts(noise(30))).train_stream(16, rng()).load_state_dict(stream.state_dict())
 
 
@@ -183,24 +185,24 @@ def test_bad_images():
     bad[4, 0, 2, 1] = 17
     with pytest.raises(
         ValueError,
-        match=r"the images, train part: image 4 has the value 17 at \(0, 2, 1\), .* level from 0 to 16 \(1 such",
+        match=r"the images, train split: image 4 has the value 17 at \(0, 2, 1\), .* level from 0 to 16 \(1 such",
     ):
         Images(in_parts(bad), num_levels=17)
     with pytest.raises(ValueError, match=r"image 0 has the value 0\.5 at .* give levels as whole numbers"):
         Images(in_parts(torch.full((4, 1, 2, 2), 0.5)))
     with pytest.raises(ValueError, match="image 0 has the value -1 at"):
         Images(in_parts(torch.full((4, 1, 2, 2), -1)))
-    with pytest.raises(ValueError, match=r"test part: .* got \(10, 1, 3, 3\) beside \(1, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"test split: .* got \(10, 1, 3, 3\) beside \(1, 4, 4\)"):
         Images(in_parts(images, test=noise(10, (1, 3, 3))))
     with pytest.raises(ValueError, match=r"expected at least one image .* got \(0, 1, 4, 4\)"):
         Images(in_parts(images, validation=images[:0]))
-    with pytest.raises(ValueError, match="num_levels must be a whole number >= 2, such as 256, got 1"):
+    with pytest.raises(ValueError, match="num_levels must be a whole number >= 2 and <= 16777216, got 1"):
         Images(in_parts(images), num_levels=1)
     with pytest.raises(ValueError, match="the images have no classes to condition on; set conditional=False"):
         Images(in_parts(images), conditional=True)
     with pytest.raises(ValueError, match="parts must be train, validation and test, got train"):
         Images({"train": LabelledImages(images)})
-    with pytest.raises(ValueError, match="the images has 4 images, too few for the split: 4 training, 0 test, 0 valid"):
+    with pytest.raises(ValueError, match="the images has 4 images, too few to split: 4 training, 0 test, 0 valid"):
         LabelledImages(images[:4]).split(0.1, 0.1)
 
 
@@ -272,11 +274,11 @@ def test_parts_that_are_missing_are_cut_off_the_training_part(tmp_path):
     assert torch.equal(joined(again.test_batches(9)).sort(0).values, parts[1].sort(0).values)
     assert not torch.equal(joined(HubImages(path=file, split_seed=1).test_batches(9)), parts[1])
     with pytest.raises(
-        ValueError, match=r"no part 'test', only 'train'; name another one with test_split, or set a share"
+        ValueError, match=r"no split 'test', only 'train'; name another one with test_split, or set a fraction"
     ):
         HubImages(path=file, test_fraction=None)
     with pytest.raises(
-        ValueError, match=r"train\.parquet has 30 images, too few for the split: 27 training, 0 test, 3 valid"
+        ValueError, match=r"train\.parquet has 30 images, too few to split: 27 training, 0 test, 3 valid"
     ):
         HubImages(path=file, test_fraction=0.01)
 
@@ -337,7 +339,7 @@ def test_a_missing_download_says_what_would_provide_it(monkeypatch):
         raise ConnectionError(f"Couldn't reach {source!r} on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(FileError) as caught:
         HubImages(source="ylecun/mnist")
     for part in (
         "'ylecun/mnist' is not in the local cache",
@@ -350,7 +352,7 @@ def test_a_missing_download_says_what_would_provide_it(monkeypatch):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"reading ylecun/mnist needs .* pip install -e '\.\[images\]'"):
+    with pytest.raises(MissingPackageError, match=r"reading ylecun/mnist needs .* pip install -e '\.\[images\]'"):
         HubImages(source="ylecun/mnist")
 
 
@@ -361,27 +363,23 @@ def test_bad_pictures(tmp_path):
     folder = tmp_path / "pictures/train/all"
     write_folder(tmp_path / "pictures", parts=("train",), kinds=("all",))
     Image.new("L", (5, 6)).save(folder / "3.png")
-    with pytest.raises(
-        ValueError, match=r"3\.png has the mode L, and .*\.png has RGB; convert them all with mode=RGB or L"
-    ):
+    with pytest.raises(ValueError, match=r"3\.png has the mode L, but .*\.png has RGB; convert all with mode=RGB or L"):
         HubImages(path=tmp_path / "pictures")
     Image.new("P", (5, 6)).save(folder / "3.png")
     with pytest.raises(ValueError, match=r"3\.png has the mode P; convert pictures to grey or colour with mode="):
         HubImages(path=tmp_path / "pictures")
     Image.new("I;16", (5, 6)).save(folder / "3.png")
-    with pytest.raises(ValueError, match=r"3\.png has the mode I;16, of more than 256 levels; save it with 8 bits"):
+    with pytest.raises(ValueError, match=r"3\.png has the mode I;16, with more than 256 levels; save it with 8 bits"):
         HubImages(path=tmp_path / "pictures", mode="L")
     Image.new("RGB", (7, 6)).save(folder / "3.png")
-    with pytest.raises(
-        ValueError, match=r"3\.png is 7 × 6 pixels wide and high, and .*\.png is 5 × 6; bring .* size=\["
-    ):
+    with pytest.raises(ValueError, match=r"3\.png has 7 × 6 pixels .*, but .*\.png has 5 × 6; scale .* size=\["):
         HubImages(path=tmp_path / "pictures")
     whole = (folder / "2.png").read_bytes()
     (folder / "3.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"all/3\.png cannot be read as a picture \(.*\); repair or remove it"):
+    with pytest.raises(FileError, match=r"all/3\.png cannot be read as a picture \(.*\); repair or remove it"):
         HubImages(path=tmp_path / "pictures")
     (folder / "3.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"all/3\.png cannot be read as a picture \(cannot identify"):
+    with pytest.raises(FileError, match=r"all/3\.png cannot be read as a picture \(cannot identify"):
         HubImages(path=tmp_path / "pictures")
     (folder / "3.png").write_bytes(whole)
     with pytest.raises(ValueError, match=r"\.png has the value \d+, which is no level from 0 to 16; set num_levels"):
@@ -392,7 +390,7 @@ def test_bad_pictures_in_parquet_are_named_by_row(tmp_path):
     pictures = [{"bytes": b"broken" if i == 4 else png(), "path": f"{i}.png"} for i in range(20)]
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(str(tmp_path / "set.parquet"))
-    with pytest.raises(ValueError, match=r"image 4 of the part 'train' of .*set\.parquet \(4\.png\) cannot be read"):
+    with pytest.raises(FileError, match=r"image 4 of the split 'train' of .*set\.parquet \(4\.png\) cannot be read"):
         HubImages(path=tmp_path / "set.parquet")
 
 
@@ -405,26 +403,36 @@ def png():
 
 
 def test_bad_places_and_settings(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder or file of images at .*nowhere; path is read from"):
+    with pytest.raises(FileError, match=r"no folder or file of images at .*nowhere; a relative path starts at"):
         HubImages(path=tmp_path / "nowhere")
     (tmp_path / "set.parquet").write_bytes(b"no table")
     with pytest.raises(
-        ValueError, match=r"set\.parquet cannot be read as a folder of pictures, Parquet files or a saved"
+        FileError, match=r"set\.parquet cannot be read as a folder of pictures, Parquet files or a saved"
     ):
         HubImages(path=tmp_path / "set.parquet")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty cannot be read as .* doesn't contain any data files"):
+    with pytest.raises(FileError, match=r"empty cannot be read as .* doesn't contain any data files"):
         HubImages(path=tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"give the name of a data set on the hub, source=..., or the path"):
+    with pytest.raises(ValueError, match=r"set either source to the name of a data set on the hub or path"):
         HubImages()
     with pytest.raises(ValueError, match=r"mode must be L \(grey\) or RGB, or null .* got 'CMYK'"):
         HubImages(path=tmp_path, mode="CMYK")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(FileError, match="is no regular file but a device or a pipe"):
+            HubImages(path=path)
+    with pytest.raises(InvalidTypeError, match=r"size must be \[height, width\] in pixels, .* got 32"):
+        HubImages(path=tmp_path, size=32)
+    with pytest.raises(InvalidTypeError, match="each entry of size must be a whole number >= 1, got True"):
+        HubImages(path=tmp_path, size=[True, 8])
     with pytest.raises(ValueError, match=r"size must be \[height, width\] in pixels, such as \[32, 32\], got \[8\]"):
         HubImages(path=tmp_path, size=[8])
     features = datasets.Features({"a": datasets.Image(), "b": datasets.Image(), "n": datasets.Value("int64")})
     rows = {"a": [Image.new("L", (3, 3))] * 20, "b": [Image.new("L", (3, 3))] * 20, "n": list(range(20))}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "two"))
-    with pytest.raises(ValueError, match=r"two has 2 columns of pictures among 'a', 'b', 'n'; say with image=..."):
+    with pytest.raises(
+        ValueError, match=r"two has 2 columns of pictures among 'a', 'b', 'n'; name the right one with image=..."
+    ):
         HubImages(path=tmp_path / "two")
     with pytest.raises(ValueError, match="two has no column 'c'; it has 'a', 'b', 'n'"):
         HubImages(path=tmp_path / "two", image="c")

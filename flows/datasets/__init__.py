@@ -1,6 +1,7 @@
-"""Data sets: densities (in the plane, conditional, of particles, on lattices), images, and tables."""
+"""Data sets: densities, energies, images and tables."""
 
-from flows.datasets.base import Batch, BatchStream, Dataset, one_hot
+from flows.datasets.base import Dataset, one_hot
+from flows.datasets.batches import Batch, BatchStream
 from flows.datasets.conditional import ConditionalDensity, GaussianMean, MoonsByClass
 from flows.datasets.curves import Moons, Pinwheel, SwissRoll, TwoSpirals
 from flows.datasets.density import Density

@@ -1,42 +1,37 @@
 """Densities that depend on a context: a class, or a vector of numbers."""
 
+from __future__ import annotations
+
 import math
 from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
-from flows.datasets.base import Batch, one_hot
+from flows.checks import check_number, whole_number
+from flows.datasets.base import one_hot
+from flows.datasets.batches import Batch
 from flows.datasets.curves import Moons
 from flows.datasets.density import Density, check_points, checked_shape
-from flows.errors import InvalidValueError
 
 
 class ConditionalDensity(Density):
-    """p(x | c) of a known form, with contexts c that are drawn as well.
+    """A density p(x | c) with a sampler for contexts c.
 
-    Subclasses set `name`, `context_shape`, `num_classes` where the context is a class, and `entropy`, which is
-    H(x | c), where known. They implement `sample_context` and `sample_given`, and override `log_prob`, which also
-    takes the context, if they have one.
+    A subclass sets `name` and `context_shape`, sets `num_classes` if the context is a class, and implements
+    `sample_context` and `sample_given`. It sets `entropy`, which is H(x | c), and overrides `log_prob(x, context)` if
+    they are known; without a context, `log_prob` returns log p(x).
     """
 
     context_shape: tuple[int, ...]
 
     @abstractmethod
     def sample_context(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw n contexts, (n, *context)."""
+        """Draw n contexts (n, *context)."""
 
     @abstractmethod
     def sample_given(self, context: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw a point for each context: (n, *context) -> (n, *event)."""
-
-    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return log p(x | context) in nats, for contexts that broadcast to x; log p(x) without a context."""
-        raise NotImplementedError(f"{type(self).__name__} has no log_prob; ask has_log_prob first")
-
-    @property
-    def has_log_prob(self) -> bool:
-        return type(self).log_prob is not ConditionalDensity.log_prob
+        """Draw one point for each context: (n, *context) → (n, *event)."""
 
     def draw(self, n: int, generator: torch.Generator) -> Batch:
         kind = type(self).__name__
@@ -51,9 +46,10 @@ class ConditionalDensity(Density):
 
 
 class MoonsByClass(ConditionalDensity):
-    """The two half circles of `Moons`, each a class of its own: 0 the upper, 1 the lower.
+    """The two half circles of `Moons`, each as a class.
 
-    H(x | class) = 1.70257 nats, by quadrature; that of `Moons` is the information of the class, nearly log 2, more.
+    Class 0 is the upper one, class 1 the lower one. H(x | class) = 1.70257 nats, by quadrature. The entropy of `Moons`
+    is larger by the information in the class, nearly log 2.
     """
 
     name = "moons_by_class"
@@ -76,14 +72,17 @@ class MoonsByClass(ConditionalDensity):
 
 
 class GaussianMean(ConditionalDensity):
-    """x | c ~ N(c, sd² I) with c ~ N(0, I): a Gaussian whose mean is the context.
+    """A Gaussian whose mean is the context.
 
-    H(x | c) = d/2 log(2πe sd²) nats, and x alone is N(0, (1 + sd²) I).
+    x | c ~ N(c, sd² I) with c ~ N(0, I). H(x | c) = d/2 log(2πe sd²) nats, and x alone is N(0, (1 + sd²) I).
 
     Args:
-        dimension: d, of x and of the context.
+        dimension: d, the dimension of x and of the context.
         sd: standard deviation around the context.
         num_validation, num_test, num_reference: see `Density`.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: a setting is no number, or out of range.
     """
 
     name = "gaussian_mean"
@@ -96,14 +95,12 @@ class GaussianMean(ConditionalDensity):
         num_test: int = 100_000,
         num_reference: int = 10_000,
     ):
-        super().__init__(num_validation, num_test, num_reference)
-        if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
-            raise InvalidValueError(f"dimension must be a whole number >= 1, got {dimension!r}")
-        if not 0 < sd < math.inf:
-            raise InvalidValueError(f"sd must be a positive number, got {sd!r}")
-        self.event_shape = self.context_shape = (dimension,)
+        dimension = whole_number("dimension", dimension)
+        super().__init__(num_validation, num_test, num_reference, (dimension,))
+        self.context_shape = (dimension,)
+        check_number("sd", sd, above=0)
         self.sd = sd
-        self.entropy = dimension / 2 * math.log(2 * math.pi * math.e * sd**2)
+        self.entropy = dimension / 2 * math.log(2 * math.pi * math.e) + dimension * math.log(sd)
 
     def sample_context(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randn(n, *self.context_shape, generator=generator)
@@ -112,7 +109,7 @@ class GaussianMean(ConditionalDensity):
         return context + self.sd * torch.randn(context.shape, generator=generator)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        d = self.event_shape[0]
+        (d,) = self.event_shape
         mean, variance = (0, 1 + self.sd**2) if context is None else (check_points(context, d), self.sd**2)
         squared = (check_points(x, d) - mean).square().sum(-1)
         return -(squared / variance + d * math.log(2 * math.pi * variance)) / 2

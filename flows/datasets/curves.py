@@ -1,8 +1,11 @@
-"""Toy densities around curves; their log-densities are one-dimensional integrals or sums over roots.
+"""Toy densities around curves in the plane.
 
-The recipes are those of the FFJORD code (Grathwohl et al. 2019, arXiv:1810.01367) and, through it, of
-scikit-learn's `make_moons` and `make_swiss_roll`, with independent, continuous draws throughout.
+Each log-density is a one-dimensional integral or a sum over roots. The recipes come from the FFJORD code (Grathwohl
+et al. 2019, arXiv:1810.01367) and from scikit-learn's `make_moons` and `make_swiss_roll`. All draws are independent and
+continuous.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -15,17 +18,17 @@ from torch import Tensor
 
 from flows.datasets.density import Density, check_points
 
-# Measured against 4,000 nodes on [-4.5, 4.5]^2: log p to 1e-8 where p > 1e-9, to 2e-5 everywhere (2spirals; the other
-# two to 1e-9). Far off a curve the integrand is narrower, so that fewer nodes fail there first.
+# Error against 4,000 nodes on [-4.5, 4.5]²: 2spirals 1e-8 in log p where p > 1e-9 and 2e-5 everywhere, the other two
+# 1e-9. Far from a curve the integrand is narrower, so too few nodes would fail there first.
 NUM_NODES = 384
-CHUNK = 512  # points at a time; bounds the memory of (points x nodes)
+POINTS_AT_ONCE = 512  # limits the memory of (points, nodes)
 
 
 class Moons(Density):
     """Two interleaved half circles.
 
-    With a ~ U(0, pi): u = (cos a, sin a) or (1 - cos a, 1/2 - sin a), equally likely, plus 0.1 z with
-    z ~ N(0, I); x = 2 u - (1, 0.2). Entropy 2.39388 nats.
+    u = (cos a, sin a) or (1 − cos a, ½ − sin a), equally likely, with a ~ U(0, π). x = 2 (u + 0.1 z) − (1, 0.2) with
+    z ~ N(0, I). Entropy 2.39388 nats.
     """
 
     name = "moons"
@@ -40,13 +43,13 @@ class Moons(Density):
         return torch.logaddexp(*(self.log_prob_of_arc(x, lower) for lower in (False, True))) - math.log(2)
 
     def sample_arc(self, lower: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw a point of the lower half circle where `lower` (n,) is true, else of the upper one."""
+        """Draw points of the lower half circle where `lower` (n,) is true, otherwise of the upper one."""
         angle = math.pi * torch.rand(len(lower), generator=generator)
         u = self._arc(angle, lower) + 0.1 * torch.randn(len(lower), 2, generator=generator)
         return 2 * u + torch.tensor(self.shift)
 
     def log_prob_of_arc(self, x: Tensor, lower: bool) -> Tensor:
-        """log p(x | half circle) in nats, (*batch,), for x of (*batch, 2)."""
+        """Return log p(x | half circle) in nats: (*batch, 2) → (*batch,)."""
         angle, weight = _nodes(0, math.pi, like=x)
         arc = self._arc(angle, torch.full_like(angle, lower, dtype=torch.bool))
         centres = 2 * arc + torch.tensor(self.shift, dtype=x.dtype, device=x.device)
@@ -61,7 +64,7 @@ class Moons(Density):
 class SwissRoll(Density):
     """A spiral with noise of constant width.
 
-    x = (a (cos a, sin a) + z) / 5 with a ~ U(1.5 pi, 4.5 pi), z ~ N(0, I). Entropy 2.66965 nats.
+    x = (a (cos a, sin a) + z) / 5 with a ~ U(1.5π, 4.5π), z ~ N(0, I). Entropy 2.66965 nats.
     """
 
     name = "swissroll"
@@ -81,14 +84,14 @@ class SwissRoll(Density):
 
 
 class TwoSpirals(Density):
-    """Two spiral arms, each the other's reflection in the origin.
+    """Two spiral arms; each is the other's reflection in the origin.
 
-    x = s (-a cos a + U1 / 2, a sin a + U2 / 2) / 3 + 0.1 z with a = 3 pi sqrt(U0), s = -1 or 1, equally
-    likely, independent U0, U1, U2 ~ U(0, 1), z ~ N(0, I). Entropy 2.64545 nats.
+    x = s (−a cos a + U1/2, a sin a + U2/2) / 3 + 0.1 z with a = 3π √U0, s = ±1 equally likely, independent U0, U1,
+    U2 ~ U(0, 1) and z ~ N(0, I). Entropy 2.64545 nats.
 
-    `log_prob`: given a, the coordinates are independent, each a uniform plus a Gaussian, whose density is a
-    difference of two normal distribution functions; the integral over a is a quadrature, exact to 1e-8 near the arms.
-    It works in float64 inside and answers in the dtype of x.
+    Given a, each coordinate is a uniform plus a Gaussian. The density of such a sum is a difference of two normal
+    distribution functions. `log_prob` integrates over a by quadrature, exact to 1e-8 near the arms. It computes in
+    float64 and returns the dtype of x.
     """
 
     name = "2spirals"
@@ -104,23 +107,24 @@ class TwoSpirals(Density):
 
     def log_prob(self, x: Tensor) -> Tensor:
         angle, weight = _nodes(0, 3 * math.pi, like=x.double())
-        weight = weight * angle / (9 * math.pi**2)  # p(a) = 2 a / (3 pi)^2, halved for each arm
+        weight = weight * angle / (9 * math.pi**2)  # p(a) = 2a/(3π)², half of it for each arm
         middle = self._arm(angle) + self.width / 2
         middle, weight = torch.cat([middle, -middle]), torch.cat([weight, weight])
         return _in_chunks(lambda part: self._log_mixture(part, middle, weight), check_points(x).double()).to(x)
 
     def _log_mixture(self, x: Tensor, middle: Tensor, weight: Tensor) -> Tensor:
-        """log of sum_j weight_j prod_i [Phi(b_ij) - Phi(a_ij)] / width, a and b the ends of the interval.
+        """Return log Σ_j weight_j Π_i [Φ(b_ij) − Φ(a_ij)] / width, where a and b are the ends of an interval.
 
-        Each factor is even around the middle of its interval. Taken on the upper side, as a difference of erfc, it
-        has all its digits until it underflows, nearly four units away; from there on logarithms take over.
+        Each factor is symmetric about the middle of its interval. On the upper side, a difference of erfc keeps all
+        digits until it underflows, nearly four units away. Beyond that, the sum is taken in logarithms.
         """
-        plain = 1.0
+        product = torch.ones_like(middle[:, 0])
         for i in range(2):
             distance = (x[:, i, None] - middle[:, i]).abs() / (math.sqrt(2) * self.sd)
             half = self.width / 2 / (math.sqrt(2) * self.sd)
-            plain = plain * (torch.erfc(distance - half) - torch.erfc(distance + half)) / (2 * self.width)
-        density = plain @ weight
+            factor = (torch.erfc(distance - half) - torch.erfc(distance + half)) / (2 * self.width)
+            product = product * factor
+        density = product @ weight
         floor = 1e-250
         log_p = density.clamp_min(floor).log()
         tail = torch.nonzero(density.detach() < floor).squeeze(-1)
@@ -140,15 +144,15 @@ class TwoSpirals(Density):
 
 
 class Pinwheel(Density):
-    """Five blades, each a narrow Gaussian bent by a rotation that grows with the distance along it.
+    """Five bent blades, each a narrow Gaussian.
 
-    x = 2 R(2 pi k / 5 + exp(s) / 4) (s, y) with s ~ N(1, 0.3^2), y ~ N(0, 0.1^2), k uniform on 0..4 and R(a)
-    the rotation by a, counterclockwise. Entropy 2.31779 nats.
+    x = 2 R(2πk/5 + exp(s)/4) (s, y) with s ~ N(1, 0.3²), y ~ N(0, 0.1²), k uniform on 0, ..., 4, where R(a) rotates
+    counterclockwise by a. Entropy 2.31779 nats.
 
-    `log_prob`: (s, y) -> x / 2 has the Jacobian determinant 1 - y exp(s) / 4, and it folds where that is zero
-    (beyond three standard deviations of s and y), so that p(x) is a sum over all roots s of
-    s = first coordinate of R(-angle_k(s)) x / 2. Roots within 10 standard deviations of s are found, so it is
-    exact wherever p(x) is not below exp(-40).
+    The map (s, y) → x/2 has the Jacobian determinant 1 − y exp(s)/4. It folds where that is zero, beyond three
+    standard deviations of s and y. So p(x) is a sum over all roots s of the equation: s is the first coordinate of
+    R(−angle_k(s)) x/2. `log_prob` finds the roots within 10 standard deviations of s. It is exact unless p(x) is below
+    exp(−40).
     """
 
     name = "pinwheel"
@@ -173,7 +177,7 @@ class Pinwheel(Density):
 
     def _sum_over_roots(self, z: Tensor) -> Tensor:
         point, k, s = self._roots(z.detach())
-        # One Newton step in the graph: it doubles the digits of s, and its derivative is that of the root.
+        # One Newton step with gradients: it doubles the digits of s, and its derivative is that of the root.
         u, v = self._unrotate(z[point], s, k)
         s = s - (u - s) / (v * s.exp() / 4 - 1).detach()
         _, y = self._unrotate(z[point], s, k)
@@ -189,7 +193,10 @@ class Pinwheel(Density):
 
     @torch.no_grad()
     def _roots(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All (index of the point, blade k, s) with u(s) = s: signs on a grid, then bisection."""
+        """Return (index of the point, blade k, s) of all roots u(s) = s.
+
+        Signs on a grid bracket the roots; bisection narrows them down.
+        """
         reach = 10 * self.radial_sd
         grid = torch.linspace(self.mean - reach, self.mean + reach, 301, dtype=z.dtype, device=z.device)
         angle = self._angle(grid, torch.arange(5, dtype=z.dtype, device=z.device)[:, None])  # (5, grid)
@@ -214,14 +221,14 @@ def _gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nodes(start: float, end: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of a Gauss-Legendre quadrature over (start, end)."""
+    """Return nodes and weights of a Gauss-Legendre quadrature over (start, end)."""
     node, weight = (torch.from_numpy(v) for v in _gauss_legendre(NUM_NODES))
     half = (end - start) / 2
     return (start + half * (node + 1)).to(like), (half * weight).to(like)
 
 
 def _noisy_curve_log_prob(x: Tensor, centres: Tensor, weight: Tensor, sd: float) -> Tensor:
-    """log sum_j weight_j N(x; centres_j, sd^2 I) for x (*batch, 2), centres (m, 2), weight (m,)."""
+    """Return log Σ_j weight_j N(x; centres_j, sd² I) for x (*batch, 2), centres (m, 2), weight (m,)."""
     log_weight = weight.log() - math.log(2 * math.pi * sd**2)
 
     def log_mixture(part: Tensor) -> Tensor:
@@ -232,6 +239,6 @@ def _noisy_curve_log_prob(x: Tensor, centres: Tensor, weight: Tensor, sd: float)
 
 
 def _in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a function (n, 2) -> (n,) to x (*batch, 2), some points at a time."""
-    parts = [function(part) for part in x.reshape(-1, 2).split(CHUNK)]
+    """Apply a function (n, 2) → (n,) to x (*batch, 2), some points at a time."""
+    parts = [function(part) for part in x.reshape(-1, 2).split(POINTS_AT_ONCE)]
     return torch.cat(parts).reshape(x.shape[:-1])

@@ -1,64 +1,87 @@
-"""Densities to sample from without end: a new one is a class with `sample` and, if it has one, `log_prob`."""
+"""Densities that are sampled afresh for every training batch."""
 
+from __future__ import annotations
+
+import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flows.datasets.base import Batch, BatchStream, Dataset, convert, converted_batch, fixed_batches
-from flows.errors import InvalidValueError
+from flows.checks import fits_in_memory, whole_number
+from flows.datasets.base import Dataset
+from flows.datasets.batches import Batch, BatchStream, convert, convert_batch
+from flows.errors import InvalidTypeError, InvalidValueError
 
-# Seeds of the fixed parts: large, so that they meet no seed that a person would give a training run.
-VALIDATION_SEED = 0x5EED_0001_7A11_DA7E
-TEST_SEED = 0x5EED_0002_07E5_7AB1
-REFERENCE_SEED = 0x5EED_0003_4EF4_ECE5
+# Large, so that nobody uses the same seed for training.
+SEEDS = {
+    "validation": 0x5EED_0001_7A11_DA7E,
+    "test": 0x5EED_0002_07E5_7AB1,
+    "reference": 0x5EED_0003_4EF4_ECE5,
+}
 
 
 class Density(Dataset):
-    """A known density p(x), sampled afresh for every training batch.
+    """A density p(x) with a sampler.
 
-    Subclasses set `name`, and `entropy` (nats) where known, and implement `sample`; those with a `log_prob`
-    override it too. Validation and test points, and `reference()`, are drawn once, each from a fixed seed of
-    its own, when first asked for.
+    A subclass sets `name` and implements `sample`. It sets `entropy` in nats and overrides `log_prob` if they are
+    known, and sets `event_shape` unless it is (2,).
+
+    Validation, test and reference points are drawn at first use, each from a fixed seed of its own.
 
     Args:
-        num_validation, num_test: sizes of the fixed parts.
+        num_validation, num_test: sizes of the fixed splits.
         num_reference: number of points that `reference()` returns.
+        event_shape: shape of one example. Default: that of the class.
+
+    Raises:
+        InvalidTypeError: a size is no whole number.
+        InvalidValueError: a size is below 1, or its points do not fit in memory.
+
+    Example:
+        ```python
+        class Square(flows.datasets.Density):
+            name = "square"
+            entropy = 0.0
+
+            def sample(self, n, generator):
+                return torch.rand(n, 2, generator=generator)
+        ```
     """
 
     event_shape = (2,)
-    # On the class too, so that a subclass whose __init__ forgets this one still works.
+    # Class attributes too, so that a subclass need not call this __init__.
     num_validation: int = 10_000
     num_test: int = 100_000
     num_reference: int = 10_000
 
-    def __init__(self, num_validation: int = 10_000, num_test: int = 100_000, num_reference: int = 10_000):
-        sizes = {"num_validation": num_validation, "num_test": num_test, "num_reference": num_reference}
-        for key, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise InvalidValueError(f"{key} must be a whole number >= 1, got {size!r}")
-            setattr(self, key, size)
+    def __init__(
+        self,
+        num_validation: int = 10_000,
+        num_test: int = 100_000,
+        num_reference: int = 10_000,
+        event_shape: Sequence[int] | None = None,
+    ):
+        if event_shape is not None:
+            self.event_shape = tuple(event_shape)
+        self.num_validation = self._checked_size("num_validation", num_validation)
+        self.num_test = self._checked_size("num_test", num_test)
+        self.num_reference = self._checked_size("num_reference", num_reference)
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw n independent points, (n, *event), with `generator` (on the CPU) as the only randomness."""
+        """Draw n independent points (n, *event).
+
+        `generator` is on the CPU and must be the only source of randomness.
+        """
 
     def draw(self, n: int, generator: torch.Generator) -> Batch:
-        """Draw n examples, with their contexts where the density is conditional."""
-        return Batch(checked_sample(self, n, generator))
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return log p(x) in nats, (*batch,), for x of (*batch, *event); -inf outside the support."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has no log_prob; ask has_log_prob first, or estimate from samples"
-        )
-
-    @property
-    def has_log_prob(self) -> bool:
-        """Whether `log_prob` is implemented."""
-        return type(self).log_prob is not Density.log_prob
+        """Draw n examples, with contexts if the density is conditional."""
+        points = self.sample(n, generator)
+        return Batch(checked_shape(points, n, self.event_shape, f"{type(self).__name__}.sample({n}, generator)"))
 
     def train_stream(
         self,
@@ -66,46 +89,34 @@ class Density(Dataset):
         generator: torch.Generator,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> "DensityStream":
+    ) -> DensityStream:
         """Return an endless stream of fresh samples."""
         return DensityStream(self, batch_size, generator, device, dtype)
 
-    def validation_batches(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Iterator[Batch]:
-        return self._in_batches(self._validation, batch_size, device, dtype)
-
-    def test_batches(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Iterator[Batch]:
-        return self._in_batches(self._test, batch_size, device, dtype)
+    def held_out(self, split: Literal["validation", "test"]) -> Batch:
+        return self._fixed(split, self.num_validation if split == "validation" else self.num_test)
 
     def reference(self) -> Tensor:
-        return convert(self._reference.x, None, None, self.name)
+        return convert(self._fixed("reference", self.num_reference).x, None, None, self.name)
+
+    def _fixed(self, purpose: str, n: int) -> Batch:
+        if purpose not in self._drawn:
+            self._drawn[purpose] = self.draw(n, torch.Generator().manual_seed(SEEDS[purpose]))
+        return self._drawn[purpose]
 
     @cached_property
-    def _validation(self) -> Batch:
-        return self._fixed(self.num_validation, VALIDATION_SEED)
+    def _drawn(self) -> dict[str, Batch]:
+        return {}
 
-    @cached_property
-    def _test(self) -> Batch:
-        return self._fixed(self.num_test, TEST_SEED)
-
-    @cached_property
-    def _reference(self) -> Batch:
-        return self._fixed(self.num_reference, REFERENCE_SEED)
-
-    def _fixed(self, n: int, seed: int) -> Batch:
-        return self.draw(n, torch.Generator().manual_seed(seed))
-
-    def _in_batches(
-        self, part: Batch, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> Iterator[Batch]:
-        return fixed_batches(part.x, batch_size, device, dtype, self.name, part.context)
+    def _checked_size(self, name: str, value: int) -> int:
+        size = whole_number(name, value)
+        bytes_each = math.prod(self.event_shape) * torch.get_default_dtype().itemsize
+        fits_in_memory(f"{name}: {size:,} points of shape {self.event_shape}", size * bytes_each)
+        return size
 
 
 class DensityStream(BatchStream):
-    """Fresh independent samples; its state is the generator's."""
+    """Fresh independent samples; the position is the generator's state."""
 
     def __init__(
         self,
@@ -120,29 +131,33 @@ class DensityStream(BatchStream):
 
     def next(self) -> Batch:
         batch = self.density.draw(self.batch_size, self.generator)
-        return converted_batch(batch.x, batch.context, self.device, self.dtype, self.dataset)
+        return convert_batch(batch, self.device, self.dtype, self.dataset)
 
 
-def checked_sample(density: Density, n: int, generator: torch.Generator) -> Tensor:
-    """Call `density.sample`, or raise InvalidValueError where it does not return n points of its event shape."""
-    points = density.sample(n, generator)
-    return checked_shape(points, n, density.event_shape, f"{type(density).__name__}.sample({n}, generator)")
+def checked_shape(points: object, n: int, shape: tuple[int, ...], call: str, name: str = "event_shape") -> Tensor:
+    """Return what `call` returned, detached.
 
-
-def checked_shape(points: Tensor, n: int, shape: tuple[int, ...], call: str, name: str = "event_shape") -> Tensor:
-    """Return what `call` has returned, detached, or raise InvalidValueError where it is not (n, *shape)."""
+    Raises:
+        InvalidTypeError: it is no tensor.
+        InvalidValueError: its shape is not (n, *shape).
+    """
     expected = (n, *shape)
-    if not isinstance(points, Tensor) or tuple(points.shape) != expected:
-        found = f"shape {tuple(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
+    advice = f"make it return (n, *{name}), or correct {name} = {shape}"
+    if not isinstance(points, Tensor):
+        raise InvalidTypeError(
+            f"{call} must return a tensor of shape {expected}, got {type(points).__name__}; {advice}"
+        )
+    if tuple(points.shape) != expected:
         raise InvalidValueError(
-            f"{call} must return a tensor of shape {expected}, got {found}; make it return (n, *{name}), or set "
-            f"{name} = {shape} right"
+            f"{call} must return a tensor of shape {expected}, got shape {tuple(points.shape)}; {advice}"
         )
     return points.detach()
 
 
-def check_points(x: Tensor, dim: int = 2) -> Tensor:
-    """Return x, or raise InvalidValueError where it is not (*batch, dim)."""
-    if x.ndim < 1 or x.shape[-1] != dim:
-        raise InvalidValueError(f"log_prob expects points of shape (*batch, {dim}), got {tuple(x.shape)}")
+def check_points(x: Tensor, *shape: int) -> Tensor:
+    """Return x, or raise `InvalidValueError` if it is not (*batch, *shape). Default shape: (2,)."""
+    shape = shape or (2,)
+    if tuple(x.shape[-len(shape) :]) != shape:
+        expected = ", ".join(map(str, shape))
+        raise InvalidValueError(f"log_prob expects points of shape (*batch, {expected}), got {tuple(x.shape)}")
     return x

@@ -1,40 +1,52 @@
-"""Unnormalised densities exp(-U), which a flow is fitted to without samples: objective=reverse_kl."""
+"""Unnormalised densities exp(−U), to which a flow is fitted without samples.
+
+The objective for them is `ReverseKL` (`objective=reverse_kl`).
+"""
+
+from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flows.datasets.base import Batch, BatchStream
+from flows.checks import check_number, whole_number
+from flows.datasets.batches import Batch, BatchStream
 from flows.datasets.density import Density, check_points
 from flows.errors import InvalidValueError
 
+Values = TypeVar("Values", Tensor, np.ndarray)
+
 
 class Energy(Density):
-    """p(x) = exp(log_density(x)) / Z, known up to Z.
+    """A density p(x) = exp(log_density(x)) / Z whose Z may be unknown.
 
-    Subclasses set `name` and `event_shape` and implement `log_density`, differentiable in x. Where they are known they
-    set `log_z`, which makes `log_prob` exact, and `entropy`; where there is an exact sampler they override `sample`.
-    Without one there are no points to train or test on: `num_validation` and `num_test` are then, as they are for
-    the importance weights of every energy, numbers of samples of the flow.
+    A subclass sets `name` and `event_shape` and implements `log_density`, differentiable in x. It sets `log_z`, which
+    makes `log_prob` exact, and `entropy` if they are known, and overrides `sample` if there is an exact sampler.
+
+    Without a sampler there are no points to train or test on. `num_validation` and `num_test` are always numbers of
+    flow samples for the importance weights.
     """
 
     log_z: float | None = None
 
     @abstractmethod
     def log_density(self, x: Tensor) -> Tensor:
-        """Return -U(x) = log p(x) + log Z, (*batch,), for x of (*batch, *event)."""
+        """Return −U(x) = log p(x) + log Z: (*batch, *event) → (*batch,)."""
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         raise InvalidValueError(
             f"{self.name!r} is an energy without samples; train with objective=reverse_kl, which needs none"
         )
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.log_z is None:
-            raise InvalidValueError(f"log Z of {self.name!r} is not known; use log_density, which is log_prob + log Z")
+            raise InvalidValueError(
+                f"log Z of {self.name!r} is unknown; use log_density(x), which is log_prob(x) + log Z"
+            )
         return self.log_density(x) - self.log_z
 
     @property
@@ -47,21 +59,25 @@ class Energy(Density):
 
 
 class NoData(BatchStream):
-    """Batches of no points, (batch_size, 0), for objectives that draw their own."""
+    """Empty batches (batch_size, 0), for objectives that draw their own points."""
 
     def next(self) -> Batch:
         return Batch(torch.empty(self.batch_size, 0, device=self.device, dtype=self.dtype))
 
 
 class DoubleWell(Energy):
-    """U(x) = x1^4 / 4 - 3 x1^2 + x1 + x2^2 / 2: two wells of unequal depth at x1 near -2.5 and 2.3.
+    """Two wells of different depth in the plane.
 
-    The lower one on the left holds 99 % of the mass. log Z and the entropy are quadratures, and sampling inverts a
-    distribution function on a fine grid. [Noé et al. 2019, arXiv:1812.01729, with a = 1, b = 6, c = 1, d = 1]
+    U(x) = x1⁴/4 − 3 x1² + tilt · x1 + x2²/2. For tilt = 1 the wells lie at x1 ≈ −2.5 and 2.3, and the left, deeper one
+    holds 99 % of the mass. log Z and the entropy are quadratures; sampling inverts a distribution function on a fine
+    grid. [Noé et al. 2019, arXiv:1812.01729, with a = 1, b = 6, c = 1, d = 1]
 
     Args:
-        tilt: of the wells against each other, from -10 to 10; 1 in the formula above.
+        tilt: from −10 to 10. At 0 both wells have the same depth.
         num_validation, num_test, num_reference: see `Density` and `Energy`.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: a setting is no number, or out of range.
     """
 
     name = "double_well"
@@ -74,20 +90,20 @@ class DoubleWell(Energy):
         num_reference: int = 10_000,
     ):
         super().__init__(num_validation, num_test, num_reference)
-        if not -10 <= tilt <= 10:
-            raise InvalidValueError(f"tilt must be between -10 and 10, got {tilt}")
+        check_number("tilt", tilt, at_least=-10, at_most=10)
         self.tilt = tilt
         self._nodes = np.linspace(-6, 6, 24_001)
         values = self._potential(self._nodes)
         weights = np.exp(-values)
-        z = np.trapezoid(weights, self._nodes) if hasattr(np, "trapezoid") else np.trapz(weights, self._nodes)
-        self._cumulative = np.concatenate([[0.0], np.cumsum((weights[1:] + weights[:-1]) / 2)])
+        between = (weights[1:] + weights[:-1]) / 2  # the trapezoidal rule
+        z = between.sum() * (self._nodes[1] - self._nodes[0])
+        self._cumulative = np.concatenate([[0.0], np.cumsum(between)])
         self._cumulative /= self._cumulative[-1]
         mean = float((weights * values).sum() / weights.sum())  # E[U] of the first coordinate
         self.log_z = math.log(z) + 0.5 * math.log(2 * math.pi)
         self.entropy = mean + 0.5 + self.log_z
 
-    def _potential(self, x: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    def _potential(self, x: Values) -> Values:
         return x**4 / 4 - 3 * x**2 + self.tilt * x
 
     def log_density(self, x: Tensor) -> Tensor:
@@ -101,13 +117,17 @@ class DoubleWell(Energy):
 
 
 class Funnel(Energy):
-    """x1 ~ N(0, 9) and the others N(0, exp(x1)) given x1: wide at one end, arbitrarily narrow at the other.
+    """A funnel: wide at one end, arbitrarily narrow at the other.
 
-    Normalised, so that log Z = 0; entropy d/2 log(2 pi e) + log 3. [Neal 2003, Slice sampling]
+    x1 ~ N(0, 9); given x1, the other coordinates are N(0, exp(x1)). It is normalised, so log Z = 0. Entropy
+    d/2 log(2πe) + log 3 nats. [Neal 2003, Slice sampling]
 
     Args:
-        dimension: d >= 2.
+        dimension: d, at least 2.
         num_validation, num_test, num_reference: see `Density` and `Energy`.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: a setting is no whole number, or out of range.
     """
 
     name = "funnel"
@@ -120,14 +140,12 @@ class Funnel(Energy):
         num_test: int = 100_000,
         num_reference: int = 10_000,
     ):
-        super().__init__(num_validation, num_test, num_reference)
-        if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 2:
-            raise InvalidValueError(f"dimension must be a whole number >= 2, got {dimension!r}")
-        self.event_shape = (dimension,)
+        dimension = whole_number("dimension", dimension, 2)
+        super().__init__(num_validation, num_test, num_reference, (dimension,))
         self.entropy = dimension / 2 * math.log(2 * math.pi * math.e) + math.log(3)
 
     def log_density(self, x: Tensor) -> Tensor:
-        d = self.event_shape[0]
+        (d,) = self.event_shape
         first, others = check_points(x, d).split([1, d - 1], dim=-1)
         first = first.squeeze(-1)
         squares = first.square() / 9 + others.square().sum(-1) * torch.exp(-first) + (d - 1) * first

@@ -1,54 +1,66 @@
-"""Images from the Hugging Face hub, or from folders and files, through the library `datasets`."""
+"""Images from the Hugging Face hub, from folders, and from files.
+
+All are read with the library `datasets` of Hugging Face.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from flows.checks import existing_path, fits_in_memory, whole_number
 from flows.datasets.images import Images, LabelledImages
-from flows.datasets.passes import random_split
-from flows.errors import InvalidValueError
+from flows.datasets.splits import random_split
+from flows.errors import FileError, InvalidTypeError, InvalidValueError, MissingPackageError
 
 if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
 
-CHANNELS = {"L": 1, "RGB": 3}  # of the modes that are taken as they are
+MODES = ("L", "RGB")  # grey and colour, one byte a channel
 
 
 class HubImages(Images):
-    """Images of a data set of the Hugging Face hub, of a folder of pictures, or of Parquet files.
+    """Images of the Hugging Face hub, of a folder of pictures, or of Parquet files.
 
-    All are decoded once and kept in memory, one byte a level. Needs `pip install -e '.[images]'`.
+    All pictures are decoded once and held in memory, one byte a level. Needs the extra `images`:
+    `pip install -e '.[images]'`.
 
     Args:
-        source: name on the hub, which is downloaded once and then found in the local cache.
-        path: instead of `source`, a folder of pictures (one sub-folder a class, where there are classes; below
-            "train", "validation" and "test", where those are given), a Parquet file or a folder of them, or a folder
-            that `save_to_disk` has left.
-        name: what runs are called after.
-        mode: "L" or "RGB", to which pictures are converted; None takes them as they are, if all are alike.
-        size: (height, width), to which pictures are cropped and scaled; None takes them as they are, if all are alike.
-        image, label: names of the columns; None finds them.
-        validation_split, test_split: names of the parts to validate and to test on, where the data come in parts.
-        validation_fraction, test_fraction: where they lack such a part, the share of the training part to set aside
-            for it; None: that is an error.
-        split_seed: which images are set aside.
-        conditional: whether batches hold the class as their context.
-        flip: mirror half of the training images, drawn anew each time.
-        num_levels: of the pictures; 256 for usual ones.
+        source: name on the hub. It is downloaded once, then found in the local cache.
+        path: a folder or file, instead of `source`. One of
+
+            - a folder of pictures; sub-folders "train", "validation" and "test" are splits, and sub-folders of those
+              are classes,
+            - a Parquet file or a folder of them,
+            - a folder that `save_to_disk` wrote.
+        name: name of the runs.
+        mode: "L" (grey) or "RGB" to convert all pictures. Default: keep them; they must all have the same mode.
+        size: (height, width) to crop and scale all pictures to. Default: keep them; they must all have the same size.
+        image, label: names of the columns. Default: find them.
+        validation_split, test_split: names of the splits in the data.
+        validation_fraction, test_fraction: fraction of the training images to set aside if the data lack that split.
+            None: raise an error.
+        split_seed: seed of the random split.
+        conditional: give the class as the context.
+        flip: mirror half of the training images, chosen anew in each batch.
+        num_levels: number of levels.
 
     Raises:
-        FileNotFoundError: no such path, or a data set that is neither in the cache nor can be downloaded.
-        ImportError: `datasets` is not installed.
-        ValueError: a corrupt picture, pictures of several sizes or modes, values that are no levels, a part or column
-            that is missing, or too few images; the message names the file and the value.
+        FileError: there is no such path, it cannot be read, a picture is corrupt, or the data set is neither in the
+            cache nor can be downloaded.
+        MissingPackageError: `datasets` is not installed.
+        InvalidTypeError: a setting has the wrong type.
+        InvalidValueError: pictures differ in size or mode, a value is no level, a split or column is missing, there are
+            too few images, or they do not fit in memory.
+
+    Example:
+        `HubImages(path="pictures", mode="RGB", size=(32, 32))` reads a folder of pictures of any size.
     """
 
     def __init__(
@@ -69,41 +81,55 @@ class HubImages(Images):
         flip: bool = False,
         num_levels: int = 256,
     ):
-        if mode not in (None, *CHANNELS):
+        if mode is not None and mode not in MODES:
             raise InvalidValueError(f"mode must be L (grey) or RGB, or null for pictures as they are, got {mode!r}")
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise InvalidValueError(f"size must be [height, width] in pixels, such as [32, 32], got {size!r}")
+        shape = _checked_size(size)
         found = _load(source, path)
         where = str(source if path is None else path)
-        reader = _Reader(where, mode, size, image, label, num_levels)
+        reader = _Reader(where, mode, shape, image, label, num_levels)
         wanted = {"validation": validation_split, "test": test_split}
-        shares = {"test": test_fraction, "validation": validation_fraction}
+        fractions = {"test": test_fraction, "validation": validation_fraction}
         if "train" not in found:
             raise InvalidValueError(
-                f"{where} has no part 'train', only {', '.join(map(repr, found))}; rename one, or merge them"
+                f"{where} has no split 'train', only {', '.join(map(repr, found))}; rename one, or merge them"
             )
-        parts = {part: reader(found[split], split) for part, split in wanted.items() if split in found}
+        parts = {part: reader(found[split], split) for part, split in wanted.items() if split and split in found}
         train = reader(found["train"], "train")
-        missing = {part: shares[part] for part in shares if part not in parts}
-        for part in (part for part, share in missing.items() if share is None):
-            raise InvalidValueError(
-                f"{where} has no part {wanted[part]!r}, only {', '.join(map(repr, found))}; name another one with "
-                f"{part}_split, or set a share of the training part aside with {part}_fraction=0.1"
-            )
+        missing = {}
+        for part in (part for part in fractions if part not in parts):
+            fraction = fractions[part]
+            if fraction is None:
+                raise InvalidValueError(
+                    f"{where} has no split {wanted[part]!r}, only {', '.join(map(repr, found))}; name another one with "
+                    f"{part}_split, or set a fraction of the training images aside with {part}_fraction=0.1"
+                )
+            missing[part] = fraction
         if missing:
             split = random_split(len(train), missing, split_seed, where, "images")
             parts |= {part: train[indices] for part, indices in split.items()}
         super().__init__({"train": train, **parts}, num_levels, reader.num_classes, name, conditional, flip, where)
 
 
+def _checked_size(size: object) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    message = f"size must be [height, width] in pixels, such as [32, 32], got {size!r}"
+    if isinstance(size, str) or not isinstance(size, Iterable):
+        raise InvalidTypeError(message)
+    sides = tuple(whole_number("each entry of size", side, otherwise="it counts pixels") for side in size)
+    if len(sides) != 2:
+        raise InvalidValueError(message)
+    return sides
+
+
 class _Reader:
-    """Decodes the parts of one data set, all to one shape."""
+    """Decodes the splits of one data set, all to one shape."""
 
     def __init__(
         self,
         where: str,
         mode: str | None,
-        size: Sequence[int] | None,
+        size: tuple[int, int] | None,
         image: str | None,
         label: str | None,
         num_levels: int,
@@ -115,63 +141,74 @@ class _Reader:
 
     def __call__(self, split: datasets.Dataset, part: str) -> LabelledImages:
         import datasets
+        from tqdm import tqdm
 
-        self._find_columns(split)
-        if isinstance(split.features[self.image], datasets.Image):
-            split = split.cast_column(self.image, datasets.Image(decode=False))  # so that the file can be named
+        image, label = self._find_columns(split)
+        if isinstance(split.features[image], datasets.Image):
+            split = split.cast_column(image, datasets.Image(decode=False))  # so that errors can name the file
         if not len(split):
-            raise InvalidValueError(f"{self.where} has no image in the part {part!r}")
-        blocks = split.select_columns([self.image]).iter(batch_size=1000)  # faster than one row at a time
-        rows = (value for block in blocks for value in block[self.image])
+            raise InvalidValueError(f"{self.where} has no image in the split {part!r}")
+        blocks = split.select_columns([image]).iter(batch_size=1000)  # faster than one row at a time
+        rows = (value for block in blocks for value in cast("dict[str, list]", block)[image])
         images: np.ndarray | None = None
         for row, value in enumerate(tqdm(rows, f"{self.where}, {part}", len(split), leave=False, delay=2)):
-            pixels = self._pixels(value, f"image {row} of the part {part!r} of {self.where}")
+            pixels = self._pixels(value, f"image {row} of the split {part!r} of {self.where}")
             if images is None:
+                fits_in_memory(f"{len(split):,} images of {pixels.size:,} bytes each", len(split) * pixels.size)
                 images = np.empty((len(split), *pixels.shape), dtype=np.uint8)
             images[row] = pixels
-        labels = None if self.num_classes is None else torch.tensor(split[self.label][:], dtype=torch.long)
+        assert images is not None
+        labels = None if label is None else torch.tensor(split[label][:], dtype=torch.long)
         return LabelledImages(torch.from_numpy(images), labels)
 
-    def _find_columns(self, split: datasets.Dataset) -> None:
-        """Set the names of the columns and the number of classes, from what the first part has."""
+    def _find_columns(self, split: datasets.Dataset) -> tuple[str, str | None]:
+        """Return the columns of images and labels, and set the number of classes.
+
+        All splits use the columns that the first one has.
+        """
         import datasets
 
         columns = split.features
+        names = ", ".join(map(repr, columns))
         for name in (self.image, self.label):
             if name is not None and name not in columns:
-                raise InvalidValueError(f"{self.where} has no column {name!r}; it has {', '.join(map(repr, columns))}")
-        pictures = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
-        if self.image is None and len(pictures) != 1:
-            raise InvalidValueError(
-                f"{self.where} has {len(pictures)} columns of pictures among {', '.join(map(repr, columns))}; say with "
-                "image=... which one to take"
-            )
-        self.image = self.image or pictures[0]
+                raise InvalidValueError(f"{self.where} has no column {name!r}; it has {names}")
+        if self.image is None:
+            pictures = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
+            if len(pictures) != 1:
+                raise InvalidValueError(
+                    f"{self.where} has {len(pictures)} columns of pictures among {names}; name the right one with "
+                    "image=..."
+                )
+            self.image = pictures[0]
         classes = [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
         self.label = self.label or (classes[0] if len(classes) == 1 else None)
         if self.label is not None:
-            if self.label not in classes:
-                raise InvalidValueError(
-                    f"{self.where}: the column {self.label!r} holds {columns[self.label]}, not classes"
-                )
-            self.num_classes = columns[self.label].num_classes
+            kind = columns[self.label]
+            if not isinstance(kind, datasets.ClassLabel):
+                raise InvalidValueError(f"{self.where}: the column {self.label!r} holds {kind}, not classes")
+            self.num_classes = len(kind.names)
+        return self.image, self.label
 
     def _pixels(self, value: Mapping[str, Any], name: str) -> np.ndarray:  # (C, H, W), bytes
         from PIL import Image, ImageOps
 
-        name = value["path"] if value["bytes"] is None else f"{name} ({value['path']})" if value["path"] else name
+        source = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
+        if value["path"]:
+            name = value["path"] if value["bytes"] is None else f"{name} ({value['path']})"
         try:
-            with Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as file:
+            with Image.open(source) as file:
                 picture = file
                 ImageOps.exif_transpose(picture, in_place=True)
                 picture.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InvalidValueError(f"{name} cannot be read as a picture ({error}); repair or remove it") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise FileError(f"{name} cannot be read as a picture ({error}); repair or remove it") from error
         self._check(picture, name)
         if self.mode is not None:
             picture = picture.convert(self.mode)
         if self.size is not None:
             height, width = self.size
+            fits_in_memory(f"a picture of {height} × {width} pixels", 3 * height * width)
             picture = ImageOps.fit(picture, (width, height), Image.Resampling.BOX)
         pixels = np.array(picture)
         if self.num_levels < 256 and pixels.max() >= self.num_levels:
@@ -182,76 +219,82 @@ class _Reader:
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def _check(self, picture: Image, name: str) -> None:
-        """Raise ValueError unless pictures have one byte a level and are all alike, where nothing makes them so."""
+        """Raise `InvalidValueError` unless all pictures have or get one byte a level, one mode and one size."""
         if picture.mode.startswith(("I", "F")):
             raise InvalidValueError(
-                f"{name} has the mode {picture.mode}, of more than 256 levels; save it with 8 bits a channel"
+                f"{name} has the mode {picture.mode}, with more than 256 levels; save it with 8 bits a channel"
             )
-        if self.mode is None and picture.mode not in CHANNELS:
+        if self.mode is None and picture.mode not in MODES:
             raise InvalidValueError(
                 f"{name} has the mode {picture.mode}; convert pictures to grey or colour with mode=L or RGB"
             )
         first = self._first = self._first or (name, picture.mode, picture.size)
         if self.mode is None and picture.mode != first[1]:
             raise InvalidValueError(
-                f"{name} has the mode {picture.mode}, and {first[0]} has {first[1]}; convert them all with mode=RGB "
-                "or L"
+                f"{name} has the mode {picture.mode}, but {first[0]} has {first[1]}; convert all with mode=RGB or L"
             )
         if self.size is None and picture.size != first[2]:
             sizes = [f"{width} × {height}" for width, height in (picture.size, first[2])]
             raise InvalidValueError(
-                f"{name} is {sizes[0]} pixels wide and high, and {first[0]} is {sizes[1]}; bring them to one size with "
-                "size=[height, width]"
+                f"{name} has {sizes[0]} pixels (width × height), but {first[0]} has {sizes[1]}; scale all to one size "
+                "with size=[height, width]"
             )
 
 
 def _load(source: str | None, path: str | Path | None) -> Mapping[str, datasets.Dataset]:
-    """The parts of a data set by name."""
+    """Return the splits of a data set by name."""
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"reading {source or path} needs the library datasets of Hugging Face: pip install -e '.[images]'"
         ) from error
-    if path is None:
-        if source is None:
-            raise InvalidValueError(
-                "give the name of a data set on the hub, source=..., or the path of a folder, path=..."
-            )
-        try:
-            return _by_part(datasets.load_dataset(source))
-        except Exception as error:
-            raise FileNotFoundError(
-                f"the data set {source!r} is not in the local cache ({datasets.config.HF_DATASETS_CACHE}) and cannot "
-                f"be downloaded ({_reason(error)}). Where there is a network, this command gets it: "
-                f"python -c \"import datasets; datasets.load_dataset('{source}')\". Else set path to a folder of "
-                "pictures or Parquet files"
-            ) from error
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no folder or file of images at {path}; path is read from {Path.cwd()} unless absolute"
+    if path is not None:
+        return _load_path(existing_path("path", path, "folder or file of images", folder=True))
+    if not isinstance(source, str) or not source:
+        raise InvalidValueError(
+            f"set either source to the name of a data set on the hub or path to a folder, got source={source!r} and "
+            "path=None"
         )
+    try:
+        return _by_split(datasets.load_dataset(source))
+    except Exception as error:  # the library raises many types, and all mean the same here
+        from datasets import config
+
+        raise FileError(
+            f"the data set {source!r} is not in the local cache ({config.HF_DATASETS_CACHE}) and cannot "
+            f"be downloaded ({_reason(error)}). With a network, this command downloads it: "
+            f"python -c \"import datasets; datasets.load_dataset('{source}')\". Otherwise set path to a folder of "
+            "pictures or Parquet files"
+        ) from error
+
+
+def _load_path(path: Path) -> Mapping[str, datasets.Dataset]:
+    import datasets
+
     saved = path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
     try:
         if saved:
-            return _by_part(datasets.load_from_disk(str(path)))
+            return _by_split(datasets.load_from_disk(str(path)))
         if path.is_dir():
-            return _by_part(datasets.load_dataset(str(path)))
-        return _by_part(datasets.load_dataset("parquet", data_files=str(path)))
-    except Exception as error:
-        raise InvalidValueError(
+            return _by_split(datasets.load_dataset(str(path)))
+        return _by_split(datasets.load_dataset("parquet", data_files=str(path)))
+    except Exception as error:  # the library raises many types, and all mean the same here
+        raise FileError(
             f"{path} cannot be read as a folder of pictures, Parquet files or a saved data set ({_reason(error)})"
         ) from error
 
 
-def _by_part(found: datasets.Dataset | datasets.DatasetDict) -> Mapping[str, datasets.Dataset]:
+def _by_split(found: object) -> Mapping[str, datasets.Dataset]:
     import datasets
 
-    return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
+    if isinstance(found, datasets.Dataset):
+        return {"train": found}
+    assert isinstance(found, datasets.DatasetDict)
+    return {str(name): split for name, split in found.items()}
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what the library says, and of what it goes back to."""
+    """Return the first line of an error's message and of its cause's."""
     lines = [str(e).strip().partition("\n")[0] for e in (error, error.__cause__) if e is not None]
     return "; ".join(line for line in lines if line) or type(error).__name__

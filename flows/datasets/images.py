@@ -1,22 +1,28 @@
-"""Images as whole numbers: levels 0, ..., L - 1 in every channel of every pixel."""
+"""Images as whole numbers: levels 0, ..., L − 1 in every channel of every pixel."""
 
-from collections.abc import Iterator, Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flows.datasets.base import Batch, Dataset, convert, fixed_batches, one_hot
-from flows.datasets.passes import EpochStream, random_split
+from flows.checks import whole_number
+from flows.datasets.base import Dataset, one_hot
+from flows.datasets.batches import Batch, EpochStream, convert
+from flows.datasets.splits import random_split
 from flows.errors import InvalidValueError
 
-NUM_REFERENCE = 10_000  # training images to fit transforms and draw plots with
-STAYS_ON_THE_CPU = 2**30  # bytes; a larger training part is not moved to the device as a whole
+NUM_REFERENCE = 10_000  # training images that transforms are fitted to and plots are drawn from
+MAX_BYTES_ON_DEVICE = 2**30  # a larger training split stays on the CPU and is moved batch by batch
+MAX_LEVELS = 2**24  # float32 holds all whole numbers up to here
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with the class of each, where there are classes."""
+    """Images, with their classes if there are any."""
 
     images: Tensor  # (n, C, H, W), whole numbers
     labels: Tensor | None = None  # (n,)
@@ -24,37 +30,48 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, indices: Tensor | slice) -> "LabelledImages":
+    def __getitem__(self, indices: Tensor | slice) -> LabelledImages:
         return LabelledImages(self.images[indices], None if self.labels is None else self.labels[indices])
 
     def split(
         self, validation_fraction: float, test_fraction: float, seed: int = 0, source: str = "the images"
-    ) -> dict[str, "LabelledImages"]:
-        """Cut into parts at random; raises ValueError where there are too few images."""
-        shares = {"test": test_fraction, "validation": validation_fraction}
-        return {
-            part: self[indices] for part, indices in random_split(len(self), shares, seed, source, "images").items()
-        }
+    ) -> dict[str, LabelledImages]:
+        """Split at random into "train", "validation" and "test".
+
+        Raises:
+            InvalidValueError: there are too few images.
+        """
+        fractions = {"test": test_fraction, "validation": validation_fraction}
+        splits = random_split(len(self), fractions, seed, source, "images")
+        return {split: self[indices] for split, indices in splits.items()}
 
 
 class Images(Dataset):
-    """Images of one size from memory, in three parts.
+    """Images of one size, held in memory.
 
-    Batches hold levels as floating-point numbers. A flow needs a transform that dequantises them
-    (`flows.transforms.Dequantise`), since no density is defined on a set of whole numbers.
+    Batches hold the levels as floating-point numbers. A flow needs a transform that dequantises them
+    (`flows.transforms.Dequantise`), as whole numbers have no density.
 
     Args:
-        parts: "train", "validation" and "test".
+        parts: the splits "train", "validation" and "test".
         num_levels: L.
-        num_classes: of the labels, where there are any.
-        name: what runs are called after.
-        conditional: whether batches hold the class as their context, one-hot, for a conditional flow.
-        flip: mirror half of the training images, drawn anew each time; where left and right mean the same.
-        source: what error messages call the data.
+        num_classes: number of classes. Default: None, no labels.
+        name: name of the runs.
+        conditional: give the class of each image as its context, one-hot.
+        flip: mirror half of the training images, chosen anew in each batch. It suits data whose left and right mean
+            the same.
+        source: what messages call the data.
 
     Raises:
-        ValueError: a part is empty, not (n, C, H, W), of another shape than the others, or holds other values than
-            levels; `conditional` without labels.
+        InvalidValueError: a split is empty, is not (n, C, H, W), differs in shape from the others, or holds values that
+            are no levels; or `conditional` is set and there are no labels.
+
+    Example:
+        ```python
+        pixels = torch.randint(256, (100, 1, 8, 8), dtype=torch.uint8)
+        parts = flows.datasets.LabelledImages(pixels).split(validation_fraction=0.1, test_fraction=0.2)
+        dataset = flows.datasets.Images(parts)
+        ```
     """
 
     def __init__(
@@ -69,17 +86,15 @@ class Images(Dataset):
     ):
         if set(parts) != {"train", "validation", "test"}:
             raise InvalidValueError(f"parts must be train, validation and test, got {', '.join(parts) or 'none'}")
-        if isinstance(num_levels, bool) or not isinstance(num_levels, int) or num_levels < 2:
-            raise InvalidValueError(f"num_levels must be a whole number >= 2, such as 256, got {num_levels!r}")
+        self.num_levels = whole_number("num_levels", num_levels, 2, MAX_LEVELS, "most pictures have 256")
         self.name = name
-        self.num_levels = num_levels
         self.flip = flip
         self.event_shape = tuple(parts["train"].images.shape[1:])
         self._parts = {
-            part: LabelledImages(
-                _levels(found.images, self.event_shape, num_levels, f"{source}, {part} part"), found.labels
+            split: LabelledImages(
+                _levels(found.images, self.event_shape, self.num_levels, f"{source}, {split} split"), found.labels
             )
-            for part, found in parts.items()
+            for split, found in parts.items()
         }
         self.num_validation, self.num_test = len(parts["validation"]), len(parts["test"])
         if conditional:
@@ -87,9 +102,9 @@ class Images(Dataset):
                 raise InvalidValueError(f"{source} have no classes to condition on; set conditional=False")
             self.num_classes, self.context_shape = num_classes, (num_classes,)
 
-    def labels(self, part: str) -> Tensor | None:
-        """The classes of the images of "train", "validation" or "test", (n,), where they are known."""
-        return self._parts[part].labels
+    def labels(self, split: str) -> Tensor | None:
+        """Return the classes (n,) of the "train", "validation" or "test" images, if known."""
+        return self._parts[split].labels
 
     def train_stream(
         self,
@@ -97,38 +112,25 @@ class Images(Dataset):
         generator: torch.Generator,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> "ImageStream":
-        """Return an endless stream over the training images, shuffled anew for each pass."""
+    ) -> ImageStream:
+        """Return an endless stream of training images, reshuffled at each pass."""
         return ImageStream(
             self.name, self._parts["train"], self.num_classes, self.flip, batch_size, generator, device, dtype
         )
 
-    def validation_batches(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Iterator[Batch]:
-        return self._in_batches("validation", batch_size, device, dtype)
-
-    def test_batches(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Iterator[Batch]:
-        return self._in_batches("test", batch_size, device, dtype)
+    def held_out(self, split: Literal["validation", "test"]) -> Batch:
+        found = self._parts[split]
+        return Batch(found.images, _contexts(found.labels, self.num_classes))
 
     def reference(self) -> Tensor:
-        """Return up to 10,000 training images, (n, C, H, W), drawn once, in torch's default dtype."""
+        """Return up to 10,000 random training images (n, C, H, W), the same at each call."""
         train = self._parts["train"].images
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         return convert(train[order[:NUM_REFERENCE]], None, None, self.name)
 
-    def _in_batches(
-        self, part: str, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> Iterator[Batch]:
-        found = self._parts[part]
-        contexts = None if self.num_classes is None else one_hot(found.labels, self.num_classes)
-        return fixed_batches(found.images, batch_size, device, dtype, self.name, contexts)
-
 
 class ImageStream(EpochStream):
-    """Batches of images without replacement, mirrored at random where asked for; see `EpochStream`."""
+    """Batches of images without replacement, with optional mirroring."""
 
     unit = "images"
 
@@ -144,7 +146,7 @@ class ImageStream(EpochStream):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(dataset, len(images), batch_size, generator, device, dtype)
-        small = images.images.nbytes <= STAYS_ON_THE_CPU
+        small = images.images.nbytes <= MAX_BYTES_ON_DEVICE
         self._images = images.images.to(self.device) if small else images.images
         self._labels = images.labels
         self._num_classes = num_classes
@@ -156,21 +158,23 @@ class ImageStream(EpochStream):
         if self._flip:
             mirrored = torch.rand(len(x), generator=self.generator) < 0.5
             x = torch.where(mirrored.to(self.device)[:, None, None, None], x.flip(-1), x)
-        if self._num_classes is None:
-            return Batch(x)
-        return Batch(x, one_hot(self._labels[chosen], self._num_classes, self.dtype).to(self.device))
+        context = _contexts(None if self._labels is None else self._labels[chosen], self._num_classes, self.dtype)
+        return Batch(x, None if context is None else context.to(self.device))
 
 
 class Digits(Images):
-    """1,797 handwritten digits of 8 × 8 pixels with 17 levels, 0 to 16; embedded in scikit-learn.
+    """1,797 handwritten digits, part of scikit-learn.
 
-    Source: Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits (UCI); pixels count the dark dots in
-    4 × 4 blocks.
+    They have 8 × 8 pixels and 17 levels, 0 to 16: a pixel counts the dark dots in a 4 × 4 block. [Alpaydin & Kaynak
+    1998, Optical Recognition of Handwritten Digits, UCI]
 
     Args:
-        conditional: whether batches hold the digit as their context.
-        validation_fraction, test_fraction: shares of the images, rounded to whole ones.
-        split_seed: which images go where.
+        conditional: give the digit as the context.
+        validation_fraction, test_fraction: fractions of the images, rounded to whole images.
+        split_seed: seed of the random split.
+
+    Raises:
+        InvalidValueError: a fraction is out of range, or a split would be empty.
     """
 
     def __init__(
@@ -182,17 +186,25 @@ class Digits(Images):
     ):
         from sklearn.datasets import load_digits
 
-        data = load_digits()
-        images = LabelledImages(torch.from_numpy(data.images).byte().unsqueeze(1), torch.from_numpy(data.target).long())
+        pixels, labels = load_digits(return_X_y=True)
+        images = LabelledImages(torch.from_numpy(pixels).byte().view(-1, 1, 8, 8), torch.from_numpy(labels).long())
         parts = images.split(validation_fraction, test_fraction, split_seed, "digits")
         super().__init__(parts, 17, 10, "digits", conditional, source="digits")
 
 
+def _contexts(labels: Tensor | None, num_classes: int | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Encode labels for a conditional flow; without `num_classes` there are no contexts."""
+    if num_classes is None:
+        return None
+    assert labels is not None  # Images checks it
+    return one_hot(labels, num_classes, dtype)
+
+
 def _levels(images: Tensor, event_shape: tuple[int, ...], num_levels: int, source: str) -> Tensor:
-    """The images in the smallest type that holds the levels."""
+    """Return the images in the smallest type that holds the levels."""
     if images.ndim != 4 or tuple(images.shape[1:]) != event_shape or not len(images):
         raise InvalidValueError(
-            f"{source}: expected at least one image of shape (n, channels, height, width), all of one shape, got "
+            f"{source}: expected at least one image (n, channels, height, width), all of one shape, got "
             f"{tuple(images.shape)}" + (f" beside {event_shape}" if images.ndim == 4 else "")
         )
     if images.dtype == torch.uint8 and int(images.max()) < num_levels:

@@ -1,32 +1,37 @@
-"""Fields on a periodic lattice: a free one with a known density, and one that interacts, known up to Z."""
+"""Fields on a periodic lattice: a free one, and one with interaction."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from flows.datasets.density import Density
+from flows.checks import check_number, whole_number
+from flows.datasets.density import Density, check_points
 from flows.datasets.energies import Energy
-from flows.errors import InvalidValueError
+from flows.errors import InvalidTypeError, InvalidValueError
 
 
 class FreeField(Density):
-    r"""The Gaussian free field of a mass m on a periodic lattice: smooth random images with a closed-form density.
+    """The Gaussian free field of mass m on a periodic lattice.
 
-    p(x) is proportional to exp(-S) with S = 1/2 sum_sites (m^2 x^2 + sum_axes (x(site + axis) - x(site))^2). In Fourier
-    space its modes k are independent with precision lambda_k = m^2 + sum_axes 4 sin^2(pi k_axis / L_axis), so with d
-    sites, drawing is exact and
+    Its samples are smooth random images; neighbours are correlated over about 1/m sites. p(x) ∝ exp(−S) with
+    S = ½ Σ_sites (m² x² + Σ_axes (x(site + axis) − x(site))²). The Fourier modes k are independent with precision
+    λ_k = m² + Σ_axes 4 sin²(π k_axis/L_axis), so sampling is exact. With d sites,
 
-        log p(x) = -1/2 sum_k lambda_k |x_k|^2 + 1/2 sum_k log lambda_k - d/2 log 2 pi,
+        log p(x) = −½ Σ_k λ_k |x_k|² + ½ Σ_k log λ_k − d/2 log 2π,
 
-    the entropy d/2 log(2 pi e) - 1/2 sum_k log lambda_k nats. Neighbours are correlated over about 1/m sites. The
-    events have one channel, (1, *size).
+    and the entropy is d/2 log(2πe) − ½ Σ_k log λ_k nats. An event has one channel, (1, *size).
 
     Args:
-        size: sites along each axis; one to three axes.
+        size: number of sites along each of one to three axes, at least 2.
         mass: m > 0, in units of one over the lattice spacing.
         num_validation, num_test, num_reference: see `Density`.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: a setting is no number, out of range, or too large for the memory.
     """
 
     name = "free_field"
@@ -39,18 +44,16 @@ class FreeField(Density):
         num_test: int = 100_000,
         num_reference: int = 10_000,
     ):
-        super().__init__(num_validation, num_test, num_reference)
         size = _checked_size(size)
-        if not 0 < mass < math.inf:
-            raise InvalidValueError(f"mass must be a positive number, got {mass}")
-        self.event_shape = (1, *size)
+        check_number("mass", mass, above=0)
+        super().__init__(num_validation, num_test, num_reference, (1, *size))
         self._axes = tuple(range(-len(size), 0))
         waves = [torch.arange(sites, dtype=torch.float64) * (math.pi / sites) for sites in size]
         momenta = torch.meshgrid(*[4 * wave.sin().square() for wave in waves], indexing="ij")
-        self._precision = mass**2 + sum(momenta)  # (*size), lambda
+        self._precision = mass**2 + torch.stack(momenta).sum(0)  # (*size), λ
         d = self._precision.numel()
-        self._log_normaliser = 0.5 * self._precision.log().sum().item() - d / 2 * math.log(2 * math.pi)
-        self.entropy = d / 2 - self._log_normaliser
+        self.log_normaliser = 0.5 * self._precision.log().sum().item() - d / 2 * math.log(2 * math.pi)
+        self.entropy = d / 2 - self.log_normaliser
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         z = torch.randn(n, *self.event_shape, generator=generator)
@@ -58,25 +61,27 @@ class FreeField(Density):
         return torch.fft.ifftn(modes, dim=self._axes).real
 
     def log_prob(self, x: Tensor) -> Tensor:
-        power = torch.fft.fftn(_checked_fields(x, self.event_shape), dim=self._axes, norm="ortho").abs().square()
-        return self._log_normaliser - 0.5 * (self._precision.to(x) * power).flatten(-len(self.event_shape)).sum(-1)
+        power = torch.fft.fftn(check_points(x, *self.event_shape), dim=self._axes, norm="ortho").abs().square()
+        return self.log_normaliser - 0.5 * (self._precision.to(x) * power).flatten(-len(self.event_shape)).sum(-1)
 
 
 class Phi4(Energy):
-    r"""The scalar field with a quartic interaction on a periodic lattice, p(x) proportional to exp(-S) with
+    """The scalar field with a quartic interaction on a periodic lattice.
 
-        S = sum_sites (m^2 x^2 / 2 + lambda x^4 + 1/2 sum_axes (x(site + axis) - x(site))^2).
+    p(x) ∝ exp(−S) with S = Σ_sites (m² x²/2 + λ x⁴ + ½ Σ_axes (x(site + axis) − x(site))²). For m² < 0 and weak
+    coupling λ the field is magnetised, and both signs are equally likely. A flow may miss one of them.
 
-    With m^2 < 0 and weak coupling the field is magnetised, with two signs equally likely that a flow may tell apart
-    by seeing only one. Without coupling it is `FreeField`. log Z is not known otherwise, and there are no samples.
-    The events have one channel, (1, *size).
-    [As a test of flows: Albergo, Kanwar & Shanahan 2019, arXiv:1904.12072]
+    There are no samples, and log Z is unknown unless λ = 0, which is `FreeField`. An event has one channel,
+    (1, *size). [As a test of flows: Albergo, Kanwar & Shanahan 2019, arXiv:1904.12072]
 
     Args:
-        size: sites along each axis; one to three axes.
-        mass_squared: m^2, in units of one over the lattice spacing, squared.
-        coupling: lambda >= 0; with 0, m^2 > 0.
-        num_validation, num_test: samples of the flow for the importance weights, see `Energy`.
+        size: number of sites along each of one to three axes, at least 2.
+        mass_squared: m², in units of one over the squared lattice spacing.
+        coupling: λ ≥ 0. At 0, m² must be positive.
+        num_validation, num_test: numbers of flow samples for the importance weights; see `Energy`.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: a setting is no number, out of range, or too large for the memory.
     """
 
     name = "phi4"
@@ -89,22 +94,23 @@ class Phi4(Energy):
         num_validation: int = 2_000,
         num_test: int = 20_000,
     ):
-        super().__init__(num_validation, num_test)
         size = _checked_size(size)
-        if not (coupling > 0 or (coupling == 0 and mass_squared > 0)):
+        super().__init__(num_validation, num_test, event_shape=(1, *size))
+        check_number("mass_squared", mass_squared)
+        check_number("coupling", coupling, at_least=0)
+        if coupling == 0 and mass_squared <= 0:
             raise InvalidValueError(
-                f"coupling must be > 0, or 0 with mass_squared > 0, or Z would be infinite; got {coupling} and "
-                f"{mass_squared}"
+                f"coupling must be > 0 unless mass_squared > 0, otherwise Z is infinite; got coupling={coupling} and "
+                f"mass_squared={mass_squared}"
             )
-        self.event_shape = (1, *size)
         self.mass_squared, self.coupling = mass_squared, coupling
         self._axes = tuple(range(-len(size), 0))
         if coupling == 0:
             free = FreeField(size, math.sqrt(mass_squared))
-            self.log_z, self.entropy = -free._log_normaliser, free.entropy
+            self.log_z, self.entropy = -free.log_normaliser, free.entropy
 
     def log_density(self, x: Tensor) -> Tensor:
-        x = _checked_fields(x, self.event_shape)
+        x = check_points(x, *self.event_shape)
         squares = x.square()
         action = self.mass_squared / 2 * squares + self.coupling * squares.square()
         for axis in self._axes:
@@ -112,17 +118,11 @@ class Phi4(Energy):
         return -action.flatten(-len(self.event_shape)).sum(-1)
 
 
-def _checked_size(size: Sequence[int]) -> tuple[int, ...]:
-    size = tuple(size)
-    if not 1 <= len(size) <= 3 or min(size) < 2:
-        raise InvalidValueError(
-            f"size must hold the sites, >= 2, along one to three axes, such as [8, 8], got {list(size)}"
-        )
-    return size
-
-
-def _checked_fields(x: Tensor, event_shape: tuple[int, ...]) -> Tensor:
-    if tuple(x.shape[-len(event_shape) :]) != event_shape:
-        expected = ", ".join(map(str, event_shape))
-        raise InvalidValueError(f"expected fields of shape (*batch, {expected}), got {tuple(x.shape)}")
-    return x
+def _checked_size(size: object) -> tuple[int, ...]:
+    advice = "size must hold the number of sites along one to three axes, such as [8, 8]"
+    if isinstance(size, str) or not isinstance(size, Iterable):
+        raise InvalidTypeError(f"{advice}, got {size!r}")
+    sites = tuple(whole_number("each entry of size", value, 2) for value in size)
+    if not 1 <= len(sites) <= 3:
+        raise InvalidValueError(f"{advice}, got {list(sites)}")
+    return sites

@@ -1,35 +1,42 @@
 """Systems of identical particles with a known density."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from flows.datasets.density import Density
-from flows.errors import InvalidValueError
+from flows.checks import check_number, whole_number
+from flows.datasets.density import Density, check_points
+from flows.errors import InvalidTypeError, InvalidValueError
 
 
 class Particles(Density):
-    r"""N identical particles in D dimensions, held together by springs of one of several strengths.
+    """N identical particles in D dimensions, held together by springs.
 
-    x_i = c + s (z_i - mean z) with z_i ~ N(0, I), the centre c ~ N(0, I / N) and the spread s drawn from `spreads`,
-    all equally likely: the Boltzmann density of springs between all pairs, sum_{i<j} |x_i - x_j|^2 / (2 N s^2), and
-    with several spreads a mixture of phases, from tight to loose clusters. It does not change under permutations and
-    rotations, and its centre is that of N particles drawn from N(0, I), which equivariant fields do not move.
+    x_i = c + s (z_i − mean z) with z_i ~ N(0, I), the centre c ~ N(0, I/N), and s drawn from `spreads`, all equally
+    likely. This is the Boltzmann density of springs between all pairs, with the energy Σ_{i<j} ‖x_i − x_j‖²/(2N s²).
+    Several spreads give a mixture of phases, from tight to loose clusters.
 
-    With rho^2 = sum_i |x_i - c|^2 and m = (N - 1) D,
+    Permutations and rotations do not change the density. The centre has the density of the centre of N points from
+    N(0, I), so an equivariant field need not move it. With ρ² = Σ_i ‖x_i − c‖² and m = (N − 1) D,
 
-        p(x) = N(sqrt(N) c; 0, I_D) mean_s (2 pi s^2)^(-m/2) exp(-rho^2 / (2 s^2)).
+        p(x) = N(√N c; 0, I_D) mean_s (2π s²)^(−m/2) exp(−ρ²/(2 s²)).
 
-    Entropy in nats by quadrature over rho, to nine digits; D/2 log(2 pi e) + m/2 log(2 pi e s^2) for one spread.
+    The entropy is D/2 log(2πe) + m/2 log(2πe s²) nats for one spread. For several it is a quadrature over ρ, accurate
+    to nine digits.
 
     Args:
-        num_particles: N >= 2.
-        dimensions: D >= 1.
-        spreads: s > 0, at least one.
+        num_particles: N, at least 2.
+        dimensions: D, at least 1.
+        spreads: at least one s > 0.
         num_validation, num_test, num_reference: see `Density`.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: a setting is no number, out of range, or too large for the memory.
     """
 
     name = "particles"
@@ -43,15 +50,16 @@ class Particles(Density):
         num_test: int = 100_000,
         num_reference: int = 10_000,
     ):
-        super().__init__(num_validation, num_test, num_reference)
-        if num_particles < 2 or dimensions < 1:
-            raise InvalidValueError(
-                f"num_particles must be >= 2 and dimensions >= 1, got {num_particles} particles in {dimensions}"
-            )
-        self.spreads = tuple(float(spread) for spread in spreads)
-        if not self.spreads or not all(0 < spread < math.inf for spread in self.spreads):
-            raise InvalidValueError(f"spreads must hold at least one positive number, got {list(spreads)}")
-        self.event_shape = (num_particles, dimensions)
+        num_particles = whole_number("num_particles", num_particles, 2)
+        dimensions = whole_number("dimensions", dimensions)
+        super().__init__(num_validation, num_test, num_reference, (num_particles, dimensions))
+        if isinstance(spreads, str) or not isinstance(spreads, Iterable):
+            raise InvalidTypeError(f"spreads must be a list of positive numbers, such as [0.5, 1.5], got {spreads!r}")
+        self.spreads = tuple(spreads)
+        for spread in self.spreads:
+            check_number("each of spreads", spread, above=0)
+        if not self.spreads:
+            raise InvalidValueError("spreads must hold at least one positive number, got []")
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         z = torch.randn(n, *self.event_shape, generator=generator)
@@ -61,11 +69,7 @@ class Particles(Density):
 
     def log_prob(self, x: Tensor) -> Tensor:
         particles, dimensions = self.event_shape
-        if tuple(x.shape[-2:]) != self.event_shape:
-            raise InvalidValueError(
-                f"log_prob expects points of shape (*batch, {particles}, {dimensions}), got {tuple(x.shape)}"
-            )
-        centre = x.mean(-2, keepdim=True)
+        centre = check_points(x, particles, dimensions).mean(-2, keepdim=True)
         squared = (x - centre).square().sum((-2, -1))
         normal = -particles / 2 * centre.square().sum((-2, -1)) - dimensions / 2 * math.log(2 * math.pi)
         return normal + self._relative_log_prob(squared)
@@ -73,12 +77,13 @@ class Particles(Density):
     @cached_property
     def entropy(self) -> float:
         size = self._relative_size
-        reach = max(self.spreads) * (math.sqrt(size) + 9)
-        rho = torch.linspace(0, reach, 200_001, dtype=torch.float64)[1:]
-        log_density = self._relative_log_prob(rho.square())
-        # the area of the sphere of radius rho in as many dimensions
-        log_area = math.log(2) + size / 2 * math.log(math.pi) - math.lgamma(size / 2) + (size - 1) * rho.log()
-        integral = torch.trapezoid((log_density + log_area).exp() * -log_density, rho)
+        # Steps in log ρ, so that very different spreads are resolved alike. Less than 1e-12 of the mass lies below.
+        start, end = math.log(min(self.spreads)) - 28, math.log(max(self.spreads) * (math.sqrt(size) + 9))
+        log_rho = torch.linspace(start, end, 200_001, dtype=torch.float64)
+        log_density = self._relative_log_prob((2 * log_rho).exp())
+        # Area of the sphere of radius ρ in m dimensions, times dρ/d log ρ.
+        log_area = math.log(2) + size / 2 * math.log(math.pi) - math.lgamma(size / 2) + size * log_rho
+        integral = torch.trapezoid((log_density + log_area).exp() * -log_density, log_rho)
         return self.event_shape[1] / 2 * math.log(2 * math.pi * math.e) + integral.item()
 
     @property
@@ -87,7 +92,7 @@ class Particles(Density):
         return (self.event_shape[0] - 1) * self.event_shape[1]
 
     def _relative_log_prob(self, squared: Tensor) -> Tensor:
-        """Log-density of the m relative coordinates, which depends on rho^2 alone."""
+        """Return the log-density of the m relative coordinates, which depends on ρ² alone."""
         phases = [
             -squared / (2 * spread**2) - self._relative_size / 2 * math.log(2 * math.pi * spread**2)
             for spread in self.spreads

@@ -1,30 +1,34 @@
 """Patches of photographs: natural images that need no download."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
+from flows.checks import whole_number
 from flows.datasets.images import Images, LabelledImages
-from flows.datasets.passes import random_split
+from flows.datasets.splits import random_split
 from flows.errors import InvalidValueError
 
 
 class PhotoPatches(Images):
-    """Colour patches of the two sample photographs of scikit-learn, with 256 levels.
+    """Colour patches of two photographs from scikit-learn, with 256 levels.
 
-    The photographs (427 × 640 pixels) are cut into square regions that go to training, validation or test as a
-    whole, so that no test patch shares a pixel with a training patch. Training patches lie `stride` pixels apart and
-    overlap each other; those of the other parts do not overlap at all.
+    The photographs have 427 × 640 pixels. They are cut into square regions, and each region goes to one split as a
+    whole, so test patches share no pixel with training patches. Training patches overlap, `stride` pixels apart.
+    Validation and test patches do not overlap.
 
     Args:
-        size: pixels along each side of a patch.
-        region: pixels along each side of a region.
-        stride: of training patches.
-        validation_fraction, test_fraction: shares of the regions.
-        split_seed: which regions go where.
-        flip: mirror half of the training patches, drawn anew each time.
+        size: side of a patch in pixels.
+        region: side of a region in pixels.
+        stride: distance between training patches in pixels.
+        validation_fraction, test_fraction: fractions of the regions.
+        split_seed: seed of the random split.
+        flip: mirror half of the training patches, chosen anew in each batch.
 
     Raises:
-        ValueError: sizes that do not fit.
+        InvalidTypeError: a size is no whole number.
+        InvalidValueError: the sizes do not fit, or a split would be empty.
     """
 
     def __init__(
@@ -38,15 +42,14 @@ class PhotoPatches(Images):
         flip: bool = True,
     ):
         for key, value in {"size": size, "region": region, "stride": stride}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidValueError(f"{key} must be a whole number of pixels >= 1, got {value!r}")
+            whole_number(key, value, otherwise="it counts pixels")
         regions = torch.cat([_patches(photo, region, region) for photo in _photographs(region)])
         if size > region:
             raise InvalidValueError(
                 f"a patch of size {size} does not fit into a region of {region} pixels; enlarge region"
             )
-        shares = {"test": test_fraction, "validation": validation_fraction}
-        split = random_split(len(regions), shares, split_seed, "photo_patches", "regions")
+        fractions = {"test": test_fraction, "validation": validation_fraction}
+        split = random_split(len(regions), fractions, split_seed, "photo_patches", "regions")
         parts = {
             part: LabelledImages(
                 torch.cat([_patches(r, size, stride if part == "train" else size) for r in regions[indices]])
@@ -66,6 +69,6 @@ def _photographs(region: int) -> list[Tensor]:  # (3, H, W) each
 
 
 def _patches(image: Tensor, size: int, stride: int) -> Tensor:  # (n, C, size, size)
-    """All squares of an image (C, H, W) whose corners lie on multiples of the stride."""
+    """Return all squares of an image (C, H, W) with corners on multiples of `stride`."""
     cut = image.unfold(1, size, stride).unfold(2, size, stride)  # (C, rows, columns, size, size)
     return cut.flatten(1, 2).movedim(1, 0).contiguous()

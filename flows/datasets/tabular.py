@@ -1,37 +1,54 @@
-"""Tables of numbers: one example a row, split once into training, validation and test parts."""
+"""Tables of numbers: one example a row, split at random."""
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from flows.datasets.base import Batch, Dataset, convert, fixed_batches
-from flows.datasets.passes import EpochStream, random_split
+from flows.datasets.base import Dataset
+from flows.datasets.batches import Batch, EpochStream, convert
 from flows.datasets.readers import choose_columns, read_table
+from flows.datasets.splits import random_split
 from flows.errors import InvalidTypeError, InvalidValueError
 
 
 class Table(Dataset):
-    """A table of numbers from memory, (rows, columns), one example a row.
+    """A table of numbers in memory, one example a row.
 
-    The rows are shuffled with `split_seed` and cut into test, validation and training part. Nothing is scaled
-    here: a flow's own transform, fitted on `reference()`, does that, so that its log_prob is in data units.
+    Nothing is scaled here. A flow's own transform does that, fitted to `reference()`, so that its `log_prob` has the
+    units of the data.
 
     Args:
-        values: finite numbers (rows, columns): a tensor, an array, a data frame, nested lists.
-        columns: names for messages and for `columns` of this object; default "0", "1", ...
-        name: what runs are called after.
-        validation_fraction, test_fraction: shares of the rows, rounded to whole rows; at least one row each.
-        split_seed: which rows go where.
-        source: what error messages call the table.
+        values: finite numbers (rows, columns): a tensor, an array, a data frame or nested lists.
+        columns: names of the columns. Default: "0", "1", ...
+        name: name of the runs.
+        validation_fraction, test_fraction: fractions of the rows, rounded to whole rows.
+        split_seed: seed of the random split.
+        source: what messages call the table.
+
+    Attributes:
+        split: the row indices of "train", "validation" and "test".
 
     Raises:
-        ValueError: not a table, NaN or infinite values, a column that is constant in the training part, or
-            too few rows; the message names the row and the column.
+        InvalidTypeError: a value is no number.
+        InvalidValueError: the values are no table, a value is NaN or infinite, a column is constant in the training
+            rows, or a split would be empty. The message names the row and the column.
+
+    Example:
+        ```python
+        dataset = flows.datasets.Table(torch.randn(500, 3), columns=["a", "b", "c"])
+        stream = dataset.train_stream(64, torch.Generator().manual_seed(0))
+        x = next(stream).x  # (64, 3)
+        ```
     """
+
+    columns: list[str]
 
     def __init__(
         self,
@@ -47,13 +64,13 @@ class Table(Dataset):
         self.name = name
         self.columns = [str(i) for i in range(table.shape[1])] if columns is None else list(columns)
         if len(self.columns) != table.shape[1]:
-            raise InvalidValueError(f"{source} has {table.shape[1]} columns, got {len(self.columns)} names for them")
+            raise InvalidValueError(f"{source} has {table.shape[1]} columns, but columns has {len(self.columns)} names")
         _check_finite(table, self.columns, source)
         self.event_shape = (table.shape[1],)
-        shares = {"test": test_fraction, "validation": validation_fraction}
-        self.split = random_split(len(table), shares, split_seed, source, "rows")
+        fractions = {"test": test_fraction, "validation": validation_fraction}
+        self.split = random_split(len(table), fractions, split_seed, source, "rows")
         self.num_validation, self.num_test = len(self.split["validation"]), len(self.split["test"])
-        self._parts = {part: table[rows] for part, rows in self.split.items()}
+        self._parts = {split: table[rows] for split, rows in self.split.items()}
         _check_varies(self._parts["train"], self.columns, source)
 
     def train_stream(
@@ -62,39 +79,34 @@ class Table(Dataset):
         generator: torch.Generator,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> "TableStream":
-        """Return an endless stream over the training rows, shuffled anew for each pass."""
+    ) -> TableStream:
+        """Return an endless stream of training rows, reshuffled at each pass."""
         return TableStream(self.name, self._parts["train"], batch_size, generator, device, dtype)
 
-    def validation_batches(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Iterator[Batch]:
-        return fixed_batches(self._parts["validation"], batch_size, device, dtype, self.name)
-
-    def test_batches(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Iterator[Batch]:
-        return fixed_batches(self._parts["test"], batch_size, device, dtype, self.name)
+    def held_out(self, split: Literal["validation", "test"]) -> Batch:
+        return Batch(self._parts[split])
 
     def reference(self) -> Tensor:
-        """Return the whole training part, (n, columns), in torch's default dtype."""
+        """Return all training rows (n, columns) in torch's default dtype."""
         return convert(self._parts["train"], None, None, self.name)
 
 
 class Tabular(Table):
-    """A table of numbers from a .csv, .npy or .parquet file (the last needs pyarrow).
+    """A table of numbers from a .csv, .npy or .parquet file.
+
+    Parquet files need pyarrow.
 
     Args:
         path: the file.
-        columns: which columns to take, by name or position, in this order; None takes all.
-        name: what runs are called after.
+        columns: columns to take, by name or position, in this order. Default: all.
+        name: name of the runs.
         validation_fraction, test_fraction, split_seed: see `Table`.
-        delimiter: what separates the values of a .csv file.
-        header: whether the first line of a .csv file holds names; None finds out.
+        delimiter: separator of the values in a .csv file.
+        header: whether the first line of a .csv file holds names. Default: find out.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: see `flows.datasets.readers.read_table` and `Table`.
+        FileError: the file does not exist or cannot be read.
+        InvalidTypeError, InvalidValueError: see `read_table` and `Table`.
     """
 
     def __init__(
@@ -114,13 +126,13 @@ class Tabular(Table):
 
 
 class BreastCancer(Table):
-    """Shapes of cell nuclei in 569 breast tumours, 30 features; embedded in scikit-learn.
+    """Thirty features of the cell nuclei of 569 breast tumours.
 
-    Source: Street, Wolberg & Mangasarian 1993, Nuclear feature extraction for breast tumor diagnosis (UCI
-    Breast Cancer Wisconsin, Diagnostic). The diagnosis is left out.
+    Part of scikit-learn; the diagnosis is left out. [Street, Wolberg & Mangasarian 1993, Nuclear feature extraction for
+    breast tumor diagnosis, UCI Breast Cancer Wisconsin (Diagnostic)]
 
     Args:
-        columns: which features, by name or position; None takes all 30.
+        columns: features to take, by name or position, in this order. Default: all 30.
         validation_fraction, test_fraction, split_seed: see `Table`.
     """
 
@@ -133,7 +145,7 @@ class BreastCancer(Table):
     ):
         from sklearn.datasets import load_breast_cancer
 
-        data = load_breast_cancer()
+        data: Any = load_breast_cancer()
         names = [str(feature) for feature in data.feature_names]
         chosen = choose_columns(columns, names, "breast_cancer")
         super().__init__(
@@ -148,7 +160,7 @@ class BreastCancer(Table):
 
 
 class TableStream(EpochStream):
-    """Batches of rows without replacement; see `EpochStream`."""
+    """Batches of rows without replacement."""
 
     def __init__(
         self,
@@ -169,14 +181,14 @@ class TableStream(EpochStream):
 def _as_table(values: ArrayLike | Tensor, source: str) -> Tensor:
     try:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-        if array.dtype.kind not in "fiubO":  # text that looks like numbers is not converted on the quiet
-            raise InvalidTypeError(f"its type is {array.dtype}")
-        table = torch.from_numpy(np.array(array, dtype=np.float64))
+        table = np.array(array, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InvalidValueError(f"{source} must hold real numbers only: {error}") from error
+        raise InvalidTypeError(f"{source} must hold real numbers only: {error}") from error
+    if array.dtype.kind not in "fiubO":  # text that looks like numbers, and dates
+        raise InvalidTypeError(f"{source} must hold real numbers only, its type is {array.dtype}")
     if table.ndim != 2 or table.shape[1] == 0:
-        raise InvalidValueError(f"{source} must be a table (rows, columns), got an array of shape {tuple(table.shape)}")
-    return table
+        raise InvalidValueError(f"{source} must be a table (rows, columns), got an array of shape {table.shape}")
+    return torch.from_numpy(table)
 
 
 def _check_finite(table: Tensor, columns: Sequence[str], source: str) -> None:

@@ -1,8 +1,10 @@
-"""Toy densities in the plane with a closed-form log-density, and a Gaussian of any dimension.
+"""Toy densities in closed form: four in the plane, and a Gaussian of any dimension.
 
-The recipes are those of the FFJORD code (Grathwohl et al. 2019, arXiv:1810.01367), with independent,
-continuous draws throughout: components, angles and noise all come from the generator that is passed in.
+The recipes come from the FFJORD code (Grathwohl et al. 2019, arXiv:1810.01367). All draws are independent and
+continuous, and all randomness comes from the given generator.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from flows.errors import InvalidValueError
 class EightGaussians(Density):
     """Eight round Gaussians on a circle.
 
-    x = (4 (cos, sin)(k pi / 4) + 0.5 z) / 1.414 with k uniform on 0..7 and z ~ N(0, I). Entropy 2.83188 nats.
+    x = (4 (cos, sin)(kπ/4) + 0.5 z) / 1.414 with k uniform on 0, ..., 7 and z ~ N(0, I). Entropy 2.83188 nats.
     """
 
     name = "8gaussians"
@@ -38,9 +40,9 @@ class EightGaussians(Density):
 
 
 class Checkerboard(Density):
-    """The eight dark squares of a 4 x 4 board on [-4, 4]^2; uniform.
+    """Uniform on the eight dark squares of a 4 × 4 board.
 
-    u1 ~ U(-2, 2), u2 = U(0, 1) - 2 B + (floor(u1) mod 2) with B ~ Bernoulli(1/2); x = 2 u.
+    The board is [−4, 4]². x = 2u with u1 ~ U(−2, 2) and u2 = U(0, 1) − 2B + (⌊u1⌋ mod 2), B ~ Bernoulli(½).
     Entropy log 32 nats.
     """
 
@@ -55,18 +57,18 @@ class Checkerboard(Density):
     def log_prob(self, x: Tensor) -> Tensor:
         u = check_points(x) / 2
         cell = torch.floor(u)
-        # Edges count as inside: rounding can put a sample on one, and every edge borders a dark square.
+        # Edges count as inside, as rounding can put a sample on one and every edge borders a dark square.
         dark = (cell.sum(-1) % 2 == 0) | (u == cell).any(-1)
         inside = dark & (u.abs() <= 2).all(-1)
-        # The zero keeps the result in the graph (with a zero gradient), as callers who differentiate expect.
-        return torch.where(inside, 0 * x.sum(-1) - self.entropy, -math.inf)
+        # The zero gives the result a zero gradient, so that callers can differentiate it.
+        return torch.where(inside, 0 * x.sum(-1) - math.log(32), -math.inf)
 
 
 class _NoisyCircles(Density):
-    """x = R (cos, sin)(a) + sd z with R uniform on `radii`, a ~ U(0, 2 pi), z ~ N(0, I).
+    """Circles with Gaussian noise.
 
-    The angle integrates out to a Bessel function, with r = |x|:
-    p(x) = mean_R exp(-(r^2 + R^2) / (2 sd^2)) I0(r R / sd^2) / (2 pi sd^2).
+    x = R (cos, sin)(a) + sd z with R uniform on `radii`, a ~ U(0, 2π), z ~ N(0, I). Integrating over a gives a Bessel
+    function: with r = ‖x‖, p(x) = mean_R exp(−(r² + R²)/(2 sd²)) I₀(rR/sd²) / (2π sd²).
     """
 
     radii: ClassVar[tuple[float, ...]]
@@ -82,7 +84,7 @@ class _NoisyCircles(Density):
     def log_prob(self, x: Tensor) -> Tensor:
         radii = torch.tensor(self.radii, dtype=x.dtype, device=x.device)
         r = torch.linalg.vector_norm(check_points(x), dim=-1, keepdim=True)
-        # i0e(a) = exp(-a) I0(a) turns the exponent into -(r - R)^2, which cannot overflow.
+        # i0e(a) = exp(−a) I₀(a) turns the exponent into −(r − R)², which cannot overflow.
         bessel = torch.log(torch.special.i0e(r * radii / self.sd**2))
         norm = math.log(len(self.radii) * 2 * math.pi * self.sd**2)
         return torch.logsumexp(bessel - (r - radii).square() / (2 * self.sd**2), -1) - norm
@@ -91,7 +93,7 @@ class _NoisyCircles(Density):
 class Rings(_NoisyCircles):
     """Four concentric rings of equal mass.
 
-    x = R (cos, sin)(a) + 0.08 z with R uniform on 3 (1, 3/4, 1/2, 1/4), a ~ U(0, 2 pi), z ~ N(0, I).
+    x = R (cos, sin)(a) + 0.08 z with R uniform on 3 (1, ¾, ½, ¼), a ~ U(0, 2π), z ~ N(0, I).
     Entropy 2.62318 nats.
     """
 
@@ -104,7 +106,7 @@ class Rings(_NoisyCircles):
 class Circles(_NoisyCircles):
     """Two concentric circles of equal mass.
 
-    x = R (cos, sin)(a) + 0.24 z with R uniform on (3, 1.5), a ~ U(0, 2 pi), z ~ N(0, I).
+    x = R (cos, sin)(a) + 0.24 z with R uniform on (3, 1.5), a ~ U(0, 2π), z ~ N(0, I).
     Entropy 3.26814 nats.
     """
 
@@ -115,15 +117,24 @@ class Circles(_NoisyCircles):
 
 
 class Gaussian(Density):
-    """x ~ N(mean, covariance) in any dimension d; entropy log det(2 pi e covariance) / 2 nats.
+    """A Gaussian N(mean, covariance) of any dimension d.
+
+    Entropy ½ log det(2πe covariance) nats.
 
     Args:
         mean: d numbers.
-        covariance: d x d numbers, symmetric and positive definite.
+        covariance: d rows of d numbers, symmetric and positive definite.
         num_validation, num_test, num_reference: see `Density`.
 
     Raises:
-        ValueError: where the shapes disagree or the covariance is not one.
+        InvalidValueError: the shapes differ, a number is not finite, or `covariance` is no covariance.
+
+    Example:
+        ```python
+        density = flows.datasets.Gaussian([1.0, -1.0], [[1.0, 0.8], [0.8, 2.0]])
+        x = density.sample(100, torch.Generator().manual_seed(0))  # (100, 2)
+        log_p = density.log_prob(x)  # (100,)
+        ```
     """
 
     name = "gaussian"
@@ -136,9 +147,8 @@ class Gaussian(Density):
         num_test: int = 100_000,
         num_reference: int = 10_000,
     ):
-        super().__init__(num_validation, num_test, num_reference)
         try:
-            # float by float, as a config's lists are no Python lists
+            # Number by number, as the lists of a config are not Python lists.
             self.mean = torch.tensor([float(v) for v in mean], dtype=torch.float64)
             rows = [[float(v) for v in row] for row in covariance]
             self.covariance = torch.tensor(rows, dtype=torch.float64)
@@ -151,6 +161,7 @@ class Gaussian(Density):
             raise InvalidValueError(
                 f"covariance must be {d} x {d} for a mean of {d} numbers, got {tuple(self.covariance.shape)}"
             )
+        super().__init__(num_validation, num_test, num_reference, (d,))
         if not torch.isfinite(self.mean).all() or not torch.isfinite(self.covariance).all():
             raise InvalidValueError(f"mean and covariance must be finite, got {mean} and {covariance}")
         if not torch.allclose(self.covariance, self.covariance.T, rtol=1e-6):
@@ -159,10 +170,9 @@ class Gaussian(Density):
         if failed:
             smallest = torch.linalg.eigvalsh(self.covariance)[0].item()
             raise InvalidValueError(
-                f"covariance must be positive definite, its smallest eigenvalue is {smallest:.3g}; for a "
-                "standard deviation s the entry on the diagonal is s^2, and |cov_ij| < s_i s_j"
+                f"covariance must be positive definite, its smallest eigenvalue is {smallest:.3g}; a standard "
+                "deviation s gives s² on the diagonal, and |covariance_ij| < s_i s_j elsewhere"
             )
-        self.event_shape = (d,)
         self.entropy = d / 2 * math.log(2 * math.pi * math.e) + self.cholesky.diagonal().log().sum().item()
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -170,7 +180,7 @@ class Gaussian(Density):
         return self.mean.to(z) + z @ self.cholesky.to(z).T
 
     def log_prob(self, x: Tensor) -> Tensor:
-        d = self.event_shape[0]
+        (d,) = self.event_shape
         centred = (check_points(x, d) - self.mean.to(x)).unsqueeze(-1)
         z = torch.linalg.solve_triangular(self.cholesky.to(x), centred, upper=False).squeeze(-1)
         log_det = self.cholesky.diagonal().log().sum().item()
@@ -178,5 +188,5 @@ class Gaussian(Density):
 
 
 def _direction(angle: Tensor) -> Tensor:
-    """(cos, sin) of angles: (*batch,) -> (*batch, 2)."""
+    """Return (cos, sin) of angles: (*batch,) → (*batch, 2)."""
     return torch.stack([angle.cos(), angle.sin()], -1)

@@ -1,0 +1,175 @@
+"""Batches of examples, and endless streams of them that can be resumed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flows.checks import whole_number
+from flows.errors import InvalidTypeError, InvalidValueError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples in data space, with their contexts if there are any."""
+
+    x: Tensor  # (batch, *event)
+    context: Tensor | None = None  # (batch, *context), floating point; the density of x is conditional on it
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, indices: Tensor | slice) -> Batch:
+        """Select examples together with their contexts."""
+        return Batch(self.x[indices], None if self.context is None else self.context[indices])
+
+
+class BatchStream(ABC):
+    """An endless iterator of training batches that resumes bit for bit.
+
+    All randomness comes from one CPU generator. A seed therefore gives the same batches on every device.
+
+    Args:
+        dataset: name of the data set.
+        batch_size: examples in a batch.
+        generator: the source of randomness, on the CPU.
+        device, dtype: of the batches. Default: the CPU and torch's default dtype.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        batch_size: int,
+        generator: torch.Generator,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        batch_size = whole_number("batch_size", batch_size)
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            found = getattr(generator, "device", type(generator).__name__)
+            raise InvalidTypeError(
+                f"a training stream needs a torch.Generator on the cpu, got {found}; pass "
+                "torch.Generator().manual_seed(seed), batches are moved to the device afterwards"
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.generator = generator
+        self.device = torch.device("cpu") if device is None else torch.device(device)
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+
+    @abstractmethod
+    def next(self) -> Batch:
+        """Return the next batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the stream: tensors, whole numbers and texts only."""
+        return {"dataset": self.dataset, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position, generator included.
+
+        Raises:
+            InvalidValueError: the position belongs to another data set.
+        """
+        if state["dataset"] != self.dataset:
+            raise InvalidValueError(
+                f"the saved position belongs to the data set {state['dataset']!r}, but this one is "
+                f"{self.dataset!r}; resume with the data that the run was started with"
+            )
+        self.generator.set_state(state["generator"].cpu())
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.next()
+
+
+class EpochStream(BatchStream):
+    """Batches drawn without replacement, reshuffled at each pass.
+
+    Every batch has min(batch_size, num_examples) examples. Examples left over at the end of a pass are too few for
+    a batch and are skipped in that pass.
+
+    Args:
+        dataset: name of the data set.
+        num_examples: size of the training split.
+        batch_size, generator, device, dtype: see `BatchStream`.
+    """
+
+    unit = "rows"  # the word for examples in messages
+
+    def __init__(
+        self,
+        dataset: str,
+        num_examples: int,
+        batch_size: int,
+        generator: torch.Generator,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(dataset, batch_size, generator, device, dtype)
+        self.num_examples = num_examples
+        self.batch_size = min(self.batch_size, num_examples)
+        self._permutation = torch.empty(0, dtype=torch.long)  # drawn by the first `next`
+        self._position = 0
+
+    def draw(self) -> Tensor:
+        """Return the indices of the next batch, (batch,), on the CPU."""
+        if self._position + self.batch_size > len(self._permutation):
+            self._permutation = torch.randperm(self.num_examples, generator=self.generator)
+            self._position = 0
+        chosen = self._permutation[self._position : self._position + self.batch_size]
+        self._position += self.batch_size
+        return chosen
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"permutation": self._permutation.clone(), "position": self._position, "rows": self.num_examples}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["rows"] != self.num_examples:
+            raise InvalidValueError(
+                f"the saved position belongs to {state['rows']} training {self.unit}, but {self.dataset!r} now has "
+                f"{self.num_examples}; resume with the file and the split that the run was started with"
+            )
+        super().load_state_dict(state)
+        self._permutation = state["permutation"].cpu().clone()
+        self._position = state["position"]
+
+
+def convert(points: Tensor, device: torch.device | str | None, dtype: torch.dtype | None, dataset: str) -> Tensor:
+    """Copy points to a device and a dtype. Default: torch's dtype.
+
+    Raises:
+        InvalidValueError: a value is NaN or infinite in that dtype.
+    """
+    converted = points.to(device=device, dtype=dtype or torch.get_default_dtype(), copy=True)
+    finite = torch.isfinite(converted)
+    if not finite.all():
+        bad = tuple(torch.nonzero(~finite)[0].tolist())
+        raise InvalidValueError(
+            f"data set {dataset!r}: {int((~finite).sum())} of {finite.numel()} values are NaN or infinite as "
+            f"{converted.dtype}, the first is {points[bad].item()} at index {bad}; a flow needs finite data "
+            "in the range of its dtype"
+        )
+    return converted
+
+
+def convert_batch(batch: Batch, device: torch.device | str | None, dtype: torch.dtype | None, dataset: str) -> Batch:
+    """Copy a batch to a device and a dtype; see `convert`.
+
+    Raises:
+        InvalidValueError: a value is not finite, or the numbers of examples and contexts differ.
+    """
+    if batch.context is not None and len(batch.context) != len(batch):
+        raise InvalidValueError(
+            f"data set {dataset!r}: {len(batch)} examples need as many contexts, got {len(batch.context)}"
+        )
+    context = None if batch.context is None else convert(batch.context, device, dtype, dataset)
+    return Batch(convert(batch.x, device, dtype, dataset), context)
