@@ -109,6 +109,7 @@ def test_notebooks_run_and_hold_what_they_claim(name, monkeypatch, tmp_path):
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     for cell in code_cells(notebook):
         cell.outputs = []
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    resources = {"metadata": {"path": tmp_path}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", coalesce_streams=True, resources=resources).execute()
     CLAIMS[name](printed(notebook))
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
