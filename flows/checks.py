@@ -43,7 +43,7 @@ def check_number(
     message = f"{name} must be {kind} {allowed}".rstrip() + f", got {value!r}{'; ' if otherwise else ''}{otherwise}"
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise InvalidTypeError(message)
-    number: Any = value
+    number: Any = int(value) if isinstance(value, Integral) else float(value)
     within = (
         (above is None or number > above)
         and (at_least is None or number >= at_least)
