@@ -178,7 +178,9 @@ def test_the_standard_error_of_the_divergence_is_kept_over_time():
 
 
 def test_errors_of_settings():
-    with pytest.raises(ValueError, match="the weight log_density of error_control must be a finite number >= 0, got -1"):
+    with pytest.raises(
+        ValueError, match="the weight log_density of error_control must be a finite number >= 0, got -1"
+    ):
         ErrorControl(log_density=-1)
     with pytest.raises(ValueError, match="error_control needs at least one positive weight"):
         ErrorControl(0, 0, 0)

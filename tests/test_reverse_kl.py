@@ -95,13 +95,13 @@ def test_the_quartic_action_by_hand():
     assert not energy.has_samples
     with pytest.raises(ValueError, match="an energy without samples; train with objective=reverse_kl"):
         energy.reference()
-    with pytest.raises(ValueError, match="log Z of 'phi4' is not known; use log_density"):
+    with pytest.raises(ValueError, match="log Z of 'phi4' is unknown; use log_density"):
         energy.log_prob(x)
 
 
 def test_bad_settings_are_refused():
     for build, message in [
-        (lambda: Phi4(coupling=0.0, mass_squared=-1.0), "coupling must be > 0, or 0 with mass_squared > 0"),
+        (lambda: Phi4(coupling=0.0, mass_squared=-1.0), "coupling must be > 0 unless mass_squared > 0"),
         (lambda: Phi4((6, 1)), "size must hold the sites"),
         (lambda: Funnel(1), "dimension must be a whole number >= 2, got 1"),
         (lambda: DoubleWell(tilt=math.inf), "tilt must be between -10 and 10"),

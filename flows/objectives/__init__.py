@@ -1,4 +1,4 @@
-"""Training objectives."""
+"""Objectives: what training minimises."""
 
 from flows.objectives import couplings, paths
 from flows.objectives.base import LossOutput, Objective

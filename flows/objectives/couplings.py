@@ -1,4 +1,4 @@
-"""Which noise goes with which data point in a batch of flow matching."""
+"""Couplings: which noise is paired with which data point in a batch of flow matching."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from flows.errors import InvalidValueError
+from flows.checks import check_number
 from flows.objectives.contexts import groups_of
 
-MANY = 16  # examples that are more than chance
+MIN_BATCH_TO_WARN = 16  # in smaller batches, class labels may all differ by chance
 
 
 class Coupling(ABC):
-    """Pairs the noise of a batch with its data so that both keep their own distribution.
+    """Pairs the noise of a batch with its data; both keep their own distribution.
 
-    To add one: subclass it with :meth:`pair`; settings may then give it by its lower-case name.
+    To add one, subclass this and implement `pair`. Settings may then name it by its lower-case name.
     """
 
     @property
     def is_independent(self) -> bool:
-        """Whether noise and data are independent, as the posterior of the marginal target supposes."""
+        """Whether noise and data are independent, as the marginal target assumes."""
         return False
 
     @abstractmethod
@@ -35,26 +34,26 @@ class Coupling(ABC):
         data: Tensor,  # (B, *event)
         generator: torch.Generator | None = None,
     ) -> Tensor:  # (B,)
-        """The index of the noise that goes with each data point."""
+        """Return the index of the noise for each data point."""
 
     def couple(
         self, noise: Tensor, data: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:  # (B, *event)
-        """The noise in the order of the data.
+        """Return the noise in the order of the data.
 
-        With contexts, only examples of equal context are paired among each other: a pairing across contexts would
-        make the noise of a context another than the base, which samples start from. Where all contexts of a batch
-        of 16 or more differ, nothing is left to pair, of which a warning tells.
+        With contexts, noise is only exchanged between examples of equal context. Otherwise the noise of a context would
+        not have the distribution of the base, from which samples start. If all contexts of a batch of 16 or more
+        examples differ, there is nothing to pair, and a warning says so.
         """
         if context is None:
             return noise[self.pair(noise, data, generator)]
         coupled = noise.clone()
         groups = groups_of(context)
         shared = (groups.bincount() > 1).nonzero()
-        if len(groups) >= MANY and not len(shared):  # a few examples of classes may well differ
+        if len(groups) >= MIN_BATCH_TO_WARN and not len(shared):
             warnings.warn(
-                f"{type(self).__name__} pairs examples of equal context, and in this batch all contexts differ: noise "
-                "and data stay independent; coupling=independent says so",
+                f"{type(self).__name__} pairs examples of equal context, but in this batch all contexts differ: noise "
+                "and data stay independent; coupling=independent does the same without this warning",
                 stacklevel=2,
             )
         for group in shared:
@@ -65,7 +64,7 @@ class Coupling(ABC):
 
 @dataclass(frozen=True)
 class Independent(Coupling):
-    """Noise and data as they come."""
+    """No pairing: noise and data stay as they were drawn."""
 
     @property
     def is_independent(self) -> bool:
@@ -82,13 +81,15 @@ class Independent(Coupling):
 
 @dataclass(frozen=True)
 class OptimalTransport(Coupling):
-    """The assignment of least total squared distance within the batch, exact, on the CPU in O(B³) at worst.
+    """The assignment with the least total squared distance in the batch.
 
-    Paths hardly cross, so that velocities vary less and flows are straighter.
+    Paths then hardly cross, so velocities vary less and flows are straighter. Exact, on the CPU, in O(B³) at worst.
     [Tong et al. 2024, arXiv:2302.00482; Pooladian et al. 2023, arXiv:2304.14772]
     """
 
     def pair(self, noise: Tensor, data: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        from scipy.optimize import linear_sum_assignment
+
         cost = _reduced(_squared_distances(data, noise))
         _, index = linear_sum_assignment(cost.cpu().numpy())
         return torch.from_numpy(index).to(data.device)
@@ -96,17 +97,22 @@ class OptimalTransport(Coupling):
 
 @dataclass(frozen=True)
 class Sinkhorn(Coupling):
-    r"""A draw from the entropic plan: min_π ⟨π, C⟩ + regularisation · KL(π ‖ uniform), C squared distances.
+    """A draw from the entropic optimal transport plan of the batch.
 
-    π has uniform marginals; it is found by Sinkhorn's iterations in the log domain. Each data point draws its noise
-    from its own conditional of π, so a noise may serve twice. Towards 0 the plan is that of
-    :class:`OptimalTransport`, towards infinity independent; it runs on the device of the data.
+    The plan is π = argmin ⟨π, C⟩ + regularisation · KL(π ‖ uniform), with uniform marginals and squared distances C. It
+    is found by Sinkhorn's iterations in the log domain, on the device of the data. Each data point draws its noise from
+    its conditional of π, so the same noise may be drawn twice. As the regularisation goes to 0, the plan becomes that
+    of `OptimalTransport`; as it goes to infinity, noise and data become independent.
     [Cuturi 2013, arXiv:1306.0895; in flow matching: Tong et al. 2024, arXiv:2302.00482]
 
     Args:
-        regularisation: in squared units of flow space.
-        max_iterations: after which the plan is taken as it is.
-        tolerance: of the noise's marginal, relative to uniform, at which iterations stop; the data's is exact.
+        regularisation: strength of the entropy term, in squared units of flow space.
+        max_iterations: the plan is used as it is after this many iterations.
+        tolerance: iterations stop when the marginal of the noise is this close to uniform, relative to it. The marginal
+            of the data is exact.
+
+    Raises:
+        InvalidValueError: an argument is not positive.
     """
 
     regularisation: float = 0.1
@@ -114,9 +120,9 @@ class Sinkhorn(Coupling):
     tolerance: float = 1e-2
 
     def __post_init__(self) -> None:
-        for name in ("regularisation", "max_iterations", "tolerance"):
-            if not getattr(self, name) > 0:
-                raise InvalidValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        check_number("regularisation", self.regularisation, above=0)
+        check_number("max_iterations", self.max_iterations, whole=True, at_least=1)
+        check_number("tolerance", self.tolerance, above=0)
 
     def pair(self, noise: Tensor, data: Tensor, generator: torch.Generator | None = None) -> Tensor:
         given_data = self.log_plan(noise, data).softmax(1)
@@ -129,15 +135,15 @@ class Sinkhorn(Coupling):
         noise: Tensor,  # (N, *event)
         data: Tensor,  # (M, *event)
     ) -> Tensor:  # (M, N)
-        """log π of each pair of a data point (row) and a noise (column); rows sum to 1/M exactly."""
+        """Return log π for each data point (row) and noise (column); rows sum to 1/M exactly."""
         kernel = -_squared_distances(data, noise) / self.regularisation
         log_m, log_n = math.log(kernel.shape[0]), math.log(kernel.shape[1])
         columns = kernel.new_zeros(kernel.shape[1])
         for iteration in range(self.max_iterations):
             rows = -log_m - torch.logsumexp(kernel + columns, 1)
             update = -log_n - torch.logsumexp(kernel + rows.unsqueeze(1), 0)
-            looks = iteration % 10 == 9  # now and then, since a GPU has to be waited for
-            if looks and float((columns - update).abs().amax()) < self.tolerance:
+            checks = iteration % 10 == 9  # not always, because the check waits for a GPU
+            if checks and float((columns - update).abs().amax()) < self.tolerance:
                 break
             columns = update
         rows = -log_m - torch.logsumexp(kernel + columns, 1)
@@ -149,10 +155,11 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:  # (A, B), float64
 
 
 def _reduced(cost: Tensor, sweeps: int = 2) -> Tensor:
-    """``cost`` less a number for each row and each column, so that in each the least entry is 0.
+    """Subtract one number from each row and each column, so that the least entry of each is 0.
 
-    Every assignment loses the same, so the best one stays the best. With the numbers of an entropic plan, two sweeps
-    of Sinkhorn's iterations, its entries are nearly 0, and the search for it takes less than half the time.
+    This changes the cost of every assignment by the same amount, so the best one stays the best. The numbers come from
+    an entropic plan after two sweeps of Sinkhorn's iterations. They make the best assignment's entries nearly 0, and
+    the search takes less than half the time.
     """
     scale = (0.07 * cost.mean()).clamp(min=torch.finfo(cost.dtype).tiny)
     kernel = (cost / -scale).float()

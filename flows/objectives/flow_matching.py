@@ -1,4 +1,4 @@
-"""Training by flow matching: regression on velocities, without a solve."""
+"""Flow matching: training by regression on velocities, without a solve."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flows.bases import require_normal
+from flows.checks import check_number
 from flows.datasets import Batch
 from flows.divergence import Auto, DivergenceEstimator
 from flows.errors import InvalidValueError
@@ -22,60 +23,63 @@ from flows.objectives.paths import Linear, ProbabilityPath
 from flows.objectives.posterior import posterior_moments
 from flows.vector_field import checked_value
 
-LOW_DIMENSION = 8  # up to which a batch of some hundred points covers a density
-USUAL_WEIGHT = 0.1  # of the divergence's error
-FEW_PRODUCTS = 4  # with the Jacobian that an evaluation may take to match the divergence unasked
+AUTO_MAX_DIMENSION = 8  # up to which a batch of some hundred points covers a density
+AUTO_DIVERGENCE_WEIGHT = 0.1
+AUTO_MAX_PRODUCTS = 4  # Jacobian products per evaluation that "auto" may spend on matching the divergence
 
 
 @dataclass(frozen=True)
 class FlowMatching(Objective):
-    r"""E ‖v(t, x_t) − u‖² / d on a path x_t = a(t) x₁ + b(t) x₀ with t uniform, or late more often.
+    """Regression on velocities along a path, E ‖v(t, x_t) − u‖² / d.
 
-    x₁ is data in flow space and x₀ comes from the base. With ``target="sampled"``, u = a′(t) x₁ + b′(t) x₀. The
-    minimiser is the marginal velocity E[u | x_t], whose flow carries the base to the data, but single targets
-    scatter around it and the loss does not reach zero. [Lipman et al. 2023, arXiv:2210.02747]
+    Here x_t = a(t) x₁ + b(t) x₀, x₁ is data in flow space, x₀ comes from the base, and t is uniform unless `time_power`
+    says otherwise. With `target="sampled"`, u = a′(t) x₁ + b′(t) x₀. The minimiser is the marginal velocity E[u | x_t],
+    whose flow carries the base to the data. Single targets scatter around it, so the loss does not reach zero.
+    [Lipman et al. 2023, arXiv:2210.02747]
 
-    With ``target="marginal"``, u is the expectation over which point of the batch x_t came from,
+    With `target="marginal"`, u averages over the points of the batch that x_t may have come from:
 
-        u = a′ m + b′ (x_t − a m)/b,   m = Σ_j w_j x_j,   w_j ∝ N(x_t; a x_j, b² I),
+        u = a′ m + b′ (x_t − a m)/b,   m = Σ_j w_j x_j,   w_j ∝ N(x_t; a x_j, b² I).
 
-    a far less noisy target for one product of queries × batch. Since the query's own point is in the batch, this is
-    E[a′x₁ + b′x₀ | x_t, batch], and so without bias for any size of the batch: the minimiser is the same. Its
-    scatter, relative to the velocity, falls from 1.7 for sampled targets to 0.3 with 64 points and 0.1 with 512
-    (three Gaussians in the plane). With contexts, w_j is zero for points of another context than the query's: an
-    expectation over the class where contexts are classes, and the sampled target where no two are equal. For
-    low-dimensional data, whose batches cover the density; where all points are far apart, it is the sampled target.
+    This target is far less noisy and costs one product of queries × batch. It equals E[a′x₁ + b′x₀ | x_t, batch],
+    because the query's own point is in the batch, so it is unbiased for any batch size and has the same minimiser. For
+    three Gaussians in the plane, its scatter relative to the velocity is 0.3 with 64 points and 0.1 with 512, against
+    1.7 for sampled targets. With contexts, points of another context than the query's have weight zero: if contexts are
+    classes, the average is over the class; if no two are equal, the target is the sampled one. Use it for data of low
+    dimension, whose batches cover the density. If all points are far apart, it equals the sampled target.
     [Xu, Tong & Jaakkola 2023, arXiv:2302.00670; Ryzhakov et al. 2024, arXiv:2402.03232]
 
-    The log-density is an integral of div v, in which fine errors count more than in v. ``divergence_weight`` adds its
-    square error λ E (b div v − b div u)² / d, where
+    The log-density is an integral of div v, where fine errors count more than in v. `divergence_weight` adds the square
+    error λ E (b div v − b div u)² / d, with
 
-        b div u = (a′b − ab′) a E[‖x₁ − m_v‖² | x_t] / b² + b′d,   m_v = (b v − b′x_t) / (a′b − ab′),
+        b div u = (a′b − ab′) a E[‖x₁ − m_v‖² | x_t] / b² + b′d,   m_v = (b v − b′x_t) / (a′b − ab′).
 
-    comes from the same posterior around the mean that v implies, held fixed. Where v is right it is unbiased, and the
-    gradient of the loss vanishes in expectation; elsewhere it is too large by a‖v − u‖²/(a′b − ab′). Single values
-    scatter, so this error does not reach zero either. The cost is that of an exact divergence, and of one pass over
-    queries × batch a dimension. [Lu et al. 2022, arXiv:2206.08265]
+    The expectation uses the same posterior; m_v is the mean that v implies, held constant for the gradient. If v is
+    right, this is unbiased and the gradient of the loss vanishes in expectation. Elsewhere it is too large by
+    a‖v − u‖²/(a′b − ab′). Single values scatter, so this error does not reach zero either. It costs an exact divergence
+    and one pass over queries × batch per dimension. [Lu et al. 2022, arXiv:2206.08265]
 
     Args:
-        target: ``"sampled"``, ``"marginal"``, or ``"auto"``: marginal for events of up to 8 numbers and independent
-            couplings, else sampled.
-        num_queries: the number of points x_t at which the field is evaluated; by default one for each point of the
-            batch. Fewer make the batch a larger pool for the marginal target, or for the coupling; where "auto"
-            samples the target of an independent coupling, all points are queries.
-        path: a :class:`ProbabilityPath` or its lower-case name, ``"linear"``, ``"cosine"`` or
-            ``"variance_preserving"``.
-        coupling: of x₀ and x₁ within the batch, a :class:`Coupling` or its lower-case name, ``"independent"``,
-            ``"optimal_transport"`` or ``"sinkhorn"``; the marginal target takes independent ones only.
-        context_dropout: the probability with which an example's context is replaced by the zero vector, which then
-            stands for no context, as :meth:`flows.CNF.guided` needs. The marginal target of such a query is over
-            all contexts. [Ho & Salimans 2022, arXiv:2207.12598]
-        time_power: k > 0 of t = 1 − (1 − u)ᵏ with u uniform. Above 1, late times, at which detail forms, are drawn more
-            often. The minimiser is the same, but a network too small to reach it spends its capacity there: the loss
-            at t has the weight (1 − t)^(1/k − 1).
-        divergence_weight: λ >= 0, by default 0; 0.1 is usual. It takes an independent coupling and an exact divergence:
-            the flow's estimator if that is exact for its field, else ``Auto()``. ``"auto"``: 0.1 for marginal targets
-            of up to 8 numbers whose exact divergence costs no more than 4 products, else 0.
+        target: `"sampled"`, `"marginal"` or `"auto"`. "auto" is marginal for events of up to 8 numbers with an
+            independent coupling, and sampled otherwise.
+        num_queries: the number of points x_t where the field is evaluated. By default one for each point of the batch.
+            Fewer leave a larger pool for the marginal target or the coupling. If "auto" chooses the sampled target of
+            an independent coupling, all points are queries.
+        path: a `ProbabilityPath` or its lower-case name: `"linear"`, `"cosine"` or `"variance_preserving"`.
+        coupling: of x₀ and x₁ in the batch: a `Coupling` or its lower-case name, `"independent"`,
+            `"optimal_transport"` or `"sinkhorn"`. The marginal target needs an independent one.
+        context_dropout: the probability of replacing an example's context by zeros, which then stand for "no context",
+            as `flows.CNF.guided` needs. The marginal target of such a query averages over all contexts.
+            [Ho & Salimans 2022, arXiv:2207.12598]
+        time_power: k > 0 of t = 1 − (1 − u)ᵏ with uniform u. Above 1, late times, where detail forms, are drawn more
+            often. This does not change the minimiser, but it gives the loss at t the weight (1 − t)^(1/k − 1), and a
+            network that is too small to reach the minimiser fits those times better.
+        divergence_weight: λ >= 0, by default 0; 0.1 works well. It needs an independent coupling and an exact
+            divergence: the flow's estimator if it is exact for the field, otherwise `Auto()`. `"auto"` is 0.1 for
+            marginal targets of up to 8 numbers whose exact divergence costs at most 4 Jacobian products, otherwise 0.
+
+    Raises:
+        InvalidValueError: a setting is unknown or out of range, or settings contradict each other.
     """
 
     solves: ClassVar[bool] = False
@@ -92,37 +96,38 @@ class FlowMatching(Objective):
         object.__setattr__(self, "coupling", by_name(Coupling, self.coupling))
         if self.target not in ("auto", "sampled", "marginal"):
             raise InvalidValueError(f"target must be 'auto', 'sampled' or 'marginal', got {self.target!r}")
-        independent = self.coupling.is_independent
+        independent = self._coupling.is_independent
         if self.target == "marginal" and not independent:
             raise InvalidValueError(
-                f"target='marginal' supposes that noise and data are independent, and coupling "
-                f"{type(self.coupling).__name__} is not; use target='sampled' with it"
+                f"target='marginal' assumes independent noise and data, but the coupling "
+                f"{type(self.coupling).__name__} pairs them; use target='sampled' with it"
             )
-        if self.num_queries is not None and (self.num_queries < 1 or (self.target == "sampled" and independent)):
+        if self.num_queries is not None:
+            check_number("num_queries", self.num_queries, whole=True, at_least=1)
+        if self.num_queries is not None and self.target == "sampled" and independent:
             raise InvalidValueError(
-                f"num_queries must be >= 1 and goes with target='marginal' or a coupling, which use the rest of the "
-                f"batch; got {self.num_queries} with target={self.target!r}; null takes each point of the batch"
+                f"num_queries needs target='marginal' or a coupling, which use the rest of the batch, got "
+                f"{self.num_queries} with target={self.target!r}; use None to take each point of the batch"
             )
-        if not 0 < self.time_power < math.inf:
-            raise InvalidValueError(
-                f"time_power must be > 0 and finite, 1 for times drawn uniformly, got {self.time_power}"
-            )
+        check_number("time_power", self.time_power, above=0, otherwise="1 draws times uniformly")
         weight = self.divergence_weight
-        if weight != "auto" and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
-            raise InvalidValueError(f"divergence_weight must be >= 0 and finite, or 'auto', got {weight!r}")
-        if weight not in ("auto", 0) and not independent:
-            raise InvalidValueError(
-                f"divergence_weight={weight:g} supposes that noise and data are independent, and coupling "
-                f"{type(self.coupling).__name__} is not; use divergence_weight=0 with it"
-            )
-        if not 0 <= self.context_dropout < 1:
-            raise InvalidValueError(f"context_dropout must be a probability below 1, got {self.context_dropout}")
+        if not isinstance(weight, str):
+            check_number("divergence_weight", weight, at_least=0, otherwise="or use 'auto'")
+            if weight and not independent:
+                raise InvalidValueError(
+                    f"divergence_weight={weight:g} assumes independent noise and data, but the coupling "
+                    f"{type(self.coupling).__name__} pairs them; use divergence_weight=0 with it"
+                )
+        elif weight != "auto":
+            raise InvalidValueError(f"divergence_weight must be a number >= 0 or 'auto', got {weight!r}")
+        check_number("context_dropout", self.context_dropout, at_least=0, below=1)
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         require_normal(flow.base, "FlowMatching")
-        with torch.no_grad():  # noise that is learned is learned by the likelihood, whose bound it tightens
+        with torch.no_grad():  # learned noise is trained by the likelihood, whose bound it tightens
             data, _ = flow.transform(batch.x, generator)
-        independent = self.coupling.is_independent
+        coupling, path = self._coupling, by_name(ProbabilityPath, self.path)
+        independent = coupling.is_independent
         marginal = self._is_marginal(flow)
         queries = slice(self.num_queries if marginal or not independent else None)
         ends = data[queries]
@@ -130,11 +135,11 @@ class FlowMatching(Objective):
             noise = flow.base.sample((len(ends),), generator)
         else:
             noise = flow.base.sample((len(data),), generator)
-            noise = self.coupling.couple(noise, data, batch.context, generator)[queries]
+            noise = coupling.couple(noise, data, batch.context, generator)[queries]
         device = data.device if generator is None else generator.device
         t = torch.rand(len(ends), generator=generator, dtype=data.dtype, device=device).to(data.device)
-        t = (1 - ((1 - t) ** self.time_power).clamp_min(torch.finfo(t.dtype).eps)) * self.path.last_time
-        a, b, a_rate, b_rate = self.path.coefficients(t.view(-1, *[1] * (data.ndim - 1)))
+        t = (1 - ((1 - t) ** self.time_power).clamp_min(torch.finfo(t.dtype).eps)) * path.last_time
+        a, b, a_rate, b_rate = path.coefficients(t.view(-1, *[1] * (data.ndim - 1)))
         position = a * ends + b * noise
         context, dropped = batch.context, None
         if context is not None:
@@ -144,19 +149,19 @@ class FlowMatching(Objective):
         weight, estimator = self._matching(flow)
         velocity, divergence = _evaluate(flow, t, position, context, estimator, generator)
         mean, spread, centre = ends, None, None
+        rate = a_rate * b - a * b_rate  # > 0
         if estimator is not None:
-            rate = a_rate * b - a * b_rate  # > 0
             offset = b * (velocity.detach() - a_rate * ends - b_rate * noise) / rate  # m_v − x₁
             spread, centre = offset.flatten(1).square().sum(1), (ends, offset)
         if marginal:
             possible = same_context(batch.context, len(ends))
-            if dropped is not None:
+            if dropped is not None and possible is not None:
                 possible = possible | dropped.unsqueeze(1)
             mean, spread = posterior_moments(position, a, b, data, possible, centre)
             noise = noise + a * (ends - mean) / b  # (x_t − a m) / b, without the rounding of x_t
         loss = (velocity - (a_rate * mean + b_rate * noise)).square().mean()
         metrics = {"velocity_error": loss.detach()}
-        if estimator is not None:
+        if divergence is not None and spread is not None:
             a, b, b_rate, rate = (tensor.flatten() for tensor in (a, b, b_rate, rate))
             dimension = position[0].numel()
             error = (b * divergence - rate * a * spread / b**2 - b_rate * dimension).square().mean() / dimension
@@ -167,26 +172,32 @@ class FlowMatching(Objective):
     def divergence(self, flow: CNF) -> DivergenceEstimator | None:
         return self._matching(flow)[1]
 
+    @property
+    def _coupling(self) -> Coupling:
+        return by_name(Coupling, self.coupling)
+
     def _is_marginal(self, flow: CNF) -> bool:
-        return self.target == "marginal" or (
-            self.target == "auto" and self.coupling.is_independent and math.prod(flow.event_shape) <= LOW_DIMENSION
-        )
+        if self.target == "auto":
+            return self._coupling.is_independent and math.prod(flow.event_shape) <= AUTO_MAX_DIMENSION
+        return self.target == "marginal"
 
     def _matching(self, flow: CNF) -> tuple[float, DivergenceEstimator | None]:
-        """The weight of the divergence, and what takes it."""
+        """The weight of the divergence error, and the estimator to use."""
         shape, weight = flow.event_shape, self.divergence_weight
-        if weight == 0 or (weight == "auto" and not (self._is_marginal(flow) and math.prod(shape) <= LOW_DIMENSION)):
+        if weight == 0 or (
+            weight == "auto" and not (self._is_marginal(flow) and math.prod(shape) <= AUTO_MAX_DIMENSION)
+        ):
             return 0.0, None
         field = flow.bind()
         estimator = next((e for e in (flow.divergence, Auto()) if e.bind(field).is_exact), None)
         if weight == "auto":
-            affordable = estimator is not None and estimator.bind(field).cost <= FEW_PRODUCTS
-            return (USUAL_WEIGHT, estimator) if affordable else (0.0, None)
+            affordable = estimator is not None and estimator.bind(field).cost <= AUTO_MAX_PRODUCTS
+            return (AUTO_DIVERGENCE_WEIGHT, estimator) if affordable else (0.0, None)
         if estimator is None:
             raise InvalidValueError(
-                f"divergence_weight={weight:g} needs an exact divergence, which neither "
-                f"{type(flow.divergence).__name__} nor Auto() has for {type(flow.field).__name__} at a reasonable "
-                "price; choose divergence=exact, a field with a closed form, or divergence_weight=0"
+                f"divergence_weight={weight:g} needs an exact divergence, but neither {type(flow.divergence).__name__} "
+                f"nor Auto() is exact for {type(flow.field).__name__}; choose divergence=exact, a field with a closed "
+                "form, or divergence_weight=0"
             )
         return weight, estimator
 
@@ -199,9 +210,10 @@ def _evaluate(
     estimator: DivergenceEstimator | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """v, and div v (B,) by the estimator if there is one."""
+    """Return v, and div v (B,) if there is an estimator."""
     if estimator is not None:
         bound = estimator.bind(flow.bind(context))
-        sample = bound(t, position, bound.draw_probes(position, generator))  # some are exact by their probes
+        probes = bound.draw_probes(position, generator)  # some estimators are exact thanks to their probes
+        sample = bound(t, position, probes)
         return sample.value, sample.divergence
     return checked_value(flow.bind(context)(t, position), position), None

@@ -1,4 +1,4 @@
-"""Training by maximum likelihood."""
+"""Maximum likelihood: training through the solve."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flows.checks import check_number
 from flows.datasets import Batch
-from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
 from flows.path_costs import PathCost
@@ -16,16 +16,19 @@ from flows.path_costs import PathCost
 
 @dataclass(frozen=True)
 class MaximumLikelihood(Objective):
-    """−mean log p(x) + Σ weight · mean path cost, in nats an example in data space, through one solve a step.
+    """The loss −mean log p(x) + Σ weight · mean path cost.
+
+    It is in nats per example, in data space. Each training step takes one solve.
 
     Args:
-        regularizers: path costs, in a list or by any names, such as ``[KineticEnergy(0.01), JacobianNorm(0.01)]``;
-            those of weight 0 are left out. Their integrals are metrics, beside the bare ``nll``.
-        steer: b: training solves end at a base time drawn from U(−b, b) instead of 0, so that no part of the
-            dynamics can be squeezed into a sliver of time; evaluation is at 0. [Ghosh et al. 2020, arXiv:2006.10711]
+        regularizers: path costs, in a list or a mapping with any names, such as
+            `[KineticEnergy(0.01), JacobianNorm(0.01)]`. Costs of weight 0 are left out. Their mean integrals are
+            metrics, next to the `nll` without them.
+        steer: b: training solves end at a base time drawn from U(−b, b) instead of 0, which keeps the dynamics from
+            concentrating in a short time. Evaluation ends at 0. By default 0. [Ghosh et al. 2020, arXiv:2006.10711]
 
     Raises:
-        ValueError: ``steer`` is not in [0, 1).
+        InvalidValueError: `steer` is not in [0, 1).
     """
 
     regularizers: Sequence[PathCost] | Mapping[str, PathCost] = ()
@@ -33,23 +36,21 @@ class MaximumLikelihood(Objective):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regularizers", active_costs(self.regularizers))
-        if not 0 <= self.steer < 1:
-            raise InvalidValueError(
-                f"steer must be in [0, 1), a part of the unit of time that a flow runs, got {self.steer}"
-            )
+        check_number("steer", self.steer, at_least=0, below=1)
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
+        regularizers = active_costs(self.regularizers)
         base_time = 0.0
         if self.steer:
             device = None if generator is None else generator.device
             base_time = self.steer * (2 * torch.rand((), generator=generator, device=device).item() - 1)
         estimate = flow.estimate_log_prob(
-            batch.x, batch.context, generator, solver_error=False, path_costs=self.regularizers, base_time=base_time
+            batch.x, batch.context, generator, solver_error=False, path_costs=regularizers, base_time=base_time
         )
         nll = -estimate.value.mean()
         metrics = {
             "nll": nll.detach(),
             "divergence_standard_error": estimate.standard_error.square().mean().sqrt(),
         }
-        loss, costs = regularized(nll, self.regularizers, estimate.path_costs)
+        loss, costs = regularized(nll, regularizers, estimate.path_costs)
         return LossOutput(loss, metrics | costs, estimate.statistics)

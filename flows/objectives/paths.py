@@ -1,4 +1,4 @@
-"""Probability paths of flow matching: how noise turns into data between t = 0 and t = 1."""
+"""Probability paths of flow matching, from noise at t = 0 to data at t = 1."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from flows.errors import InvalidValueError
+from flows.checks import check_number
 
 
 class Coefficients(NamedTuple):
-    """a, b and their time derivatives, each shaped like t."""
+    """The coefficients of a path and their time derivatives, each shaped like t."""
 
     data: Tensor  # a(t)
     noise: Tensor  # b(t)
@@ -24,34 +24,38 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbabilityPath(ABC):
-    """x_t = a(t) x₁ + b(t) x₀ from noise x₀ at t = 0 to data x₁ at t = 1, with velocity a′(t) x₁ + b′(t) x₀.
+    """A path x_t = a(t) x₁ + b(t) x₀ from noise x₀ to data x₁.
 
-    To add one: subclass it with :meth:`coefficients`, a/b rising strictly, that is a′b − ab′ > 0, from t = 0 on;
-    settings may then give it by its lower-case name.
+    Its velocity is a′(t) x₁ + b′(t) x₀. To add one, subclass this and implement `coefficients`. a/b must rise strictly
+    from t = 0 on, that is, a′b − ab′ > 0. Settings may then name the path by its lower-case name.
     """
 
-    last_time: ClassVar[float] = 1.0  # training draws t from [0, last_time); less than 1 where b′ is singular at 1
+    last_time: ClassVar[float] = 1.0  # training draws t from [0, last_time); below 1 if b′ is singular at 1
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> Coefficients:
-        """a, b, a′ and b′ at times t."""
+        """Return a, b, a′ and b′ at times t."""
 
 
 @dataclass(frozen=True)
 class Linear(ProbabilityPath):
-    """a = t, b = 1 − (1 − sigma_min) t: straight lines, the "OT" path of a single data point.
+    """Straight lines: a = t, b = 1 − (1 − sigma_min) t.
+
+    For a single data point this is the optimal transport path.
 
     [Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, arXiv:2209.03003]
 
     Args:
-        sigma_min: standard deviation that is left around a data point at t = 1, in flow space.
+        sigma_min: standard deviation around each data point at t = 1, in flow space.
+
+    Raises:
+        InvalidValueError: `sigma_min` is not in [0, 1).
     """
 
     sigma_min: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma_min < 1:
-            raise InvalidValueError(f"sigma_min must be in [0, 1), got {self.sigma_min}")
+        check_number("sigma_min", self.sigma_min, at_least=0, below=1)
 
     def coefficients(self, t: Tensor) -> Coefficients:
         rate = 1 - self.sigma_min
@@ -60,7 +64,7 @@ class Linear(ProbabilityPath):
 
 @dataclass(frozen=True)
 class Cosine(ProbabilityPath):
-    """a = sin(πt/2), b = cos(πt/2), so that a² + b² = 1: the trigonometric interpolant.
+    """The trigonometric interpolant: a = sin(πt/2), b = cos(πt/2), so a² + b² = 1.
 
     [Albergo & Vanden-Eijnden 2023, arXiv:2209.15571]
     """
@@ -73,14 +77,17 @@ class Cosine(ProbabilityPath):
 
 @dataclass(frozen=True)
 class VariancePreserving(ProbabilityPath):
-    r"""a = exp(−½ T(1 − t)), b = √(1 − a²) with T(s) = ∫₀ˢ β: the path of a variance-preserving diffusion.
+    """The path of a variance-preserving diffusion.
 
-    β rises linearly from ``beta_min`` at the data to ``beta_max`` at the noise. At t = 0, a is not zero but
-    exp(−½ T(1)), 0.0066 by default: the base is reached that nearly.
+    a = exp(−½ T(1 − t)) and b = √(1 − a²), with T(s) = ∫₀ˢ β. The rate β rises linearly from `beta_min` at the data to
+    `beta_max` at the noise. At t = 0, a is exp(−½ T(1)) instead of 0 (0.0066 by default), so x₀ is not quite reached.
     [Song et al. 2021, arXiv:2011.13456; as a path of flow matching: Lipman et al. 2023, arXiv:2210.02747]
 
     Args:
-        beta_min, beta_max: 0 < beta_min <= beta_max, per unit of time.
+        beta_min, beta_max: rates per unit of time, 0 < beta_min <= beta_max.
+
+    Raises:
+        InvalidValueError: they are not in this order.
     """
 
     last_time: ClassVar[float] = 1 - 1e-5  # b′ grows like (1 − t)^(−1/2)
@@ -88,8 +95,8 @@ class VariancePreserving(ProbabilityPath):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min <= self.beta_max:
-            raise InvalidValueError(f"expected 0 < beta_min <= beta_max, got {self.beta_min} and {self.beta_max}")
+        check_number("beta_min", self.beta_min, above=0)
+        check_number("beta_max", self.beta_max, at_least=self.beta_min)
 
     def coefficients(self, t: Tensor) -> Coefficients:
         s = 1 - t

@@ -1,4 +1,4 @@
-"""What a point x_t = a x₁ + b x₀ tells of x₁, when x₁ is one of a pool and x₀ standard normal."""
+"""Posterior of x₁ given x_t = a x₁ + b x₀, for x₁ from a pool of points and standard normal x₀."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-FEW_PASSES = 8  # over queries × pool, one a dimension, that take no longer than one product in float64
+MAX_DIMENSION_TO_SUM = 8  # up to here, one pass over queries × pool per dimension is faster than a float64 product
 
 
 def posterior_moments(
@@ -19,21 +19,21 @@ def posterior_moments(
     possible: Tensor | None = None,  # (Q, P), at least one in each row; which of the pool it can be, all if None
     centre: tuple[Tensor, Tensor] | None = None,  # (Q, *event) each; a likely value of x₁, and what to add to it
 ) -> tuple[Tensor, Tensor | None]:  # (Q, *event), (Q,)
-    """E[x₁ | x_t], and E[‖x₁ − c‖² | x_t] where there is a centre c.
+    """Return E[x₁ | x_t], and E[‖x₁ − c‖² | x_t] if there is a centre c.
 
-    The centre is given as a sum, because near a point of the pool its distance takes more digits than it has itself.
+    The centre is passed as a sum, because its distance to a nearby point of the pool needs more digits than c has.
     """
     flat, points, a, b = (tensor.flatten(1) for tensor in (pool.to(position), position, a, b))
     columns = flat.T.contiguous()
-    if len(columns) <= FEW_PASSES or flat.device.type == "mps":  # which has no float64
+    if len(columns) <= MAX_DIMENSION_TO_SUM or flat.device.type == "mps":  # mps has no float64
         log_weights = partial(_summed_log_weights, columns=columns)
     else:
         keys = torch.cat([columns, columns.double().square().sum(0, keepdim=True)])
         log_weights = partial(_expanded_log_weights, keys=keys)
-    # Rows that stay in the cache of a core are twice as fast there; elsewhere, some hundred megabytes at a time.
+    # On a CPU, rows that fit into a core's cache are twice as fast. Elsewhere, use some hundred megabytes at a time.
     size = 128 if flat.device.type == "cpu" else max(1, 2**26 // len(flat))
     means, spreads = [], []
-    with torch.autocast(flat.device.type, enabled=False):  # the target is divided by 1 − t: it needs its digits
+    with torch.autocast(flat.device.type, enabled=False):  # the target is divided by 1 − t, which costs digits
         for start in range(0, len(points), size):
             rows = slice(start, start + size)
             logits = log_weights(points[rows], a[rows], b[rows])
@@ -53,25 +53,29 @@ def _squared_distances(
     scale: Tensor | None = None,  # (Q, 1), 1 if None
     offset: Tensor | None = None,  # (Q, d), 0 if None
 ) -> Tensor:  # (Q, P)
-    """‖scale c − x − offset‖² of each point x and column c, one dimension at a time: a product would lose digits."""
-    total = None
+    """Return ‖scale c − x − offset‖² for each point x and column c.
+
+    The sum runs over one dimension at a time, because a matrix product would lose digits.
+    """
+    total: Tensor | None = None
     for i, (point, column) in enumerate(zip(points.T.unsqueeze(2), columns, strict=True)):
         difference = column - point if scale is None else torch.addcmul(-point, scale, column)
         if offset is not None:
             difference.sub_(offset[:, i : i + 1])
         total = difference.square_() if total is None else total.addcmul_(difference, difference)
+    assert total is not None, "events have at least one number"
     return total
 
 
 def _summed_log_weights(points: Tensor, a: Tensor, b: Tensor, columns: Tensor) -> Tensor:
-    """−‖x_t − a x_j‖² / 2b² (Q, P) from ``columns`` (d, P)."""
+    """Return −‖x_t − a x_j‖² / 2b² (Q, P) from `columns` (d, P)."""
     return _squared_distances(points, columns, a).mul_(-0.5 * b.square().reciprocal())
 
 
 def _expanded_log_weights(points: Tensor, a: Tensor, b: Tensor, keys: Tensor) -> Tensor:
-    """The same up to what does not depend on j, as one product with ``keys``: x_j and ‖x_j‖² (d + 1, P).
+    """Return the same up to a term that does not depend on j, as one product with `keys`.
 
-    Its terms are large where b is small, so their difference takes float64.
+    The keys are x_j and ‖x_j‖² (d + 1, P). The terms are large where b is small, so their difference needs float64.
     """
     points_64, a, b = points.double(), a.double(), b.double()
     precision = b.square().reciprocal()

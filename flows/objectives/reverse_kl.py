@@ -1,4 +1,4 @@
-"""Training on an unnormalised density, without samples."""
+"""Reverse KL: training on an unnormalised density, without samples."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from flows.path_costs import PathCost
 
 @dataclass(frozen=True)
 class ReverseKL(Objective):
-    r"""E_q[log q(x) − log p̃(x)] over samples x of the flow q: KL(q ‖ p) − log Z for p = p̃/Z.
+    """The loss E_q[log q(x) − log p̃(x)] over samples x of the flow q.
 
-    The samples are drawn in one solve that is differentiated through; no data are used, only the size of the
-    batch. The loss is an upper bound of −log Z ("free energy"). Beside it the weights w = p̃/q give the metrics
-    ``log_z`` = log mean w, and ``effective_sample_size`` = (Σw)²/(n Σw²) in (0, 1], both of the batch. KL(q ‖ p) is
-    small, and they look good, for a q that has lost whole modes of p: compare with samples where there are any.
+    This is KL(q ‖ p) − log Z for p = p̃/Z, an upper bound of −log Z ("free energy"). Samples are drawn in one solve that
+    is differentiated through. No data are used, only the size of the batch. The importance weights w = p̃/q of the batch
+    give the metrics `log_z` = log mean w and `effective_sample_size` = (Σw)²/(n Σw²), in (0, 1]. Both look good for a q
+    that misses whole modes of p, for which KL(q ‖ p) is small too. Compare with samples of p if there are any.
 
-    With a stochastic divergence, log q has an error of variance s² for each sample. The loss stays unbiased, but
-    weights are exponentials: log Z rises by about s²/2 and the effective sample size falls by the factor
-    exp(−s²). Hence ``exact=True``, which refuses estimators that are not exact for the field.
+    A stochastic divergence gives log q an error of variance s² per sample. The loss stays unbiased, but weights are
+    exponentials: log Z rises by about s²/2, and the effective sample size falls by the factor exp(−s²). Therefore
+    `exact=True` refuses estimators that are not exact for the field.
 
     Args:
-        target: log p̃: an :class:`flows.datasets.Energy` (or anything else with ``log_density(x)`` or
-            ``log_prob(x)``) or a function x (B, *event) -> (B,), differentiable.
-        exact: see above; ``False`` takes any estimator.
-        regularizers: as of :class:`MaximumLikelihood`.
-
-    Sources: Noé et al. 2019, arXiv:1812.01729 (Boltzmann generators); Albergo et al. 2019, arXiv:1904.12072 (lattices).
+        target: log p̃: a `flows.datasets.Energy`, anything else with `log_density(x)` or `log_prob(x)`, or a function
+            x (B, *event) -> (B,). It must be differentiable.
+        exact: whether to require an exact estimator, by default `True`.
+        regularizers: as in `MaximumLikelihood`.
 
     Raises:
-        TypeError: ``target`` is neither of these.
-        ValueError: the estimator is not exact, or the target returns another shape.
+        InvalidTypeError: `target` is none of these.
+        InvalidValueError: the estimator is not exact, or the target returns another shape.
+
+    Sources: Noé et al. 2019, arXiv:1812.01729 (Boltzmann generators); Albergo et al. 2019, arXiv:1904.12072 (lattices).
     """
 
     uses_data: ClassVar[bool] = False
@@ -55,13 +55,14 @@ class ReverseKL(Objective):
         if self.exact and not flow.divergence.bind(flow.bind()).is_exact:
             raise InvalidValueError(
                 f"{type(flow.divergence).__name__} is not exact for {type(flow.field).__name__} on events of shape "
-                f"{flow.event_shape}, and its noise would bias the importance weights; choose an exact estimator "
-                "(divergence=exact, or a field with a closed form), or set exact=False"
+                f"{flow.event_shape}, so its noise would bias the importance weights; choose an exact estimator "
+                "(divergence=exact, or a field with a closed form) or set exact=False"
             )
-        drawn = flow.draw((len(batch),), generator=generator, path_costs=self.regularizers)
+        regularizers = active_costs(self.regularizers)
+        drawn = flow.draw((len(batch),), generator=generator, path_costs=regularizers)
         log_weight = log_weights(self.target, drawn.x, drawn.log_prob)
         free_energy = -log_weight.mean()
-        loss, costs = regularized(free_energy, self.regularizers, drawn.path_costs)
+        loss, costs = regularized(free_energy, regularizers, drawn.path_costs)
         metrics = {
             "free_energy": free_energy.detach(),
             "log_z": log_z(log_weight.detach()),
