@@ -1,5 +1,6 @@
 """What drives the step size, within which limits, and what a solve tells about its steps."""
 
+import itertools
 import math
 
 import pytest
@@ -204,3 +205,94 @@ def test_errors_of_settings():
         ODESolver().solve(Named("x"), (torch.ones(1, 1), torch.zeros(1)), (0.0, 0.5, 0.5))
     with pytest.raises(ValueError, match=r"must return derivatives of shapes .*\(4,\)\], got .*\(2,\)\]"):
         solved(lambda t, s: (s[0], s[1][:2]))
+
+
+def attempts(field, end=1.0, method="dopri5", tolerance=1e-6, **settings):
+    """All attempts but the last five, whose size follows from the end of the solve."""
+    solver = ODESolver(method, rtol=tolerance, atol=tolerance, max_steps=10**4, **settings)
+    x = torch.tensor([[1.0, 0.0]]).expand(3, 2)
+    return solver.solve(field, (x,), (0.0, end)).statistics.attempts[:-5]
+
+
+def turning(rate):
+    """x turns by the angle ∫ rate dt."""
+    return lambda t, state: (rate(t) * torch.stack([-state[0][:, 1], state[0][:, 0]], 1),)
+
+
+def test_steps_grow_at_most_tenfold_and_do_so():
+    """The field is steep until t = 0.01 and then 0."""
+    field = turning(lambda t: 1e4 * (t < 0.01))
+    growth = [b.dt / a.dt for a, b in itertools.pairwise(attempts(field, end=1e6)) if a.accepted]
+    assert max(growth) == pytest.approx(10)
+
+
+def test_rejected_steps_shrink_at_most_to_a_fifth_and_do_so():
+    """The field jumps at t = 0.5. It has no values beyond t = 0.7 in the second case."""
+    for field in (turning(lambda t: 1 + 1e9 * (t > 0.5)), turning(lambda t: torch.where(t > 0.7, torch.nan, 1.0))):
+        with pytest.raises(RuntimeError) as failed:
+            attempts(field)
+        assert failed.value.t > 0.49
+    solver = ODESolver(min_step=1e-3)
+    dynamics = turning(lambda t: 1 + 1e4 * (t > 0.5))
+    tried = solver.solve(dynamics, (torch.ones(1, 2),), (0.0, 0.51)).statistics.attempts
+    shrunk = [b.dt / a.dt for a, b in itertools.pairwise(tried) if not a.accepted and b.dt > 1.001e-3]
+    assert min(shrunk) == pytest.approx(0.2)
+    assert max(shrunk) < 1
+
+
+def test_a_step_is_never_shorter_than_an_accepted_one_before():
+    """The field turns faster and faster, so that errors rise until a step is rejected."""
+    taken = attempts(turning(lambda t: torch.exp(5 * t)))
+    pairs = [(a, b) for a, b in itertools.pairwise(taken) if a.accepted]
+    assert sum(a.error > 0.7 for a, b in pairs) > 5
+    assert all(b.dt >= a.dt * (1 - 1e-9) for a, b in pairs)
+    assert all(b.dt < a.dt for a, b in itertools.pairwise(taken) if not a.accepted)
+
+
+@pytest.mark.parametrize(("method", "order"), [("dopri5", 5), ("dopri8", 8), ("adaptive_heun", 2)])
+def test_steps_settle_where_the_error_leaves_the_margin(method, order):
+    """For constant difficulty the size is 0.9 of what the tolerance allows, so the error is 0.9^order of it."""
+    taken = attempts(turning(lambda t: 1.0), 30.0, method, 1e-4)
+    assert taken[-1].error == pytest.approx(0.9**order, rel=0.05)
+
+
+def test_the_last_steps_share_the_rest_equally():
+    """Up to four of them, and no more."""
+    for end in torch.linspace(5, 8, 13).tolist():
+        solver = ODESolver(rtol=1e-6, atol=1e-6)
+        steps = solver.solve(turning(lambda t: 1.0), (torch.tensor([[1.0, 0.0]]),), (0.0, end)).statistics.attempts
+        sizes = [step.dt for step in steps]
+        assert sizes[-4:] == pytest.approx([sizes[-1]] * 4)
+        assert sizes[-6] > 1.001 * sizes[-1] or sizes[-6] == pytest.approx(sizes[-5])
+        assert all(b >= a * (1 - 1e-9) for a, b in itertools.pairwise(sizes[:-4]))
+
+
+def test_bad_values_at_the_start_fail_at_once():
+    calls = []
+
+    def bad(t, state):
+        calls.append(t)
+        return (state[0] / 0.0,)
+
+    with pytest.raises(RuntimeError, match="the velocity has 2 NaN or infinite values"):
+        ODESolver().solve(bad, (torch.ones(1, 2),), (0.0, 1.0))
+    assert len(calls) == 1
+
+
+def test_values_that_overflow_the_norm_are_solved_with_a_short_first_step():
+    """Squares of 1e25 over the tolerance are infinite in float32, the values are not."""
+    x = torch.full((2, 2), 1e25, dtype=torch.float32)
+    solution = ODESolver(rtol=1e-3, atol=1e-3).solve(lambda t, state: (0 * state[0],), (x,), (0.0, 1.0))
+    assert torch.equal(solution.end[0], x)
+
+
+def test_the_first_evaluations_stay_within_the_solve():
+    """The second one, which measures how the slope changes, is no farther than the end."""
+    seen = []
+
+    def slow(t, state):
+        seen.append(float(t))
+        return (1e-6 * state[0],)
+
+    ODESolver().solve(slow, (torch.ones(1, 2),), (0.0, 1e-3))
+    assert max(seen) == 1e-3

@@ -102,7 +102,7 @@ def test_the_quartic_action_by_hand():
 def test_bad_settings_are_refused():
     for build, message in [
         (lambda: Phi4(coupling=0.0, mass_squared=-1.0), "coupling must be > 0 unless mass_squared > 0"),
-        (lambda: Phi4((6, 1)), "size must hold the sites"),
+        (lambda: Phi4((6, 1)), "each entry of size must be a whole number >= 2, got 1"),
         (lambda: Funnel(1), "dimension must be a whole number >= 2, got 1"),
         (lambda: DoubleWell(tilt=math.inf), "tilt must be between -10 and 10"),
         (lambda: Phi4().log_density(torch.zeros(3, 6, 5)), r"expected fields of shape \(\*batch, 1, 6, 6\)"),
