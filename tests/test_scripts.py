@@ -176,9 +176,8 @@ def test_digits_from_levels_to_levels(run, tmp_path):
     assert set(np.unique(samples)) <= set(range(17))
     for name, message in (
         ("transform=standardise", "the data 'digits' are whole numbers from 0 to 16, on which a density can grow"),
-        ("transform.dequantise.num_levels=256", "no setting transform.dequantise.num_levels"),
         (
-            "+transform.dequantise.num_levels=256",
+            "transform.dequantise.num_levels=256",
             "'digits' have 17 levels, and the transform was built for 256",
         ),
     ):
@@ -244,7 +243,7 @@ def test_a_sweep_goes_on_after_a_failed_job(run, tmp_path, setting):
     code, out, err = run("train", "-m", *TINY, f"{setting}=sweep", "solver.step_size=-1,0.5")
     assert code == 2
     assert "Error in solver.step_size--1: " in err
-    assert "step_size > 0" in err
+    assert re.search("step_size .*must be > 0, got -1", err)
     assert err.strip().endswith("Not all jobs of the sweep succeeded; see their errors above.")
     assert "Traceback" not in err
     assert "NLL" in out

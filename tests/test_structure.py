@@ -70,6 +70,44 @@ def test_imports_point_one_way():
     assert not wrong
 
 
+def of_the_terminal(path):
+    """What a file takes from Hydra, from the command line or from the terminal."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        elif isinstance(node, ast.Call):
+            names = [ast.unparse(node.func)] if isinstance(node.func, ast.Name) else []
+        else:
+            continue
+        for name in names:
+            package = name.partition(".")[0]
+            if package in ("hydra", "omegaconf", "argparse") or name in TERMINAL:
+                yield name
+
+
+TERMINAL = ("sys.argv", "sys.exit", "os._exit", "print", "exit", "input")
+
+
+def test_only_the_programs_know_hydra_and_the_terminal():
+    found = {path: set(of_the_terminal(path)) for path in PACKAGE.rglob("*.py") if part_of(path) != "cli"}
+    assert {str(path.relative_to(PACKAGE)): names for path, names in found.items() if names} == {}
+    programs = {name for path in (PACKAGE / "cli").glob("*.py") for name in of_the_terminal(path)}
+    assert {"sys.argv", "sys.exit", "print"} <= programs
+
+
+def test_scripts_only_call_the_programs():
+    scripts = sorted((PACKAGE.parent / "scripts").glob("*.py"))
+    assert [path.stem for path in scripts] == ["compare_estimators", "evaluate", "sample", "train"]
+    for path in scripts:
+        lines = [line for line in path.read_text().splitlines() if line]
+        assert lines[0] == f"from flows.cli.{path.stem.partition('_')[0]} import main"
+        assert lines[1:] == ['if __name__ == "__main__":', "    main()"]
+
+
 # Packages, and costly parts of torch, that `import flows` must not load beyond what `import torch` loads.
 LATE = [
     "datasets",
