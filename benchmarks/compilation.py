@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.compare.timing import add_device, alternating_medians, machine
+from benchmarks.devices import add_device, machine
+from flows.compare.timing import alternating_medians
 from flows.datasets import Batch
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.fields import MLP, ConcatSquashMLP

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import probing_noise, workloads
-from flows.compare.timing import add_device, alternating_medians, machine
+from benchmarks.devices import add_device, machine
+from flows.compare.timing import alternating_medians
 from flows.divergence import DivergenceEstimator, FieldSample
 from flows.fields import bind
 

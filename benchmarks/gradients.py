@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.devices import add_device, machine
 from flows.compare.memory import peak_memory
-from flows.compare.timing import add_device, alternating_medians, machine
+from flows.compare.timing import alternating_medians
 from flows.divergence import Analytic, DivergenceEstimator
 from flows.fields import ConcatSquashMLP
 from flows.models.cnf import CNF

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.devices import add_device, machine
 from benchmarks.probing_noise import trained_on_digits
-from flows.compare.timing import add_device, alternating_medians, machine
+from flows.compare.timing import alternating_medians
 from flows.divergence import DivergenceEstimator, Exact, Probing
 from flows.models.cnf import CNF
 from flows.solvers import ODESolver

@@ -21,9 +21,10 @@ from benchmarks.baselines import (
     LikelihoodMethod,
     MatchingLoss,
 )
+from benchmarks.devices import add_device, machine
 from benchmarks.time_budget import train_for
 from benchmarks.training_report import EVALUATION, PAIRED, STEP, Report, nll_table, picture, timing_table
-from flows.compare.timing import add_device, alternating_medians, machine
+from flows.compare.timing import alternating_medians
 from flows.datasets import Batch, Density, EightGaussians
 from flows.evaluation import likelihood
 from flows.fields import ConcatSquashMLP, Field

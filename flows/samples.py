@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flows.checks import check_number
 from flows.datasets import Dataset, one_hot
 from flows.errors import FileError, InvalidValueError
 from flows.models.cnf import CNF
 
 ENDINGS = (".npy", ".csv")
+MAX_SAMPLES = 10**9  # in one file, and in memory
 
 
 def draw_samples(
@@ -29,11 +31,10 @@ def draw_samples(
     """Sample in batches, one solve each.
 
     Raises:
-        InvalidValueError: a number is less than one.
+        InvalidValueError: a number is less than one, or too large to be meant.
     """
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    check_number("num_samples", num_samples, whole=True, at_least=1, at_most=MAX_SAMPLES)
+    check_number("batch_size", batch_size, whole=True, at_least=1)
     with torch.no_grad():
         parts, like = [], next(flow.parameters())
         for start in range(0, num_samples, batch_size):

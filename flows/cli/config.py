@@ -17,12 +17,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import flows
+from flows.checks import check_number
 from flows.errors import InvalidValueError
 from flows.training.checkpoint import FOLDER, CheckpointError, find_checkpoint, load_checkpoint
-from flows.training.runs import checkpoint_config
+from flows.training.runs import MAX_SEED, checkpoint_config
 from flows.training.settings import check_type, instantiate
 
 PROGRAM_SETTINGS = {  # settings that no class has, and their types
@@ -69,17 +72,47 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
     the processes of further devices with it.
     """
     register_resolvers()
-    process = sys.argv
+    check_choices(arguments)
+    process, started = sys.argv, False
 
     def run_task(composed: DictConfig) -> Any:
+        nonlocal started
+        started = True
         with _command_line(process):
             return task(composed)
 
     # Hydra finds out by these where the program comes from
     run_task.__module__, run_task.__qualname__ = task.__module__, task.__qualname__
     decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)
-    with _command_line([process[0], *arguments]):
-        decorate(run_task)()
+    try:
+        with _command_line([process[0], *arguments]):
+            decorate(run_task)()
+    except (HydraException, OmegaConfBaseException):
+        raise  # has a message for people
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        if started:
+            raise
+        raise InvalidValueError(f"these settings cannot be composed: {' '.join(arguments)} ({error})") from error
+
+
+def check_choices(arguments: Sequence[str]) -> None:
+    """Check that what is given for a group, such as `divergence`, is the name of a choice.
+
+    Raises:
+        InvalidValueError: it is a number, a mapping, or nothing.
+    """
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    for override in OverridesParser.create().parse_overrides(overrides):
+        group = str(override.key_or_group)
+        folder = config_folder() / group
+        if override.is_delete() or override.is_sweep_override() or not folder.is_dir():
+            continue
+        value = override.value()
+        # nothing is chosen by null where nothing is chosen by default
+        if not isinstance(value, str | list) and not (group == "experiment" and value is None):
+            choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            shown = "null" if value is None else value
+            raise InvalidValueError(f"{group} must be the name of a choice, got {shown}; there are {choices}")
 
 
 @contextlib.contextmanager
@@ -143,6 +176,8 @@ def plain_settings(composed: DictConfig) -> dict[str, Any]:
     for name, kind in PROGRAM_SETTINGS.items():
         if name in settings:
             check_type(name, settings[name], kind)
+    if "seed" in settings:
+        check_number("seed", settings["seed"], whole=True, at_least=0, at_most=MAX_SEED)
     return settings
 
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -85,6 +85,14 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
         return _unknown_setting(str(error.__cause__.full_key), program, arguments), MISTAKE
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}=... must be given, it has no default", MISTAKE
+    if isinstance(error, OverrideParseException):
+        lines = [line for line in error.message.splitlines() if "input" in line]
+        reason = f" ({lines[0].partition(' expecting ')[0]})" if lines else ""
+        key = str(error.override).partition("=")[0]
+        text = f"{error.override} cannot be read as setting=value{reason}"
+        return f"{text}; put a value with special characters in quotes: \"{key}='...'\"", MISTAKE
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {str(error).partition(chr(10))[0]}", MISTAKE
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         text = str(error).partition("\nConfig search path")[0].strip()
         return text.replace("\n\n", "; ").replace(":\n\t", ": ").replace("\n\t", ", "), MISTAKE  # lists in one line

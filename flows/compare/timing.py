@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -63,31 +62,6 @@ def _timed(case: Callable[[], object]) -> float:
     case()
     synchronise()
     return time.perf_counter() - start
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`: a GPU where there is one."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=_device, default=default, help="cpu, cuda, cuda:1, ... (%(default)s)")
-
-
-def _device(name: str) -> str:
-    try:
-        device = torch.empty(0, device=name).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # the one that is waited for
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without that kind
-        raise argparse.ArgumentTypeError(f"{name!r} is no device of this machine ({error})") from error
-    return name
-
-
-def machine(device: str) -> str:
-    """What a measurement ran on, in words."""
-    threads = torch.get_num_threads()
-    where = "1 thread" if threads == 1 else f"{threads} threads"
-    if torch.device(device).type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    return f"{where}, torch {torch.__version__}"
 
 
 def synchronise() -> None:
