@@ -118,7 +118,7 @@ def test_train_evaluate_and_sample(run, tmp_path, monkeypatch):
         "dtype=int64": "dtype must be a floating-point type",
         "seed=-1": "seed must be a whole number",
         "solver_error_points=abc": "solver_error_points must be a whole number, got 'abc'",
-        "checkpoint=[1]": "a checkpoint is a file, or the folder of a run; got [1]",
+        "checkpoint=[1]": "checkpoint must be text or null, got [1]",
         "trust=mine": "trust must be a list of text, got 'mine'",
     }.items():
         code, _, err = run("evaluate", "checkpoint=run", choice)

@@ -36,11 +36,22 @@ PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "dtype": str | None,
     "trust": Sequence[str],
     "part": str,
+    "checkpoint": str | None,
+    "resume": str | None,
+    "num_samples": int,
+    "num_draws": int,
+    "guidance": float | None,
+    "points": int,
+    "estimators": Sequence[str] | str | None,
+    "variants": Mapping[str, Mapping[str, Any]] | None,
+    "measure": Mapping[str, Any],
+    "affordable": float,
     "batch_size": int,
     "solver_error_points": int,
     "plot": bool,
     "progress_bar": bool,
 }
+PATHS = ("output_dir", "output", "checkpoint", "resume")
 OPEN_PARTS = {  # of each program: their settings may have any name, as far as Hydra is concerned
     "train": ("data", "transform", "field", "divergence", "solver", "objective", "optimizer", "trainer"),
     "evaluate": ("data", "divergence", "solver"),
@@ -158,9 +169,9 @@ def compose_node(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         return hydra.compose(name, overrides=list(overrides))
 
 
-def plain(node: Any, **options: bool) -> dict[str, Any]:
-    """A node of OmegaConf as a dictionary; `options` are those of `OmegaConf.to_container`."""
-    content = OmegaConf.to_container(node, **options)
+def plain(node: Any, resolve: bool = False, throw_on_missing: bool = False) -> dict[str, Any]:
+    """A node of OmegaConf as a dictionary; the options are those of `OmegaConf.to_container`."""
+    content = OmegaConf.to_container(node, resolve=resolve, throw_on_missing=throw_on_missing)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 
@@ -176,9 +187,25 @@ def plain_settings(composed: DictConfig) -> dict[str, Any]:
     for name, kind in PROGRAM_SETTINGS.items():
         if name in settings:
             check_type(name, settings[name], kind)
+    for name in PATHS:
+        check_path(name, settings.get(name))
     if "seed" in settings:
         check_number("seed", settings["seed"], whole=True, at_least=0, at_most=MAX_SEED)
     return settings
+
+
+def check_path(name: str, path: Any) -> None:
+    """Refuse text that the file system cannot take for a path, such as a name that is too long.
+
+    Raises:
+        InvalidValueError: it cannot be a path.
+    """
+    try:
+        if isinstance(path, str):
+            Path(path).exists()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InvalidValueError(f"{name} cannot be a path ({reason}): {path!r}") from error
 
 
 def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from flows.cli.config import plain_settings, resumed_config, run_with_hydra
+from flows.cli.config import check_path, plain_settings, resumed_config, run_with_hydra
 from flows.cli.errors import readable_errors
 from flows.cli.sweeps import current_job, sweeping
 from flows.training.runs import build_trainer
@@ -37,6 +37,8 @@ def chosen_settings(composed: DictConfig) -> tuple[dict[str, Any], Path | None]:
     """Plain settings, and the checkpoint of the run that they continue."""
     context = HydraConfig.get()
     if composed.resume is not None:
+        for name in ("resume", "output_dir"):
+            check_path(name, composed[name])
         return resumed_config(composed.resume, context.overrides.task, composed.trust)
     config = plain_settings(composed)
     if current_job() is not None:
