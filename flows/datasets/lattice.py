@@ -40,8 +40,8 @@ class FreeField(Density):
         self,
         size: Sequence[int] = (8, 8),
         mass: float = 0.5,
-        num_validation: int = 10_000,
-        num_test: int = 100_000,
+        num_validation: int = 2_000,
+        num_test: int = 10_000,
         num_reference: int = 10_000,
     ):
         size = _checked_size(size)

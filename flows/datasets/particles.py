@@ -47,7 +47,7 @@ class Particles(Density):
         dimensions: int = 2,
         spreads: Sequence[float] = (0.5, 1.5),
         num_validation: int = 10_000,
-        num_test: int = 100_000,
+        num_test: int = 20_000,
         num_reference: int = 10_000,
     ):
         num_particles = whole_number("num_particles", num_particles, 2)

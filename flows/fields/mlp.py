@@ -33,9 +33,9 @@ class MLP(Perceptron):
         event_shape: shape of a point; it is flattened for the layers.
         hidden: widths of the hidden layers, at least one.
         activation: an `Activation` or its lower-case name.
-        sine_frequency: if set, the first layer is sin(·) with weights drawn from N(0, sine_frequency²/d), so that
-            its phases spread by about sine_frequency over data of unit scale; it resolves sharp structure in low
-            dimensions.
+        sine_frequency: the first layer is sin(·) with weights drawn from N(0, sine_frequency²/d), so that its phases
+            spread by about sine_frequency (default 6) over data of unit scale. It resolves sharp structure in low
+            dimensions. `None`: the first layer has the same activation as the others.
         num_frequencies: of the time features, see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field.
     """
@@ -44,8 +44,8 @@ class MLP(Perceptron):
         self,
         event_shape: Sequence[int],
         hidden: Sequence[int] = (128, 128),
-        activation: Activation | str = "silu",
-        sine_frequency: float | None = None,
+        activation: Activation | str = "tanh",
+        sine_frequency: float | None = 6.0,
         num_frequencies: int = 8,
         context_shape: Sequence[int] | None = None,
     ) -> None:

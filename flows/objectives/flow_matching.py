@@ -24,6 +24,7 @@ from flows.objectives.posterior import posterior_moments
 from flows.vector_field import checked_value
 
 AUTO_MAX_DIMENSION = 8  # up to which a batch of some hundred points covers a density
+AUTO_QUERIES = 512  # evaluations of the field in a batch whose other points serve as a pool
 AUTO_DIVERGENCE_WEIGHT = 0.1
 AUTO_MAX_PRODUCTS = 4  # Jacobian products per evaluation that "auto" may spend on matching the divergence
 
@@ -62,9 +63,9 @@ class FlowMatching(Objective):
     Args:
         target: `"sampled"`, `"marginal"` or `"auto"`. "auto" is marginal for events of up to 8 numbers with an
             independent coupling, and sampled otherwise.
-        num_queries: the number of points x_t where the field is evaluated. By default one for each point of the batch.
-            Fewer leave a larger pool for the marginal target or the coupling. If "auto" chooses the sampled target of
-            an independent coupling, all points are queries.
+        num_queries: the number of points x_t where the field is evaluated. Fewer leave a larger pool for the marginal
+            target or the coupling. `"auto"` (default): 512 with either of them, otherwise each point of the batch.
+            `None`: each point of the batch.
         path: a `ProbabilityPath` or its lower-case name: `"linear"`, `"cosine"` or `"variance_preserving"`.
         coupling: of x₀ and x₁ in the batch: a `Coupling` or its lower-case name, `"independent"`,
             `"optimal_transport"` or `"sinkhorn"`. The marginal target needs an independent one.
@@ -74,9 +75,9 @@ class FlowMatching(Objective):
         time_power: k > 0 of t = 1 − (1 − u)ᵏ with uniform u. Above 1, late times, where detail forms, are drawn more
             often. This does not change the minimiser, but it gives the loss at t the weight (1 − t)^(1/k − 1), and a
             network that is too small to reach the minimiser fits those times better.
-        divergence_weight: λ >= 0, by default 0; 0.1 works well. It needs an independent coupling and an exact
-            divergence: the flow's estimator if it is exact for the field, otherwise `Auto()`. `"auto"` is 0.1 for
-            marginal targets of up to 8 numbers whose exact divergence costs at most 4 Jacobian products, otherwise 0.
+        divergence_weight: λ >= 0. It needs an independent coupling and an exact
+            divergence: the flow's estimator if it is exact for the field, otherwise `Auto()`. `"auto"` (default): 0.1
+            for marginal targets of up to 8 numbers whose exact divergence costs at most 4 Jacobian products, otherwise 0.
 
     Raises:
         InvalidValueError: a setting is unknown or out of range, or settings contradict each other.
@@ -84,12 +85,12 @@ class FlowMatching(Objective):
 
     solves: ClassVar[bool] = False
     target: Literal["auto", "sampled", "marginal"] = "auto"
-    num_queries: int | None = None
+    num_queries: int | Literal["auto"] | None = "auto"
     path: ProbabilityPath | str = Linear()  # noqa: RUF009 (frozen)
     coupling: Coupling | str = Independent()  # noqa: RUF009 (frozen)
     context_dropout: float = 0.0
     time_power: float = 1.0
-    divergence_weight: float | Literal["auto"] = 0.0
+    divergence_weight: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", by_name(ProbabilityPath, self.path))
@@ -102,9 +103,10 @@ class FlowMatching(Objective):
                 f"target='marginal' assumes independent noise and data, but the coupling "
                 f"{type(self.coupling).__name__} pairs them; use target='sampled' with it"
             )
-        if self.num_queries is not None:
-            check_number("num_queries", self.num_queries, whole=True, at_least=1)
-        if self.num_queries is not None and self.target == "sampled" and independent:
+        chosen = self.num_queries not in (None, "auto")
+        if chosen:
+            check_number("num_queries", self.num_queries, whole=True, at_least=1, otherwise="or use 'auto' or None")
+        if chosen and self.target == "sampled" and independent:
             raise InvalidValueError(
                 f"num_queries needs target='marginal' or a coupling, which use the rest of the batch, got "
                 f"{self.num_queries} with target={self.target!r}; use None to take each point of the batch"
@@ -129,7 +131,8 @@ class FlowMatching(Objective):
         coupling, path = self._coupling, by_name(ProbabilityPath, self.path)
         independent = coupling.is_independent
         marginal = self._is_marginal(flow)
-        queries = slice(self.num_queries if marginal or not independent else None)
+        number = AUTO_QUERIES if self.num_queries == "auto" else self.num_queries
+        queries = slice(number if marginal or not independent else None)
         ends = data[queries]
         if independent:
             noise = flow.base.sample((len(ends),), generator)
