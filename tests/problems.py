@@ -12,7 +12,7 @@ EVENT_SHAPES = {"points": (7,), "point set": (4, 3), "image": (2, 6, 6)}
 
 def perceptron(event_shape, hidden=(8, 5), scale=2.0, **options):
     """An MLP steep enough for a Jacobian of order one that changes with x."""
-    field = MLP(event_shape, hidden, **options)
+    field = MLP(event_shape, hidden, **{"activation": "silu", "sine_frequency": None, **options})
     with torch.no_grad():
         for layer in [*field.layers, field.out]:
             layer.weight.mul_(scale)

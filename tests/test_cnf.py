@@ -20,7 +20,7 @@ TIGHT = ODESolver(rtol=1e-9, atol=1e-9)
 
 def wavy(event_shape=(2,), hidden=(16, 16), **settings):
     """A field far from the identity, as after some training."""
-    field = MLP(event_shape, hidden, num_frequencies=2, **settings)
+    field = MLP(event_shape, hidden, num_frequencies=2, **{"activation": "silu", "sine_frequency": None, **settings})
     with torch.no_grad():
         for parameter in field.parameters():
             parameter.mul_(1.3)

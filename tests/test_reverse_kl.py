@@ -226,7 +226,8 @@ class NormalEnergy(Energy):
 
 def trainer(tmp_path, objective, energy, steps=60, **settings):
     torch.manual_seed(0)
-    flow = CNF(MLP((2,), (16,)), Analytic(), ODESolver("rk4", step_size=0.2))
+    field = MLP((2,), (16,), activation="silu", sine_frequency=None)
+    flow = CNF(field, Analytic(), ODESolver("rk4", step_size=0.2))
     stages = {"reverse_kl": Stage(objective, steps=steps, batch_size=64, learning_rate=2e-2)}
     return Trainer(
         flow,

@@ -20,7 +20,7 @@ from flows.solvers.tableaux import RUNGE_KUTTA
 
 
 def steep(event_shape=(2,), hidden=(8, 8), slope=1.4, **settings):
-    field = MLP(event_shape, hidden, num_frequencies=2, **settings)
+    field = MLP(event_shape, hidden, num_frequencies=2, **{"activation": "silu", "sine_frequency": None, **settings})
     with torch.no_grad():
         for parameter in field.parameters():
             parameter.mul_(slope)
