@@ -267,7 +267,7 @@ def test_a_stage_without_a_target_is_explained():
     stages = {"a": {"_target_": "flows.training.Stage"}, "b": {"steps": 3}}
     data = {"_target_": "flows.datasets.Moons"}
     with pytest.raises(ValueError, match=r"objective.b has settings \(steps\) but is no stage .* which has a\."):
-        build_trainer({"seed": 0, "data": data, "objective": stages, "trainer": {}})
+        build_trainer({"seed": 0, "data": data, "objective": stages})
 
 
 def test_a_new_cost_is_one_class():

@@ -169,10 +169,10 @@ def build_trainer(
     Raises:
         SettingsError: names the setting that does not fit.
     """
-
     seed = _part(config, "seed")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise SettingsError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
+    stages = _checked_stages(_part(config, "objective"))
     torch.manual_seed(seed)
     dataset = build_dataset(config) if dataset is None else dataset
     double = str(config["trainer"].get("precision")).startswith("64")
@@ -181,7 +181,7 @@ def build_trainer(
     return trainer(
         flow,
         dataset,
-        stages=_build_stages(_part(config, "objective")),
+        stages={name: instantiate(stage, f"objective.{name}") for name, stage in stages.items()},
         optimizer=instantiate(_part(config, "optimizer"), "optimizer"),
         output_dir=config.get("output_dir"),
         seed=seed,
@@ -203,7 +203,7 @@ def place(flow: CNF, device: str | None = None, dtype: str | None = None) -> CNF
         ) from error
 
 
-def _build_stages(objective: Any) -> dict[str, Any]:
+def _checked_stages(objective: Any) -> Mapping[str, Any]:
     if not isinstance(objective, Mapping) or not objective:
         raise SettingsError(
             f"objective must be a mapping from the names of stages to their settings, got {objective!r}"
@@ -215,7 +215,7 @@ def _build_stages(objective: Any) -> dict[str, Any]:
                 f"objective.{name} has settings ({', '.join(stage)}) but is no stage of the chosen objective, which "
                 f"has {chosen}. If an experiment or an override sets it, remove it with ~objective.{name}"
             )
-    return {name: instantiate(stage, f"objective.{name}") for name, stage in objective.items()}
+    return objective
 
 
 def _part(config: Mapping[str, Any], name: str) -> Any:
