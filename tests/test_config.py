@@ -14,7 +14,7 @@ from flows.cli.config import compose_node, config_folder
 from flows.datasets import Table
 from flows.training import check_trusted
 from flows.training.runs import _accepted, build_flow, build_trainer
-from flows.training.settings import SettingsError, instantiate
+from flows.training.settings import SettingsError, complete, instantiate
 
 CONF = config_folder()
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -26,6 +26,7 @@ def composed(tmp_path, *overrides):
     """The settings of a run, made tiny; on a Gaussian in the plane where an experiment does not say otherwise."""
     data = [] if any(override.startswith("experiment=") for override in overrides) else ["data=gaussian"]
     config = compose_node("train", [*data, f"output_dir={tmp_path / 'run'}", *overrides])
+    config = OmegaConf.create(complete(OmegaConf.to_container(config)))
     for stage in config.objective.values():
         stage.steps, stage.batch_size, stage.warmup_steps = 2, 6, 0
     for part, tiny in ((config.data, 20), (config.field, 8), (config.field.get("field", {}), 8)):
