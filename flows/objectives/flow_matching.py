@@ -75,9 +75,9 @@ class FlowMatching(Objective):
         time_power: k > 0 of t = 1 − (1 − u)ᵏ with uniform u. Above 1, late times, where detail forms, are drawn more
             often. This does not change the minimiser, but it gives the loss at t the weight (1 − t)^(1/k − 1), and a
             network that is too small to reach the minimiser fits those times better.
-        divergence_weight: λ >= 0. It needs an independent coupling and an exact
-            divergence: the flow's estimator if it is exact for the field, otherwise `Auto()`. `"auto"` (default): 0.1
-            for marginal targets of up to 8 numbers whose exact divergence costs at most 4 Jacobian products, otherwise 0.
+        divergence_weight: λ >= 0. It needs an independent coupling and an exact divergence: the flow's estimator if it
+            is exact for the field, otherwise `Auto()`. `"auto"` (default): 0.1 for marginal targets of up to 8 numbers
+            whose exact divergence costs at most 4 Jacobian products, otherwise 0.
 
     Raises:
         InvalidValueError: a setting is unknown or out of range, or settings contradict each other.
