@@ -11,6 +11,7 @@ from flows.divergence import Analytic, Hutchinson
 from flows.dynamics import AugmentedDynamics
 from flows.fields import MLP, bind
 from flows.solvers import ErrorControl, ODESolver
+from flows.solvers.control import ErrorNorm
 
 
 class Named:
@@ -272,10 +273,10 @@ def test_bad_values_at_the_start_fail_at_once():
 
     def bad(t, state):
         calls.append(t)
-        return (state[0] / 0.0,)
+        return state[0], state[1] / 0.0
 
-    with pytest.raises(RuntimeError, match="the velocity has 2 NaN or infinite values"):
-        ODESolver().solve(bad, (torch.ones(1, 2),), (0.0, 1.0))
+    with pytest.raises(RuntimeError, match="the derivative of component 1 has 3 NaN or infinite values"):
+        ODESolver().solve(bad, (torch.ones(3, 2), torch.zeros(3)), (0.0, 1.0))
     assert len(calls) == 1
 
 
@@ -296,3 +297,42 @@ def test_the_first_evaluations_stay_within_the_solve():
 
     ODESolver().solve(slow, (torch.ones(1, 2),), (0.0, 1e-3))
     assert max(seen) == 1e-3
+
+
+def test_steps_that_end_in_nan_are_tried_again_at_a_fifth_of_the_size():
+    """The state approaches 1 from below; a step that is too long passes it, where the field has no values."""
+    solver = ODESolver(rtol=0.1, atol=0.1)
+    tried = solver.solve(
+        lambda t, state: (torch.where(state[0] > 1, torch.nan, 1 - state[0]),), (torch.zeros(2, 1),), (0.0, 60.0)
+    ).statistics.attempts
+    shrunk = [b.dt / a.dt for a, b in itertools.pairwise(tried) if math.isnan(a.error)]
+    assert shrunk
+    assert shrunk == pytest.approx([0.2] * len(shrunk))
+
+
+def test_what_dynamics_observe_is_kept_at_accepted_steps_only():
+    class Observed:
+        def __call__(self, t, state):
+            return turning(lambda t: torch.exp(5 * t))(t, state)
+
+        def observe(self, derivatives):
+            return {"speed": derivatives[0].norm()}
+
+    statistics = ODESolver().solve(Observed(), (torch.tensor([[1.0, 0.0]]),), (0.0, 1.0)).statistics
+    times, speeds = statistics.curve("speed")
+    assert statistics.rejected > 0
+    assert times == [attempt.t for attempt in statistics.attempts if attempt.accepted]
+    assert speeds == pytest.approx([math.exp(5 * t) for t in times], rel=1e-2)
+
+
+def test_the_tolerance_is_relative_to_the_larger_end_of_the_step():
+    norm = ErrorNorm(("state",), (1.0,), rtol=1.0, atol=1.0, batch_size=1)
+    small, large, error = (torch.tensor([[value]]) for value in (0.0, 9.0, 2.0))
+    assert norm.worst((error,), (small,), (large,))[0] == pytest.approx(0.2)
+    assert norm.worst((error,), (large,), (small,))[0] == pytest.approx(0.2)
+
+
+def test_the_worst_sample_of_an_adjoint_is_found_like_that_of_the_state():
+    norm = ErrorNorm(("state", "adjoint of state"), (1.0, 1.0), rtol=1.0, atol=1.0, batch_size=3)
+    zero, error = torch.zeros(3, 2), torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 2.0]])
+    assert norm.worst((zero, error), (zero, zero), (zero, zero))[1:] == ("adjoint of state", 2)
