@@ -248,6 +248,14 @@ def test_the_adjoint_is_the_gradient_with_every_method(method):
     assert x.grad[0].item() == pytest.approx(1 + math.exp(0.35) + math.exp(0.7), rel=5e-3)
 
 
+def test_the_adjoint_starts_from_zero_where_the_loss_does_not_see_the_end():
+    rate = torch.tensor(0.7, requires_grad=True)
+    solver = ODESolver(gradient="adjoint", rtol=1e-8, atol=1e-8)
+    solution = solver.solve(lambda t, s: (rate * s[0],), (torch.ones(3, 1),), (0.0, 0.5, 1.0), [rate])
+    solution.states[0][1].sum().backward()
+    assert rate.grad.item() == pytest.approx(3 * 0.5 * math.exp(0.35), rel=1e-6)
+
+
 def test_the_seminorm_leaves_the_gradients_of_parameters_out_of_the_error_control():
     """x' = −x + θ cos 30t at θ = 0: x and its adjoint are smooth, and only dL/dθ = ∫ e^(t−1) cos 30t dt oscillates."""
     truth = (math.cos(30) + 30 * math.sin(30) - math.exp(-1)) / 901
