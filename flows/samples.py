@@ -36,13 +36,13 @@ def draw_samples(
     check_number("num_samples", num_samples, whole=True, at_least=1, at_most=MAX_SAMPLES)
     check_number("batch_size", batch_size, whole=True, at_least=1)
     with torch.no_grad():
-        parts, like = [], next(flow.parameters())
+        parts = []
         for start in range(0, num_samples, batch_size):
             size = min(batch_size, num_samples - start)
             if context is None:
                 parts.append(flow.sample((size,), generator=generator))
             else:
-                parts.append(flow.sample((), context[start : start + size].to(like), generator))
+                parts.append(flow.sample((), context[start : start + size].to(flow.device, flow.dtype), generator))
         return torch.cat([part.cpu() for part in parts])
 
 

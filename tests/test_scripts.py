@@ -243,7 +243,7 @@ def test_a_sweep_goes_on_after_a_failed_job(run, tmp_path, setting):
     code, out, err = run("train", "-m", *TINY, f"{setting}=sweep", "solver.step_size=-1,0.5")
     assert code == 2
     assert "Error in solver.step_size--1: " in err
-    assert re.search("step_size .*must be > 0, got -1", err)
+    assert re.search("step_size .*must be .*> 0, got -1", err)
     assert err.strip().endswith("Not all jobs of the sweep succeeded; see their errors above.")
     assert "Traceback" not in err
     assert "NLL" in out
@@ -422,6 +422,17 @@ def test_help_names_the_choices_and_examples(run, name):
     for choice in ("dopri5", *(("8gaussians", "hutchinson", "adamw") if name == "train" else ())):
         assert choice in out
     assert "$" not in out
+
+
+def test_all_settings_are_printed(run, tmp_path):
+    code, out, err = run("train", "--settings", "data=moons", "solver.rtol=1e-3", "divergence=exact")
+    assert (code, err) == (0, "")
+    settings = yaml.safe_load(out)
+    assert settings["solver"]["rtol"] == 1e-3
+    assert settings["solver"]["max_steps"] == flows.ODESolver().max_steps  # in no yaml
+    assert settings["divergence"]["mode"] == flows.divergence.Exact().mode
+    assert "moons" in settings["data"]["_target_"].lower()
+    assert not list(tmp_path.iterdir())
 
 
 # What is a mistake, and what is a bug

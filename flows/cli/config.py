@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,7 +27,7 @@ from flows.checks import check_number
 from flows.errors import InvalidValueError
 from flows.training.checkpoint import FOLDER, CheckpointError, find_checkpoint, load_checkpoint
 from flows.training.runs import MAX_SEED, checkpoint_config
-from flows.training.settings import check_type, instantiate
+from flows.training.settings import check_type, complete, instantiate
 
 PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "seed": int,
@@ -79,11 +80,15 @@ def config_folder() -> Path:
 def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequence[str]) -> None:
     """Call `task` with the settings that `arguments` choose from `conf/<name>.yaml`; in a sweep, once a job.
 
+    With `--settings` among the arguments, all settings are printed instead.
+
     Hydra reads `sys.argv`. While the task runs, `sys.argv` is that of the process again, since Lightning Fabric starts
     the processes of further devices with it.
     """
     register_resolvers()
     check_choices(arguments)
+    if "--settings" in arguments:
+        task, arguments = print_settings, [argument for argument in arguments if argument != "--settings"]
     process, started = sys.argv, False
 
     def run_task(composed: DictConfig) -> Any:
@@ -104,6 +109,11 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
         if started:
             raise
         raise InvalidValueError(f"these settings cannot be composed: {' '.join(arguments)} ({error})") from error
+
+
+def print_settings(composed: DictConfig) -> None:
+    """Print all settings as yaml, with the defaults of the classes, which the yamls do not repeat."""
+    print(yaml.safe_dump(complete(plain_settings(composed)), sort_keys=False, allow_unicode=True), end="")
 
 
 def check_choices(arguments: Sequence[str]) -> None:

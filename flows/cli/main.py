@@ -20,7 +20,8 @@ USAGE = "\n".join(
         "",
         *(f"    flows {name:<10}{text}" for name, text in PROGRAMS.items()),
         "",
-        "    flows PROGRAM --help    choices, settings and examples",
+        "    flows PROGRAM --help      choices and examples",
+        "    flows PROGRAM --settings  all settings that the given ones lead to",
         "    flows --version",
     ]
 )
