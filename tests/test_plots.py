@@ -13,7 +13,7 @@ import flows
 from flows import plots
 from flows.datasets import Gaussian, Table
 from flows.plots.plane import square
-from flows.plots.ranges import quantiles
+from flows.plots.style import quantiles
 
 
 class ZeroField(torch.nn.Module):
@@ -70,6 +70,13 @@ def test_the_density_is_shown_where_it_is():
     assert data.get_clim() == flow.get_clim()
     mass = expected.sum() * (right - left) * (top - bottom) / 400
     assert float(mass) == pytest.approx(1, abs=0.02)
+
+
+def test_densities_say_what_they_were_evaluated_with():
+    dataset = small_gaussian()
+    for name, expected in ((None, []), ("Analytic", ["evaluated with Analytic"])):
+        figure = plots.density(small_flow(dataset), dataset, resolution=4, evaluated_with=name)
+        assert [text.get_text() for axes in figure.axes for text in axes.texts] == expected
 
 
 def test_data_without_a_density_is_shown_as_a_histogram():

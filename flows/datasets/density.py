@@ -43,6 +43,10 @@ class Density(Dataset):
 
     Example:
         ```python
+        import torch
+
+        import flows
+
         class Square(flows.datasets.Density):
             name = "square"
             entropy = 0.0

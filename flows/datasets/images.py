@@ -68,6 +68,10 @@ class Images(Dataset):
 
     Example:
         ```python
+        import torch
+
+        import flows
+
         pixels = torch.randint(256, (100, 1, 8, 8), dtype=torch.uint8)
         parts = flows.datasets.LabelledImages(pixels).split(validation_fraction=0.1, test_fraction=0.2)
         dataset = flows.datasets.Images(parts)

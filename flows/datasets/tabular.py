@@ -42,6 +42,10 @@ class Table(Dataset):
 
     Example:
         ```python
+        import torch
+
+        import flows
+
         dataset = flows.datasets.Table(torch.randn(500, 3), columns=["a", "b", "c"])
         stream = dataset.train_stream(64, torch.Generator().manual_seed(0))
         x = next(stream).x  # (64, 3)

@@ -131,6 +131,10 @@ class Gaussian(Density):
 
     Example:
         ```python
+        import torch
+
+        import flows
+
         density = flows.datasets.Gaussian([1.0, -1.0], [[1.0, 0.8], [0.8, 2.0]])
         x = density.sample(100, torch.Generator().manual_seed(0))  # (100, 2)
         log_p = density.log_prob(x)  # (100,)

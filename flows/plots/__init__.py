@@ -1,4 +1,4 @@
-"""Pictures of flows as matplotlib figures, in data space; nothing here touches pyplot or shows a window."""
+"""Plots of flows as matplotlib figures, in data space; none uses pyplot or opens a window."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from flows.plots.images import (
     neighbours,
     save_grid,
 )
-from flows.plots.metrics import curves
-from flows.plots.plane import density, evolution, scatter, trajectories
-from flows.plots.sheet import contact_sheet
+from flows.plots.metrics import contact_sheet, curves
+from flows.plots.paths import evolution, trajectories
+from flows.plots.plane import density, scatter
 from flows.plots.solve import steps
 
 __all__ = [
@@ -50,18 +50,22 @@ __all__ = [
 ]
 
 
-def figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = None) -> dict[str, Figure]:
-    """The pictures that suit the data.
+def figures(
+    flow: CNF, dataset: Dataset, generator: torch.Generator | None = None, evaluated_with: str | None = None
+) -> dict[str, Figure]:
+    """Plot everything that suits the data.
 
-    Points of the plane get ``density``, ``samples``, ``trajectories`` and ``evolution``, images ``samples``,
-    ``trajectories``, ``neighbours``, ``interpolations`` and, with classes, ``classes``, anything else
-    ``samples`` of its first features. A conditional flow gets ``samples``, under the contexts of the data, and for
-    classes in the plane ``class_samples`` and ``class_densities``; nothing where the data has no contexts,
-    or no points.
+    Points in the plane get `samples`, `density`, `trajectories` and `evolution`. Images get `samples`, `trajectories`,
+    `neighbours`, `interpolations` and, with classes, `classes`. Other data get `samples` of their first features. A
+    conditional flow gets `samples` under the contexts of the data and, for classes in the plane, `class_samples` and
+    `class_densities`. Without points, or if the data lack the contexts of the flow, there are no plots.
+
+    Args:
+        generator: of samples and noise. Default: torch's.
+        evaluated_with: name of the divergence estimator, shown below densities. Default: not shown.
     """
-    if not dataset.has_samples or (
-        dataset.context_shape is None and getattr(flow.field, "context_shape", None) is not None
-    ):
+    lacks_contexts = dataset.context_shape is None and flow.bind().context_shape is not None
+    if not dataset.has_samples or lacks_contexts:
         return {}
     if is_image(flow.event_shape):
         return image_figures(flow, dataset, generator)
@@ -73,23 +77,23 @@ def figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = Non
             drawn = flow.sample((), context.to(flow.device, flow.dtype), generator)
         else:
             drawn = flow.sample((count,), generator=generator)
-        pictures = {"samples": samples(drawn, reference, getattr(dataset, "columns", None))}
+        pictures = {"samples": samples(drawn, reference, dataset.columns)}
         if flow.event_shape == (2,) and context is None:
-            pictures["density"] = density(flow, dataset)
+            pictures["density"] = density(flow, dataset, evaluated_with=evaluated_with)
             pictures["trajectories"] = trajectories(flow, reference, generator=generator)
             pictures["evolution"] = evolution(flow, reference, generator=generator)
         elif flow.event_shape == (2,) and dataset.num_classes is not None:
             pictures["class_samples"] = class_samples(flow, dataset, generator=generator)
-            pictures["class_densities"] = class_densities(flow, dataset)
+            pictures["class_densities"] = class_densities(flow, dataset, evaluated_with=evaluated_with)
     return pictures
 
 
 def samples(
     drawn: Tensor,  # (n, *event)
-    data: Tensor | None,  # (m, *event); None: there is nothing to compare with
+    data: Tensor | None,  # (m, *event); None: no data to compare with
     names: Sequence[str] | None = None,  # of the features
 ) -> Figure:
-    """Samples of the flow beside the data: images, points of the plane, or the first four features in pairs."""
+    """Plot samples beside data: images, points in the plane, or four features in pairs."""
     drawn, data = drawn.cpu(), None if data is None else data.cpu()
     if is_image(drawn.shape[1:]):
         return image_samples(drawn, data)
@@ -100,10 +104,10 @@ def samples(
 def save_samples(
     path: str | os.PathLike[str],
     drawn: Tensor,  # (n, *event)
-    data: Tensor | None,  # (m, *event); None: there is nothing to compare with
+    data: Tensor | None,  # (m, *event); None: no data to compare with
     names: Sequence[str] | None = None,  # of the features
 ) -> None:
-    """Write a picture of samples: a grid of images in the shades of the data, or :func:`samples` of anything else."""
+    """Write samples to an image file: a grid of images, or the plot `samples`."""
     if is_image(drawn.shape[1:]):
         save_grid(path, drawn.cpu(), (drawn if data is None else data).cpu())
     else:

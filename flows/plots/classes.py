@@ -1,4 +1,4 @@
-"""Flows whose contexts are classes, in the plane: one column a class."""
+"""Flows conditional on a class, in the plane: one column a class."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from flows.datasets import Dataset, one_hot
 from flows.models.cnf import CNF
-from flows.plots.plane import histogram, square
+from flows.plots.plane import histogram, note_estimator, square
 from flows.plots.style import DATA, DENSITY, FLOW, tidy
 
-MOST = 8  # classes shown, the first ones
+MAX_CLASSES = 8  # the first classes are shown
 
 
 def class_samples(
     flow: CNF, dataset: Dataset, num_points: int = 2000, generator: torch.Generator | None = None
 ) -> Figure:
-    """Points of each class in the data, above samples of the flow given that class."""
+    """Plot the data of each class above samples of the flow given that class."""
     points, classes, low, high = _by_class(dataset)
     figure, panels = _panels(len(classes))
     for label, (context, axes) in enumerate(zip(classes, panels.T, strict=True)):
@@ -32,10 +32,15 @@ def class_samples(
     return figure
 
 
-def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96) -> Figure:
-    """The density of each class in the data, above that of the flow given the class, on one colour scale a class.
+def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96, *, evaluated_with: str | None = None) -> Figure:
+    """Plot the density of each class above that of the flow given the class.
 
-    Where the data's density is not known, a histogram of its validation points stands for it.
+    Each class has its own colour scale. If the density of the data is unknown, a histogram of validation points
+    replaces it.
+
+    Args:
+        resolution: pixels along each side; the flow is evaluated at resolution² points for each class.
+        evaluated_with: name of the divergence estimator, shown in small type. Default: not shown.
     """
     points, classes, low, high = _by_class(dataset)
     sides = [torch.linspace(low[i], high[i], 2 * resolution + 1)[1::2] for i in (0, 1)]  # centres of pixels
@@ -44,7 +49,7 @@ def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96) -> Figure
     for label, (context, axes) in enumerate(zip(classes, panels.T, strict=True)):
         with torch.no_grad():
             modelled = flow.log_prob(grid.to(flow.device, flow.dtype), context.to(flow.device, flow.dtype)).exp().cpu()
-        if getattr(dataset, "has_log_prob", False):
+        if dataset.has_log_prob:
             known = dataset.log_prob(grid, context).exp().reshape(resolution, resolution).T.numpy()
         else:
             known = histogram(points[label], low, high, bins=48)
@@ -55,13 +60,17 @@ def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96) -> Figure
             own.imshow(picture, origin="lower", extent=extent, cmap=DENSITY, vmin=0, vmax=peak)
             tidy(own)
     _name(panels, "data density", "flow density")
+    if evaluated_with is not None:
+        note_estimator(panels[1, -1], evaluated_with)
     return figure
 
 
 def _by_class(dataset: Dataset) -> tuple[list[Tensor], Tensor, list[float], list[float]]:
-    """Validation points (n, 2) of each class, the contexts of the classes, and the corners of a square around all."""
+    """Return validation points (n, 2) of each class, the contexts, and two corners of a square around all."""
     batch = next(iter(dataset.validation_batches(dataset.num_validation)))
-    classes = one_hot(torch.arange(min(dataset.num_classes, MOST)), dataset.num_classes)
+    assert dataset.num_classes is not None, "this plot needs classes"
+    assert batch.context is not None, f"{dataset.name} states classes but has no contexts"
+    classes = one_hot(torch.arange(min(dataset.num_classes, MAX_CLASSES)), dataset.num_classes)
     points = [batch.x[batch.context[:, label] > 0.5] for label in range(len(classes))]
     return points, classes, *square(batch.x)
 

@@ -1,4 +1,4 @@
-"""Points of more than two features, two features at a time."""
+"""Points with more than two features, in pairs of features."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flows.plots.ranges import quantiles
-from flows.plots.style import DATA, FLOW, tidy
+from flows.plots.style import DATA, FLOW, quantiles, tidy
 
 
 def pairs(drawn: Tensor, data: Tensor | None, names: Sequence[str] | None = None, num_features: int = 4) -> Figure:
-    """The first features in pairs, samples over data if there are any, with their histograms on the diagonal."""
+    """Plot the first features in pairs, with histograms on the diagonal."""
     size = min(num_features, drawn.shape[1])
     names = [f"feature {i}" for i in range(size)] if names is None else names
     shown = [(drawn, FLOW, "flow samples")] if data is None else [(data, DATA, "data"), (drawn, FLOW, "flow samples")]
@@ -31,7 +30,7 @@ def pairs(drawn: Tensor, data: Tensor | None, names: Sequence[str] | None = None
             axes.set_xlim(*ranges[column])
             if row == column:
                 for points, colour, label in shown:
-                    edges = np.linspace(*ranges[row], 41)
+                    edges = np.linspace(*ranges[row], 41).tolist()
                     axes.hist(points[:, row].numpy(), edges, density=True, color=colour, alpha=0.45, label=label)
                 axes.set_yticks([])
             else:

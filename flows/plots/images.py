@@ -1,4 +1,4 @@
-"""Flows of images: grids of samples, paths, neighbours in the training data, classes and interpolations."""
+"""Flows of images: samples, paths, nearest neighbours, classes, interpolations."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch import Tensor
 from flows.datasets import Dataset
 from flows.models.cnf import CNF
 from flows.plots.paths import draw_paths
-from flows.plots.ranges import quantiles
+from flows.plots.style import quantiles
 
-NUM_SAMPLES, NUM_UNSEEN = 64, 1000  # images drawn; images of the validation part to compare with
-GAP, WIDTH, DPI = 0.94, 0.62, 120  # shade between images; inches an image; dots per inch
+NUM_SAMPLES, NUM_UNSEEN = 64, 1000  # samples drawn; validation images to compare with
+GAP, WIDTH, DPI = 0.94, 0.62, 120  # shade of the gaps; inches an image; dots per inch
 
 
 def is_image(event_shape: Sequence[int]) -> bool:
-    """Whether points of this shape can be looked at: (1, H, W) in grey, (3, H, W) in colour."""
+    """Return whether points of this shape are images: (1, H, W) or (3, H, W)."""
     return len(event_shape) == 3 and event_shape[0] in (1, 3)
 
 
 def shades(data: Tensor) -> tuple[float, float]:
-    """The values of ``data`` to show as black and white: all but the last thousandth at either end."""
+    """Return the values to show as black and white: the quantiles 0.001 and 0.999 of `data`."""
     low, high = quantiles(data.flatten(), (0.001, 0.999)).tolist()
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
@@ -38,7 +38,7 @@ def tiled(
     black: float,
     white: float,
 ) -> np.ndarray:  # (rows (H + 1) + 1, columns (W + 1) + 1, 3), in [0, 1]
-    """Images in rows and columns, a pixel apart; a missing image is NaN."""
+    """Tile images in rows and columns, one pixel apart; NaN marks a missing image."""
     rows, columns, _, height, width = images.shape
     shown = ((images.cpu().double() - black) / (white - black)).clamp(0, 1).nan_to_num(nan=GAP)
     canvas = torch.full((rows, height + 1, columns, width + 1, 3), GAP, dtype=torch.float64)
@@ -51,7 +51,7 @@ def grid(
     images: Tensor,  # (n, C, H, W)
     columns: int | None = None,  # None: about as many as rows
 ) -> Tensor:  # (rows, columns, C, H, W), the last row filled with NaN
-    """Images in reading order."""
+    """Arrange images in reading order."""
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
     missing = -len(images) % columns
     filler = images.new_full((missing, *images.shape[1:]), torch.nan)
@@ -59,7 +59,7 @@ def grid(
 
 
 def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None = None) -> dict[str, Figure]:
-    """The pictures of a flow of images; the same noise for a generator in the same state."""
+    """Plot everything for a flow of images; a seed fixes the noise."""
     reference = dataset.reference()
     context = dataset.contexts(NUM_SAMPLES)
     context = None if context is None else context.to(flow.device, flow.dtype)
@@ -81,7 +81,7 @@ def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None
 
 
 def image_samples(drawn: Tensor, data: Tensor | None, num_images: int = NUM_SAMPLES) -> Figure:
-    """Images of the data, if there are any, beside samples of the flow, in the shades of the data."""
+    """Plot images of the data, if any, beside samples, in the shades of the data."""
     black, white = shades(drawn if data is None else data)
     panels = {} if data is None else {"data": grid(data[:num_images])}
     panels["flow samples"] = grid(drawn[:num_images])
@@ -95,7 +95,7 @@ def image_samples(drawn: Tensor, data: Tensor | None, num_images: int = NUM_SAMP
 
 
 def save_grid(path: str | os.PathLike[str], drawn: Tensor, data: Tensor, most: int = 400) -> None:
-    """Write samples as a picture of exact pixels, each as so many dots that an image has about 56 a side."""
+    """Write samples as exact pixels, enlarged to about 56 dots a side."""
     pixels = (255 * tiled(grid(drawn[:most]), *shades(data))).round().astype(np.uint8)
     zoom = max(1, 56 // max(drawn.shape[2:]))
     Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1)).save(path)
@@ -109,7 +109,7 @@ def image_trajectories(
     times: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0),
     generator: torch.Generator | None = None,
 ) -> Figure:
-    """From noise to images: a row for each path, a column for each time, in data space."""
+    """Plot paths from noise to images: one row a path, one column a time."""
     context = None if context is None else context[:num_paths]
     paths = draw_paths(flow, num_paths, torch.tensor(times), generator, context)  # (T, n, C, H, W)
     return _strips(paths.transpose(0, 1), data, columns=[f"t = {t:g}" for t in times])
@@ -122,10 +122,10 @@ def neighbours(
     num_rows: int = 8,
     num_neighbours: int = 6,
 ) -> Figure:
-    """Samples, each followed by the training images nearest to it, with Euclidean distances in data space.
+    """Plot samples beside their nearest training images.
 
-    A flow that has learned its training images by heart draws samples much nearer to them than unseen images are; the
-    title has both medians.
+    Distances are Euclidean, in data space. Samples of a flow that has memorised its training images are much closer to
+    them than unseen images are. The title shows both medians.
     """
     distances, nearest = _nearest(drawn, data, num_neighbours)
     typical, _ = _nearest(unseen, data, 1)
@@ -142,7 +142,8 @@ def neighbours(
 def image_classes(
     flow: CNF, dataset: Dataset, num_each: int = 10, most: int = 10, generator: torch.Generator | None = None
 ) -> Figure:
-    """Samples under each class, a row for each, from the same noise in all."""
+    """Plot samples of each class, one row a class, all from the same noise."""
+    assert dataset.num_classes is not None, "this plot needs classes"
     classes = min(dataset.num_classes, most)
     context = torch.eye(dataset.num_classes)[:classes].to(flow.device, flow.dtype)
     with torch.no_grad():
@@ -157,15 +158,15 @@ def interpolations(
     dataset: Dataset,
     num_rows: int = 6,
     num_columns: int = 9,
-    generator: torch.Generator | None = None,  # of dequantisation noise
+    generator: torch.Generator | None = None,  # for dequantisation noise
 ) -> Figure:
-    """Between two images of the validation part along the great circle through their latents; the ends are theirs.
+    """Interpolate between validation images along a great circle of their latents.
 
-    Of data with classes, both images of a row have the same one.
+    Both ends of a row are images of the data. With classes, both have the same class.
     """
-    start, end, context = (
-        None if part is None else part.to(flow.device, flow.dtype) for part in _pairs_of_images(dataset, num_rows)
-    )
+    start, end, context = _pairs_of_images(dataset, num_rows)
+    start, end = start.to(flow.device, flow.dtype), end.to(flow.device, flow.dtype)
+    context = None if context is None else context.to(flow.device, flow.dtype)
     rows = len(start)
     weights = torch.linspace(0, 1, num_columns).to(start).view(-1, 1, 1)
     with torch.no_grad():
@@ -183,10 +184,10 @@ def interpolations(
 
 
 def _pairs_of_images(dataset: Dataset, num_pairs: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Images to start from and to end at, (n, C, H, W) each, and the context of both."""
+    """Return first and last images (n, C, H, W), and the context of both."""
     batch = next(iter(dataset.validation_batches(NUM_UNSEEN)))
     pairs = torch.arange(len(batch.x) // 2 * 2).unflatten(0, (-1, 2))
-    if dataset.num_classes is not None:
+    if dataset.num_classes is not None and batch.context is not None:
         found = [(batch.context[:, label] == 1).nonzero().flatten()[:2] for label in range(dataset.num_classes)]
         pairs = torch.stack([indices for indices in found if len(indices) == 2] or [*pairs])
     first, second = pairs[:num_pairs].unbind(1)
@@ -194,7 +195,7 @@ def _pairs_of_images(dataset: Dataset, num_pairs: int) -> tuple[Tensor, Tensor, 
 
 
 def _nearest(images: Tensor, data: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Distances (n, count) and indices of the nearest data, the nearest first."""
+    """Return distances (n, count) and indices of the nearest data, nearest first."""
     distances = torch.cdist(images.to(data).flatten(1), data.flatten(1))
     return distances.topk(min(count, len(data)), dim=1, largest=False)
 
@@ -205,7 +206,7 @@ def _strips(
     columns: Sequence[str] = (),
     rows: Sequence[str] = (),
 ) -> Figure:
-    """Rows of images in the shades of ``data``, with the names of columns above and of rows on the left."""
+    """Plot rows of images in the shades of `data`, with names of columns above and rows on the left."""
     size = (images.shape[1] * WIDTH + 0.5 * bool(rows), images.shape[0] * WIDTH + 0.4)
     figure = Figure(figsize=size, dpi=DPI, layout="compressed")
     axes = figure.subplots()

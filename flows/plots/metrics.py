@@ -1,27 +1,31 @@
-"""The curves of a run."""
+"""Curves of a run, and pictures of several runs on one sheet."""
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from flows.plots.style import DATA, FLOW, MUTED, tidy
 
-Curves = Mapping[str, Sequence[tuple[int, float]]]  # for each metric its (step, value) pairs
+Curves = Mapping[str, Sequence[tuple[int, float]]]  # (step, value) pairs of each metric
+SHEET_COLUMNS, SHEET_WIDTH = 2, 6.0  # pictures in a row; inches of a picture
 
 
 def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] = ()) -> Figure:
-    """Loss, negative log-likelihood and evaluations of the field over the steps of a run.
+    """Plot losses, NLL and field evaluations over the steps of a run.
 
-    Of the losses, those of flow matching and the likelihood have panels; any other is shown where both are missing.
-    A band around the NLL of the validation part is its standard error.
+    The losses of flow matching and of the likelihood have panels of their own. Any other loss is shown if both are
+    missing. The band around the validation NLL is its standard error.
 
     Args:
         metrics: of the whole run.
-        entropy: of the data, nats; drawn beside the NLL.
-        stages: the number of steps of each stage; a line stands where one ends and the next begins.
+        entropy: of the data in nats, drawn beside the NLL. Default: none.
+        stages: number of steps of each stage; dotted lines separate the stages.
     """
     panels = {
         "square errors of flow matching": [
@@ -35,7 +39,7 @@ def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] 
             ("validation/nfe", FLOW, "validation"),
         ],
     }
-    drawn = {name for name, curve in metrics.items() if any(value for _, value in curve)}  # adjoint's without one: zero
+    drawn = {name for name, curve in metrics.items() if any(value for _, value in curve)}
     present = {title: [line for line in lines if line[0] in drawn] for title, lines in panels.items()}
     present = {title: lines for title, lines in present.items() if lines}
     if "train/velocity_error" not in metrics and "train/nll" not in metrics and "train/loss" in metrics:
@@ -60,4 +64,20 @@ def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] 
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.25)
         tidy(axes)
+    return figure
+
+
+def contact_sheet(pictures: Mapping[str, str | os.PathLike[str]]) -> Figure:
+    """Show image files with their titles, two in a row."""
+    images = {title: imread(Path(path)) for title, path in pictures.items()}
+    rows = -(-len(images) // SHEET_COLUMNS)
+    tallest = max(image.shape[0] / image.shape[1] for image in images.values())
+    size = (SHEET_COLUMNS * SHEET_WIDTH, rows * (SHEET_WIDTH * tallest + 0.35))
+    figure = Figure(figsize=size, dpi=100, layout="compressed")
+    panels = list(figure.subplots(rows, SHEET_COLUMNS, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (title, image) in zip(panels, images.items(), strict=False):
+        axes.imshow(image, interpolation="antialiased")
+        axes.set_title(title, fontsize=11)
     return figure

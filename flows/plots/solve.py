@@ -1,4 +1,4 @@
-"""What a solve did, over its time."""
+"""The steps of an ODE solve over time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ COLOURS = (DATA, FLOW, "#4c9f70", "#c9a227")
 
 
 def steps(statistics: SolverStatistics, purpose: str | None = None) -> Figure:
-    """The size of every step over t, coloured by the component that limited it, rejected ones as crosses.
+    """Plot the size of every step over t.
 
-    ``purpose``: of the solve, for the title.
+    Colours show the component that limited a step; crosses are rejected steps. For a stochastic estimator, a second
+    panel shows the standard error of the divergence.
 
-    Below it, where the estimator is stochastic, the standard error of the divergence over t.
+    Args:
+        purpose: of the solve, for the title. Default: not shown.
     """
     times, errors = statistics.curve("divergence_standard_error")
     rows = 2 if times else 1

@@ -1,4 +1,4 @@
-"""From data space to the space of the flow and back, with log-determinants: scaling, logit, dequantisation."""
+"""Transforms between data space and flow space, with log-determinants."""
 
 from flows.transforms.base import Compose, Identity, Transform
 from flows.transforms.dequantise import DequantisationNoise, Dequantise, TruncatedNormalNoise, UniformNoise

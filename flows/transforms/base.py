@@ -1,8 +1,9 @@
-"""The contract of a transform, and how transforms are chained."""
+"""The contract of a transform, and chains of transforms."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,16 @@ from flows.errors import InvalidValueError
 
 
 class Transform(nn.Module, ABC):
-    """A map y = T(x) from data space to flow space, with what it adds to the log-density.
+    """A map y = T(x) from data space to flow space.
 
-    log p(x) = log p_flow(y) + log_det. Most transforms are bijections, and log_det is log|det ∂y/∂x|. One for
-    discrete data draws noise (:class:`Dequantise`): then y is random, ``log_det`` has −log of the density of that
-    noise in it, and the sum bounds log P(x) from below in expectation.
+    log p(x) = log p_flow(y) + log_det. For a bijection, log_det = log|det ∂y/∂x|.
+
+    `Dequantise`, for discrete data, adds noise, so y is random. Its log_det is −log of the density of that noise, and
+    the sum is a lower bound on log P(x) in expectation.
 
     Attributes:
-        term: under which name log_det appears in an account of the log-density.
-        num_levels: L, if data are whole numbers 0, ..., L − 1 and the transform makes them continuous.
+        term: name of log_det among the terms of the log-density.
+        num_levels: number L of levels if the transform makes whole numbers 0, ..., L − 1 continuous. Default: None.
     """
 
     term: str = "scaling"
@@ -29,21 +31,21 @@ class Transform(nn.Module, ABC):
     def forward(
         self,
         x: Tensor,  # (B, *event), data space
-        generator: torch.Generator | None = None,  # of the noise, where there is any
+        generator: torch.Generator | None = None,  # for noise, if there is any
     ) -> tuple[Tensor, Tensor]:  # (B, *event) and (B,)
-        """y and log_det in nats."""
+        """Return y and log_det in nats."""
 
     @abstractmethod
     def inverse(
         self,
         y: Tensor,  # (B, *event), flow space
     ) -> tuple[Tensor, Tensor]:  # (B, *event) and (B,)
-        """x and −log_det in nats."""
+        """Return x and −log_det in nats."""
 
     def account(
         self, x: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:  # (B, *event), and (B,) for each term
-        """Like calling the transform, with log_det as the terms that it is the sum of."""
+        """Return y and the named terms that sum to log_det."""
         y, log_det = self(x, generator)
         return y, {self.term: log_det}
 
@@ -51,18 +53,18 @@ class Transform(nn.Module, ABC):
         self,
         x: Tensor,  # (B, *event)
     ) -> None:
-        """Raise ``ValueError`` if ``x`` holds values on which the transform is not defined."""
+        """Raise `InvalidValueError` if the transform is not defined on `x`."""
 
     def fit(
         self,
         points: Tensor,  # (n, *event), data space
     ) -> Transform:
-        """Set what the transform takes from the training data, if anything; returns itself."""
+        """Fit the transform to training data and return it. Default: nothing to fit."""
         return self
 
 
 class Identity(Transform):
-    """Data space is flow space."""
+    """The identity: data space is flow space."""
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return x, x.new_zeros(len(x))
@@ -72,39 +74,50 @@ class Identity(Transform):
 
 
 class Compose(Transform):
-    """One transform after the other, in the order given.
-
-    ::
-
-        Compose(dequantise=Dequantise(256), unit=UnitInterval(256), logit=Logit(0.05))
+    """A chain of transforms, applied in the given order.
 
     Args:
-        transforms: by names of your own; ``None`` is left out.
+        transforms: named transforms; any names will do. None is skipped.
+
+    Raises:
+        InvalidValueError: there is no transform, or one that dequantises is not the first.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.transforms import Compose, Dequantise, Logit, UnitInterval
+
+        transform = Compose(dequantise=Dequantise(256), unit=UnitInterval(256), logit=Logit(0.05))
+        y, log_det = transform(torch.randint(256, (5, 1, 8, 8)).float())
+        ```
     """
 
     def __init__(self, **transforms: Transform | None) -> None:
         super().__init__()
-        self.transforms = nn.ModuleDict({name: part for name, part in transforms.items() if part is not None})
-        if not self.transforms:
+        given = {name: part for name, part in transforms.items() if part is not None}
+        if not given:
             raise InvalidValueError("Compose needs at least one transform; to change nothing, use Identity()")
-        _, *later = self.transforms.items()
+        self.transforms = nn.ModuleDict(given)
+        _, *later = given.items()
         late = next((name for name, part in later if part.num_levels is not None), None)
         if late is not None:
-            raise InvalidValueError(
-                f"the transform {late!r} dequantises and must come first, got {list(self.transforms)}"
-            )
+            raise InvalidValueError(f"the transform {late!r} dequantises and must come first, got {list(given)}")
 
     @property
     def num_levels(self) -> int | None:
-        return next(iter(self.transforms.values())).num_levels
+        return self._parts()[0].num_levels
+
+    def _parts(self) -> list[Transform]:
+        return cast("list[Transform]", list(self.transforms.values()))
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         y, terms = self.account(x, generator)
-        return y, sum(terms.values())
+        return y, torch.stack(list(terms.values())).sum(0)
 
     def account(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         total: dict[str, Tensor] = {}
-        for transform in self.transforms.values():
+        for transform in self._parts():
             x, terms = transform.account(x, generator)
             for name, value in terms.items():
                 total[name] = total[name] + value if name in total else value
@@ -112,19 +125,19 @@ class Compose(Transform):
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         total = y.new_zeros(len(y))
-        for transform in reversed(self.transforms.values()):
+        for transform in reversed(self._parts()):
             y, log_det = transform.inverse(y)
             total = total + log_det
         return y, total
 
     def check(self, x: Tensor) -> None:
-        next(iter(self.transforms.values())).check(x)
+        self._parts()[0].check(x)
 
     def fit(self, points: Tensor) -> Compose:
-        """Fit each part to what the parts before it make of ``points``; noise is drawn from a fixed seed."""
+        """Fit each transform to the output of those before it. Noise has a fixed seed."""
         generator = torch.Generator(points.device).manual_seed(0)
         with torch.no_grad():
-            for transform in self.transforms.values():
+            for transform in self._parts():
                 transform.fit(points)
                 points, _ = transform(points, generator)
         return self

@@ -1,4 +1,4 @@
-"""From whole numbers to a continuous variable by adding noise."""
+"""Dequantisation: whole numbers become continuous by adding noise."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from flows.checks import check_number, whole_number
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 
+MAX_LEVELS = 2**24  # float32 holds all whole numbers up to here
+
 
 class DequantisationNoise(nn.Module, ABC):
-    """A density q(u | x) on the unit cube, from which the noise of an example x is drawn.
+    """A density q(u | x) on the unit cube for the noise of an example x.
 
-    To add one: subclass it, and name it in a yaml of ``conf/transform``.
+    To add one, subclass it and name it in a yaml of `conf/transform`.
     """
 
     @abstractmethod
@@ -24,7 +27,7 @@ class DequantisationNoise(nn.Module, ABC):
         x: Tensor,  # (B, *event), whole numbers
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:  # (B, *event) and (B,)
-        """u and log q(u | x), differentiable in the parameters of q."""
+        """Return u and log q(u | x), differentiable in the parameters of q."""
 
     @abstractmethod
     def log_prob(
@@ -32,11 +35,14 @@ class DequantisationNoise(nn.Module, ABC):
         u: Tensor,  # (B, *event), in [0, 1]
         x: Tensor,  # (B, *event)
     ) -> Tensor:  # (B,)
-        """log q(u | x) in nats."""
+        """Return log q(u | x) in nats."""
 
 
 class UniformNoise(DequantisationNoise):
-    """q = 1: the bound says how likely the whole cell of an image is under the flow."""
+    """Uniform noise, q = 1.
+
+    The bound then averages the flow's log-density over the cell of an image.
+    """
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return uniform_like(x, generator), x.new_zeros(len(x))
@@ -46,19 +52,22 @@ class UniformNoise(DequantisationNoise):
 
 
 class TruncatedNormalNoise(DequantisationNoise):
-    r"""u − ½ ~ N(0, sd²) kept to [−½, ½], entry by entry.
+    """Normal noise around ½, truncated to the unit interval.
 
-    log q(u) = −(u − ½)²/(2 sd²) − log(sd √(2π)) − log erf(1/(√8 sd)). The noise fades towards the edges of a cell, so
-    the density that the flow has to learn is smooth. [Zheng et al. 2023, arXiv:2305.03935]
+    For each entry, u − ½ ~ N(0, sd²) on [−½, ½]: log q(u) = −(u − ½)²/(2 sd²) − log(sd √(2π)) − log erf(1/(√8 sd)). The
+    noise fades towards the edges of a cell, so the flow has a smooth density to learn. [Zheng et al. 2023,
+    arXiv:2305.03935]
 
     Args:
-        sd: before truncation; above 0. A large one is uniform noise.
+        sd: standard deviation before truncation, above 0. A large one gives nearly uniform noise.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: `sd` is no positive number.
     """
 
     def __init__(self, sd: float = 0.3) -> None:
         super().__init__()
-        if not 0 < sd < math.inf:
-            raise InvalidValueError(f"sd must be above 0, got {sd}; for uniform noise take UniformNoise()")
+        check_number("sd", sd, above=0, otherwise="for uniform noise use UniformNoise()")
         self.sd = sd
         self._mass = math.erf(1 / (math.sqrt(8) * sd))
 
@@ -73,21 +82,25 @@ class TruncatedNormalNoise(DequantisationNoise):
 
 
 class Dequantise(Transform):
-    r"""y = x + u for whole numbers x in {0, ..., L − 1}, with noise u ~ q(u | x) from the unit cube.
+    """Noise on whole numbers: y = x + u with u ~ q(u | x).
 
-    P(x) = ∫ p(x + u) du = E_q[p(x + u)/q(u | x)] over the unit cube, so that log p(y) − log q(u | x), whose second
-    term is log_det here, bounds log P(x) from below in expectation. The bound is log P(x) − KL(q ‖ p(u | x)), where
-    p(u | x) is what the flow makes of the cell. [Theis et al. 2016, arXiv:1511.01844; Ho et al. 2019,
-    arXiv:1902.00275]
+    x lies in {0, ..., L − 1} and u in the unit cube. P(x) = ∫ p(x + u) du = E_q[p(x + u)/q(u | x)], so
+    log p(y) − log q(u | x) is a lower bound on log P(x) in expectation; log_det is its second term. The bound equals
+    log P(x) − KL(q ‖ p(u | x)), where p(u | x) is the flow's density within the cell. [Theis et al. 2016,
+    arXiv:1511.01844; Ho et al. 2019, arXiv:1902.00275]
 
-    The inverse rounds down and clamps to the levels. It returns +log q of the noise that was rounded away.
+    The inverse rounds down and clamps to the levels. It returns +log q of the rounded-off noise.
 
     Args:
         num_levels: L.
-        noise: q, :class:`UniformNoise` by default.
+        noise: q. Default: `UniformNoise()`.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: `num_levels` is no whole number from 2 to 2²⁴.
     """
 
     term = "dequantisation"
+    num_levels: int
 
     def __init__(self, num_levels: int | None, noise: DequantisationNoise | None = None) -> None:
         super().__init__()
@@ -100,12 +113,12 @@ class Dequantise(Transform):
             index = tuple(wrong.nonzero()[0].tolist())
             raise InvalidValueError(
                 f"expected whole numbers from 0 to {self.num_levels - 1}, got {x[index].item():g} at index {index} "
-                f"({int(wrong.sum())} such values); give levels as they are stored, neither scaled nor with noise"
+                f"({int(wrong.sum())} such values); pass levels as stored, without scaling or noise"
             )
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         u, log_q = self.noise.sample(x, generator)
-        # x + u may round up to the next level, which is another image
+        # x + u may round up to the next level, which would be another image.
         return torch.minimum(x + u, torch.nextafter(x + 1, x)), -log_q
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,15 +127,13 @@ class Dequantise(Transform):
 
 
 def checked_levels(num_levels: int | None) -> int:
-    """Return ``num_levels``, or raise ``ValueError`` where there cannot be so many."""
+    """Return `num_levels`, or raise an error if it is no valid number of levels."""
     if num_levels is None:
         raise InvalidValueError("the data state no num_levels: they are continuous, and need no dequantisation")
-    if isinstance(num_levels, bool) or not isinstance(num_levels, int) or num_levels < 2:
-        raise InvalidValueError(f"num_levels must be a whole number >= 2, such as 256, got {num_levels!r}")
-    return num_levels
+    return whole_number("num_levels", num_levels, 2, MAX_LEVELS, "most pictures have 256")
 
 
 def uniform_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform on [0, 1), of the shape, dtype and device of ``x``, drawn where the generator lives."""
+    """Draw from U[0, 1) in the shape, dtype and device of `x`, on the generator's device."""
     device = x.device if generator is None else generator.device
     return torch.rand(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

@@ -1,4 +1,4 @@
-"""To normal marginals by the shares of the levels in the training data."""
+"""A transform to normal marginals, from the counts of levels in the data."""
 
 from __future__ import annotations
 
@@ -8,44 +8,49 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flows.checks import check_number, fits_in_memory
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 from flows.transforms.dequantise import checked_levels
 
 
 class NormalMarginals(Transform):
-    r"""y = Φ⁻¹(α + (1 − 2α) F(x)) entry by entry, for dequantised levels x in [0, L).
+    """Normal marginals: y = Φ⁻¹(α + (1 − 2α) F(x)) for each entry.
 
-    F is the distribution function of the entry in the training data as uniform noise spreads it: linear between whole
-    numbers, F′ = p_l on the cell of level l. So a flow that leaves y as it is has learned every marginal, with the
-    jumps of the density between cells, and what is left to learn is how entries depend on each other. With
+    x is a dequantised level in [0, L). F is the distribution function of the entry in the training data with uniform
+    noise: F′ = p_l on the cell of level l. An identity flow then has the right marginals, including the jumps between
+    cells; only the dependence between entries is left to learn. With
 
         p_l = (n_l + pseudo_count)/(n + L · pseudo_count)
 
-    a level that the training data do not show stays possible.
+    levels that are missing from the training data keep a positive probability.
     log|dy/dx| = log(1 − 2α) + log p_l − log φ(y), summed over the entries. [Chen & Gopinath 2000, Gaussianization]
 
     Args:
         event_shape: shape of a point.
         num_levels: L.
-        pseudo_count: above 0.
-        alpha: α keeps y finite; α of the mass at either end is given away.
+        pseudo_count: added to each count, above 0.
+        alpha: α, between 0 and ½. It keeps y finite at the cost of the mass α at each end.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: a setting is no number, or out of range.
     """
 
     term = "marginals"
+    shares: Tensor
+    below: Tensor
 
     def __init__(
         self, event_shape: Sequence[int], num_levels: int | None, pseudo_count: float = 0.5, alpha: float = 1e-5
     ) -> None:
         super().__init__()
-        if not 0 < pseudo_count < math.inf:
-            raise InvalidValueError(f"pseudo_count must be a positive number, got {pseudo_count}")
-        if not 0 < alpha < 0.5:
-            raise InvalidValueError(f"alpha must lie between 0 and 0.5, both excluded, got {alpha}")
+        check_number("pseudo_count", pseudo_count, above=0)
+        check_number("alpha", alpha, above=0, below=0.5)
         self.event_shape = tuple(event_shape)
         self.pseudo_count = pseudo_count
         self.alpha = alpha
         size, levels = math.prod(self.event_shape), checked_levels(num_levels)
+        fits_in_memory(f"num_levels: {levels:,} levels of {size:,} entries", 4 * size * levels)
         self.register_buffer("shares", torch.full((size, levels), 1 / levels))  # p_l, by entry
         self.register_buffer("below", torch.arange(levels).div(levels).repeat(size, 1))  # F at the whole numbers
 
@@ -54,11 +59,11 @@ class NormalMarginals(Transform):
         if outside.any():
             raise InvalidValueError(
                 f"expected dequantised levels from 0 to {self.shares.shape[1]}, got {x[outside][0].item():g} "
-                f"({int(outside.sum())} values outside); let Dequantise come before, and no scaling between"
+                f"({int(outside.sum())} values outside); put Dequantise directly before it, without scaling"
             )
 
     def fit(self, points: Tensor) -> NormalMarginals:
-        """Take the shares from ``points`` (n, *event)."""
+        """Count the levels of `points` (n, *event)."""
         if tuple(points.shape[1:]) != self.event_shape or not len(points):
             raise InvalidValueError(
                 f"expected points of shape {self.event_shape} to count levels in, got {tuple(points.shape)}"
@@ -80,16 +85,16 @@ class NormalMarginals(Transform):
         return y.view_as(x), self._log_det(y, share)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x in [0, L], where y beyond the image of the data goes to either end."""
+        """Return x in [0, L] and −log_det. y beyond the image of the data goes to either end."""
         flat = y.flatten(1)
         rank = ((torch.special.ndtr(flat) - self.alpha) / (1 - 2 * self.alpha)).clamp(0, 1)
         cell = torch.searchsorted(self.below, rank.detach().T.contiguous(), right=True).T - 1
         share, below = self._of(cell)
-        inside = ((rank - below) / share).clamp(max=1)  # above it only by rounding
+        inside = ((rank - below) / share).clamp(max=1)  # above 1 only by rounding
         return (cell + inside).view_as(y), -self._log_det(flat, share)
 
     def _of(self, cell: Tensor) -> tuple[Tensor, Tensor]:  # (B, d) each
-        """Share and distribution function of each entry's cell."""
+        """Return p_l and F at the lower end of each entry's cell."""
         index = cell.long().T
         return self.shares.gather(1, index).T, self.below.gather(1, index).T
 

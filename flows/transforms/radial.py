@@ -1,4 +1,4 @@
-"""To the distance from the origin that a normal point has."""
+"""A transform that gives points the radii of a normal distribution."""
 
 from __future__ import annotations
 
@@ -9,39 +9,46 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flows.checks import check_number, whole_number
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 
-LOWEST = -4.0  # z from which the cube-root law holds; a probability of 3e-5 lies below
-NEWTON_STEPS = 7  # to Φ⁻¹ in float64
+MIN_Z = -4.0  # the cube-root law is used above this z; a probability of 3e-5 lies below
+NEWTON_STEPS = 7  # enough for Φ⁻¹ in float64
 
 
 class NormalRadius(Transform):
-    r"""y = ρ(‖x‖) x/‖x‖ with a monotone ρ that turns the radii of the training data into those of N(0, I).
+    """Normal radii: y = ρ(‖x‖) x/‖x‖ with a monotone ρ.
 
-    Patches of natural images are smooth or textured as a whole: whitened, their radii differ by factors of fifty where
-    those of normal points hardly differ, and a flow would have to learn a stiff field for it. Directions stay as
-    they are. With u = log ‖x‖, z = Φ⁻¹(F(u)) and the cube-root law of χ² (Wilson & Hilferty 1931),
+    ρ maps the radii of the training data to those of N(0, I); directions do not change. Patches of natural images are
+    smooth or textured as a whole. After whitening their radii differ by factors of fifty, while those of normal points
+    hardly differ, and a flow would need a stiff field for that. With u = log ‖x‖, z = Φ⁻¹(F(u)) and the cube-root law
+    of χ² (Wilson & Hilferty 1931),
 
-        ρ = √d w^{3/2},   w = 1 − 2/(9d) + z √(2/(9d)),
+        ρ = √d w^{3/2},   w = 1 − 2/(9d) + z √(2/(9d)).
 
-    where F is a mixture of logistic distributions at quantiles of u, so that data further out than all before stay
-    possible. Below z = −4 an exponential takes the place of w, value and slope alike, so that ρ stays positive: the
-    image is all of ℝᵈ but the origin, and far points keep their digits, as z comes from log F and log(1 − F).
+    F is a mixture of logistic distributions at quantiles of u, so points beyond the training data keep a positive
+    density. Below z = −4, w is replaced by an exponential with the same value and slope, which keeps ρ positive. The
+    image is ℝᵈ without the origin. Far points keep their digits, as z is computed from log F and log(1 − F).
     log|det ∂y/∂x| = log ρ′ + (d − 1) log(ρ/‖x‖). [Lyu & Simoncelli 2009, radial Gaussianization]
 
-    It goes after :class:`Whiten` (with ``robust=True``). With several groups, the entries are cut into as many parts of
-    equal size in their order, and each has a radius of its own: after ``Whiten(axes="principal")``, bands from fine to
-    coarse. Until :meth:`fit`, F is one logistic distribution.
+    Use it after `Whiten(robust=True)`. With several groups, the entries are cut in order into groups of equal size,
+    each with its own radius; after `Whiten(axes="principal")` these are bands from fine to coarse. Before `fit`, F is a
+    single logistic distribution.
 
     Args:
         event_shape: shape of a point.
-        num_groups: must leave at least five entries in each.
-        num_quantiles: in the mixture.
-        bandwidth: scale of the logistic distributions over the standard deviation of u.
+        num_groups: number of groups, each of at least five entries.
+        num_quantiles: number of logistic distributions.
+        bandwidth: their scale, relative to the standard deviation of u.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: a setting is no number, or out of range.
     """
 
     term = "radius"
+    centres: Tensor
+    scale: Tensor
 
     def __init__(
         self, event_shape: Sequence[int], num_groups: int = 1, num_quantiles: int = 64, bandwidth: float = 0.1
@@ -49,16 +56,15 @@ class NormalRadius(Transform):
         super().__init__()
         self.event_shape = tuple(event_shape)
         entries = math.prod(self.event_shape)
-        if num_groups < 1 or entries % num_groups or entries // num_groups < 5:
+        num_groups = whole_number("num_groups", num_groups)
+        num_quantiles = whole_number("num_quantiles", num_quantiles)
+        check_number("bandwidth", bandwidth, above=0)
+        if entries % num_groups or entries // num_groups < 5:
             raise InvalidValueError(
-                f"num_groups must cut {entries} entries into equal parts of at least 5 (fewer have no radius worth the "
-                f"name), got {num_groups}"
+                f"num_groups must cut {entries} entries into equal groups of at least 5, got {num_groups}; choose a "
+                "smaller divisor, such as 1"
             )
         self.size = entries // num_groups
-        if num_quantiles < 1 or not bandwidth > 0:
-            raise InvalidValueError(
-                f"num_quantiles must be >= 1 and bandwidth above 0, got {num_quantiles} and {bandwidth}"
-            )
         self.bandwidth = bandwidth
         self.register_buffer("centres", torch.full((num_groups, num_quantiles), 0.5 * math.log(self.size)))  # of u
         self.register_buffer("scale", torch.ones(num_groups, 1))
@@ -66,11 +72,11 @@ class NormalRadius(Transform):
     def check(self, x: Tensor) -> None:
         if not self._groups(x).any(-1).all():
             raise InvalidValueError(
-                "a point, or a group of its entries, lies in the origin, where a radius has no direction"
+                "a point, or a group of its entries, lies in the origin, which has no direction; drop such points"
             )
 
     def fit(self, points: Tensor) -> NormalRadius:
-        """Take the quantiles from ``points`` (n, *event)."""
+        """Compute the quantiles of `points` (n, *event)."""
         if tuple(points.shape[1:]) != self.event_shape or len(points) < 2:
             raise InvalidValueError(
                 f"expected at least two points of shape {self.event_shape}, got {tuple(points.shape)}"
@@ -94,7 +100,7 @@ class NormalRadius(Transform):
         z = self._normal_of(v)
         log_odds = torch.special.log_ndtr(z) - torch.special.log_ndtr(-z)
         with torch.no_grad():
-            # The log-odds of one logistic distribution are straight, and those of the mixture between the outermost.
+            # The log-odds of a logistic distribution are linear. Those of the mixture lie between the outermost two.
             ends = self.centres.amin(1), self.centres.amax(1)
             low, high = (self.scale[:, 0] * log_odds + end for end in ends)
             for _ in range(50):  # halvings
@@ -105,57 +111,58 @@ class NormalRadius(Transform):
             u = (low + high) / 2
             log_cdf, log_survival, log_density = self._mixture(u)
             slope = (log_density - log_cdf - log_survival).exp()
-        u = u + (log_odds - (log_cdf - log_survival)) / slope  # a step of Newton's, which gradients go through
+        u = u + (log_odds - (log_cdf - log_survival)) / slope  # a Newton step with gradients
         return (groups * (u - v).exp().unsqueeze(-1)).view_as(y), -self._move(u)[1].sum(1)
 
     def _groups(self, x: Tensor) -> Tensor:  # (B, *event) -> (B, G, size)
         return x.flatten(1).unflatten(1, (-1, self.size))
 
     def _move(self, u: Tensor) -> tuple[Tensor, Tensor]:  # (B, G) each
-        """log(ρ/r) and log|det| at u = log r."""
+        """Return log(ρ/r) and log|det| at u = log r."""
         log_cdf, log_survival, log_density = self._mixture(u)
         z = _quantile(log_cdf, log_survival)
         spread, lowest = self._cube_root()
         w = (1 - spread**2 + spread * z).clamp(min=lowest)
-        log_w = w.log() + spread / lowest * (z - LOWEST).clamp(max=0)
+        log_w = w.log() + spread / lowest * (z - MIN_Z).clamp(max=0)
         log_ratio = 0.5 * math.log(self.size) + 1.5 * log_w - u
         log_rate = log_density + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)  # dz/du
         # d log ρ/du = 1.5 spread/w · dz/du, and ρ′ = ρ/r · d log ρ/du
         return log_ratio, math.log(1.5 * spread) - w.log() + log_rate + self.size * log_ratio
 
     def _normal_of(self, v: Tensor) -> Tensor:  # (B, G)
-        """z where log ρ = v."""
+        """Return z where log ρ = v."""
         spread, lowest = self._cube_root()
         log_w = (v - 0.5 * math.log(self.size)) / 1.5
         w = log_w.clamp(min=math.log(lowest)).exp()
         return (w - 1 + spread**2) / spread + lowest / spread * (log_w - math.log(lowest)).clamp(max=0)
 
     def _cube_root(self) -> tuple[float, float]:
-        """√(2/(9d)), and w at z = −4."""
+        """Return √(2/(9d)), and w at z = −4."""
         spread = math.sqrt(2 / (9 * self.size))
-        return spread, 1 - spread**2 + spread * LOWEST
+        return spread, 1 - spread**2 + spread * MIN_Z
 
     def _mixture(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, G) each
-        """log F, log(1 − F) and log F′ at u."""
+        """Return log F, log(1 − F) and log F′ at u."""
         distance = (u.unsqueeze(-1) - self.centres) / self.scale
         below, above = functional.logsigmoid(distance), functional.logsigmoid(-distance)
         terms = (below, above, below + above - self.scale.log())
-        return tuple(term.logsumexp(-1) - math.log(self.centres.shape[1]) for term in terms)
+        log_cdf, log_survival, log_density = (term.logsumexp(-1) - math.log(self.centres.shape[1]) for term in terms)
+        return log_cdf, log_survival, log_density
 
 
 def _quantile(log_cdf: Tensor, log_survival: Tensor) -> Tensor:
-    """Φ⁻¹ of a probability from its logarithm and that of what is left, exact in both tails."""
+    """Return Φ⁻¹(p) from log p and log(1 − p), accurate in both tails."""
     tail = torch.minimum(log_cdf, log_survival)
     with torch.no_grad():
-        # log Φ is concave and log Φ(z) <= −z²/2 for z <= 0: from here no step goes past the root.
+        # log Φ is concave and log Φ(z) <= −z²/2 for z <= 0, so no step from here overshoots the root.
         z = -(-2 * tail).sqrt()
         for _ in range(NEWTON_STEPS):
             z = _newton(z, tail)
-    z = _newton(z, tail)  # which gradients go through
+    z = _newton(z, tail)  # with gradients
     return torch.where(log_cdf < log_survival, z, -z)
 
 
 def _newton(z: Tensor, tail: Tensor) -> Tensor:
-    """A step towards log Φ(z) = tail."""
+    """Take a Newton step towards log Φ(z) = tail."""
     value = torch.special.log_ndtr(z)
     return z + (tail - value) * (value + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)).exp()

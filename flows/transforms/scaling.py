@@ -1,4 +1,4 @@
-"""Affine maps: to the unit interval, and to mean zero and variance one."""
+"""Scaling to the unit interval, or to mean zero and variance one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flows.transforms.dequantise import checked_levels
 
 
 class UnitInterval(Transform):
-    """y = x / L: dequantised levels, in [0, L), to [0, 1).
+    """Scaling of dequantised levels: y = x/L from [0, L) to [0, 1).
 
     Args:
         num_levels: L.
@@ -36,15 +36,22 @@ class UnitInterval(Transform):
 
 
 class Standardise(Transform):
-    """y = (x − mean) / sd, entry by entry, with the mean and the sd of the training data.
+    """Standardisation: y = (x − mean)/sd for each entry.
 
-    It is the identity until :meth:`fit`; both moments are buffers, so a checkpoint carries them.
+    Mean and standard deviation are those of the training data. Before `fit` it is the identity. Both are buffers, so
+    checkpoints hold them.
 
     Args:
         event_shape: shape of a point.
-        per: ``"entry"``, or ``"channel"`` for moments that all entries of the first dimension's index share, so that
-            an image keeps its look and what holds at one pixel holds at the next.
+        per: "entry" for one mean and sd an entry, or "channel" for one a channel (the first dimension). "channel" keeps
+            an image's look and treats all pixels alike.
+
+    Raises:
+        InvalidValueError: `per` is neither.
     """
+
+    mean: Tensor
+    sd: Tensor
 
     def __init__(self, event_shape: Sequence[int], per: Literal["entry", "channel"] = "entry") -> None:
         super().__init__()
@@ -55,10 +62,10 @@ class Standardise(Transform):
         self.register_buffer("sd", torch.ones(tuple(event_shape)))
 
     def fit(self, points: Tensor) -> Standardise:
-        """Take both moments from ``points``.
+        """Compute mean and standard deviation of `points` (n, *event).
 
         Raises:
-            ValueError: wrong shape, fewer than two points, or an entry that never varies.
+            InvalidValueError: the shape is wrong, there are fewer than two points, or an entry never varies.
         """
         if points.shape[1:] != self.mean.shape or len(points) < 2:
             raise InvalidValueError(

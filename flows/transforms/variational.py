@@ -1,4 +1,4 @@
-"""Noise that is learned: a small flow on the unit cube, given the image."""
+"""Learned dequantisation noise: a small flow, conditional on the image."""
 
 from __future__ import annotations
 
@@ -8,40 +8,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.checks import whole_number
 from flows.errors import InvalidValueError
 from flows.transforms.dequantise import DequantisationNoise, checked_levels, uniform_like
 
 
 class VariationalNoise(DequantisationNoise):
-    r"""u = sigmoid(z_n), z_0 logistic, z_l = z_{l−1} at half of the pixels and exp(s_l) z_{l−1} + t_l at the others.
+    """Noise from a small coupling flow that is conditional on the image.
 
-    s_l and t_l are convolutional networks of the image x and of z_{l−1} at the pixels that stay; the two halves of the
-    chequerboard take turns. With g(z) = log sigmoid′(z), summed over the entries,
+    u = sigmoid(z_n) with logistic z_0. Layer l keeps half of the pixels and maps the others to
+    z_l = exp(s_l) z_{l−1} + t_l. The two halves of a chequerboard alternate. s_l and t_l are convolutional networks of
+    the image x and of z_{l−1} at the kept pixels. With g(z) = log sigmoid′(z), summed over the entries,
 
         log q(u | x) = g(z_0) − g(z_n) − Σ_l Σ s_l.
 
-    All networks start at zero, so q starts as uniform noise. It is trained with the likelihood, which its
-    bound makes tighter; flow matching leaves it alone. [Ho et al. 2019, arXiv:1902.00275]
+    All networks start at zero, so q starts as uniform noise. Likelihood training fits it, which tightens the bound;
+    flow matching does not train it. [Ho et al. 2019, arXiv:1902.00275]
 
     Args:
         event_shape: (C, H, W).
-        num_levels: of the images.
+        num_levels: number of levels of the images.
         hidden: channels of the hidden layers.
-        num_layers: of the flow.
+        num_layers: number of layers.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: the data are no images, or a setting is no number or out of range.
     """
+
+    _kept: Tensor
 
     def __init__(self, event_shape: Sequence[int], num_levels: int, hidden: int = 32, num_layers: int = 4) -> None:
         super().__init__()
         if len(event_shape) != 3:
             raise InvalidValueError(
                 f"variational noise needs images of shape (channels, height, width), got {tuple(event_shape)}; for "
-                "other data take UniformNoise()"
+                "other data use UniformNoise()"
             )
         for name, value in (("hidden", hidden), ("num_layers", num_layers)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidValueError(f"{name} must be a whole number >= 1, got {value!r}")
+            whole_number(name, value)
         self.num_levels = checked_levels(num_levels)
-        parity = sum(torch.meshgrid(*[torch.arange(size) for size in event_shape], indexing="ij")) % 2
+        indices = torch.meshgrid(*[torch.arange(size) for size in event_shape], indexing="ij")
+        parity = torch.stack(indices).sum(0) % 2
         self.register_buffer("_kept", parity.to(torch.get_default_dtype()), persistent=False)
         self.networks = nn.ModuleList(_network(event_shape[0], hidden) for _ in range(num_layers))
 
@@ -67,10 +74,10 @@ class VariationalNoise(DequantisationNoise):
         return log_q + _log_slope(z)
 
     def _coefficients(self, index: int, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """s and t, zero at the pixels that stay, on which alone they depend."""
+        """Return s and t. Both depend on the kept pixels alone, and are zero there."""
         kept = self._kept if index % 2 else 1 - self._kept
         image = 2 * x / (self.num_levels - 1) - 1
-        found = self.networks[index](torch.cat([z * kept, image], dim=1)).to(z)  # autocast computes in fewer digits
+        found = self.networks[index](torch.cat([z * kept, image], dim=1)).to(z)  # autocast may return a lower precision
         log_scale, shift = found.chunk(2, dim=1)
         return 2 * (log_scale / 2).tanh() * (1 - kept), shift * (1 - kept)
 
@@ -78,6 +85,7 @@ class VariationalNoise(DequantisationNoise):
 def _network(channels: int, hidden: int) -> nn.Sequential:
     last = nn.Conv2d(hidden, 2 * channels, 3, padding=1)
     nn.init.zeros_(last.weight)
+    assert last.bias is not None
     nn.init.zeros_(last.bias)
     return nn.Sequential(
         nn.Conv2d(2 * channels, hidden, 3, padding=1),
@@ -89,5 +97,5 @@ def _network(channels: int, hidden: int) -> nn.Sequential:
 
 
 def _log_slope(z: Tensor) -> Tensor:  # (B,)
-    """log sigmoid′(z), which is also the log-density of the logistic distribution, summed over the entries."""
+    """Return log sigmoid′(z), the logistic log-density, summed over the entries."""
     return (functional.logsigmoid(z) + functional.logsigmoid(-z)).flatten(1).sum(1)

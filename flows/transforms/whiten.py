@@ -1,4 +1,4 @@
-"""A linear map to identity covariance."""
+"""Whitening: a linear map to identity covariance."""
 
 from __future__ import annotations
 
@@ -9,32 +9,42 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flows.checks import check_number, fits_in_memory
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 
-ROUNDS = 10  # of weighing; each takes most of what is left of the way
+REWEIGHTING_ROUNDS = 10  # each round removes most of the remaining error
 
 
 class Whiten(Transform):
-    r"""y = C^(−1/2) (x − mean), with the mean and the covariance C of the training data and its symmetric root.
+    """Whitening: y = C^(−1/2) (x − mean).
 
-    A flow that leaves y as it is, is the Gaussian of these moments. The likelihood of a linear map of the data is the
-    same, but flow matching is not: its squares count an error in a direction by the variance there, the likelihood by
-    the variance relative to that of the data. Pixels of natural images differ by factors of thousands in this.
-    C^(−1/2) is the whitening that changes an image least; with ``axes="principal"`` it is Λ^(−1/2) Uᵀ for C = U Λ Uᵀ,
-    whose entries are principal components from the least variance to the most. [Kessy, Lewin & Strimmer 2018,
+    Mean and covariance C are those of the training data, so an identity flow is the Gaussian with these moments. A
+    linear map does not change the likelihood, but it does change flow matching: its squared error weighs a direction by
+    its variance, while the likelihood weighs errors relative to that variance. For pixels of natural images these
+    weights differ by factors of thousands.
+
+    The symmetric root C^(−1/2) changes an image least. With `axes="principal"` the map is Λ^(−1/2) Uᵀ for C = U Λ Uᵀ,
+    and its entries are principal components, from the least variance to the most. [Kessy, Lewin & Strimmer 2018,
     arXiv:1512.00809]
 
-    It is the identity until :meth:`fit`; the moments are buffers, so a checkpoint carries them.
+    Before `fit` it is the identity. The moments are buffers, so checkpoints hold them.
 
     Args:
-        event_shape: shape of a point; memory grows with the square of its size.
-        shrinkage: s in [0, 1): C is taken as (1 − s) C + s diag(C), for data that are few.
-        robust: weigh every point by the inverse square of its radius after whitening, so that a few points far out do
-            not decide how the many others are scaled. The points of an elliptical density all count the same then, but
-            C has an arbitrary factor. [Tyler 1987, Annals of Statistics 15, 234]
-        axes: ``"pixels"`` or ``"principal"``.
+        event_shape: shape of a point. Memory grows with the square of its size.
+        shrinkage: s in [0, 1), for few data: C is replaced by (1 − s) C + s diag(C).
+        robust: weigh each point by the inverse square of its radius after whitening, so that outliers do not set the
+            scale of all others. C then has an arbitrary factor. [Tyler 1987, Annals of Statistics 15, 234]
+        axes: "pixels" or "principal".
+
+    Raises:
+        InvalidTypeError, InvalidValueError: a setting is out of range, or the matrix does not fit in memory.
     """
+
+    mean: Tensor
+    root: Tensor
+    inverse_root: Tensor
+    log_det: Tensor
 
     def __init__(
         self,
@@ -44,8 +54,7 @@ class Whiten(Transform):
         axes: Literal["pixels", "principal"] = "pixels",
     ) -> None:
         super().__init__()
-        if not 0 <= shrinkage < 1:
-            raise InvalidValueError(f"shrinkage must be in [0, 1), got {shrinkage}")
+        check_number("shrinkage", shrinkage, at_least=0, below=1)
         if axes not in ("pixels", "principal"):
             raise InvalidValueError(f"axes must be 'pixels' or 'principal', got {axes!r}")
         self.axes = axes
@@ -53,16 +62,17 @@ class Whiten(Transform):
         self.shrinkage = shrinkage
         self.robust = robust
         size = math.prod(self.event_shape)
+        fits_in_memory(f"event_shape: a covariance of {size:,} entries", 4 * size**2)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("root", torch.eye(size))  # C^(1/2), or Λ^(1/2) Uᵀ
         self.register_buffer("inverse_root", torch.eye(size))
         self.register_buffer("log_det", torch.zeros(()))  # of the inverse root
 
     def fit(self, points: Tensor) -> Whiten:
-        """Take both moments from ``points`` (n, *event).
+        """Compute mean and covariance of `points` (n, *event).
 
         Raises:
-            ValueError: wrong shape, or the points do not span the space.
+            InvalidValueError: the shape is wrong, or the points do not span the space.
         """
         if tuple(points.shape[1:]) != self.event_shape or len(points) < 2:
             raise InvalidValueError(
@@ -72,10 +82,10 @@ class Whiten(Transform):
         mean, covariance = self._moments(exact, torch.ones_like(exact[:, 0]))
         variances, directions = _spectrum(covariance, len(points))
         if self.robust:
-            for _ in range(ROUNDS):
+            for _ in range(REWEIGHTING_ROUNDS):
                 centred = exact - mean
                 radii = (torch.linalg.solve(covariance, centred.T).T * centred).sum(1)
-                radii = radii.clamp(min=1e-9 * radii.mean())  # a point may lie in the mean
+                radii = radii.clamp(min=1e-9 * radii.mean())  # a point may equal the mean
                 mean, covariance = self._moments(exact, exact.shape[1] / radii)
             variances, directions = _spectrum(covariance, len(points))
         self.mean.copy_(mean)
@@ -86,14 +96,14 @@ class Whiten(Transform):
         return self
 
     def _moments(self, points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted mean, and the covariance around it."""
+        """Return the weighted mean and covariance."""
         mean = (weights.unsqueeze(1) * points).sum(0) / weights.sum()
         centred = points - mean
         covariance = (weights.unsqueeze(1) * centred).T @ centred / (len(points) - 1)
         return mean, torch.lerp(covariance, covariance.diagonal().diag(), self.shrinkage)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):  # data need all their digits
+        with torch.autocast(x.device.type, enabled=False):  # a lower precision would round the data
             return ((x.flatten(1) - self.mean) @ self.inverse_root).view_as(x), self.log_det.expand(len(x))
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +112,16 @@ class Whiten(Transform):
 
 
 def _spectrum(covariance: Tensor, num_points: int) -> tuple[Tensor, Tensor]:  # (d,) and (d, d)
-    """Its eigenvalues, rising, and eigenvectors; ``ValueError`` unless the points vary in all directions."""
+    """Return the eigenvalues in rising order, and the eigenvectors.
+
+    Raises:
+        InvalidValueError: the points do not vary in all directions.
+    """
     variances, directions = torch.linalg.eigh(covariance)
     flat = int((variances <= 1e-12 * variances[-1]).sum())
     if flat:
         raise InvalidValueError(
-            f"{num_points} points do not vary in {flat} of {len(variances)} directions, so that they have no "
-            "covariance to whiten by; bring more points, drop entries that follow from others, or set shrinkage"
+            f"{num_points} points do not vary in {flat} of {len(variances)} directions, so their covariance "
+            "cannot be inverted; bring more points, drop entries that follow from others, or set shrinkage"
         )
     return variances, directions
