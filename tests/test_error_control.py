@@ -285,7 +285,7 @@ def test_a_slope_whose_norm_overflows_is_solved_with_a_short_first_step():
     x = torch.zeros(2, 2, dtype=torch.float32)
     solution = ODESolver().solve(lambda t, state: (torch.full_like(state[0], 1e25),), (x,), (0.0, 1.0))
     torch.testing.assert_close(solution.end[0], torch.full_like(x, 1e25))
-    assert solution.statistics.attempts[0].dt == pytest.approx(1e-6, rel=0.1)
+    assert solution.statistics.attempts[0].dt < 1e-5
 
 
 def test_the_first_evaluations_stay_within_the_solve():
