@@ -18,9 +18,8 @@ from flows.models.cnf import CNF
 from flows.objectives import MaximumLikelihood
 from flows.path_costs import JacobianNorm, KineticEnergy, PathCost
 from flows.training import Stage, Trainer, build_dataset, build_flow
-from flows.training.folder import new_folder
+from flows.training.checkpoint import new_folder, to_json
 from flows.training.settings import instantiate
-from flows.training.summary import to_json
 
 PLAIN, REGULARISED = "unregularised", "kinetic + Frobenius"
 
@@ -48,7 +47,7 @@ CASES = {
             "objective.maximum_likelihood.learning_rate=4e-3",
             "solver.rtol=1e-3",
             "solver.atol=1e-3",
-            "trainer.ema_decay=0.99",
+            "optimization.ema_decay=0.99",
         ),
         0.06,
         0.02,
@@ -66,7 +65,7 @@ CASES = {
             "solver=dopri5",
             "solver.rtol=1e-3",
             "solver.atol=1e-3",
-            "trainer.ema_decay=0.9",
+            "optimization.ema_decay=0.9",
         ),
         0.4,
         0.01,

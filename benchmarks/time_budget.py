@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from flows.compare.timing import synchronise
 from flows.datasets import Dataset
-from flows.training.ema import ExponentialMovingAverage
 from flows.training.stage import Stage
+from flows.training.state import ExponentialMovingAverage
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from flows.fields import ConcatSquashMLP, Field
 from flows.models.cnf import CNF
 from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood
 from flows.training import Stage
-from flows.training.summary import to_json
+from flows.training.checkpoint import to_json
 from flows.transforms import Standardise, Transform
 
 TOLERANCE = 1e-5

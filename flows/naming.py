@@ -24,7 +24,7 @@ def by_name(family: type[T], value: T | str) -> T:
         return value
     found = _concrete_subclasses(family)
     choices = {cls.__name__.lower(): cls for cls in found}
-    names = ", ".join(sorted(_in_words(cls.__name__) for cls in found))
+    names = ", ".join(sorted(in_words(cls.__name__) for cls in found))
     if isinstance(value, str):
         name = value.lower().replace("_", "")
         if name in choices:
@@ -33,7 +33,7 @@ def by_name(family: type[T], value: T | str) -> T:
     raise InvalidTypeError(f"expected a {family.__name__} or one of the names {names}, got {type(value).__name__}")
 
 
-def _in_words(name: str) -> str:
+def in_words(name: str) -> str:
     """`optimal_transport` for OptimalTransport, but `silu` for SiLU."""
     return re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()
 

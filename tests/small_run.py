@@ -1,13 +1,15 @@
 """A run small enough for tests: tiny network, few points, a coarse solver."""
 
 import signal
+from dataclasses import fields, replace
 
 import torch
 
 import flows
 from flows.datasets import Gaussian, Table
+from flows.evaluation import default_evaluator
 from flows.objectives import FlowMatching, MaximumLikelihood
-from flows.training import Stage, Trainer
+from flows.training import Hardware, Optimization, Reporting, Stage, Trainer
 
 STAGES = {
     "flow_matching": Stage(FlowMatching(), steps=6, batch_size=16, learning_rate=1e-2, warmup_steps=2),
@@ -36,10 +38,28 @@ def small_flow(dataset, divergence=None, seed=0):
     )
 
 
+EVALUATION = {"evaluation_batch_size": "batch_size", "evaluation_points": "points"}
+
+
+def options(settings, model, dataset):
+    """Arguments of the Trainer from flat settings: each goes to the option class that has a field of its name."""
+    arguments = {}
+    for name, kind in (("optimization", Optimization), ("hardware", Hardware), ("reporting", Reporting)):
+        names = {field.name for field in fields(kind)}
+        arguments[name] = kind(**{key: settings.pop(key) for key in names & settings.keys()})
+    own = {key: settings.pop(key) for key in (*EVALUATION, "solver_error_points", "divergence") if key in settings}
+    if "evaluator" not in settings and hasattr(model, "divergence"):
+        seed = settings.get("seed", 0)
+        evaluator = default_evaluator(model, dataset, max(seed, 0), arguments["reporting"].progress_bar)
+        settings["evaluator"] = replace(evaluator, **{EVALUATION.get(key, key): value for key, value in own.items()})
+    return {**settings, **arguments}
+
+
 def small_trainer(folder, dataset=None, stages=STAGES, flow=None, **settings):
     dataset = small_gaussian() if dataset is None else dataset
     flow = small_flow(dataset) if flow is None else flow
-    return Trainer(flow, dataset, stages, output_dir=folder, **{**QUIET, "accelerator": "cpu", **settings})
+    arguments = options({**QUIET, "accelerator": "cpu", **settings}, flow, dataset)
+    return Trainer(flow, dataset, stages, output_dir=folder, **arguments)
 
 
 def stopping_at(dataset, step, number=signal.SIGINT):

@@ -172,8 +172,8 @@ def test_regularisation_prints_what_the_costs_buy(tmp_path):
         "objective.maximum_likelihood.steps=20",
         "objective.maximum_likelihood.warmup_steps=0",
         "objective.maximum_likelihood.batch_size=32",
-        "trainer.progress_bar=false",
-        "trainer.accelerator=cpu",
+        "reporting.progress_bar=false",
+        "hardware.accelerator=cpu",
     )
     *outcomes, error = regularisation.compare(settings(*case.overrides, *tiny), 10.0, tmp_path / "runs")
     plain, regularised = outcomes

@@ -173,15 +173,10 @@ def settings(tmp_path, data, steps=400):
             }
         },
         "optimizer": {"_target_": "torch.optim.Adam", "_partial_": True},
-        "trainer": {
-            "_target_": "flows.training.Trainer",
-            **QUIET,
-            "accelerator": "cpu",
-            "ema_decay": 0.98,
-            "validate_every": 0,
-            "checkpoint_every": 0,
-            "solver_error_points": 0,
-        },
+        "optimization": {"ema_decay": 0.98},
+        "hardware": {"accelerator": "cpu"},
+        "reporting": {**QUIET, "validate_every": 0, "checkpoint_every": 0},
+        "evaluation": {"_target_": "flows.evaluation.DensityEvaluator", "solver_error_points": 0},
         "seed": 0,
         "output_dir": str(tmp_path / "run"),
     }
@@ -191,7 +186,7 @@ def settings(tmp_path, data, steps=400):
 def test_training_learns_the_density_given_the_context(tmp_path, data, gap):
     """The gap without the context would be log 2 of the moons, and log 5 of the Gaussian."""
     summary = build_trainer(settings(tmp_path, data)).fit()
-    assert -0.05 < summary.gap < gap
+    assert -0.05 < summary.metrics["gap"] < gap
     run = load_run(tmp_path / "run")
     density = get_class(f"flows.datasets.{data}")()
     assert run.context_shape == density.context_shape == run.flow.field.context_shape

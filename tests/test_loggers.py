@@ -56,7 +56,6 @@ def test_a_run_can_be_read_in_tensorboard(tmp_path, monkeypatch):
     assert set(tags["scalars"]) >= {
         "train/loss",
         "train/nll",
-        "train/gap",
         "train/velocity_error",
         "train/nfe_forward",
         "train/nfe_backward",
@@ -70,6 +69,7 @@ def test_a_run_can_be_read_in_tensorboard(tmp_path, monkeypatch):
         "validation/steps_accepted",
         "test/nll",
         "test/gap",
+        "validation/score",
     }
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [2, 4, 6, 8, 10, 11]
     assert [step for step, _ in scalars(tmp_path, "train/nll")] == [8, 10, 11]
@@ -78,7 +78,7 @@ def test_a_run_can_be_read_in_tensorboard(tmp_path, monkeypatch):
     for step, nll in scalars(tmp_path, "validation/nll"):
         assert gap[step] == pytest.approx(nll - dataset.entropy, abs=1e-5)
     assert scalars(tmp_path, "train/nfe_forward")[0] == (8, 16.0)
-    assert scalars(tmp_path, "test/nll") == [(11, pytest.approx(summary.test_nll, abs=1e-5))]
+    assert scalars(tmp_path, "test/nll") == [(11, pytest.approx(summary.metrics["nll"], abs=1e-5))]
 
     pictures = {f"plots/{name}" for name in ("density", "samples", "trajectories", "evolution")}
     assert set(tags["images"]) == pictures | {"plots/solve"}
@@ -168,9 +168,10 @@ def test_the_bar_shows_stage_loss_evaluations_and_speed(capsys):
     bar = ProgressBar({"flow_matching": 10, "maximum_likelihood": 5})
     bar.log({"train/loss": 1.23456}, 10)
     bar.log({"train/loss": 3.5, "train/nfe_forward": 74.0}, 12)
-    bar.log({"validation/nll": 3.25, "validation/gap": 0.5, "validation/standard_error": 0.125}, 12)
+    bar.log({"validation/nll": 3.25, "validation/gap": 0.5, "validation/nll_se": 0.125}, 12)
     bar.log({"plots/density": None}, 12)
     bar.log({"train/loss": 3.25, "train/nfe_forward": 80.0}, 15)
+    bar.advance("maximum_likelihood", 15, 1.0)
     bar.close()
     last = capsys.readouterr().err.split("\r")[-1]
     for part in ("maximum_likelihood: 100%", "15/15", "step/s", "loss=3.25", "nfe=80", "nll=3.25", "gap=0.5000±0.1250"):
@@ -179,8 +180,8 @@ def test_the_bar_shows_stage_loss_evaluations_and_speed(capsys):
 
 def test_the_bar_names_a_new_stage_at_its_first_step(capsys):
     bar = ProgressBar({"flow_matching": 10, "maximum_likelihood": 5})
-    bar.advance(10)
-    bar.advance(11)
+    bar.advance("flow_matching", 10, 0.5)
+    bar.advance("maximum_likelihood", 11, 0.6)
     bar.close()
     assert "maximum_likelihood:  73%" in capsys.readouterr().err.split("\r")[-1]
 
@@ -188,12 +189,20 @@ def test_the_bar_names_a_new_stage_at_its_first_step(capsys):
 def test_a_resumed_bar_starts_where_the_run_stands(capsys):
     bar = ProgressBar({"flow_matching": 10}, resume_step=4)
     bar.log({"train/loss": 1.0}, 6)
+    bar.advance("flow_matching", 6, 0.6)
     bar.close()
     assert "6/10" in capsys.readouterr().err
 
 
+def test_the_bar_of_a_stage_that_ends_by_time_shows_the_share_of_the_time(capsys):
+    bar = ProgressBar({"flow_matching": None})
+    bar.advance("flow_matching", 17, 0.25)
+    bar.close()
+    assert "25/100" in capsys.readouterr().err
+
+
 def test_the_bar_moves_with_every_step(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(ProgressBar, "advance", lambda bar, step: steps.append(step))
+    monkeypatch.setattr(ProgressBar, "advance", lambda bar, stage, step, done: steps.append(step))
     small_trainer(tmp_path, log_every=0, validate_every=0, progress_bar=True).fit()
     assert list(dict.fromkeys(steps)) == list(range(1, 12))

@@ -127,7 +127,7 @@ def test_curves_show_the_floor():
 def test_curves_show_errors_and_stages_and_leave_out_what_is_zero_throughout():
     metrics = {
         "validation/nll": [(2, 3.0), (4, 2.5)],
-        "validation/standard_error": [(2, 0.25), (4, 0.125)],
+        "validation/nll_se": [(2, 0.25), (4, 0.125)],
         "train/nfe_forward": [(4, 20.0)],
         "train/nfe_backward": [(4, 0.0)],
     }

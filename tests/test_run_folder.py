@@ -12,9 +12,9 @@ from small_run import small_flow, small_gaussian, small_trainer, stopping_at
 from test_checkpoint import assert_same_state
 
 import flows
-from flows.evaluation import likelihood
-from flows.training import OutputFolderError, TrainingInterrupted, examiner, load_checkpoint
-from flows.training.folder import claimed_folder, new_folder
+from flows.evaluation import density, likelihood
+from flows.training import OutputFolderError, TrainingInterrupted, load_checkpoint
+from flows.training.checkpoint import claimed_folder, new_folder
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
@@ -71,7 +71,7 @@ def test_a_failed_validation_loses_no_step(tmp_path, monkeypatch):
         return likelihood(*args, **kwargs)
 
     calls = []
-    monkeypatch.setattr(examiner, "likelihood", fails_at_the_second)
+    monkeypatch.setattr(density, "likelihood", fails_at_the_second)
     with pytest.raises(
         flows.SolverError,
         match=r"validation stopped at step 6 .*resume from is in .*last.pt\): the step size underflowed",
@@ -81,7 +81,7 @@ def test_a_failed_validation_loses_no_step(tmp_path, monkeypatch):
     small_trainer(tmp_path / "run", resume=tmp_path / "run", checkpoint_every=0).fit()
     small_trainer(tmp_path / "straight", checkpoint_every=0).fit()
     one, two = (load_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("run", "straight"))
-    assert all(torch.equal(one["flow"][name], value) for name, value in two["flow"].items())
+    assert all(torch.equal(one["model"][name], value) for name, value in two["model"].items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -99,11 +99,11 @@ def test_an_interrupted_test_says_how_to_go_on(tmp_path, number):
     assert stop.value.signal_number == number
     resumed = small_trainer(tmp_path / "run", resume=stop.value.checkpoint).fit()
     straight = small_trainer(tmp_path / "straight").fit()
-    assert (resumed.test_nll, resumed.validation_nll) == (straight.test_nll, straight.validation_nll)
+    assert (resumed.metrics["nll"], resumed.validation_score) == (straight.metrics["nll"], straight.validation_score)
     assert_same_state(*(load_checkpoint(tmp_path / name / "checkpoints/best.pt") for name in ("run", "straight")))
 
 
-def validation_nll(flow, dataset):
+def validation_score(flow, dataset):
     points = torch.cat([batch.x for batch in dataset.validation_batches(40)])
     return float(-flow.log_prob(points).detach().mean())
 
@@ -117,7 +117,7 @@ def test_the_best_weights_are_those_of_this_run(tmp_path, lies):
         small_trainer(run, stopping_at(small_gaussian(), 8)).fit()
     for file in [*(run / "checkpoints").iterdir(), *(other / "checkpoints").iterdir()]:
         content = torch.load(file)
-        content["position"]["best_nll"] = -1e9
+        content["position"]["best_score"] = -1e9
         torch.save(content, file)
     last, best = run / "checkpoints/last.pt", other / "checkpoints/best.pt"
     resumed = {"with the other run's": best.with_name("last.pt"), "astray": other / "last.pt"}.get(lies, last)
@@ -130,7 +130,7 @@ def test_the_best_weights_are_those_of_this_run(tmp_path, lies):
     flow = small_flow(dataset, flows.divergence.Exact())
     summary = small_trainer(new, dataset, flow=flow, resume=resumed).fit()
     assert summary.position.best_step > 8
-    assert summary.validation_nll == pytest.approx(validation_nll(flow, dataset), abs=1e-10)
+    assert summary.validation_score == pytest.approx(validation_score(flow, dataset), abs=1e-10)
     best = load_checkpoint(new / "checkpoints/best.pt")
     assert best["run"] == load_checkpoint(last)["run"]
     assert all(torch.equal(best["ema"][name], value) for name, value in flow.state_dict().items())

@@ -22,10 +22,8 @@ from flows.errors import InvalidValueError
 from flows.evaluation import part_batches
 from flows.models.cnf import CNF
 from flows.training import TensorBoardLogger
-from flows.training.checkpoint import run_folder
-from flows.training.folder import RUNS, new_folder, open_run_folder, write_result
+from flows.training.checkpoint import RUNS, new_folder, open_run_folder, run_folder, to_json, write_result
 from flows.training.runs import build_dataset, build_flow, load_run, place
-from flows.training.summary import to_json
 
 PARTS_OF_A_CHECKPOINT = ("field", "transform", "solver")
 

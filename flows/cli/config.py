@@ -54,7 +54,19 @@ PROGRAM_SETTINGS = {  # settings that no class has, and their types
 }
 PATHS = ("output_dir", "output", "checkpoint", "resume")
 OPEN_PARTS = {  # of each program: their settings may have any name, as far as Hydra is concerned
-    "train": ("data", "transform", "field", "divergence", "solver", "objective", "optimizer", "trainer"),
+    "train": (
+        "data",
+        "transform",
+        "field",
+        "divergence",
+        "solver",
+        "objective",
+        "optimizer",
+        "optimization",
+        "hardware",
+        "reporting",
+        "evaluation",
+    ),
     "evaluate": ("data", "divergence", "solver"),
     "sample": ("data", "solver"),
     "compare_estimators": ("data", "transform", "field", "divergence", "solver"),
@@ -62,7 +74,8 @@ OPEN_PARTS = {  # of each program: their settings may have any name, as far as H
 
 # A resumed run may be watched differently, run on other devices, or last longer. Anything else would make it another.
 CHANGEABLE_ON_RESUME = re.compile(
-    r"trainer\.(?!(?:precision|ema_decay|gradient_clip|accumulate_batches)$)\w+|objective\.\w+\.steps"
+    r"hardware\.(?!precision$)\w+|reporting\.\w+|evaluation\.[\w.]+|optimization\.(on|max)_solver_errors?"
+    r"|objective\.\w+\.(steps|seconds)"
 )
 RESUME_SETTINGS = ("resume", "output_dir", "trust")
 
@@ -296,7 +309,7 @@ def resumed_config(
     if fixed:
         raise InvalidValueError(
             f"a resumed run keeps the settings that it was started with; {', '.join(fixed)} cannot change, only the "
-            "steps of a stage and how the trainer runs and watches it (trainer.devices, trainer.log_every, ...) can. "
+            "steps of a stage and how it is run and watched (hardware.devices, reporting.log_every, ...) can. "
             "Leave it out, or start a new run"
         )
     for key, value in given.items():

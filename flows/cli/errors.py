@@ -18,9 +18,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from flows.cli.config import compose_node, config_folder, plain
 from flows.errors import FlowsError
+from flows.training.fabric import TrainingInterrupted
+from flows.training.loggers import flat
 from flows.training.settings import no_setting
-from flows.training.stopping import TrainingInterrupted
-from flows.training.summary import flat
 
 MISTAKE, FAILURE = 2, 1  # exit codes: settings or files are wrong; the computation failed
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 
 from flows.cli.config import OPEN_PARTS, plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.datasets import Energy
 from flows.errors import InvalidValueError
-from flows.evaluation import importance_weights, likelihood, outlier_scores, part_batches
-from flows.training.checkpoint import run_folder
-from flows.training.folder import write_result
+from flows.evaluation import DensityEvaluator, EnergyEvaluator, aligned
+from flows.training.checkpoint import run_folder, to_json, write_result
 from flows.training.runs import build_dataset, load_run, place
 from flows.training.settings import instantiate
-from flows.training.state import seeded
-from flows.training.summary import aligned, likelihood_dict, to_json
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,38 +35,38 @@ def evaluate(composed: DictConfig) -> float:
         dataset = build_dataset(config)
         flow = place(run.flow, settings["device"], settings["dtype"])
         flow.divergence, flow.solver = (instantiate(config[name], name) for name in ("divergence", "solver"))
-        part, draws, batch_size = settings["part"], settings["num_draws"], settings["batch_size"]
-        generator = seeded(torch.Generator(), settings["seed"], part)
-        rows, figures, weights, result = [], {}, None, None
+        divergence = (config.get("evaluation") or {}).get("divergence", "auto")
+        if isinstance(divergence, Mapping):
+            divergence = instantiate(divergence, "evaluation.divergence")
+        options = {
+            "divergence": flow.divergence if settings.get("divergence") else divergence,
+            **{name: settings[name] for name in ("batch_size", "solver_error_points", "part", "seed")},
+        }
+        if settings["outliers"] is not None and not dataset.has_samples:
+            raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")
+        density = DensityEvaluator(dataset, num_draws=settings["num_draws"], **options)
+        likelihood = density.likelihood(flow) if not isinstance(dataset, Energy) or settings["outliers"] else None
         if isinstance(dataset, Energy):
-            number = dataset.num_test if part == "test" else dataset.num_validation
-            weights = importance_weights(flow, dataset, number, batch_size, generator, "samples")
-            rows, figures = weights.table(), {"importance_weights": weights.as_dict()}
-        if dataset.has_samples:
-            batches, num_points = part_batches(flow, dataset, part, batch_size)
-            result = likelihood(flow, batches, generator, settings["solver_error_points"], part, num_points, draws)
-            rows, figures = rows + result.table(dataset.entropy), figures | likelihood_dict(result, dataset.entropy)
+            report = EnergyEvaluator(dataset, **options).test(flow)
+        else:
+            report = density.report(likelihood, flow)
+        rows = list(report.rows)
         content = {
             "checkpoint": str(run.checkpoint),
             "step": run.step,
-            "part": part,
-            **figures,
+            "part": settings["part"],
+            **report.metrics,
+            "evaluated_with": report.evaluated_with,
             **{part: config[part] for part in OPEN_PARTS["evaluate"]},
         }
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
         output = Path(settings["output"] or default)
         if settings["outliers"] is not None:
-            if result is None:
-                raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")
             other = None if settings["outliers"] == "shuffled" else instantiate(settings["outliers"], "outliers")
-            scores = outlier_scores(flow, dataset, result, part, other, batch_size, generator, draws)
+            scores = density.outliers(flow, likelihood, other)
             content |= scores.as_dict()
             rows += [*scores.table(), ("scores", str(write_result(output.with_suffix(".csv"), scores.csv())))]
         write_result(output, to_json(content))
-        estimator = flow.divergence.bind(flow.bind()).description
-        first = [("data", f"{dataset.name}, {part}"), ("with", f"{estimator}, {flow.solver.method}")]
+        first = [("data", f"{dataset.name}, {settings['part']}"), ("solver", flow.solver.method)]
         print(aligned([*first, *rows, ("file", str(output))]))
-        if result is not None:
-            return result.nll
-        assert weights is not None
-        return weights.free_energy
+        return report.metrics.get("nll", report.metrics.get("free_energy"))

@@ -18,16 +18,16 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from flows import plots
-from flows.training.folder import RUNS, new_folder
-from flows.training.summary import flat
+from flows.training.checkpoint import RUNS, new_folder
+from flows.training.loggers import flat
 
 COLUMNS = (  # of the table: title, figure, its standard error, format
     ("NLL", "test_nll", "test_nll_se", ".4f"),
-    ("free energy", "importance_weights.free_energy", "importance_weights.free_energy_se", ".4f"),
-    ("ESS", "importance_weights.effective_sample_size", None, ".3f"),
-    ("gap", "gap", "test_nll_se", ".4f"),
+    ("free energy", "test_free_energy", "test_free_energy_se", ".4f"),
+    ("ESS", "test_effective_sample_size", None, ".3f"),
+    ("gap", "test_gap", "test_nll_se", ".4f"),
     ("bits/dim", "test_bits_per_dim", "test_bits_per_dim_se", ".4f"),
-    ("NFE", "nfe", None, ".0f"),
+    ("NFE", "test_nfe", None, ".0f"),
     ("steps", "steps", None, ","),
     ("seconds", "seconds", None, ".0f"),
 )
@@ -143,7 +143,7 @@ def _draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> bool:
     for name in ("density", "samples"):
         pictures = {run: path.parent / run / "plots" / f"{name}.png" for run in results}
         if all(picture.exists() for picture in pictures.values()):
-            gaps = {run: _cell(result, "gap", "test_nll_se") for run, result in results.items()}
+            gaps = {run: _cell(result, "test_gap", "test_nll_se") for run, result in results.items()}
             titles = {run: f"{run}, gap {gap} nats" if gap else run for run, gap in gaps.items()}
             plots.contact_sheet({titles[run]: picture for run, picture in pictures.items()}).savefig(path)
             return True

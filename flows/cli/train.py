@@ -30,7 +30,7 @@ def train(composed: DictConfig) -> float | None:
         trainer = build_trainer(config, checkpoint)
         summary = trainer.fit()
         trainer.fabric.print(summary)  # once, however many processes train
-        return summary.validation_nll
+        return summary.validation_score
 
 
 def chosen_settings(composed: DictConfig) -> tuple[dict[str, Any], Path | None]:

@@ -1,19 +1,30 @@
-"""What a trained flow is worth: likelihoods with error bars, bits per dimension, outliers told from data."""
+"""How good is a trained model? Evaluators, and the likelihoods, weights and scores that they report."""
 
-from flows.evaluation.bits_per_dim import BitsPerDim
-from flows.evaluation.importance import ImportanceWeights, importance_weights
+from flows.evaluation.density import DensityEvaluator, FlowEvaluator
+from flows.evaluation.energy import EnergyEvaluator, ImportanceWeights, importance_weights
+from flows.evaluation.evaluator import Evaluation, Evaluator, Report, aligned, default_evaluator, seeded
 from flows.evaluation.likelihood import Likelihood, likelihood, part_batches
-from flows.evaluation.outliers import AUROC, OutlierScores, outlier_scores, shuffled
+from flows.evaluation.metrics import AUROC, BitsPerDim
+from flows.evaluation.outliers import OutlierScores, outlier_scores, shuffled
 
 __all__ = [
     "AUROC",
     "BitsPerDim",
+    "DensityEvaluator",
+    "EnergyEvaluator",
+    "Evaluation",
+    "Evaluator",
+    "FlowEvaluator",
     "ImportanceWeights",
     "Likelihood",
     "OutlierScores",
+    "Report",
+    "aligned",
+    "default_evaluator",
     "importance_weights",
     "likelihood",
     "outlier_scores",
     "part_batches",
+    "seeded",
     "shuffled",
 ]

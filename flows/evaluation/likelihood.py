@@ -1,10 +1,11 @@
-"""The likelihood of a set of points, with its error bars."""
+"""The likelihood of points, with its error bars."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +13,17 @@ from tqdm import tqdm
 
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
-from flows.evaluation.bits_per_dim import BitsPerDim
+from flows.evaluation.evaluator import known
+from flows.evaluation.metrics import BitsPerDim
 from flows.models.cnf import CNF
 from flows.solvers import SolverStatistics
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The mean negative log-likelihood of a set, in nats an example in data space.
+    """The mean negative log-likelihood of points, in nats an example in data space.
 
-    For discrete data it is an upper bound: the mean of −log((1/K) Σ_k p(x + u_k)/q(u_k | x)) over K draws of the
+    For discrete data it is an upper bound, the mean of −log((1/K) Σ_k p(x + u_k)/q(u_k | x)) over K draws of the
     dequantisation noise. [Burda et al. 2016, arXiv:1509.00519]
     """
 
@@ -39,8 +41,29 @@ class Likelihood:
     probe_bias: float | None = 0.0  # how much probe noise flatters a bound of K > 1 draws; None where unknown
     statistics: SolverStatistics | None = field(default=None, repr=False, compare=False)  # of the largest solve
 
+    def metrics(self, entropy: float | None = None) -> dict[str, Any]:
+        """Return plain values for JSON, with the gap to the `entropy` of the data; None where unknown."""
+        bits = self.bits_per_dim
+        return {
+            "nll": self.nll,
+            "nll_se": known(self.standard_error),
+            "points": self.num_points,
+            "bits_per_dim": bits and bits.value,
+            "bits_per_dim_se": bits and known(bits.standard_error),
+            "bits_per_dim_parts": bits and dict(bits.parts),
+            "entropy": entropy,
+            "gap": None if entropy is None else self.nll - entropy,
+            "probe_se": self.probe_standard_error,
+            "probe_bias": self.probe_bias,
+            "num_draws": self.num_draws,
+            "draw_se": self.draw_standard_error,
+            "solver_error": self.solver_error,
+            "solver_error_points": self.solver_error_points,
+            "nfe": self.nfe,
+        }
+
     def table(self, entropy: float | None = None) -> list[tuple[str, str]]:
-        """Names and values for a reader; with the gap to the ``entropy`` of the data where it is known."""
+        """Return names and values for a reader, with the gap to the `entropy` of the data where it is known."""
         error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.4f}"
         rows = [("NLL", f"{self.nll:.4f}{error} nats ({self.num_points:,} points)")]
         if self.bits_per_dim is not None:
@@ -64,9 +87,9 @@ class Likelihood:
 def part_batches(
     flow: CNF, dataset: Dataset, part: str, batch_size: int, most_points: int | None = None
 ) -> tuple[Iterable[Batch], int]:
-    """The fixed batches of the part called ``"validation"`` or ``"test"``, and its number of points.
+    """Return the batches of the part `"validation"` or `"test"`, and its number of points.
 
-    They come on the device and in the dtype of ``flow``, rounded once; with ``most_points`` only its first points.
+    They come on the device and in the dtype of the flow. With `most_points` only the first points come.
     """
     place = {"device": flow.device, "dtype": flow.dtype}
     if part == "test":
@@ -97,22 +120,22 @@ def likelihood(
     num_points: int | None = None,
     num_draws: int = 1,
 ) -> Likelihood:
-    """Evaluate −mean log p over all points of ``batches``, the last and smaller batch included.
+    """Evaluate −mean log p over all points, without recording gradients.
+
+    The estimator is the flow's own.
 
     Args:
-        flow: as it is, in whichever mode; no gradients are recorded.
-        batches: of any sizes, each on its own solve; they are moved to the device and dtype of the flow.
+        batches: of any sizes, one solve each; they are moved to the device and dtype of the flow.
         generator: makes noise and probes repeatable.
-        solver_error_points: solve the first so many points again at much tighter tolerances, which costs more than
-            the evaluation itself. Where a single probe says nothing of its error, the same points are solved twice
-            more with other probes.
-        progress: the title of a progress bar; no bar if None.
-        num_points: the number of points to come, for the bar.
+        solver_error_points: the first points, which are solved again at much tighter tolerances. That costs more than
+            the evaluation itself. Where a single probe hides its error, they are solved twice more with other probes.
+        progress: title of a progress bar; None: no bar.
+        num_points: number of points to come, for the bar.
         num_draws: K, draws of the dequantisation noise, one solve each; more than one for discrete data only.
 
     Raises:
-        ValueError: there is no point at all, a point is not finite, its density is NaN or infinite, or
-            ``num_draws`` does not suit the data.
+        ValueError: there is no point, a point is not finite, its density is NaN or infinite, or `num_draws` does not
+            suit the data.
     """
     points = list(pointwise(flow, batches, generator, solver_error_points, progress, num_points, num_draws))
     if not points:
@@ -152,7 +175,7 @@ def likelihood(
 
 @dataclass(frozen=True)
 class PointLikelihoods:
-    """log p of the points of one batch, in float64 on the CPU. NaN stands for what is unknown."""
+    """log p of the points of one batch, in float64 on the CPU; NaN where unknown."""
 
     value: Tensor  # (B,), of all draws together
     terms: Mapping[str, Tensor]  # (B,) each; they add up to the value
@@ -173,7 +196,7 @@ def pointwise(
     num_points: int | None = None,
     num_draws: int = 1,
 ) -> Iterable[PointLikelihoods]:
-    """What :func:`likelihood` takes the means of, a batch at a time."""
+    """Yield what `likelihood` averages, one batch at a time."""
     if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
         raise InvalidValueError(f"num_draws must be a whole number >= 1, got {num_draws!r}")
     if num_draws > 1 and flow.transform.num_levels is None:
@@ -226,7 +249,7 @@ def _evaluate(
 def _variance_of_one_probe(
     flow: CNF, x: Tensor, context: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:  # (B,)
-    """Half the squared difference of two log-densities of the same points in flow space under different probes."""
+    """Return half the squared difference of two log-densities of the same points under different probes."""
     y, _ = flow.transform(x, generator)
     first, second = (flow.transport(y, (1.0, 0.0), context, generator) for _ in range(2))
     # the points arrive at the same place: only the changes differ
@@ -234,7 +257,7 @@ def _variance_of_one_probe(
 
 
 def _mean_of_known(values: list[Tensor]) -> float | None:
-    """The mean without the NaNs; None where there is nothing else."""
+    """Return the mean without the NaNs; None if there is nothing else."""
     every = torch.cat(values)
     known = every[~every.isnan()]
     return float(known.mean()) if len(known) else None

@@ -1,47 +1,19 @@
-"""Telling outliers from data by their likelihood."""
+"""Tell outliers from data by their likelihood."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
 from flows.evaluation.likelihood import Likelihood, likelihood, part_batches
+from flows.evaluation.metrics import AUROC
 from flows.models.cnf import CNF
-
-
-@dataclass(frozen=True)
-class AUROC:
-    """The probability that an outlier scores higher than a point of the data, ties counted half."""
-
-    value: float  # 1: told apart without a mistake, 0.5: not at all
-    standard_error: float
-
-    @classmethod
-    def of(
-        cls,
-        outliers: Tensor,  # (m,), scores
-        data: Tensor,  # (n,)
-    ) -> AUROC:
-        """The Mann-Whitney statistic with the standard error of DeLong et al. 1988 (Biometrics 44, 837)."""
-        m, n = len(outliers), len(data)
-        if min(m, n) < 2:
-            raise InvalidValueError(f"an AUROC needs two outliers and two points of the data, got {m} and {n}")
-        ranks = torch.from_numpy(rankdata(torch.cat([outliers, data]).numpy()))
-        own = [torch.from_numpy(rankdata(part.numpy())) for part in (outliers, data)]
-        above = (ranks[:m] - own[0]) / n  # the share of the data below each outlier
-        below = 1 - (ranks[m:] - own[1]) / m  # the share of outliers above each point of the data
-        return cls(float(above.mean()), math.sqrt(float(above.var() / m + below.var() / n)))
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.standard_error:.4f}"
 
 
 @dataclass(frozen=True)
@@ -101,7 +73,7 @@ def outlier_scores(
     generator: torch.Generator | None = None,  # of the order of pixels, noise and probes
     num_draws: int = 1,
 ) -> OutlierScores:
-    """Compare the points of a part with those of the same part of ``outliers``.
+    """Compare the points of a part with those of the same part of `outliers`.
 
     Without such a data set, outliers are the points of the part itself with their pixels shuffled.
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flows.datasets import Batch
+from flows.datasets import Batch, Dataset
 from flows.divergence import DivergenceEstimator
 from flows.models.cnf import CNF
+from flows.objectives.checks import check_samples
 from flows.path_costs import PathCost
 from flows.solvers import SolverStatistics
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss to differentiate and what is worth logging beside it."""
+    """A loss to differentiate, with what to log beside it."""
 
     loss: Tensor  # 0-d
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # 0-d each, detached
@@ -29,28 +30,36 @@ class LossOutput:
 class Objective(ABC):
     """What a training step minimises.
 
-    To add one: subclass it, and add a yaml with a stage that names it to ``conf/objective``.
+    The model may be any module that the objective knows how to call. To add one: subclass it, and add a yaml with a
+    stage that names it to `conf/objective`.
     """
 
-    uses_data: ClassVar[bool] = True  # False: of a batch only the size counts; it holds no points, (B, 0)
+    uses_data: ClassVar[bool] = True  # False: only the size of a batch counts; it holds no points, (B, 0)
     solves: ClassVar[bool] = True  # whether a call solves the ODE, with its divergence
+    recommended: ClassVar[Mapping[str, Any]] = {}  # batch_size, learning_rate, warmup_steps of a `Stage` without
 
     @abstractmethod
     def __call__(
         self,
-        flow: CNF,
+        model: Any,  # nn.Module
         batch: Batch,  # x: (B, *event) in data space
         generator: torch.Generator | None = None,
     ) -> LossOutput:
-        """The loss on a batch; every random number comes from ``generator``."""
+        """Return the loss on a batch; every random number comes from `generator`."""
+
+    def check(self, model: nn.Module, dataset: Dataset) -> None:
+        """Raise `InvalidValueError` if model and data do not suit the objective; called before training."""
+        del model
+        if self.uses_data:
+            check_samples(dataset)
 
     def divergence(self, flow: CNF) -> DivergenceEstimator | None:
-        """What a call takes the divergence of the flow's field with, if it takes it."""
+        """Return what a call takes the divergence of the flow's field with, if it takes it."""
         return flow.divergence if self.solves else None
 
 
 def active_costs(costs: Sequence[PathCost] | Mapping[str, PathCost]) -> tuple[PathCost, ...]:
-    """The path costs of a setting whose weight is not 0."""
+    """Return the path costs whose weight is not 0."""
     given = costs.values() if isinstance(costs, Mapping) else costs
     return tuple(cost for cost in given if cost.weight)
 
@@ -60,7 +69,7 @@ def regularized(
     costs: Sequence[PathCost],
     integrals: Mapping[str, Tensor],  # (*batch) each, by the names of the costs
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss with the weighted means of the path costs added, and these means as metrics."""
+    """Add the weighted means of the path costs to the loss; return it and these means as metrics."""
     means = {cost.name: integrals[cost.name].mean() for cost in costs}
     for cost in costs:
         loss = loss + cost.weight * means[cost.name]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.bases import require_normal
 from flows.checks import check_number
-from flows.datasets import Batch
+from flows.datasets import Batch, Dataset
 from flows.divergence import Auto, DivergenceEstimator
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.naming import by_name
 from flows.objectives.base import LossOutput, Objective
+from flows.objectives.checks import check_flow
 from flows.objectives.contexts import drop_contexts, same_context
 from flows.objectives.couplings import Coupling, Independent
 from flows.objectives.paths import Linear, ProbabilityPath
@@ -84,6 +86,7 @@ class FlowMatching(Objective):
     """
 
     solves: ClassVar[bool] = False
+    recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 1024, "learning_rate": 4e-3, "warmup_steps": 0}
     target: Literal["auto", "sampled", "marginal"] = "auto"
     num_queries: int | Literal["auto"] | None = "auto"
     path: ProbabilityPath | str = Linear()  # noqa: RUF009 (frozen)
@@ -123,6 +126,10 @@ class FlowMatching(Objective):
         elif weight != "auto":
             raise InvalidValueError(f"divergence_weight must be a number >= 0 or 'auto', got {weight!r}")
         check_number("context_dropout", self.context_dropout, at_least=0, below=1)
+
+    def check(self, model: nn.Module, dataset: Dataset) -> None:
+        super().check(model, dataset)
+        check_flow(model, dataset)
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         require_normal(flow.base, "FlowMatching")

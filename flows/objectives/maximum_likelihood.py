@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from flows.checks import check_number
-from flows.datasets import Batch
+from flows.datasets import Batch, Dataset
 from flows.models.cnf import CNF
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
+from flows.objectives.checks import check_flow
 from flows.path_costs import PathCost
 
 
@@ -31,12 +35,17 @@ class MaximumLikelihood(Objective):
         InvalidValueError: `steer` is not in [0, 1).
     """
 
+    recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 512, "learning_rate": 2e-3, "warmup_steps": 50}
     regularizers: Sequence[PathCost] | Mapping[str, PathCost] = ()
     steer: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regularizers", active_costs(self.regularizers))
         check_number("steer", self.steer, at_least=0, below=1)
+
+    def check(self, model: nn.Module, dataset: Dataset) -> None:
+        super().check(model, dataset)
+        check_flow(model, dataset)
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         regularizers = active_costs(self.regularizers)
@@ -52,5 +61,7 @@ class MaximumLikelihood(Objective):
             "nll": nll.detach(),
             "divergence_standard_error": estimate.standard_error.square().mean().sqrt(),
         }
+        if flow.transform.num_levels is not None:
+            metrics["bits_per_dim"] = nll.detach() / (math.prod(flow.event_shape) * math.log(2))
         loss, costs = regularized(nll, regularizers, estimate.path_costs)
         return LossOutput(loss, metrics | costs, estimate.statistics)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
-from flows.datasets import Batch
+from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.importance import effective_sample_size, log_density_of, log_weights, log_z
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
+from flows.objectives.checks import check_flow
 from flows.path_costs import PathCost
 
 
@@ -43,6 +45,7 @@ class ReverseKL(Objective):
     """
 
     uses_data: ClassVar[bool] = False
+    recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 512, "learning_rate": 2e-3, "warmup_steps": 50}
     target: Any
     exact: bool = True
     regularizers: Sequence[PathCost] | Mapping[str, PathCost] = ()
@@ -50,6 +53,16 @@ class ReverseKL(Objective):
     def __post_init__(self) -> None:
         log_density_of(self.target)
         object.__setattr__(self, "regularizers", active_costs(self.regularizers))
+
+    def check(self, model: nn.Module, dataset: Dataset) -> None:
+        super().check(model, dataset)
+        if dataset.context_shape is not None:
+            raise InvalidValueError(
+                f"ReverseKL draws its points from the flow, without contexts, and the data {dataset.name!r} has "
+                f"contexts of shape {dataset.context_shape}; choose data without, or an objective that takes points "
+                "from the data, such as objective=maximum_likelihood"
+            )
+        check_flow(model, dataset)
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         if self.exact and not flow.divergence.bind(flow.bind()).is_exact:

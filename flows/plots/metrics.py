@@ -52,7 +52,7 @@ def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] 
             steps, values = zip(*metrics[name], strict=True)
             marker = "o" if len(steps) < 30 else None
             axes.plot(steps, values, color=colour, label=label, linewidth=1.4, marker=marker, markersize=3)
-            errors = dict(metrics.get("validation/standard_error", ())) if name == "validation/nll" else {}
+            errors = dict(metrics.get("validation/nll_se", ())) if name == "validation/nll" else {}
             if errors.keys() == set(steps):
                 around = [(value - errors[step], value + errors[step]) for step, value in metrics[name]]
                 axes.fill_between(steps, *zip(*around, strict=True), color=colour, alpha=0.2, linewidth=0)

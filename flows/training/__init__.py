@@ -1,26 +1,35 @@
-"""Training: stages, the loop, checkpoints and loggers."""
+"""Train a model: stages, the loop, checkpoints and loggers."""
 
-from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
-from flows.training.ema import ExponentialMovingAverage
-from flows.training.folder import OutputFolderError
+from flows.training.callbacks import Reporting
+from flows.training.checkpoint import (
+    CheckpointError,
+    OutputFolderError,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from flows.training.fabric import Hardware, TrainingInterrupted
 from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, TensorBoardLogger, read_metrics
-from flows.training.loss import NonFiniteLossError
+from flows.training.loop import NonFiniteLossError
 from flows.training.runs import build_dataset, build_flow, load_flow
-from flows.training.stage import Stage
-from flows.training.stopping import TrainingInterrupted
-from flows.training.summary import Summary
-from flows.training.trainer import Trainer
+from flows.training.stage import Optimization, Stage
+from flows.training.state import ExponentialMovingAverage, Run
+from flows.training.trainer import Summary, Trainer
 from flows.training.trusted import check_trusted
 
 __all__ = [
     "CheckpointError",
     "ExponentialMovingAverage",
     "HParams",
+    "Hardware",
     "JSONLinesLogger",
     "Logger",
     "NonFiniteLossError",
+    "Optimization",
     "OutputFolderError",
     "ProgressBar",
+    "Reporting",
+    "Run",
     "Stage",
     "Summary",
     "TensorBoardLogger",

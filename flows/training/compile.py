@@ -17,7 +17,7 @@ from flows.objectives.base import active_costs
 from flows.path_costs import draw_directions
 from flows.vector_field import BoundField
 
-WAY_OUT = "Use divergence.mode=forward, a field with a closed form and divergence=analytic, or trainer.compile=false"
+WAY_OUT = "Use divergence.mode=forward, a field with a closed form and divergence=analytic, or hardware.compile=false"
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
         if "double backward" not in str(error):
             raise
         raise InvalidValueError(
-            "trainer.compile=true does not go with this field or objective: something within an evaluation calls "
+            "hardware.compile=true does not go with this field or objective: something within an evaluation calls "
             f"autograd, such as a value_and_divergence or a path cost by torch.autograd.grad. {WAY_OUT}"
         ) from error
     finally:
@@ -70,7 +70,7 @@ def stages_to_compile(
         except ValueError as reason:
             if setting != "auto":
                 raise
-            notices.append(f"trainer.compile=auto leaves the stage {name} uncompiled: {reason}")
+            notices.append(f"hardware.compile=auto leaves the stage {name} uncompiled: {reason}")
     return chosen, notices
 
 
@@ -88,13 +88,13 @@ def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimato
     estimator = taken.bind(flow.bind())
     if solves and flow.solver.gradient == "adjoint":
         raise InvalidValueError(
-            "trainer.compile=true does not go with solver.gradient=adjoint, whose backward pass calls autograd at each "
-            "evaluation; use solver.gradient=backprop or checkpoint"
+            "hardware.compile=true does not go with solver.gradient=adjoint, whose backward pass calls autograd at "
+            "each evaluation; use solver.gradient=backprop or checkpoint"
         )
     if estimator.mode == "reverse":
         name = type(estimator).__name__
         raise InvalidValueError(
-            f"trainer.compile=true does not go with divergence {name}(mode='reverse'): training differentiates its "
+            f"hardware.compile=true does not go with divergence {name}(mode='reverse'): training differentiates its "
             f"vector-Jacobian products once more, and torch.compile has no double backward. {WAY_OUT}"
             f"{'' if solves else '; this objective can also do without, by its divergence_weight=0'}"
         )
@@ -102,10 +102,10 @@ def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimato
     norms = draw_directions(costs, torch.zeros(1, *flow.event_shape), torch.Generator()) is not None
     if norms and _takes_norms_in_reverse(estimator):
         raise InvalidValueError(
-            f"trainer.compile=true does not go with a path cost that needs the norm of the Jacobian of "
+            f"hardware.compile=true does not go with a path cost that needs the norm of the Jacobian of "
             f"{type(flow.field).__name__}: {type(estimator).__name__}() takes it by vector-Jacobian products, and "
             "torch.compile has no double backward. Use divergence=hutchinson with divergence.mode=forward, a field "
-            "with value_divergence_and_products such as MLP, or trainer.compile=false"
+            "with value_divergence_and_products such as MLP, or hardware.compile=false"
         )
     return taken
 

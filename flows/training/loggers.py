@@ -1,10 +1,12 @@
-"""Where metrics go: each logger has ``log(metrics, step)`` and ``close()``."""
+"""Where metrics go: each logger has `log(metrics, step)` and `close()`."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,52 @@ from typing import Any, Protocol
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
+
+Metric = float | Tensor
+BAR_LABELS = {
+    "train/loss": "loss",
+    "train/nfe_forward": "nfe",
+    "validation/nll": "nll",
+    "validation/bits_per_dim": "bits/dim",
+    "validation/gap": "gap",
+    "validation/free_energy": "free energy",
+    "validation/effective_sample_size": "ESS",
+    "validation/score": "score",
+}
+
+
+class MetricMeans:
+    """Averages the metrics of steps between two logs.
+
+    `add` sums tensors on their device and never reads them, since reading makes the program wait for a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float | Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, Metric]) -> None:
+        """Add the values of one step."""
+        for name, value in metrics.items():
+            value = value.detach() if isinstance(value, Tensor) else float(value)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self) -> dict[str, float]:
+        """Return the means since the last call, and start again."""
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums = dict(state["sums"])
+        self._counts = dict(state["counts"])
 
 
 @dataclass(frozen=True)
@@ -25,7 +72,7 @@ class HParams:
 
 
 class Logger(Protocol):
-    """Receives numbers, figures, texts and :class:`HParams`, and keeps what it can show."""
+    """Receives numbers, figures, texts and `HParams`, and keeps those that it can show."""
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
@@ -37,8 +84,7 @@ class TensorBoardLogger:
 
     Args:
         directory: the folder of the run.
-        resume_step: the step that a resumed run stands at; events after it, written before the run was
-            stopped, are hidden.
+        resume_step: the step that a resumed run starts from; later events, written before it was stopped, are hidden.
     """
 
     def __init__(self, directory: str | os.PathLike[str], resume_step: int | None = None) -> None:
@@ -78,9 +124,9 @@ class TensorBoardLogger:
 
 
 class JSONLinesLogger:
-    """Appends one JSON object a call, ``{"step": 20, "train/loss": 1.4, ...}``; only numbers are kept.
+    """Appends one JSON object a call, `{"step": 20, "train/loss": 1.4, ...}`; only numbers are kept.
 
-    ``pandas.read_json(path, lines=True)`` reads the file. A number that is not finite is written as null.
+    `pandas.read_json(path, lines=True)` reads the file. A number that is not finite is written as null.
 
     Args:
         path: the file.
@@ -106,63 +152,59 @@ class JSONLinesLogger:
 
 
 class ProgressBar:
-    """A bar on the terminal that shows the stage, the loss, the NFE and the steps per second.
+    """A bar on the terminal that shows the stage, the loss, the evaluations and the steps per second.
 
     Args:
-        stages: the number of steps of each stage, in order.
+        stages: number of steps of each stage, in order; None for one that ends by time.
         resume_step: the step that a resumed run starts from.
     """
 
-    def __init__(self, stages: Mapping[str, int], resume_step: int | None = None) -> None:
-        self._stages = dict(stages)
+    def __init__(self, stages: Mapping[str, int | None], resume_step: int | None = None) -> None:
         self._shown: dict[str, str] = {}
+        self._counts_steps = None not in stages.values()
+        counted = {"total": sum(steps or 0 for steps in stages.values()), "initial": resume_step or 0, "unit": "step"}
         self._bar = tqdm(
-            total=sum(self._stages.values()),
-            initial=resume_step or 0,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.2,
+            **(counted if self._counts_steps else {"total": 100, "unit": "%"}), dynamic_ncols=True, mininterval=0.2
         )
+        self._above = _AboveBar()
+        logging.getLogger("flows").addHandler(self._above)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        labels = {
-            "train/loss": "loss",
-            "train/nfe_forward": "nfe",
-            "validation/nll": "nll",
-            "validation/bits_per_dim": "bits/dim",
-            "validation/gap": "gap",
-        }
-        new = {label: f"{metrics[name]:.4g}" for name, label in labels.items() if name in metrics}
+        """Show the numbers that have a place on the bar."""
+        del step
+        new = {label: f"{metrics[name]:.4g}" for name, label in BAR_LABELS.items() if name in metrics}
         if not new or self._bar.disable:
             return
-        error = metrics.get("validation/standard_error")
+        if len(new) > 1:
+            new.pop("score", None)  # it has a name of its own
+        error = metrics.get("validation/nll_se")
         if "gap" in new and error is not None:
             new["gap"] = f"{metrics['validation/gap']:.4f}±{error:.4f}"
         if "loss" in new and "nfe" not in new:
             self._shown.pop("nfe", None)  # this stage solves no ODE
         self._shown.update(new)
         self._bar.set_postfix(self._shown, refresh=False)
-        self.advance(step)
 
-    def advance(self, step: int) -> None:
-        """Show that ``step`` is done; the terminal is written to a few times a second at the most."""
-        self._bar.set_description(self._stage_at(step), refresh=False)
-        self._bar.update(step - self._bar.n)
-
-    def _stage_at(self, step: int) -> str:
-        end = 0
-        for name, steps in self._stages.items():
-            end += steps
-            if step <= end:
-                return name
-        return name
+    def advance(self, stage: str, step: int, done: float) -> None:
+        """Show that `step`, or the share `done` of the run, is over."""
+        self._bar.set_description(stage, refresh=False)
+        self._bar.update((step if self._counts_steps else int(100 * done)) - self._bar.n)
 
     def close(self) -> None:
+        """Leave the bar as it is."""
+        logging.getLogger("flows").removeHandler(self._above)
         self._bar.close()
 
 
+class _AboveBar(logging.Handler):
+    """Writes warnings above the bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"{record.levelname.capitalize()}: {record.getMessage()}", file=sys.stderr)
+
+
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:
-    """The curves in a JSON-lines file: for each metric its (step, value) pairs."""
+    """Read the curves of a JSON-lines file: for each metric its (step, value) pairs."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in _rows(Path(path)):
         for name, value in row.items():
@@ -171,8 +213,16 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[tuple[int, floa
     return curves
 
 
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values as one level with dotted names; a list stays one value."""
+    level: dict[str, Any] = {}
+    for name, value in nested.items():
+        level |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return level
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of the file; a run that was killed may have left half a line at its end."""
+    """Read the complete lines; a run that was killed may have left half a line at the end."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

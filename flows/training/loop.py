@@ -1,161 +1,287 @@
-"""The steps of a stage, and what happens between them."""
+"""The steps of a stage: draw a batch, differentiate, move the weights, and look at them now and then."""
 
 from __future__ import annotations
 
+import itertools
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flows.solvers import SolverError
-from flows.training.checkpoint import FOLDER, save_checkpoint
-from flows.training.fabric import Fabric
-from flows.training.loss import NonFiniteLossError
-from flows.training.reporting import Reporter
-from flows.training.stage import Stage
-from flows.training.step import OptimiserStep
-from flows.training.stopping import StopSignals, TrainingInterrupted
+from flows.datasets import Batch
+from flows.errors import FlowsError, InvalidValueError
+from flows.evaluation import Evaluation
+from flows.objectives import LossOutput, Objective
+from flows.solvers import SolverError, SolverStatistics
+from flows.training.checkpoint import FOLDER
+from flows.training.fabric import StopSignals, TrainingInterrupted, on_first_process
+from flows.training.loggers import Metric
+from flows.training.stage import Optimization, Stage
+from flows.training.state import Run
+
+
+class NonFiniteLossError(FlowsError, ArithmeticError):
+    """The loss or its gradient is NaN or infinite; the weights of the step before are kept."""
+
+
+class LossModule(nn.Module):
+    """The loss as the forward pass of a module, where Fabric brings in precision and several devices.
+
+    Objective and batch are attributes, and the whole output stays here: Fabric copies what passes through a forward
+    pass, and under mixed precision would round the data.
+    """
+
+    objective: Objective
+    batch: Batch
+    output: LossOutput  # of the last step
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.generator: torch.Generator | None = None
+
+    def forward(self) -> Tensor:
+        self.output = self.objective(self.model, self.batch, self.generator)
+        return self.output.loss
+
+    def metrics(self) -> dict[str, Metric]:
+        """Return what the last step reports; read it after the backward pass, which the solver's counts include."""
+        metrics: dict[str, Metric] = {"loss": self.output.loss.detach(), **self.output.metrics}
+        if self.output.statistics is not None:
+            solve = self.output.statistics
+            metrics |= {"nfe_forward": solve.nfe_forward, "nfe_backward": solve.nfe_backward, **step_metrics(solve)}
+        return metrics
+
+
+class OptimizerStep:
+    """Draws a batch, differentiates its loss and follows the gradient.
+
+    Args:
+        run: whose model is trained.
+        loss: of that model.
+        module: the same, set up by Fabric.
+        optimization: clipping, accumulation, and what to do about a batch that cannot be solved.
+    """
+
+    def __init__(self, run: Run, loss: LossModule, module: nn.Module, optimization: Optimization) -> None:
+        self.run = run
+        self.state = run.state
+        self.fabric = run.fabric
+        self.optimization = optimization
+        self.loss = loss
+        self.module = module
+
+    def begin(self, stage: Stage) -> None:
+        """Minimise the objective of this stage from now on."""
+        self.loss.objective, self.loss.generator = stage.objective, self.state.generator  # type: ignore[assignment]
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Differentiate the next batches that can be solved; return their loss and the norm of its gradient.
+
+        The norm is that before clipping.
+
+        Raises:
+            SolverError: a batch cannot be solved, or too many in a row cannot if failures are skipped.
+        """
+        for failures in itertools.count(1):
+            try:
+                value = self._backward()
+                break
+            except SolverError as error:
+                self._skip(error, failures)
+        clip = self.optimization.gradient_clip
+        norm = self.fabric.clip_gradients(
+            self.module,
+            self.state.fabric_optimizer,
+            max_norm=float("inf") if clip is None else clip,
+            error_if_nonfinite=False,
+        )
+        return value, norm  # type: ignore[return-value]
+
+    def _backward(self) -> Tensor:
+        """Return the mean loss of the next batches, whose gradients add up to that of this mean."""
+        number = self.optimization.accumulate_batches
+        total: Tensor | float = 0.0
+        metrics, solves = [], []
+        for k in range(number):
+            last = k == number - 1
+            self.loss.batch = self.state.stream.next()
+            with self.fabric.no_backward_sync(self.module, enabled=not last and self.fabric.world_size > 1):
+                value = self.module() / number
+                self.fabric.backward(value)
+            total = total + value.detach()
+            if self.loss.output.statistics is not None:
+                solves.append(self.loss.output.statistics)
+            if not last:  # the loop reads those of the last one
+                metrics.append(self.loss.metrics())
+        for metric in metrics:
+            self.state.means.add(metric)
+        self.run.solves = solves
+        return total  # type: ignore[return-value]
+
+    def follow(self, factor: float) -> None:
+        """Move the weights and their average, at this multiple of the learning rate."""
+        state = self.state
+        self.run.learning_rate = state.set_learning_rate(factor)
+        state.fabric_optimizer.step()
+        state.fabric_optimizer.zero_grad()
+        state.ema.update_parameters(state.model)
+
+    def _skip(self, error: SolverError, failures: int) -> None:
+        """Skip the failed batch; raise after too many."""
+        if self.optimization.on_solver_error == "raise":
+            raise error
+        self.state.fabric_optimizer.zero_grad()
+        self.state.position.skipped += 1
+        if failures == self.optimization.max_solver_errors:
+            message = f"{failures} batches in a row could not be solved (max_solver_errors), the last because {error}"
+            raise error.retold(message) from error
+        self.run.warn(f"a batch was skipped, number {self.state.position.skipped} of this run: {error}")
 
 
 class Loop:
-    """Takes the steps of a stage; logs, validates, draws and saves between them, and stops on a signal.
+    """Takes the steps of a stage, validates between them, and stops on a signal.
+
+    Callbacks hear of everything that happens: `on_optimizer_step` when the weights have moved, `on_validation_end`
+    when the evaluator has judged them, `on_step_end` when all of a step is done, and `on_failure` when a step failed,
+    with the state that it started from.
 
     Args:
-        fabric: launched.
+        run: whose model is trained.
         step: draws batches and moves the weights.
-        reporter: told about what happens.
         stop: asked after each step.
-        folder: of the run.
-        settings: of the run, as yaml text for its checkpoints.
-        packages: to be trusted by who continues the run.
-        every: "log", "validate", "plot" and "checkpoint", in steps; each happens at the end of a stage as well.
-        total: steps of all stages.
-        checks_every_step: look at each loss; otherwise only before something is logged or saved, since looking makes
-            the program wait for a GPU.
+        packages: to pass as `trust=` when resuming.
     """
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        step: OptimiserStep,
-        reporter: Reporter,
-        stop: StopSignals,
-        folder: Path,
-        settings: str | None,
-        packages: list[str],
-        every: Mapping[str, int | None],
-        total: int,
-        checks_every_step: bool,
-    ) -> None:
-        self.fabric = fabric
+    def __init__(self, run: Run, step: OptimizerStep, stop: StopSignals, packages: list[str]) -> None:
+        self.run = run
+        self.fabric = run.fabric
+        self.state = run.state
         self.step = step
-        self.state = step.state
-        self.reporter = reporter
         self.stop = stop
-        self.last = folder / FOLDER / "last.pt"
-        self.settings = settings
         self.packages = packages
-        self.every = every
-        self.total = total
-        self.checks_every_step = checks_every_step
+        self.last = run.folder / FOLDER / "last.pt"
+        # Looking at each loss would make the program wait for a GPU.
+        self.checks_every_step = run.fabric.device.type == "cpu"
 
-    def run(self, stage: Stage) -> None:
+    def train(self, stage: Stage) -> None:
         """Take the steps of the stage that are left.
 
         Raises:
-            TrainingInterrupted, NonFiniteLossError, SolverError: see :meth:`flows.training.Trainer.fit`.
+            TrainingInterrupted, NonFiniteLossError, SolverError: see `Trainer.fit`.
         """
-        state, step, reporter = self.state, self.step, self.reporter
-        position, loss = state.position, step.loss
+        run, position = self.run, self.state.position
+        self.step.begin(stage)
         started = time.perf_counter() - position.seconds
-        if position.step_in_stage and position.validated != position.step and self._due("validate", stage):
+        run.stage_is_over = stage.done(position.step_in_stage, position.seconds_in_stage) >= 1
+        if position.step_in_stage and position.validated != position.step and run.due("validate"):
             self._validate(stage)  # the process that came here first died before it could
-        while position.step_in_stage < stage.steps:
-            position.step_in_stage += 1
-            position.step += 1
-            try:
-                value, norm = step.gradient()
-            except SolverError as error:
-                if not self.state.is_finite():  # they followed a gradient that nobody looked at
-                    raise self._diverged("the weights are not finite", stage) from error
-                self._save_before()
-                raise self._told_where("training", error, stage) from error
-            log, validate, plot, save = (self._due(name, stage) for name in ("log", "validate", "plot", "checkpoint"))
-            stopping = self._agree(self.stop.requested)
-            save = save or validate or plot or bool(stopping)
-            if self.checks_every_step or log or save:
-                self._check_finite(value, norm, stage)
-            learning_rate = step.follow()
-
-            state.means.add(loss.metrics() | {"gradient_norm": norm})
+        while not run.stage_is_over:
+            stopping = self._take_step(stage)
             position.seconds = time.perf_counter() - started
-            for solve in step.solves:
-                if warning := state.watch(solve):
-                    reporter.warn(warning)
-                    reporter.plot_solve(solve)
-            reporter.advance()
-            if log:
-                reporter.log_training(learning_rate)
-            if save:  # before what may fail
-                self._save("last")
-            if validate:
+            run.call("on_optimizer_step")
+            if run.due("validate"):
                 self._validate(stage)
-            if plot and position.step < self.total:  # the best weights are drawn after the last step
-                reporter.plot(statistics=loss.output.statistics)
+            run.call("on_step_end")
             position.seconds = time.perf_counter() - started
             if stopping:
                 raise self.interrupted(stopping)
 
     def interrupted(self, signal_number: int) -> TrainingInterrupted:
-        """What to raise when a signal stops the run after the last state was saved."""
+        """Return what to raise when a signal stops the run after the last state was saved."""
         return TrainingInterrupted(self.last, self.state.position.step, signal_number, self.packages)
 
-    def _due(self, name: str, stage: Stage) -> bool:
-        position, every = self.state.position, self.every[name]
-        return position.step_in_stage == stage.steps or bool(every and position.step % every == 0)
+    def _take_step(self, stage: Stage) -> int:
+        """Move the weights once; return the signal that stops the run, 0 if none."""
+        run, state, step, position = self.run, self.state, self.step, self.state.position
+        begun = time.perf_counter()
+        factor = stage.learning_rate_factor(position.step_in_stage, position.seconds_in_stage)
+        position.step_in_stage += 1
+        position.step += 1
+        try:
+            value, norm = step.gradient()
+        except SolverError as error:
+            if not state.is_finite():  # they followed a gradient that nobody looked at
+                raise self._diverged("the weights are not finite", stage) from error
+            self._save_before()
+            raise error.retold(self._where("training", error, stage)) from error
+        elapsed = self._elapsed(stage, begun)
+        run.stage_is_over = stage.done(position.step_in_stage, position.seconds_in_stage + elapsed) >= 1
+        stopping = self._agree(self.stop.requested)
+        run.stopping = bool(stopping)
+        looks = run.stopping or any(run.due(what) for what in ("log", "validate", "plot", "checkpoint"))
+        if self.checks_every_step or looks:
+            self._check_finite(value, norm, stage)
+        step.follow(factor)
+        state.means.add(step.loss.metrics() | {"gradient_norm": norm})
+        position.seconds_in_stage += elapsed if stage.steps is None else time.perf_counter() - begun
+        return stopping
+
+    def _elapsed(self, stage: Stage, begun: float) -> float:
+        """Return the seconds since `begun`; in a stage that ends by time all processes agree on them."""
+        if stage.steps is None and self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)
+        elapsed = time.perf_counter() - begun
+        if stage.steps is not None or self.fabric.world_size == 1:
+            return elapsed
+        return float(self.fabric.all_reduce(torch.tensor(elapsed, device=self.fabric.device), reduce_op="max"))  # type: ignore[arg-type]
 
     def _validate(self, stage: Stage) -> None:
         """Look at the validation part; a run that goes on from the state saved now need not do it again."""
-        position = self.state.position
+        run, position = self.run, self.state.position
+        evaluation, best = None, False
+        run.call("on_validation_start")
         try:
-            if self.reporter.validate():
-                self._save("best")
-        except (SolverError, ValueError) as error:
-            told = self._told_where("validation", error, stage)
-            if self.step.policy.action == "raise" or not isinstance(error, SolverError):
-                raise told from error
-            self.reporter.warn(f"these weights were not compared with the best: {told}")
+            with run.aside():
+                evaluation = on_first_process(self.fabric, self._evaluate)
+            best = position.best_score is None or evaluation.score < position.best_score
+            if best:
+                position.best_score, position.best_step = evaluation.score, position.step
+        except FlowsError as error:
+            message = self._where("validation", error, stage)
+            if not isinstance(error, SolverError):
+                raise InvalidValueError(message) from error
+            if self.step.optimization.on_solver_error == "raise":
+                raise error.retold(message) from error
+            run.warn(f"these weights were not compared with the best: {message}")
         position.validated = position.step
-        self._save("last")
+        run.call("on_validation_end", evaluation, best)
 
-    def _save(self, name: str) -> None:
-        content = {"config": self.settings, **self.state.state_dict()}
-        if self.fabric.is_global_zero:
-            save_checkpoint(self.last.with_name(f"{name}.pt"), content)
-        self.fabric.barrier()
+    def _evaluate(self) -> Evaluation:
+        average = self.state.ema
+        training = average.training
+        average.eval()
+        try:
+            found = self.run.evaluator.validate(average.module)
+        finally:
+            average.train(training)
+        if not abs(found.score) < float("inf"):
+            name = type(self.run.evaluator).__name__
+            raise InvalidValueError(f"{name} found the score {found.score}, which is no finite number")
+        return found if self.fabric.world_size == 1 else replace(found, statistics=None)
 
     def _save_before(self) -> None:
-        """Save as ``last`` the weights that the step which has just failed started from.
+        """Save the weights that the step which has just failed started from.
 
         A run that goes on from there draws other batches than those that failed. Of several processes one may have
-        failed alone, and would wait for ever for the others to save with it, so that nothing is saved.
+        failed alone, and would wait for ever for the others to save with it; then nothing is saved.
         """
         if self.fabric.world_size > 1:
             return
         position = self.state.position
         self.state.position = replace(position, step=position.step - 1, step_in_stage=position.step_in_stage - 1)
-        self._save("last")
+        self.run.call("on_failure")
         self.state.position = position
 
     def _agree(self, signal_number: int | None) -> int:
-        """The signal that some process has received, 0 if none: all stop after the same step."""
+        """Return the signal that some process has received, 0 if none: all stop after the same step."""
         if self.fabric.world_size == 1:
             return signal_number or 0
         received = torch.tensor(float(signal_number or 0), device=self.fabric.device)
-        return int(self.fabric.all_reduce(received, reduce_op="max"))
+        return int(self.fabric.all_reduce(received, reduce_op="max"))  # type: ignore[arg-type]
 
     def _check_finite(self, loss: Tensor, gradient_norm: Tensor, stage: Stage) -> None:
         if bool(loss.isfinite() & gradient_norm.isfinite()):
@@ -167,21 +293,41 @@ class Loop:
 
     def _diverged(self, what: str, stage: Stage) -> NonFiniteLossError:
         return NonFiniteLossError(
-            f"training diverged: {what} {self._where(stage)}. Try a lower learning_rate (now "
+            f"training diverged: {what} {self._place(stage)}. Try a lower learning_rate (now "
             f"{stage.learning_rate:g}), more warmup_steps (now {stage.warmup_steps}), a smaller gradient_clip (now "
-            f"{self.step.gradient_clip}), or tighter solver tolerances"
+            f"{self.step.optimization.gradient_clip}), or tighter solver tolerances"
         )
 
-    def _told_where(self, what: str, error: SolverError | ValueError, stage: Stage) -> Exception:
-        message = f"{what} stopped {self._where(stage)}: {error}"
-        return error.retold(message) if isinstance(error, SolverError) else ValueError(message)
+    def _where(self, what: str, error: Exception, stage: Stage) -> str:
+        return f"{what} stopped {self._place(stage)}: {error}"
 
-    def _where(self, stage: Stage) -> str:
-        """The step in words, and what can be gone back to."""
+    def _place(self, stage: Stage) -> str:
+        """Say at which step the run is, and what it can be resumed from."""
         position = self.state.position
         exactly = "at" if self.checks_every_step else "at or shortly before"
         saved = f"; the state to resume from is in {self.last}" if self.last.exists() else ""
-        return (
-            f"{exactly} step {position.step} (step {position.step_in_stage} of {stage.steps} in the stage "
-            f"{position.stage}{saved})"
-        )
+        total = "" if stage.steps is None else f" of {stage.steps}"
+        in_stage = f"step {position.step_in_stage}{total} in the stage {position.stage}"
+        return f"{exactly} step {position.step} ({in_stage}{saved})"
+
+    def finish(self) -> None:
+        """Let signals interrupt at once from now on.
+
+        Raises:
+            TrainingInterrupted: one has come before.
+        """
+        try:
+            self.stop.no_more_steps()
+        except KeyboardInterrupt:
+            raise self.interrupted(self.stop.requested or signal.SIGINT) from None
+
+
+def step_metrics(statistics: SolverStatistics) -> Mapping[str, float]:
+    """Return what the steps of a solve tell; nothing for a method that keeps them to itself."""
+    if not statistics.attempts:
+        return {}
+    metrics: dict[str, float] = {"steps_accepted": statistics.accepted, "steps_rejected": statistics.rejected}
+    if statistics.limited_by:  # an adaptive method
+        metrics |= {f"limited_by_{name}": share for name, share in statistics.limited_by.items()}
+        metrics |= {"shortest_step": abs(statistics.shortest.dt), "steps_forced": statistics.forced}
+    return metrics

@@ -14,9 +14,11 @@ import yaml
 
 from flows.datasets import Dataset
 from flows.errors import InvalidValueError
+from flows.evaluation.evaluator import MAX_SEED
 from flows.models.cnf import CNF
-from flows.training.checkpoint import FLOW, CheckpointError, check_content, find_checkpoint, load_checkpoint
-from flows.training.levels import check_levels
+from flows.objectives.checks import check_levels
+from flows.training import checkpoint as files
+from flows.training.checkpoint import CheckpointError, check_content, find_checkpoint, load_checkpoint
 from flows.training.settings import TARGET, SettingsError, instantiate, parameter_names
 from flows.training.trusted import check_trusted
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from flows.training.trainer import Trainer
 
 MODEL = ("transform", "field", "divergence", "solver")  # the parts of a flow
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: CNF
     if flow is None:
         return load_run(path, trust).flow
     content = load_checkpoint(find_checkpoint(path))
-    check_content(content, path, FLOW)
+    check_content(content, path, files.MODEL)
     _fill(flow, content, path)
     return flow.eval()
 
@@ -71,15 +72,16 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
     file = find_checkpoint(path)
     content = load_checkpoint(file)
     config = checkpoint_config(content, file, trust)
-    check_content(content, file, FLOW)
+    check_content(content, file, files.MODEL)
+    data = content["data"]
     try:
-        shape = None if content.get("context_shape") is None else tuple(content["context_shape"])
-        levels = content.get("num_levels")
-        flow = build_flow(config, content["event_shape"], None, _dtype(content), context_shape=shape, num_levels=levels)
-    except (ValueError, TypeError) as error:
+        shape = None if data.get("context_shape") is None else tuple(data["context_shape"])
+        levels = data.get("num_levels")
+        flow = build_flow(config, data["event_shape"], None, _dtype(content), context_shape=shape, num_levels=levels)
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"no flow can be built from the settings in {file}: {error}") from error
     _fill(flow, content, file)
-    return LoadedRun(flow.eval(), config, file, content["position"]["step"], shape, content.get("num_classes"))
+    return LoadedRun(flow.eval(), config, file, content["position"]["step"], shape, data.get("num_classes"))
 
 
 def checkpoint_config(
@@ -162,27 +164,40 @@ def build_trainer(
 
     Args:
         config: `data`, `transform`, `field`, `divergence`, `solver`, `objective` (the stages by name), `optimizer`,
-            `trainer`, `seed` and `output_dir`, as plain values.
+            `optimization`, `hardware`, `reporting`, `evaluation`, `seed` and `output_dir`, as plain values. The last
+            six may be missing.
         resume: a checkpoint to continue from.
         dataset: data to use instead of `config["data"]`.
 
     Raises:
         SettingsError: names the setting that does not fit.
     """
-    seed = _part(config, "seed")
+    from flows.training.trainer import Trainer  # imports this package's `trusted`, as this module does
+
+    seed = config.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise SettingsError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
     stages = _checked_stages(_part(config, "objective"))
     torch.manual_seed(seed)
     dataset = build_dataset(config) if dataset is None else dataset
-    double = str(config["trainer"].get("precision")).startswith("64")
+    chosen = {} if "optimizer" not in config else {"optimizer": instantiate(config["optimizer"], "optimizer")}
+    optimization = instantiate(_options(config, "optimization", "Optimization"), "optimization", **chosen)
+    hardware = instantiate(_options(config, "hardware", "Hardware"), "hardware")
+    reporting = instantiate(_options(config, "reporting", "Reporting"), "reporting")
+    double = str(hardware.precision).startswith("64")
     flow = build_flow(config, dataset.event_shape, dataset, torch.float64 if double else None)
-    trainer: type[Trainer] = instantiate({**config["trainer"], "_partial_": True}, "trainer")
-    return trainer(
+    evaluator = None
+    if config.get("evaluation"):
+        shared = {"dataset": dataset, "seed": seed, "progress_bar": reporting.progress_bar}
+        evaluator = instantiate(config["evaluation"], "evaluation", **shared)
+    return Trainer(
         flow,
         dataset,
-        stages={name: instantiate(stage, f"objective.{name}") for name, stage in stages.items()},
-        optimizer=instantiate(_part(config, "optimizer"), "optimizer"),
+        {name: instantiate(stage, f"objective.{name}") for name, stage in stages.items()},
+        evaluator=evaluator,
+        optimization=optimization,
+        hardware=hardware,
+        reporting=reporting,
         output_dir=config.get("output_dir"),
         seed=seed,
         resume=resume,
@@ -216,6 +231,11 @@ def _checked_stages(objective: Any) -> Mapping[str, Any]:
                 f"has {chosen}. If an experiment or an override sets it, remove it with ~objective.{name}"
             )
     return objective
+
+
+def _options(config: Mapping[str, Any], part: str, kind: str) -> dict[str, Any]:
+    """The settings of one of the trainer's option classes."""
+    return {TARGET: f"flows.training.{kind}", **(config.get(part) or {})}
 
 
 def _part(config: Mapping[str, Any], name: str) -> Any:

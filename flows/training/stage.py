@@ -1,14 +1,16 @@
-"""One stage of a run: an objective with its own number of steps, batch size and learning rate."""
+"""A stage of a run: what is minimised, for how long and how fast."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
+from flows.checks import check_number, whole_number
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.objectives import Objective
 
@@ -16,53 +18,67 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
+DEFAULTS = {"batch_size": 512, "learning_rate": 1e-3, "warmup_steps": 0}  # of objectives that recommend nothing
 
 
 @dataclass(frozen=True)
 class Stage:
     """What is minimised, for how long and how fast.
 
-    The learning rate rises linearly to ``learning_rate`` during ``warmup_steps`` and then follows
-    ``learning_rate * schedule(done)``, where ``done`` runs from 0 to 1 over the steps that remain.
+    The learning rate rises linearly during `warmup_steps` and then follows `learning_rate * schedule(done)`. Here
+    `done` runs from 0 to 1 over the remaining steps, or over the seconds of a stage that ends by time.
 
     Args:
-        objective: called as ``objective(flow, batch, generator)``.
-        steps: number of optimiser steps.
-        batch_size: training points a step (on each device).
-        learning_rate: the highest learning rate of the stage.
-        warmup_steps: steps of linear warm-up, part of ``steps``.
-        schedule: ``"cosine"`` (to zero), ``"constant"``, or a function of ``done``.
-        optimizer: called as ``optimizer(parameters, lr=...)`` at the start of the stage; ``None``: that of the trainer.
+        objective: called as `objective(model, batch, generator)`.
+        steps: number of optimiser steps; give either this or `seconds`.
+        seconds: time to train for; validation, pictures and checkpoints do not count.
+        batch_size: training examples in one step, on each device; None: as the objective recommends.
+        learning_rate: the highest of the stage; None: as the objective recommends.
+        warmup_steps: steps of linear warm-up; None: as the objective recommends, but at most a tenth of `steps`.
+        schedule: `"cosine"` (to zero), `"constant"`, or a function of `done`.
+        optimizer: called as `optimizer(parameters, lr=...)` at the start of the stage; None: that of `Optimization`.
 
     Raises:
-        ValueError: a number is out of its range, or the schedule has no such name.
+        ValueError: a number is out of its range, or there is no schedule of that name.
     """
 
-    objective: Objective
-    steps: int
-    batch_size: int = 512
-    learning_rate: float = 1e-3
-    warmup_steps: int = 0
+    objective: Objective | Callable
+    steps: int | None = None
+    seconds: float | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    warmup_steps: int | None = None
     schedule: str | Callable[[float], float] = "cosine"
     optimizer: Callable[..., Optimizer] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.objective):
             raise InvalidTypeError(
-                f"objective must be callable as objective(flow, batch, generator), got {self.objective!r}"
+                f"objective must be callable as objective(model, batch, generator), got {self.objective!r}"
             )
         if self.optimizer is not None and not callable(self.optimizer):
             raise InvalidTypeError(
-                f"optimizer must be callable as optimizer(parameters, lr=...), or None for that of the trainer, got "
+                f"optimizer must be callable as optimizer(parameters, lr=...), or None for that of Optimization, got "
                 f"{self.optimizer!r}; an optimiser that is built already knows no later stage's learning rate"
             )
-        for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-        if isinstance(self.learning_rate, str) or not 0 < self.learning_rate < math.inf:
-            raise InvalidValueError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
-        if self.warmup_steps >= self.steps:
+        if (self.steps is None) == (self.seconds is None):
+            raise InvalidValueError(
+                f"give either steps or seconds, got steps={self.steps!r} and seconds={self.seconds!r}"
+            )
+        if self.steps is not None:
+            whole_number("steps", self.steps, 1)
+        else:
+            check_number("seconds", self.seconds, above=0)
+        recommended = {**DEFAULTS, **getattr(self.objective, "recommended", {})}
+        if self.steps is not None:
+            recommended["warmup_steps"] = min(recommended["warmup_steps"], self.steps // 10)
+        for name, value in recommended.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        whole_number("batch_size", self.batch_size, 1)
+        whole_number("warmup_steps", self.warmup_steps, 0)
+        check_number("learning_rate", self.learning_rate, above=0)
+        if self.steps is not None and self.num_warmup_steps >= self.steps:
             raise InvalidValueError(
                 f"warmup_steps must be smaller than steps={self.steps}, got {self.warmup_steps}: "
                 "the stage would end before its learning rate is reached"
@@ -72,13 +88,82 @@ class Stage:
                 f"schedule must be one of {', '.join(SCHEDULES)} or a function, got {self.schedule!r}"
             )
 
-    def learning_rate_factor(self, step: int) -> float:
-        """The multiple of ``learning_rate`` that step number ``step`` (from 0) of the stage uses."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        schedule = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
-        return schedule((step - self.warmup_steps) / (self.steps - self.warmup_steps))
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, which is never None once the stage is built."""
+        assert self.learning_rate is not None
+        return self.learning_rate
 
-    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
-        """The schedule of this stage on ``optimizer``; it is stepped after each optimiser step."""
-        return LambdaLR(optimizer, self.learning_rate_factor)
+    @property
+    def num_warmup_steps(self) -> int:
+        """`warmup_steps`, which is never None once the stage is built."""
+        assert self.warmup_steps is not None
+        return self.warmup_steps
+
+    @property
+    def examples(self) -> int:
+        """`batch_size`, which is never None once the stage is built."""
+        assert self.batch_size is not None
+        return self.batch_size
+
+    def done(self, step: int, seconds: float = 0.0) -> float:
+        """Return the share of the stage that is over after `step` steps, which took `seconds`."""
+        return step / self.steps if self.steps is not None else min(1.0, seconds / self.seconds)  # type: ignore[operator]
+
+    def learning_rate_factor(self, step: int, seconds: float = 0.0) -> float:
+        """Return the multiple of `learning_rate` for the step after so many steps and seconds of the stage."""
+        warmup = self.num_warmup_steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        schedule = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
+        return schedule(self.done(step, seconds) if self.steps is None else (step - warmup) / (self.steps - warmup))
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps" if self.steps is not None else f"{self.seconds:g} seconds"
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How gradients become weights.
+
+    Args:
+        optimizer: called as `optimizer(parameters, lr=...)` at the start of each stage without one of its own.
+        gradient_clip: largest norm of the gradient, longer ones are scaled down; None: no limit.
+        accumulate_batches: number of batches whose gradients are averaged for one step, for larger batches than fit
+            into memory.
+        ema_decay: of the moving average of the weights, which is validated and kept; 0 turns it off.
+        on_solver_error: `"raise"` when a batch cannot be solved, or `"skip"` it and take the next one. Weights whose
+            validation cannot be solved are then passed over, too.
+        max_solver_errors: stop after so many failures in a row, with the state saved.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    optimizer: Callable[..., Optimizer] = torch.optim.Adam
+    gradient_clip: float | None = 10.0
+    accumulate_batches: int = 1
+    ema_decay: float = 0.999
+    on_solver_error: Literal["raise", "skip"] = "raise"
+    max_solver_errors: int = 10
+
+    def __post_init__(self) -> None:
+        if not callable(self.optimizer):
+            raise InvalidTypeError(
+                f"optimizer must be callable as optimizer(parameters, lr=...), got {self.optimizer!r}"
+            )
+        if self.gradient_clip is not None:
+            check_number("gradient_clip", self.gradient_clip, above=0, otherwise="None sets no limit")
+        whole_number("accumulate_batches", self.accumulate_batches, 1)
+        check_number("ema_decay", self.ema_decay, at_least=0, below=1, otherwise="0 turns the averaging off")
+        if self.on_solver_error not in ("raise", "skip"):
+            raise InvalidValueError(f"on_solver_error must be 'raise' or 'skip', got {self.on_solver_error!r}")
+        whole_number("max_solver_errors", self.max_solver_errors, 1)
+
+    def check(self, world_size: int) -> None:
+        """Raise `InvalidValueError` where skipping does not work: in processes that wait for each other."""
+        if self.on_solver_error == "skip" and world_size > 1:
+            raise InvalidValueError(
+                "on_solver_error='skip' works in one process, since the others would wait for the gradients of the "
+                "one that skips; use on_solver_error='raise' on several devices"
+            )

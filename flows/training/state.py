@@ -1,28 +1,64 @@
-"""Everything that training changes: what a checkpoint holds."""
+"""Everything that training changes, and what a checkpoint holds."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flows.checks import check_number
 from flows.datasets import Dataset, NoData
-from flows.errors import InvalidValueError
-from flows.models.cnf import CNF
+from flows.evaluation import Evaluator, seeded
+from flows.solvers import SolverStatistics
 from flows.solvers.problem import all_finite
-from flows.training.checkpoint import CheckpointError
-from flows.training.ema import ExponentialMovingAverage
+from flows.training.checkpoint import CheckpointError, describe
 from flows.training.fabric import Fabric
-from flows.training.metrics import MetricMeans
-from flows.training.stage import Stage
-from flows.training.watch import EvaluationWatch
+from flows.training.loggers import MetricMeans
+from flows.training.stage import Optimization, Stage
+
+if TYPE_CHECKING:
+    from flows.training.callbacks import Reporting
+
+LOG = logging.getLogger("flows")
+
+
+class ExponentialMovingAverage(AveragedModel):
+    """Averages weights: average <- d average + (1 - d) weights, d = min(decay, (1 + n) / (10 + n)) at update n.
+
+    The rising d lets the average forget its start, so it also follows a stage of a hundred steps. The first update
+    copies the weights.
+
+    Args:
+        model: the module to average; it is copied.
+        decay: the largest d, from 0 (no averaging) to 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        check_number("ema_decay", decay, at_least=0, below=1, otherwise="0 turns the averaging off")
+        super().__init__(model, multi_avg_fn=self._average)
+        self.decay = decay
+        self.requires_grad_(False)
+
+    def _average(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+        n = int(self.n_averaged)  # on the CPU, unlike the argument: reading it does not wait for the GPU
+        decay = min(self.decay, (1 + n) / (10 + n))
+        get_ema_multi_avg_fn(decay)(averaged, current, num_averaged)  # type: ignore[arg-type]
+
+    def restart(self) -> None:
+        """Let the next update copy the weights, as at the start of a run."""
+        self.n_averaged.zero_()
 
 
 @dataclass
@@ -31,70 +67,78 @@ class Position:
 
     stage: str | None = None  # None: before the first
     step_in_stage: int = 0  # steps done
+    seconds_in_stage: float = 0.0  # spent in these steps alone
     step: int = 0  # steps done over all stages
-    best_nll: float | None = None  # the lowest on the validation part, nats; of an energy, the free energy
+    stage_starts: list[int] = field(default_factory=list)  # steps done before each stage so far
+    best_score: float | None = None  # the lowest on the validation part
     best_step: int | None = None
     validated: int | None = None  # the step whose weights were last validated
     skipped: int = 0  # batches that could not be solved
-    seconds: float = 0.0  # spent in training, validation and pictures included
+    seconds: float = 0.0  # spent in training, with validation and pictures
 
 
 class RunState:
-    """The flow, its average, and all that moves while a stage runs.
+    """The model, its average, and all that changes while a stage runs.
 
     Args:
         fabric: launched.
-        flow: on its device.
+        model: on its device.
         dataset: where the batches come from.
-        optimizer: called as ``optimizer(parameters, lr=...)`` at the start of each stage without one of its own.
-        ema_decay: see :class:`ExponentialMovingAverage`.
-        seed: each stage draws its data and its probes from generators seeded by this, the stage's place and
-            the rank of the process.
+        optimization: the optimiser and the decay of the average.
+        seed: each stage draws its data and its probes from generators that depend on this, on the place of the stage
+            and on the rank of the process.
+        callbacks: those with a `state_dict` are kept in checkpoints, each process its own.
     """
 
     optimizer: Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
 
     def __init__(
         self,
         fabric: Fabric,
-        flow: CNF,
+        model: nn.Module,
         dataset: Dataset,
-        optimizer: Callable[..., Optimizer],
-        ema_decay: float,
+        optimization: Optimization,
         seed: int,
+        callbacks: list[Any],
     ) -> None:
         self.fabric = fabric
-        self.flow = flow
+        self.model = model
         self.dataset = dataset
-        self.ema = ExponentialMovingAverage(flow, ema_decay)
+        self.optimization = optimization
+        self.ema = ExponentialMovingAverage(model, optimization.ema_decay)
         self.position = Position()
         self.run = uuid.uuid4().hex  # tells this run's checkpoints from those of any other
         self.means = MetricMeans()
-        self.watch = EvaluationWatch()
         self.generator = torch.Generator(fabric.device)  # of the objective
-        self._new_optimizer = optimizer
         self._seed = seed
+        names = [type(callback).__name__ for callback in callbacks]
+        self._callbacks = {
+            f"{name}_{names[:i].count(name)}": callback
+            for i, (name, callback) in enumerate(zip(names, callbacks, strict=True))
+            if hasattr(callback, "state_dict")
+        }
 
     def begin(self, index: int, name: str, stage: Stage) -> None:
-        """Set up a stage: new optimiser, schedule, data stream and generators.
+        """Set up a stage: new optimiser, data stream and generators.
 
         Every stage but the first starts from the averaged weights, which are better than the last ones.
         """
-        if self.position.stage is not None:
-            self.flow.load_state_dict(self.ema.module.state_dict())
+        position = self.position
+        if position.stage is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
             self.ema.restart()
-        self.position.stage, self.position.step_in_stage = name, 0
+        position.stage, position.step_in_stage, position.seconds_in_stage = name, 0, 0.0
+        position.stage_starts = [*position.stage_starts, position.step]
         self.means = MetricMeans()
         self._set_up(index, stage)
 
     def resume(
         self, checkpoint: Mapping[str, Any], stages: Mapping[str, Stage], best: Mapping[str, Any] | None = None
     ) -> None:
-        """Continue bit for bit where ``checkpoint`` was written.
+        """Continue bit for bit where `checkpoint` was written.
 
-        ``best`` is the checkpoint with the lowest validation NLL so far. Without one, or if it is of another run, the
-        next weights that are validated are the best.
+        `best` is the checkpoint with the lowest score so far. Without one, or if it is of another run, the next weights
+        that are validated are the best.
 
         Raises:
             CheckpointError: the checkpoint belongs to another model, other stages or another number of devices, or is
@@ -115,35 +159,35 @@ class RunState:
                 f"the run was started on {len(ranks)} device(s) and is resumed on {self.fabric.world_size}; "
                 "use the same number, since each draws data of its own"
             )
-        if checkpoint["data"] != self.dataset.name:
+        started, own_data = checkpoint["data"].get("name"), describe(self.dataset)["name"]
+        if started != own_data:
             raise CheckpointError(
-                f"the run was started on the data {checkpoint['data']!r} and is resumed on {self.dataset.name!r}; "
-                "resume with the same"
+                f"the run was started on the data {started!r} and is resumed on {own_data!r}; resume with the same"
             )
         try:
-            self.flow.load_state_dict(checkpoint["flow"])
+            self.model.load_state_dict(checkpoint["model"])
             self.ema.module.load_state_dict(checkpoint["ema"])
         except RuntimeError as error:
             raise CheckpointError(f"the checkpoint belongs to another model: {error}") from error
         self.ema.n_averaged.fill_(checkpoint["ema_updates"])
         self.position = position
-        self.run = checkpoint.get("run")
+        self.run = checkpoint["run"]
         mine = best is not None and best.get("run") == self.run
-        position.best_nll = best["position"]["best_nll"] if mine else None
-        position.best_step = best["position"]["best_step"] if mine else None
+        position.best_score = best["position"]["best_score"] if mine else None  # type: ignore[index]
+        position.best_step = best["position"]["best_step"] if mine else None  # type: ignore[index]
         index = list(stages).index(position.stage)
         self._set_up(index, stages[position.stage])
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.schedule.load_state_dict(checkpoint["schedule"])
             self.means.load_state_dict(checkpoint["means"])
             own = ranks[self.fabric.global_rank]
             self._resume_randomness(own, index)
-            if "watch" in own:  # checkpoints used to be without
-                self.watch.load_state_dict(own["watch"])
+            for name, callback in self._callbacks.items():
+                if name in own["callbacks"]:
+                    callback.load_state_dict(own["callbacks"][name])
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(
-                "the checkpoint cannot be resumed: its optimiser, schedule or random numbers do not fit this run "
+                "the checkpoint cannot be resumed: its optimiser, metrics or random numbers do not fit this run "
                 f"({type(error).__name__}: {error})"
             ) from error
 
@@ -163,59 +207,161 @@ class RunState:
             seeded(self.generator, self._seed, "objective", index, self.fabric.global_rank, self.position.step)
 
     def is_finite(self) -> bool:
-        """Whether no weight is NaN or infinite."""
-        return all_finite(*(p for p in self.flow.parameters() if p.is_floating_point()))
+        """Return whether no weight is NaN or infinite."""
+        return all_finite(*(p for p in self.model.parameters() if p.is_floating_point()))
 
     def state_dict(self) -> dict[str, Any]:
-        """The content of a checkpoint; every process must call this, since each adds its generators."""
+        """Return the content of a checkpoint; every process must call this, since each adds its generators."""
         cuda = self.fabric.device.type == "cuda"
         own = {
             "data": self.stream.state_dict(),
-            "watch": self.watch.state_dict(),
             "objective": self.generator.get_state(),
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
+            "callbacks": {name: callback.state_dict() for name, callback in self._callbacks.items()},
         }
-        ranks = [own]
+        ranks: list[Any] = [own]
         if self.fabric.world_size > 1:
             ranks = [None] * self.fabric.world_size
             torch.distributed.all_gather_object(ranks, own)
         return {
             "run": self.run,
-            "event_shape": list(self.flow.event_shape),
-            "context_shape": None if self.dataset.context_shape is None else list(self.dataset.context_shape),
-            "num_classes": self.dataset.num_classes,
-            "num_levels": self.dataset.num_levels,
-            "data": self.dataset.name,
-            "flow": self.flow.state_dict(),
+            "data": describe(self.dataset),
+            "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
             "ema_updates": int(self.ema.n_averaged),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "position": asdict(self.position),
             "means": self.means.state_dict(),
             "ranks": ranks,
         }
 
+    def set_learning_rate(self, factor: float) -> float:
+        """Give each group of the optimiser `factor` times the rate that it began with; return the first one's."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        return self.optimizer.param_groups[0]["lr"]
+
     def _set_up(self, index: int, stage: Stage) -> None:
-        optimizer = (stage.optimizer or self._new_optimizer)(self.flow.parameters(), lr=stage.learning_rate)
-        self.schedule = stage.scheduler(optimizer)
-        self.optimizer = self.fabric.setup_optimizers(optimizer)
+        new_optimizer = stage.optimizer or self.optimization.optimizer
+        optimizer = new_optimizer(self.model.parameters(), lr=stage.peak_learning_rate)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.fabric_optimizer = self.fabric.setup_optimizers(optimizer)
+        self.optimizer = self.fabric_optimizer.optimizer
         rank = self.fabric.global_rank
         draws_its_own = not getattr(stage.objective, "uses_data", True)
-        new_stream = partial(NoData, self.dataset.name) if draws_its_own else self.dataset.train_stream
+        new_stream = partial(NoData, describe(self.dataset)["name"]) if draws_its_own else self.dataset.train_stream
         self.stream = new_stream(
-            stage.batch_size,
+            stage.examples,
             seeded(torch.Generator(), self._seed, "data", index, rank),
             self.fabric.device,
-            next(self.flow.parameters()).dtype,
+            next(self.model.parameters()).dtype,
         )
         seeded(self.generator, self._seed, "objective", index, rank)
 
 
-def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> torch.Generator:
-    """Seed ``generator`` so that it is independent of those of any other seed, purpose and key."""
-    if seed < 0:
-        raise InvalidValueError(f"seed must be a whole number >= 0, got {seed}")
-    words = np.random.SeedSequence([seed, *purpose.encode(), *key]).generate_state(2)
-    return generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+class Run:
+    """A run as its callbacks see it.
+
+    Attributes:
+        fabric: of Lightning.
+        model: in training; `state.ema.module` has the averaged weights, which are validated and kept.
+        state: all that training changes, with `position`.
+        stages: by name.
+        evaluator: judges the model.
+        dataset: trained on.
+        reporting: how often to log, validate, draw and save.
+        folder: of the run.
+        settings: of the run, as yaml text; None if it was started without `config`.
+        config: the same, nested.
+        solves: what the solver tells about the last step; empty for an objective that solves nothing.
+        learning_rate: of the last step.
+        stage_is_over: whether the last step was the last of its stage.
+        stopping: whether the run ends after this step because of a signal.
+        paused: seconds so far that callbacks and validation took.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        state: RunState,
+        stages: Mapping[str, Stage],
+        evaluator: Evaluator,
+        reporting: Reporting,
+        folder: Path,
+        config: Mapping[str, Any] | None,
+        settings: str | None,
+    ) -> None:
+        self.fabric = fabric
+        self.state = state
+        self.model = state.model
+        self.dataset = state.dataset
+        self.stages = dict(stages)
+        self.evaluator = evaluator
+        self.reporting = reporting
+        self.folder = folder
+        self.config = config
+        self.settings = settings
+        self.solves: list[SolverStatistics] = []
+        self.learning_rate = 0.0
+        self.stage_is_over = False
+        self.stopping = False
+        self.paused = 0.0
+        self._is_aside = False
+
+    @property
+    def position(self) -> Position:
+        """Where the run stands."""
+        return self.state.position
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step of the last stage is done."""
+        return self.stage_is_over and self.position.stage == list(self.stages)[-1]
+
+    @property
+    def done(self) -> float:
+        """The share of the run that is over; each stage counts the same."""
+        names, position = list(self.stages), self.position
+        if position.stage is None:
+            return 0.0
+        stage = self.stages[position.stage]
+        return (names.index(position.stage) + stage.done(position.step_in_stage, position.seconds_in_stage)) / len(
+            names
+        )
+
+    def due(self, what: str) -> bool:
+        """Return whether to `"log"`, `"validate"`, `"plot"` or `"checkpoint"` after this step."""
+        every = getattr(self.reporting, f"{what}_every")
+        return self.stage_is_over or bool(every and self.position.step % every == 0)
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call the method of that name of every callback that has one, as `method(run, *arguments)`."""
+        with self.aside():
+            self.fabric.call(hook, self, *arguments)
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Send numbers, figures and texts to all loggers."""
+        self.fabric.call("on_log", self, metrics)
+
+    def warn(self, text: str) -> None:
+        """Tell the person who watches: through `logging`, and in TensorBoard."""
+        if self.fabric.is_global_zero:
+            LOG.warning("at step %d, %s", self.position.step, text)
+            self.log({"warnings": text})
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the global random numbers of training and its clock as they were."""
+        if self._is_aside:
+            yield
+            return
+        devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
+        started, self._is_aside = time.perf_counter(), True
+        try:
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            self._is_aside = False
+            self.paused += time.perf_counter() - started

@@ -1,0 +1,192 @@
+"""Evaluate a flow as a density: its likelihood on the data, and pictures of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from flows.checks import whole_number
+from flows.datasets import Dataset
+from flows.divergence import Auto, DivergenceEstimator
+from flows.errors import InvalidTypeError, InvalidValueError
+from flows.evaluation.evaluator import Evaluation, Evaluator, Report, seeded
+from flows.evaluation.likelihood import Likelihood, likelihood, part_batches
+from flows.evaluation.outliers import OutlierScores, outlier_scores
+from flows.models.cnf import CNF
+from flows.naming import by_name
+from flows.objectives.checks import check_contexts, check_levels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class FlowEvaluator(Evaluator):
+    """What the evaluators of flows share: the divergence, the random numbers, the pictures.
+
+    Args:
+        dataset: what to evaluate on.
+        divergence: used for all that is reported or drawn, whatever trains the flow: an estimator, its lower-case
+            name, or `"auto"`. That is the cheapest exact one where an evaluation costs at most 32 Jacobian products,
+            otherwise the training estimator with enough probes (two or more) for a standard error.
+        batch_size: points in one solve.
+        points: evaluate on the first points of a part alone; None: on all.
+        solver_error_points: points of the test that are solved again at tighter tolerances; 0: no solver error.
+        part: what `test` looks at, `"test"` or `"validation"`.
+        seed: of noise and probes.
+        progress_bar: show one in the test.
+
+    Raises:
+        ValueError: a number is out of range, or there is no estimator of that name.
+    """
+
+    dataset: Dataset
+    divergence: DivergenceEstimator | str = "auto"
+    batch_size: int = 10_000
+    points: int | None = None
+    solver_error_points: int = 2_000
+    part: str = "test"
+    seed: int = 0
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        if self.divergence != "auto":
+            object.__setattr__(self, "divergence", by_name(DivergenceEstimator, self.divergence))
+        whole_number("batch_size", self.batch_size)
+        if self.points is not None:
+            whole_number("points", self.points, otherwise="None takes all")
+        whole_number("solver_error_points", self.solver_error_points, 0, otherwise="0 leaves the solver error out")
+        if self.part not in ("test", "validation"):
+            raise InvalidValueError(f"part must be test or validation, got {self.part!r}")
+
+    def check(self, model: nn.Module) -> None:
+        flow = as_flow(model)
+        check_contexts(flow, self.dataset)
+        check_levels(flow.transform, self.dataset)
+
+    def estimator(self, flow: CNF) -> DivergenceEstimator:
+        """Return the estimator that evaluations of this flow use."""
+        if isinstance(self.divergence, DivergenceEstimator):
+            return self.divergence
+        cheapest = Auto()
+        return cheapest if cheapest.bind(flow.bind()).is_exact else with_standard_error(flow.divergence, flow)
+
+    def evaluated_with(self, flow: CNF) -> str:
+        """Name that estimator for a reader, such as "Analytic" or "Hutchinson, mean of 2"."""
+        bound = self.estimator(flow).bind(flow.bind())
+        if bound.is_exact:
+            return bound.description
+        one = bound.num_estimates == 1
+        return f"{bound.description}, {'one estimate' if one else f'mean of {bound.num_estimates}'}"
+
+    @contextlib.contextmanager
+    def evaluating(self, flow: CNF) -> Iterator[CNF]:
+        """Give the flow its evaluation estimator while entered; then the training one again."""
+        training = flow.divergence
+        flow.divergence = self.estimator(flow)
+        try:
+            yield flow
+        finally:
+            flow.divergence = training
+
+    def pictures(self, model: nn.Module) -> Mapping[str, Figure]:
+        from flows import plots  # slow to import
+
+        flow = as_flow(model)
+        with self.evaluating(flow):
+            return plots.figures(flow, self.dataset, self.generator(flow, "plots"))
+
+    def generator(self, flow: CNF, purpose: str) -> torch.Generator:
+        """Return a generator with the same numbers for the same purpose."""
+        return seeded(torch.Generator(flow.device), self.seed, purpose)
+
+    def _progress(self, part: str) -> str | None:
+        return part if part == self.part and self.progress_bar else None
+
+
+@dataclass(frozen=True)
+class DensityEvaluator(FlowEvaluator):
+    """Scores a flow by its negative log-likelihood (NLL) in nats.
+
+    Args:
+        num_draws: draws of the dequantisation noise of discrete data; more of them tighten the bound, one solve each.
+            Validation takes one.
+    """
+
+    num_draws: int = 1
+
+    def likelihood(self, flow: CNF, part: str | None = None) -> Likelihood:
+        """Evaluate a part; None: the one that `test` looks at."""
+        tests, part = part is None, self.part if part is None else part
+        batches, num_points = part_batches(flow, self.dataset, part, self.batch_size, self.points)
+        with self.evaluating(flow):
+            return likelihood(
+                flow,
+                batches,
+                generator=self.generator(flow, part),
+                solver_error_points=self.solver_error_points if tests else 0,
+                progress=self._progress(part) if tests else None,
+                num_points=num_points,
+                num_draws=self.num_draws if tests else 1,
+            )
+
+    def outliers(self, flow: CNF, data: Likelihood, outliers: Dataset | None = None) -> OutlierScores:
+        """Tell the part that `test` looks at from outliers, see `outlier_scores`; `data` is its likelihood."""
+        with self.evaluating(flow):
+            generator = self.generator(flow, "outliers")
+            return outlier_scores(
+                flow, self.dataset, data, self.part, outliers, self.batch_size, generator, self.num_draws
+            )
+
+    def validate(self, model: nn.Module) -> Evaluation:
+        result = self.likelihood(as_flow(model), "validation")
+        metrics = {"nll": result.nll, "nll_se": result.standard_error, "nfe": result.nfe}
+        if self.dataset.entropy is not None:
+            metrics["gap"] = result.nll - self.dataset.entropy
+        if result.bits_per_dim is not None:
+            metrics["bits_per_dim"] = result.bits_per_dim.value
+            metrics |= {f"bits_per_dim/{name}": value for name, value in result.bits_per_dim.parts.items()}
+        return Evaluation(result.nll, metrics, result.statistics)
+
+    def test(self, model: nn.Module) -> Report:
+        flow = as_flow(model)
+        return self.report(self.likelihood(flow), flow)
+
+    def report(self, result: Likelihood, flow: CNF) -> Report:
+        """Write up a likelihood of this flow."""
+        entropy, name = self.dataset.entropy, self.evaluated_with(flow)
+        return Report(
+            metrics=result.metrics(entropy),
+            rows=[*result.table(entropy), ("divergence", f"evaluated with {name}")],
+            headline=("nll", "bits_per_dim", "gap", "nfe"),
+            evaluated_with=name,
+        )
+
+
+def as_flow(model: nn.Module) -> CNF:
+    """Return the model, which must be a `CNF`."""
+    if not isinstance(model, CNF):
+        raise InvalidTypeError(f"this evaluator needs a flows.CNF, got {type(model).__name__}; pass another evaluator")
+    return model
+
+
+def with_standard_error(estimator: DivergenceEstimator, flow: CNF) -> DivergenceEstimator:
+    """Return the estimator with the fewest probes, two or more, that show its standard error.
+
+    It is returned as it is if no number of probes does, as for a kind with a single estimate.
+    """
+    field = flow.bind()
+    given = estimator.bind(field)
+    if given.is_exact or given.num_estimates > 1:
+        return estimator
+    for budget in range(given.cost + 1, 4 * given.cost + 4):
+        candidate = given.with_budget(budget, field)
+        bound = candidate.bind(field)
+        if bound.is_exact or bound.num_estimates > 1:
+            return candidate
+    return estimator

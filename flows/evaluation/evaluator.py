@@ -1,0 +1,112 @@
+"""The contract of an evaluator: how good is a model?"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from flows.datasets import Dataset, Energy
+from flows.errors import InvalidTypeError, InvalidValueError
+from flows.models.cnf import CNF
+from flows.solvers import SolverStatistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_SEED = 2**63 - 1  # the largest that torch takes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good the weights are in the middle of training."""
+
+    score: float  # lower is better; the checkpoint `best.pt` has the lowest
+    metrics: Mapping[str, float]  # to log; a name with a slash keeps its own group in TensorBoard
+    statistics: SolverStatistics | None = field(default=None, repr=False)  # of the largest solve
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a test."""
+
+    metrics: Mapping[str, Any]  # plain values for JSON, None where unknown; `<name>_se` is a standard error
+    rows: Sequence[tuple[str, str]]  # names and values for a reader
+    headline: Sequence[str] = ()  # the few metrics by which runs are compared
+    evaluated_with: str | None = None  # how the divergence was taken, such as "Analytic"
+
+    def __str__(self) -> str:
+        return aligned(self.rows)
+
+
+class Evaluator(ABC):
+    """Says how good a model is: often and fast in validation, thoroughly in the test.
+
+    The `Trainer` calls nothing else to judge a model. To add one: subclass it, and add a yaml with its `_target_` to
+    `conf/evaluation`. Each call uses the same random numbers, so that scores can be compared.
+    """
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `InvalidValueError` if the model cannot be evaluated; called before training."""
+        del model
+
+    @abstractmethod
+    def validate(self, model: nn.Module) -> Evaluation:
+        """Score the model on the validation part."""
+
+    @abstractmethod
+    def test(self, model: nn.Module) -> Report:
+        """Measure the trained model, with standard errors."""
+
+    def pictures(self, model: nn.Module) -> Mapping[str, Figure]:
+        """Draw the model; the names become those of the files. By default nothing."""
+        del model
+        return {}
+
+
+def default_evaluator(
+    model: nn.Module,
+    dataset: Dataset,
+    seed: int = 0,
+    progress_bar: bool = True,
+) -> Evaluator:
+    """Return the evaluator that suits a flow and its data: of an energy, or of a density.
+
+    Raises:
+        TypeError: the model is no `CNF`.
+    """
+    from flows.evaluation.density import DensityEvaluator  # both build on this module
+    from flows.evaluation.energy import EnergyEvaluator
+
+    if not isinstance(model, CNF):
+        raise InvalidTypeError(
+            f"there is no default evaluator for {type(model).__name__}: pass evaluator=..., a subclass of "
+            "flows.evaluation.Evaluator"
+        )
+    kind = EnergyEvaluator if isinstance(dataset, Energy) else DensityEvaluator
+    return kind(dataset, seed=seed, progress_bar=progress_bar)
+
+
+def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> torch.Generator:
+    """Seed `generator` independently of any other seed, purpose and key."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise InvalidValueError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
+    words = np.random.SeedSequence([seed, *purpose.encode(), *key]).generate_state(2)
+    return generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> str:
+    """Write names and values in two columns."""
+    width = max([12, *(len(name) for name, _ in rows)])
+    return "\n".join(f"{name:>{width}}  {value}" for name, value in rows)
+
+
+def known(value: float | None) -> float | None:
+    """Return the value, or None where it is NaN, which JSON does not have."""
+    return None if value is None or math.isnan(value) else value

@@ -1,0 +1,85 @@
+"""Do a flow and its data suit each other?"""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from flows.datasets import Dataset
+from flows.errors import InvalidTypeError, InvalidValueError
+from flows.models.cnf import CNF
+from flows.transforms import Transform
+
+
+def check_flow(model: nn.Module, dataset: Dataset) -> None:
+    """Raise `InvalidTypeError` or `InvalidValueError` unless the model is a flow for these data."""
+    if not isinstance(model, CNF):
+        raise InvalidTypeError(
+            f"this objective trains a flows.CNF, got {type(model).__name__}; write a flows.objectives.Objective for it"
+        )
+    check_contexts(model, dataset)
+    check_levels(model.transform, dataset)
+
+
+def check_contexts(flow: CNF, dataset: Dataset) -> None:
+    """Raise `InvalidValueError` unless the field takes the contexts of the data, or both have none.
+
+    A field of the user's own that states no `context_shape` passes if its `forward` has a third argument.
+    """
+    field, name, shape = flow.field, type(flow.field).__name__, dataset.context_shape
+    if not hasattr(field, "context_shape"):
+        parameters = inspect.signature(field.forward).parameters.values()
+        takes_one = len(parameters) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+        if shape is not None and not takes_one:
+            raise InvalidValueError(
+                f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} takes none: its "
+                f"forward needs a third argument, forward(t, x, context)"
+            )
+    elif shape is not None and field.context_shape is None:
+        raise InvalidValueError(
+            f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} is unconditional; choose "
+            f"a field that takes a context_shape, such as MLP"
+        )
+    elif shape is None and field.context_shape is not None:
+        raise InvalidValueError(
+            f"the field {name} needs contexts of shape {field.context_shape}, and the data {dataset.name!r} has none"
+        )
+    elif shape is not None and tuple(field.context_shape) != tuple(shape):
+        raise InvalidValueError(
+            f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} was built for contexts of "
+            f"shape {tuple(field.context_shape)}"
+        )
+
+
+def check_levels(transform: Transform, dataset: Dataset) -> None:
+    """Raise `InvalidValueError` unless the transform dequantises the levels of the data, or both have none.
+
+    A density on whole numbers could grow without bound, and its likelihood would mean nothing.
+    """
+    kind, expected, found = type(transform).__name__, dataset.num_levels, transform.num_levels
+    if expected is not None and found is None:
+        raise InvalidValueError(
+            f"the data {dataset.name!r} are whole numbers from 0 to {expected - 1}, on which a density can grow "
+            f"without bound, and the transform {kind} leaves them so; choose one that begins with Dequantise, such as "
+            "transform=dequantise_logit"
+        )
+    if expected is None and found is not None:
+        raise InvalidValueError(
+            f"the transform {kind} dequantises whole numbers, and the data {dataset.name!r} are continuous; choose "
+            "another one, such as transform=standardise"
+        )
+    if expected != found:
+        raise InvalidValueError(
+            f"the data {dataset.name!r} have {expected} levels, and the transform was built for {found}; build it with "
+            f"num_levels={expected}"
+        )
+
+
+def check_samples(dataset: Dataset) -> None:
+    """Raise `InvalidValueError` if the data has no points to train on."""
+    if not dataset.has_samples:
+        raise InvalidValueError(
+            f"{dataset.name!r} is an energy without samples, which this objective would train on; choose "
+            "objective=reverse_kl"
+        )
