@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flows.bases import Normal
+from flows.datasets import Batch, Dataset
 from flows.errors import FlowsError
+from flows.evaluation import Evaluation, Evaluator, Report, likelihood, part_batches
 from flows.models.results import LogProbEstimate
+from flows.objectives import LossOutput, Objective
 from flows.solvers import SolverStatistics
 from flows.transforms import Transform, Whiten
 
@@ -138,6 +142,34 @@ class Spline(TransformedDensity):
 
     def log_density(self, y: Tensor) -> Tensor:
         return self.flow().log_prob(y)
+
+
+class NegativeLogLikelihood(Objective):
+    """−mean log p(x) of a model with `estimate_log_prob`."""
+
+    solves = False
+
+    def __call__(self, model: TransformedDensity, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
+        return LossOutput(-model.estimate_log_prob(batch.x, generator=generator).value.mean())
+
+
+class NegativeLogLikelihoodScore(Evaluator):
+    """The validation NLL in nats, with the same noise at every call."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def validate(self, model: nn.Module) -> Evaluation:
+        return Evaluation(validation_nll(model, self.dataset), {})
+
+    def test(self, model: nn.Module) -> Report:
+        return Report({}, [])
+
+
+def validation_nll(model: Any, dataset: Dataset) -> float:
+    """Validation NLL in nats, with the same noise at every call."""
+    batches, _ = part_batches(model, dataset, "validation", 10_000)
+    return likelihood(model, batches, torch.Generator().manual_seed(1)).nll
 
 
 def spline_flow() -> Callable[..., nn.Module]:

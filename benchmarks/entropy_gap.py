@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.densities import Spline
+from benchmarks.densities import NegativeLogLikelihood, Spline
 from benchmarks.entropy_gap_report import FLOWS, HEADER, SPLINE, Outcome, Pair, line, save
 from benchmarks.recipes import recipe
-from benchmarks.time_budget import Look, train_for
-from flows.datasets import Batch, Density
+from benchmarks.time_budget import Look, train_and_look
+from flows.datasets import Density
 from flows.errors import InvalidValueError
 from flows.evaluation import Likelihood, likelihood
 from flows.models.cnf import CNF
-from flows.objectives import LossOutput
 from flows.training import Stage, build_dataset, build_flow
 from flows.training.settings import instantiate
 
 DENSITIES = ("8gaussians", "checkerboard", "rings", "circles", "moons", "pinwheel", "2spirals", "swissroll")
 
 
-def spline_nll(model: Spline, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
-    """−mean log p(x), as an objective."""
-    return LossOutput(-model.estimate_log_prob(batch.x).value.mean())
-
-
 # The best of a few learning rates from 1e-3 to 8e-3, after 30 s on checkerboard
-SPLINE_STAGE = Stage(spline_nll, steps=1000, batch_size=512, learning_rate=5e-3)
+SPLINE_LEARNING_RATE = 5e-3
 
 
 def add_command(benchmarks: Any) -> None:
@@ -99,17 +94,22 @@ def compare(
     torch.manual_seed(0)
     flow = build_flow(settings, dataset.event_shape, dataset)
     spline = Spline(flow.transform, dataset.event_shape, num_transforms=4, hidden=128, bins=16)
-    stages = [instantiate(stage, f"objective.{name}") for name, stage in settings["objective"].items()]
-    plan = timed(stages, seconds, likelihood_share)
-    averaged = {"ema_decay": float(settings["trainer"]["ema_decay"])}
-    curves = {}
-    for name, model, parts, options in (
-        (FLOWS, flow, plan, averaged),
-        (SPLINE, spline, [(SPLINE_STAGE, seconds)], {}),
-    ):
-        title = f"{dataset.name}, {name}" if progress else None
-        look = partial(_gap, dataset=dataset)
-        curves[name] = train_for(model, parts, dataset, look, _moments(seconds, looks), progress=title, **options)
+    stages = {name: instantiate(stage, f"objective.{name}") for name, stage in settings["objective"].items()}
+    ema_decay = instantiate(settings["optimization"], "optimization").ema_decay
+    spline_stage = Stage(NegativeLogLikelihood(), seconds=seconds, batch_size=512, learning_rate=SPLINE_LEARNING_RATE)
+    look, moments = partial(_gap, dataset=dataset), _moments(seconds, looks)
+    curves = {
+        FLOWS: train_and_look(
+            flow,
+            dataset,
+            timed(stages, seconds, likelihood_share),
+            look,
+            moments,
+            ema_decay=ema_decay,
+            progress=progress,
+        ),
+        SPLINE: train_and_look(spline, dataset, {"likelihood": spline_stage}, look, moments, progress=progress),
+    }
     tested = {
         name: likelihood(model, dataset.test_batches(10_000)) for name, model in ((FLOWS, flow), (SPLINE, spline))
     }
@@ -121,15 +121,19 @@ def compare(
     return Pair(outcomes[FLOWS], outcomes[SPLINE], float(differences.mean()), error, float(solver_error.mean()))
 
 
-def timed(stages: Sequence[Stage], seconds: float, likelihood_share: float) -> list[tuple[Stage, float]]:
-    """The stages with their seconds; those that solve the ODE share `likelihood_share` of the time."""
-    solving = [getattr(stage.objective, "solves", True) for stage in stages]
+def timed(stages: Mapping[str, Stage], seconds: float, likelihood_share: float) -> dict[str, Stage]:
+    """Stages that end by time; those that solve the ODE share `likelihood_share` of the seconds."""
+    solving = [getattr(stage.objective, "solves", True) for stage in stages.values()]
     share = likelihood_share if any(solving) and not all(solving) else float(all(solving))
     seconds_of = {
         True: share * seconds / max(1, sum(solving)),
         False: (1 - share) * seconds / max(1, solving.count(False)),
     }
-    return [(stage, seconds_of[solves]) for stage, solves in zip(stages, solving, strict=True)]
+    return {
+        name: replace(stage, steps=None, seconds=seconds_of[solves])
+        for (name, stage), solves in zip(stages.items(), solving, strict=True)
+        if seconds_of[solves] > 0
+    }
 
 
 def _moments(seconds: float, count: int) -> list[float]:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.densities import Gaussian, Mixture, Spline, TransformedDensity
+from benchmarks.densities import (
+    Gaussian,
+    Mixture,
+    NegativeLogLikelihood,
+    NegativeLogLikelihoodScore,
+    Spline,
+    TransformedDensity,
+    validation_nll,
+)
+from benchmarks.time_budget import train
 from flows.datasets import Dataset
-from flows.evaluation import likelihood, part_batches
+from flows.evaluation import Evaluation
+from flows.training import Stage
 from flows.transforms import Transform
 
 FLOORS = (0.1, 0.03, 0.01, 1e-3)  # of a mixture's variances; whitened points have variance 1
@@ -62,39 +73,58 @@ def fit_mixture(dataset: Dataset, transform: Transform, seconds: float, seed: in
     return replace(best, seconds=time.perf_counter() - started)
 
 
-def fit_spline(dataset: Dataset, transform: Transform, seconds: float, seed: int) -> Fitted:
-    """A spline flow by maximum likelihood until the validation part gets no better, for so many seconds at most.
+class Plateau:
+    """A schedule and callback: halves the learning rate when validation stalls, and ends the stage at the third time.
 
-    AdamW with a moving average of the weights, on fresh dequantisation noise in each step. The learning rate is
-    halved when four validations in a row have brought nothing, and the fit ends at the third time.
+    Validation stalls when four in a row have not improved.
+    """
+
+    def __init__(self) -> None:
+        self.halvings = 0
+        self.steps = 0
+        self._stalled = 0
+
+    def __call__(self, done: float) -> float:
+        return 0.5**self.halvings
+
+    def on_validation_end(self, run: Any, evaluation: Evaluation | None, is_best: bool) -> None:
+        self._stalled = 0 if is_best else self._stalled + 1
+        if self._stalled == 4:
+            self._stalled, self.halvings = 0, self.halvings + 1
+
+    def on_step_end(self, run: Any) -> None:
+        self.steps = run.position.step
+        run.stage_is_over = run.stage_is_over or self.halvings == 3
+
+
+def fit_spline(dataset: Dataset, transform: Transform, seconds: float, seed: int) -> Fitted:
+    """Fit a spline flow by maximum likelihood until validation stops improving, for at most `seconds` of training.
+
+    AdamW with averaged weights, on fresh dequantisation noise in each step.
     """
     started = time.perf_counter()
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = Spline(transform, dataset.event_shape)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98))
-    stream = dataset.train_stream(256, generator)
-    best, weights, stale, halvings, steps = math.inf, None, 0, 0, 0
-    while weights is None or (halvings < 3 and time.perf_counter() - started < seconds):
-        for _ in range(25):
-            y, _ = transform(stream.next().x, generator)
-            optimizer.zero_grad()
-            (-model.log_density(y.flatten(1)).mean()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-            optimizer.step()
-            average.update_parameters(model)
-        steps += 25
-        nll = validation_nll(average.module, dataset)
-        stale = 0 if nll < best else stale + 1
-        if nll < best:
-            best, weights = nll, copy.deepcopy(average.module.state_dict())
-        if stale == 4:
-            stale, halvings = 0, halvings + 1
-            for group in optimizer.param_groups:
-                group["lr"] /= 2
-    model.load_state_dict(weights)
-    return Fitted(model.eval(), f"{steps} steps", best, time.perf_counter() - started)
+    model, plateau = Spline(transform, dataset.event_shape), Plateau()
+    stage = Stage(
+        NegativeLogLikelihood(),
+        seconds=max(seconds, 1.0),
+        batch_size=256,
+        learning_rate=1e-3,
+        schedule=plateau,
+        optimizer=partial(torch.optim.AdamW, weight_decay=0.01),
+    )
+    train(
+        model,
+        dataset,
+        {"likelihood": stage},
+        evaluator=NegativeLogLikelihoodScore(dataset),
+        ema_decay=0.98,
+        validate_every=25,
+        callbacks=[plateau],
+        seed=seed,
+    )
+    model.eval()
+    return Fitted(model, f"{plateau.steps} steps", validation_nll(model, dataset), time.perf_counter() - started)
 
 
 Fit = Callable[[Dataset, Transform, float, int], Fitted]
@@ -111,9 +141,3 @@ def flow_points(dataset: Dataset, transform: Transform, seed: int, least: int = 
         while sum(map(len, parts)) < least:
             parts.append(transform(stream.next().x, generator)[0].flatten(1))
     return torch.cat(parts)
-
-
-def validation_nll(model: TransformedDensity, dataset: Dataset) -> float:
-    """Validation NLL in nats, with the same noise at every call."""
-    batches, _ = part_batches(model, dataset, "validation", 10_000)
-    return likelihood(model, batches, torch.Generator().manual_seed(1)).nll

@@ -53,7 +53,7 @@ def report(config: Mapping[str, Any], num_each: int) -> Iterator[str]:
     """Train the conditional flow of `config` and report how its samples are classified."""
     trainer = build_trainer(config)
     summary = trainer.fit()
-    result = classify_samples(trainer.flow, trainer.dataset, num_each, config["seed"])
+    result = classify_samples(trainer.model, trainer.dataset, num_each, config["seed"])
     yield f"A support-vector classifier trained on the training images is right on {result.real:.1%} of the test images"
     yield f"and on {result.share:.1%} ± {result.standard_error:.1%} of {num_each} samples per class:"
     yield "  " + "  ".join(f"{label}: {share:.1%}" for label, share in enumerate(result.samples.tolist()))

@@ -75,9 +75,9 @@ def train_recipe(config: Mapping[str, Any], num_draws: int) -> Row:
     stages = " + ".join(
         f"{stage['steps']} steps of {name.replace('_', ' ')}" for name, stage in config["objective"].items()
     )
-    one, many = evaluate(trainer.flow, trainer.dataset, num_draws)
-    title = f"flows, {type(trainer.flow.field).__name__}"
-    setting = f"{stages}, solver error {summary.test.solver_error or 0:.0e} nats; {summary.output_dir}"
+    one, many = evaluate(trainer.model, trainer.dataset, num_draws)
+    title = f"flows, {type(trainer.model.field).__name__}"
+    setting = f"{stages}, solver error {summary.metrics.get('solver_error') or 0:.0e} nats; {summary.output_dir}"
     return Row(title, setting, one, many, summary.position.seconds, summary.parameters)
 
 

@@ -10,13 +10,15 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
-from flows.datasets import Batch
+from benchmarks.time_budget import train
+from flows.datasets import Density
 from flows.divergence import DivergenceEstimator, Exact, Hutchinson, Probing
 from flows.fields import ConvNet
 from flows.models.cnf import CNF
 from flows.objectives import FlowMatching
+from flows.training import Stage
 
 SHAPE = (1, 8, 8)
 
@@ -29,6 +31,24 @@ class Noise:
     products: int
     hutchinson: float
     probing: float
+
+
+class NoisyDigits(Density):
+    """Digits of size × size pixels with noise, scaled to about unit variance."""
+
+    name = "noisy_digits"
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        levels = torch.as_tensor(load_digits().images, dtype=torch.get_default_dtype()).view(-1, *SHAPE)
+        if size != SHAPE[1]:
+            levels = functional.interpolate(levels, (size, size), mode="bilinear")
+        self.event_shape = (1, size, size)
+        self.digits = ((levels + torch.rand(levels.shape, generator=generator)) / 17 - 0.5) * 4
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.digits[torch.randint(len(self.digits), (n,), generator=generator)]
 
 
 def trained_on_digits(
@@ -45,22 +65,12 @@ def trained_on_digits(
     Returns:
         The flow and the digits in flow space.
     """
-    generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    levels = torch.as_tensor(load_digits().images, dtype=torch.get_default_dtype()).view(-1, *SHAPE)
-    if size != SHAPE[1]:
-        levels = functional.interpolate(levels, (size, size), mode="bilinear")
-    digits = ((levels + torch.rand(levels.shape, generator=generator)) / 17 - 0.5).mul(4).to(device)
-    flow = CNF(ConvNet(digits.shape[1:], (32, 32, 32)), Exact()).to(device)
-    objective, optimizer = FlowMatching(), torch.optim.Adam(flow.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in trange(steps, desc="training on digits", leave=False, disable=not progress):
-        batch = digits[torch.randint(len(digits), (batch_size,), generator=generator).to(device)]
-        optimizer.zero_grad()
-        objective(flow, Batch(batch), generator).loss.backward()
-        optimizer.step()
-        schedule.step()
-    return flow, digits
+    dataset = NoisyDigits(size)
+    flow = CNF(ConvNet(dataset.event_shape, (32, 32, 32)), Exact()).to(device)
+    stage = Stage(FlowMatching(), steps, batch_size=batch_size, learning_rate=3e-3)
+    train(flow, dataset, {"flow_matching": stage}, ema_decay=0.0, progress=progress)
+    return flow, dataset.digits.to(device)
 
 
 @torch.no_grad()

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from benchmarks.recipes import settings as run_settings
+from benchmarks.time_budget import train
+from benchmarks.devices import add_device, machine
 from flows.datasets import Dataset
 from flows.evaluation import Likelihood, likelihood, part_batches
 from flows.models.cnf import CNF
 from flows.objectives import MaximumLikelihood
 from flows.path_costs import JacobianNorm, KineticEnergy, PathCost
-from flows.training import Stage, Trainer, build_dataset, build_flow
+from flows.training import build_dataset, build_flow
 from flows.training.checkpoint import new_folder, to_json
 from flows.training.settings import instantiate
 
@@ -100,22 +102,27 @@ def add_command(benchmarks: Any) -> None:
     part.add_argument("--data", nargs="+", choices=list(CASES), default=list(CASES), help="default: both")
     part.add_argument("--weight", type=float, help="of both costs (default: 0.06 for swissroll, 0.4 for digits)")
     part.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
+    add_device(part)
     part.add_argument("--output", type=Path, default=Path("runs/benchmarks/regularisation"), help="(%(default)s)")
     part.set_defaults(run=_print_report)
 
 
 def _print_report(arguments: argparse.Namespace) -> None:
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(machine(arguments.device))
     folder = new_folder(arguments.output)
     for name in arguments.data:
         case = CASES[name] if arguments.weight is None else replace(CASES[name], weight=arguments.weight)
-        *outcomes, error = compare(run_settings(*case.overrides, f"seed={arguments.seed}"), case.weight, folder / name)
+        *outcomes, error = compare(
+            run_settings(*case.overrides, f"seed={arguments.seed}"), case.weight, arguments.device
+        )
         (folder / f"{name}.json").write_text(to_json({outcome.name: asdict(outcome) for outcome in outcomes}))
         print("\n".join(table(name, case, *outcomes, error)), flush=True)
-    print(f"\nthe runs are in {folder}")
+    print(f"\nfigures in {folder}")
 
 
-def compare(settings: Mapping[str, Any], weight: float, folder: Path) -> tuple[Outcome, Outcome, float]:
+def compare(
+    settings: Mapping[str, Any], weight: float, device: str = "cpu", progress: bool = True
+) -> tuple[Outcome, Outcome, float]:
     """Train without and with the costs, from the same weights on the same batches; test on the same points.
 
     Both are tested with tolerances of 1e-5, whatever the training tolerances are.
@@ -125,14 +132,16 @@ def compare(settings: Mapping[str, Any], weight: float, folder: Path) -> tuple[O
     """
     torch.manual_seed(settings["seed"])
     dataset = build_dataset(settings)
-    start = build_flow(settings, dataset.event_shape, dataset)
+    start = build_flow(settings, dataset.event_shape, dataset).to(device)
     (stage,) = (instantiate(stage, f"objective.{name}") for name, stage in settings["objective"].items())
+    optimizer = instantiate(settings["optimizer"], "optimizer")
+    ema_decay = instantiate(settings["optimization"], "optimization").ema_decay
     outcomes, values = [], []
     for name, costs in {PLAIN: (), REGULARISED: (KineticEnergy(weight), JacobianNorm(weight))}.items():
-        stages = {"maximum_likelihood": replace(stage, objective=MaximumLikelihood(costs))}
+        stages = {"likelihood": replace(stage, objective=MaximumLikelihood(costs), optimizer=optimizer)}
         flow = copy.deepcopy(start)
-        summary = _trainer(settings, flow, dataset, stages, folder / name.split()[0]).fit()
-        test = tested(flow, dataset, "test" if settings["trainer"]["progress_bar"] else None)
+        training = train(flow, dataset, stages, ema_decay=ema_decay, progress=progress, seed=settings["seed"])
+        test = tested(flow, dataset, "test" if progress else None)
         bits = test.bits_per_dim
         nll, error = (bits.value, bits.standard_error) if bits else (test.nll, test.standard_error)
         values.append(test.values * (nll / test.nll))
@@ -145,21 +154,11 @@ def compare(settings: Mapping[str, Any], weight: float, folder: Path) -> tuple[O
                 test.solver_error,
                 test.nfe,
                 path_costs(flow, dataset),
-                summary.position.seconds,
+                training.position.seconds,
             )
         )
     difference = values[1] - values[0]
     return outcomes[0], outcomes[1], float(difference.std() / len(difference) ** 0.5)
-
-
-def _trainer(
-    settings: Mapping[str, Any], flow: CNF, dataset: Dataset, stages: Mapping[str, Stage], folder: Path
-) -> Trainer:
-    rare = {"validate_every": 0, "plot_every": None, "checkpoint_every": 0, "solver_error_points": 0}
-    given = {**settings["trainer"], **rare}
-    return instantiate({**given, "_partial_": True}, "trainer")(
-        flow, dataset, stages, instantiate(settings["optimizer"], "optimizer"), output_dir=folder, seed=settings["seed"]
-    )
 
 
 def tested(flow: CNF, dataset: Dataset, progress: str | None) -> Likelihood:

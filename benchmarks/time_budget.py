@@ -1,104 +1,117 @@
-"""Training for so many seconds: schedules follow the time spent, not a number of steps."""
+"""Train any model for a given time with the package's own trainer, and look at it on the way."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
-from flows.compare.timing import synchronise
 from flows.datasets import Dataset
-from flows.training.stage import Stage
-from flows.training.state import ExponentialMovingAverage
+from flows.evaluation import Evaluation, Evaluator, Report
+from flows.training import Hardware, Optimization, Reporting, Stage, Summary, Trainer
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of a model on the way."""
+    """A figure of the model during training."""
 
     seconds: float  # of training so far
     steps: int
     value: float
 
 
-def train_for(
-    model: nn.Module,
-    stages: Sequence[tuple[Stage, float]],
-    dataset: Dataset,
-    look: Callable[[nn.Module], float] = lambda model: math.nan,
-    looks: Sequence[float] = (),
-    ema_decay: float = 0.999,
-    gradient_clip: float = 10.0,
-    seed: int = 0,
-    progress: str | None = None,
-) -> list[Look]:
-    """Train ``model`` in place through ``stages``, each for so many seconds; it ends with its averaged weights.
+class LastWeights(Evaluator):
+    """Prefers later weights, so that a run ends with its last averaged weights."""
 
-    Adam, the norm of the gradient clipped, an exponential moving average from which each stage starts, as in
-    :class:`flows.training.Trainer`. ``stage.steps`` is what its schedule divides the time into, not a number of
-    optimiser steps.
+    def __init__(self) -> None:
+        self.validations = 0
+
+    def validate(self, model: nn.Module) -> Evaluation:
+        self.validations += 1
+        return Evaluation(-float(self.validations), {})
+
+    def test(self, model: nn.Module) -> Report:
+        return Report({}, [])
+
+
+class Looks:
+    """A callback that looks at the averaged model after given seconds of training.
 
     Args:
-        model: what the objectives of the stages are called with.
-        look: a figure of the averaged model, taken after each of ``looks`` seconds and at the end; the clock stands
-            still meanwhile.
-        progress: the title of a bar; None: none.
-
-    Returns:
-        The looks, the last one at the end (NaN without ``look``).
+        look: returns a figure of a model; the time that it takes does not count.
+        moments: in seconds.
     """
-    generator, seen, spent, steps = torch.Generator().manual_seed(seed), [], 0.0, 0
-    due = sorted(looks)
-    with tqdm(
-        total=round(sum(seconds for _, seconds in stages)),
-        desc=progress,
-        unit="s",
-        leave=False,
-        disable=progress is None,
-        bar_format="{l_bar}{bar}| {n:.0f}/{total} s",
-    ) as bar:
-        for stage, seconds in stages:
-            average, last = ExponentialMovingAverage(model, ema_decay), 0.0
-            for elapsed in _steps(model, average, stage, seconds, dataset, generator, gradient_clip):
-                steps += 1
-                bar.update(min(spent + elapsed, bar.total) - bar.n)
-                while due and spent + elapsed >= due[0]:
-                    seen.append(Look(spent + elapsed, steps, look(average.module)))
-                    due.pop(0)
-                last = elapsed
-            spent += last
-            model.load_state_dict(average.module.state_dict())  # of a stage without time it is the model itself
-    return [*seen, Look(spent, steps, look(model))]
+
+    def __init__(self, look: Callable[[nn.Module], float], moments: Sequence[float]) -> None:
+        self.look = look
+        self.due = sorted(moments)
+        self.seen: list[Look] = []
+        self.seconds = 0.0  # of training so far
+        self.steps = 0
+        self._earlier_stages = 0.0
+
+    def on_step_end(self, run: Any) -> None:
+        position = run.position
+        self.seconds, self.steps = self._earlier_stages + position.seconds_in_stage, position.step
+        while self.due and self.seconds >= self.due[0]:
+            self.due.pop(0)
+            self.seen.append(Look(self.seconds, self.steps, self.look(run.state.ema.module)))
+        if run.stage_is_over:
+            self._earlier_stages = self.seconds
 
 
-def _steps(
+def train(
     model: nn.Module,
-    average: ExponentialMovingAverage,
-    stage: Stage,
-    seconds: float,
     dataset: Dataset,
-    generator: torch.Generator,
-    gradient_clip: float,
-) -> Iterator[float]:
-    """Do a step after the other, and say after each how many seconds all have taken."""
-    stream = dataset.train_stream(stage.batch_size, generator, next(model.parameters()).device)
-    optimizer = (stage.optimizer or torch.optim.Adam)(model.parameters(), lr=stage.learning_rate)
-    elapsed = 0.0
-    while elapsed < seconds:
-        start = time.perf_counter()
-        factor = stage.learning_rate_factor(int(stage.steps * elapsed / seconds))
-        for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate * factor
-        optimizer.zero_grad()
-        stage.objective(model, stream.next(), generator).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-        optimizer.step()
-        average.update_parameters(model)
-        synchronise()
-        elapsed += time.perf_counter() - start
-        yield elapsed
+    stages: Mapping[str, Stage],
+    *,
+    evaluator: Evaluator | None = None,
+    ema_decay: float = 0.999,
+    validate_every: int = 0,
+    callbacks: Sequence[Any] = (),
+    progress: bool = True,
+    seed: int = 0,
+) -> Summary:
+    """Train `model` in place, on its device, and leave no files.
+
+    It ends with the averaged weights that `evaluator` scores best; by default the last ones.
+    """
+    device = next(model.parameters()).device
+    with tempfile.TemporaryDirectory() as folder:
+        return Trainer(
+            model,
+            dataset,
+            stages,
+            evaluator=evaluator or LastWeights(),
+            optimization=Optimization(ema_decay=ema_decay),
+            hardware=Hardware(accelerator=device.type, devices=1 if device.index is None else [device.index]),
+            reporting=Reporting(
+                log_every=0,
+                validate_every=validate_every,
+                plot_every=None,
+                checkpoint_every=0,
+                progress_bar=progress,
+                callbacks=callbacks,
+            ),
+            output_dir=Path(folder) / "run",
+            seed=seed,
+        ).fit()
+
+
+def train_and_look(
+    model: nn.Module,
+    dataset: Dataset,
+    stages: Mapping[str, Stage],
+    look: Callable[[nn.Module], float] = lambda model: math.nan,
+    moments: Sequence[float] = (),
+    **options: Any,
+) -> list[Look]:
+    """Train as `train` does; return the looks at the given moments and one at the end."""
+    looks = Looks(look, moments)
+    train(model, dataset, stages, callbacks=[looks], **options)
+    return [*looks.seen, Look(looks.seconds, looks.steps, look(model))]

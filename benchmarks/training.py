@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.baselines import (
     COUPLINGS,
@@ -22,7 +21,7 @@ from benchmarks.baselines import (
     MatchingLoss,
 )
 from benchmarks.devices import add_device, machine
-from benchmarks.time_budget import train_for
+from benchmarks.time_budget import train, train_and_look
 from benchmarks.training_report import EVALUATION, PAIRED, STEP, Report, nll_table, picture, timing_table
 from flows.compare.timing import alternating_medians
 from flows.datasets import Batch, Density, EightGaussians
@@ -160,14 +159,8 @@ def beginning(dataset: Density, hidden: Sequence[int] = (64, 64, 64), device: st
 
 
 def _pretrain(field: Field, dataset: Density, transform: Transform, steps: int, progress: bool) -> None:
-    flow, generator = CNF(field, transform=transform), torch.Generator().manual_seed(0)
-    device = next(field.parameters()).device
-    stream, objective = dataset.train_stream(512, generator, device), FlowMatching("marginal")
-    optimizer = torch.optim.Adam(field.parameters(), lr=4e-3)
-    for _ in tqdm(range(steps), desc="pretraining", leave=False, disable=not progress):
-        optimizer.zero_grad()
-        objective(flow, stream.next(), generator).loss.backward()
-        optimizer.step()
+    stage = Stage(FlowMatching("marginal"), steps, batch_size=512, learning_rate=4e-3, schedule="constant")
+    train(CNF(field, transform=transform), dataset, {"pretraining": stage}, ema_decay=0.0, progress=progress)
 
 
 def _gradient(field: Field, loss: Callable[[], Tensor]) -> Callable[[], None]:
@@ -190,26 +183,26 @@ def after_equal_time(
     start, transform = beginning(dataset, hidden, device)
     results = {}
 
-    def run(name: str, own: Field, model: nn.Module, stages: Sequence[tuple[Stage, float]]) -> None:
-        end = train_for(model, stages, dataset, progress=name if progress else None)[-1]
+    def run(name: str, own: Field, model: nn.Module, **stages: Stage) -> None:
+        end = train_and_look(model, dataset, stages, progress=progress)[-1]
         test = likelihood(CNF(own, transform=transform), dataset.test_batches(10_000))
         results[name] = (test.nll, test.standard_error, end.steps)
 
-    def stage(objective: Callable[..., LossOutput], learning_rate: float, size: int = batch_size) -> Stage:
-        return Stage(objective, 1000, size, learning_rate)
+    def stage(
+        objective: Callable[..., LossOutput], learning_rate: float, share: float = 1.0, size: int = batch_size
+    ) -> Stage:
+        return Stage(objective, seconds=share * seconds, batch_size=size, learning_rate=learning_rate, warmup_steps=0)
 
     flow = CNF(copy.deepcopy(start), transform=transform)
-    both = [
-        (stage(FlowMatching("marginal", min(512, batch_size)), 4e-3, 2 * batch_size), 0.7 * seconds),
-        (stage(MaximumLikelihood(), 5e-4), 0.3 * seconds),
-    ]
-    run("flows, matching then likelihood", flow.field, flow, both)
+    matching = stage(FlowMatching("marginal", min(512, batch_size)), 4e-3, 0.7, 2 * batch_size)
+    likelihood_stage = stage(MaximumLikelihood(), 5e-4, 0.3)
+    run("flows, matching then likelihood", flow.field, flow, matching=matching, likelihood=likelihood_stage)
     for method in installed(start)[0]:
         own = method.field
         objective = _mean_loss(lambda x, m=method: -m(x).mean(), transform)
-        run(f"{method.name}, likelihood", own, own, [(stage(objective, 2e-3), seconds)])
+        run(f"{method.name}, likelihood", own, own, likelihood=stage(objective, 2e-3))
     for name, (own, loss) in matchings(start, "independent")[0].items():
-        run(f"{name}, flow matching", own, own, [(stage(_mean_loss(loss, transform), 4e-3), seconds)])
+        run(f"{name}, flow matching", own, own, matching=stage(_mean_loss(loss, transform), 4e-3))
     return results
 
 
