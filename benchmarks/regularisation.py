@@ -101,6 +101,7 @@ def add_command(benchmarks: Any) -> None:
     )
     part.add_argument("--data", nargs="+", choices=list(CASES), default=list(CASES), help="default: both")
     part.add_argument("--weight", type=float, help="of both costs (default: 0.06 for swissroll, 0.4 for digits)")
+    part.add_argument("--steps", type=int, help="of training (default: 1200 for swissroll, 350 for digits)")
     part.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     add_device(part)
     part.add_argument("--output", type=Path, default=Path("runs/benchmarks/regularisation"), help="(%(default)s)")
@@ -112,9 +113,9 @@ def _print_report(arguments: argparse.Namespace) -> None:
     folder = new_folder(arguments.output)
     for name in arguments.data:
         case = CASES[name] if arguments.weight is None else replace(CASES[name], weight=arguments.weight)
-        *outcomes, error = compare(
-            run_settings(*case.overrides, f"seed={arguments.seed}"), case.weight, arguments.device
-        )
+        steps = [] if arguments.steps is None else [f"objective.maximum_likelihood.steps={arguments.steps}"]
+        config = run_settings(*case.overrides, f"seed={arguments.seed}", *steps)
+        *outcomes, error = compare(config, case.weight, arguments.device)
         (folder / f"{name}.json").write_text(to_json({outcome.name: asdict(outcome) for outcome in outcomes}))
         print("\n".join(table(name, case, *outcomes, error)), flush=True)
     print(f"\nfigures in {folder}")
