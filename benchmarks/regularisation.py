@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.devices import add_device, machine
 from benchmarks.recipes import settings as run_settings
 from benchmarks.time_budget import train
-from benchmarks.devices import add_device, machine
 from flows.datasets import Dataset
 from flows.evaluation import Likelihood, likelihood, part_batches
 from flows.models.cnf import CNF
