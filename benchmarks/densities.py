@@ -12,16 +12,12 @@ from torch import Tensor, nn
 
 from flows.bases import Normal
 from flows.datasets import Batch, Dataset
-from flows.errors import FlowsError
+from flows.errors import MissingPackageError
 from flows.evaluation import Evaluation, Evaluator, Report, likelihood, part_batches
 from flows.models.results import LogProbEstimate
 from flows.objectives import LossOutput, Objective
 from flows.solvers import SolverStatistics
 from flows.transforms import Transform, Whiten
-
-
-class MissingPackageError(FlowsError, ModuleNotFoundError):
-    """A package that a baseline needs is not installed."""
 
 
 class TransformedDensity(nn.Module):

@@ -8,8 +8,9 @@ import torch
 import flows
 from benchmarks import image_baselines as fitting
 from benchmarks import image_classes, images
-from benchmarks.densities import Gaussian, MissingPackageError, Mixture, Spline, spline_flow
+from benchmarks.densities import Gaussian, Mixture, Spline, spline_flow
 from flows.datasets import Digits
+from flows.errors import MissingPackageError
 from flows.evaluation import likelihood
 from flows.transforms import Compose, Dequantise, NormalMarginals, Whiten
 
