@@ -106,6 +106,7 @@ class JacobianNorm(PathCost):
         return Rademacher().draw(self.num_probes, x, generator) / math.sqrt(self.num_probes)
 
     def rate(self, field: BoundField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
+        assert sample.squared_jacobian_norm is not None  # as draw_directions asked for it
         return sample.squared_jacobian_norm
 
 
@@ -119,7 +120,7 @@ class TotalDerivative(PathCost):
     name: ClassVar[str] = "total_derivative"
 
     def rate(self, field: BoundField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
-        _, acceleration = torch.func.jvp(field, (t, x), (torch.ones_like(t), sample.value))
+        acceleration = torch.func.jvp(field, (t, x), (torch.ones_like(t), sample.value))[1]
         return acceleration.square().flatten(1).sum(1)
 
 
@@ -142,7 +143,7 @@ class HamiltonJacobi(PathCost):
                 f"HamiltonJacobi needs a field with a potential, such as Potential, and {field.name} has none; "
                 "TotalDerivative asks the same of any field"
             )
-        _, rate = torch.func.jvp(lambda s: potential(s, x), (t,), (torch.ones_like(t),))
+        rate = torch.func.jvp(lambda s: potential(s, x), (t,), (torch.ones_like(t),))[1]
         return (rate - 0.5 * sample.value.square().flatten(1).sum(1)).abs()
 
 

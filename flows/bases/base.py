@@ -18,10 +18,12 @@ class Base(nn.Module, ABC):
         event_shape: shape of a point.
     """
 
+    _like: Tensor  # has the device and the dtype
+
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__()
         self.event_shape = tuple(event_shape)
-        self.register_buffer("_like", torch.zeros(()), persistent=False)  # has the device and the dtype
+        self.register_buffer("_like", torch.zeros(()), persistent=False)
 
     @property
     def device(self) -> torch.device:

@@ -59,7 +59,7 @@ def _panel(axes: Axes, rows: Sequence[Row], cost: Cost, exact_line: float) -> li
     """Draw one panel; returns the label and the place of each setting on the front."""
     axes.set(xscale="log", yscale="log")
     axes.axhline(exact_line, color=MUTED, linewidth=0.8)
-    colours = matplotlib.colormaps["tab10"].colors
+    colours = matplotlib.color_sequences["tab10"]
     shown = [(row, cost(row), exact_line if row.exact else max(row.accuracy.rmse, exact_line)) for row in rows]
     shown = [(row, x, y) for row, x, y in shown if x is not None and math.isfinite(y)]
     for index, kind in enumerate(dict.fromkeys(row.kind for row in rows)):
@@ -92,7 +92,9 @@ def _readable_ticks(axes: Axes, exact_line: float) -> None:
 
 def _name(axes: Axes, places: Sequence[tuple[str, float, float]]) -> None:
     """Put labels beside their points, where they cover no marker and no other label and stay inside the panel."""
-    renderer = axes.figure.canvas.get_renderer()
+    canvas = axes.figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    renderer = canvas.get_renderer()
     pixels = axes.figure.dpi / 72
     lines = [line for line in axes.lines if line.get_marker() not in ("None", "")]
     around = 6 * pixels

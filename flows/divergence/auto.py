@@ -37,7 +37,7 @@ class Auto(DivergenceEstimator):
         Hutchinson(self.num_probes)  # checks it
 
     def bind(self, field: BoundField) -> DivergenceEstimator:
-        exact = [] if field.value_and_divergence is None else [Analytic()]
+        exact: list[DivergenceEstimator] = [] if field.value_and_divergence is None else [Analytic()]
         exact.append(Exact())
         if field.receptive_radius is not None:
             exact.append(Probing(field.receptive_radius + 1))

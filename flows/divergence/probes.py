@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Rademacher(ProbeFamily):
     """Independent signs. Variance 2(‖S‖²_F − Σᵢ J_ii²)/K: no noise where S is diagonal. [Hutchinson 1990]"""
 
     def draw(self, num_probes: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        def signs(shape: tuple[int, ...], **options: object) -> Tensor:
+        def signs(shape: tuple[int, ...], **options: Any) -> Tensor:
             return torch.randint(0, 2, shape, **options).mul_(2).sub_(1)
 
         return draw_like(signs, num_probes, x, generator)

@@ -82,4 +82,5 @@ class Elementwise(Activation):
         return self.module(z)
 
     def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(self.module, (z,), (torch.ones_like(z),))
+        value, slope = torch.func.jvp(self.module, (z,), (torch.ones_like(z),))[:2]
+        return value, slope

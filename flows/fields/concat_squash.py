@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class ConcatSquashMLP(Perceptron):
 
     def precompute(self) -> _Gating:
         """The parameters of all gates, put together."""
-        return _Gating(self.layers)
+        return _Gating(cast(Iterable[_ConcatSquash], self.layers))
 
     def linearised(self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: _Gating) -> Linearised:
         """v, and the factors of its Jacobian.
@@ -81,7 +82,7 @@ class ConcatSquashMLP(Perceptron):
         return Linearised(value.view_as(x), weights, slopes, gate, PerceptronTrace(weights, gate_per_sample=True))
 
     def _weights(self) -> list[Tensor]:
-        return [layer.linear.weight for layer in self.layers]
+        return [layer.linear.weight for layer in cast(Iterable[_ConcatSquash], self.layers)]
 
     @property
     def divergence_cost(self) -> int:

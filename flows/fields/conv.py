@@ -69,11 +69,11 @@ class ConvNet(Field):
                 f"pixels, got {tuple(size)}; choose padding_mode='zeros' or a smaller kernel"
             )
         widths = (channels, *hidden, channels)
-        self.layers = nn.ModuleList(
-            nn.Conv2d(a, b, kernel_size, padding=radius, padding_mode=padding_mode) for a, b in pairwise(widths)
-        )
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        layers = [nn.Conv2d(a, b, kernel_size, padding=radius, padding_mode=padding_mode) for a, b in pairwise(widths)]
+        self.layers = nn.ModuleList(layers)
+        with torch.no_grad():
+            for parameter in layers[-1].parameters():
+                parameter.zero_()
         self.receptive_radius = len(self.layers) * radius
         self.periodic = padding_mode == "circular"
         self.activation = by_name(Activation, activation)

@@ -42,6 +42,8 @@ class EquivariantKernel(Field):
             does not depend on the frame, such as a temperature.
     """
 
+    pairs: Tensor  # (2, P), the indices i < j of every pair
+
     def __init__(
         self,
         event_shape: Sequence[int],
@@ -67,7 +69,7 @@ class EquivariantKernel(Field):
         self.log_widths = nn.Parameter((self.centres[1] - self.centres[0]).log().detach().repeat(num_kernels))
         self.modulation = Modulation([1, num_kernels], context_shape, num_frequencies)
         pairs = torch.triu_indices(self.event_shape[0], self.event_shape[0], offset=1)
-        self.register_buffer("pairs", pairs, persistent=False)  # (2, P)
+        self.register_buffer("pairs", pairs, persistent=False)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         constant, weights = self._weights(t, context)

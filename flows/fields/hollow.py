@@ -119,6 +119,8 @@ class Hollow(Field):
 class _MaskedLinear(nn.Linear):
     """W x + b with the entries of W zero where `mask` (out, in) is false."""
 
+    mask: Tensor
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])
         self.register_buffer("mask", mask, persistent=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ class MLP(Perceptron):
         super().__init__(event_shape, hidden, context_shape)
         dimension = math.prod(self.event_shape)
         widths = (dimension, *self.hidden)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+        self.layers = nn.ModuleList(layers)
         self.out = nn.Linear(widths[-1], dimension)
         shared = by_name(Activation, activation)
         self.activations = nn.ModuleList([shared] * len(self.hidden))
@@ -60,8 +62,8 @@ class MLP(Perceptron):
             if sine_frequency <= 0:
                 raise InvalidValueError(f"sine_frequency must be > 0, or None for no sine layer, got {sine_frequency}")
             self.activations[0] = Sine()
-            nn.init.normal_(self.layers[0].weight, std=sine_frequency / math.sqrt(dimension))
-            nn.init.uniform_(self.layers[0].bias, -math.pi, math.pi)
+            nn.init.normal_(layers[0].weight, std=sine_frequency / math.sqrt(dimension))
+            nn.init.uniform_(layers[0].bias, -math.pi, math.pi)
         self.modulation = Modulation([*self.hidden, *self.hidden, dimension], context_shape, num_frequencies)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -103,17 +105,18 @@ class MLP(Perceptron):
         scales, shifts, offset = self._modulate(t, context)
         h = x.flatten(1)
         slopes = []
-        for layer, activation, scale, shift in zip(self.layers, self.activations, scales, shifts, strict=True):
+        activations = cast(Iterable[Activation], self.activations)
+        for layer, activation, scale, shift in zip(self.layers, activations, scales, shifts, strict=True):
             h, slope = activation.value_and_slope(torch.addcmul(shift, layer(h), scale))
             slopes.append(slope * scale)
         return Linearised((self.out(h) + offset).view_as(x), self._weights(), slopes, None, precomputed)
 
     @property
     def divergence_cost(self) -> int:
-        return PerceptronTrace.num_tangents([layer.weight for layer in (*self.layers, self.out)])
+        return PerceptronTrace.num_tangents(self._weights())
 
     def _weights(self) -> list[Tensor]:
-        return [*(layer.weight for layer in self.layers), self.out.weight]
+        return [*(layer.weight for layer in cast(Iterable[nn.Linear], self.layers)), self.out.weight]
 
     def _modulate(self, t: Tensor, context: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
         self.check_context(context)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +65,14 @@ class Potential(Field):
         self.time = SinusoidalTime(num_frequencies)
         size = self.dimension + self.time.num_features + self.num_context_features
         self.first = nn.Linear(size, width)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers - 1))
+        layers = [nn.Linear(width, width) for _ in range(num_layers - 1)]
+        self.layers = nn.ModuleList(layers)
         with torch.no_grad():  # σ bends at the scale of the data: tanh of much less would be linear
             x_columns, other_columns = self.first.weight.split([self.dimension, size - self.dimension], dim=1)
             x_columns.normal_(std=2 / math.sqrt(self.dimension))
             other_columns.normal_(std=1 / math.sqrt(size - self.dimension))
             self.first.bias.uniform_(-1, 1)
-            for layer in self.layers:
+            for layer in layers:
                 layer.weight.mul_(2)
         self.step = 1 / max(1, num_layers - 1)
         self.weight = nn.Parameter(torch.randn(width) * (0.2 / math.sqrt(width)))
@@ -137,7 +139,8 @@ class Potential(Field):
         gram = first @ first.T if self.dimension > 2 * len(first) else None
         start = first.T if gram is None else torch.eye(len(first), dtype=first.dtype, device=first.device)
         jacobian = slopes[0].unsqueeze(1) * start  # (B, d or m, m), transposed
-        for layer, slope, curvature in zip(self.layers, slopes[1:], curvatures[1:], strict=True):
+        layers = cast(Iterable[nn.Linear], self.layers)
+        for layer, slope, curvature in zip(layers, slopes[1:], curvatures[1:], strict=True):
             inner = functional.linear(jacobian, layer.weight)
             squares = inner.square() if gram is None else inner * (gram @ inner)
             trace = trace + self.step * (curvature * squares.sum(1)).sum(1)

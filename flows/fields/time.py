@@ -20,6 +20,9 @@ class SinusoidalTime(nn.Module):
         num_frequencies: K >= 1; the features number 2K.
     """
 
+    frequencies: Tensor  # (K,)
+    amplitudes: Tensor  # (2K,)
+
     def __init__(self, num_frequencies: int = 8) -> None:
         super().__init__()
         if num_frequencies < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn import functional
@@ -46,14 +47,14 @@ class CycleTrace:
 
     def __call__(
         self,
-        slopes: list[Tensor | None],  # N tensors (B, w_n) or (1, w_n); None for ones at the start
+        slopes: Sequence[Tensor],  # N tensors (B, w_n) or (1, w_n), or N − 1: then the last is one, and the start
     ) -> Tensor:  # (B,)
         """The trace for each sample."""
         if self.count == 1:
             return slopes[0] @ self.constant
         if self.count == 2:
             return ((slopes[0] @ self.constant.T) * slopes[1]).sum(-1)
-        first, *between, last, own = (slopes[(self.start + 1 + k) % self.count] for k in range(self.count))
+        first, *between, last = (slopes[(self.start + 1 + k) % self.count] for k in range(self.count - 1))
         tangents = self.rising(first)
         if self.count == 3:
             slope = last
@@ -62,9 +63,9 @@ class CycleTrace:
             for weight, passed in zip(self.middle, between, strict=True):
                 tangents = functional.linear(passed.unsqueeze(1) * tangents, weight)
             tangents = tangents * self.falling(last)
-        if own is None:
+        if len(slopes) < self.count:
             return (tangents.sum(1) * slope).sum(-1)
-        return ((tangents * slope.unsqueeze(1)).sum(-1) * own).sum(-1)
+        return ((tangents * slope.unsqueeze(1)).sum(-1) * slopes[self.start]).sum(-1)
 
 
 class _Push:
@@ -123,11 +124,11 @@ class PerceptronTrace:
 
     def __init__(self, weights: list[Tensor], gate_per_sample: bool = False) -> None:
         *hidden, out = weights
-        self.visits_event = len(self._nodes(weights, gate_per_sample)) == len(weights)
-        if self.visits_event:
+        self.ones = None  # the slopes of the event, where they must be given
+        if len(self._nodes(weights, gate_per_sample)) == len(weights):
             self.cycle = CycleTrace([*hidden, out])
-            starts_there = self.cycle.start == len(hidden)
-            self.ones = None if gate_per_sample or starts_there else out.new_ones(1, len(out))
+            if self.cycle.start != len(hidden) and not gate_per_sample:
+                self.ones = out.new_ones(1, len(out))
         else:
             self.cycle = CycleTrace([hidden[0] @ out, *hidden[1:]])
 
@@ -152,9 +153,8 @@ class PerceptronTrace:
         gate: Tensor | None = None,  # (B, d), only with gate_per_sample
     ) -> Tensor:  # (B,)
         """The divergence of each sample."""
-        if self.visits_event:
-            slopes = [*slopes, self.ones if gate is None else gate]
-        return self.cycle(slopes)
+        event = self.ones if gate is None else gate
+        return self.cycle(slopes if event is None else [*slopes, event])
 
 
 def _cheapest(widths: list[int]) -> int:

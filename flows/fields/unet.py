@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class UNet(Field):
         moves = iter(self.modulation(t, context))
         h = self.first(x)
         skips = []
-        for level, blocks in enumerate(self.down):
+        for level, blocks in enumerate(cast(Iterable[nn.ModuleList], self.down)):
             h = self.shrink[level - 1](h) if level > 0 else h
             for block in blocks:
                 h = self._run(block, h, next(moves))
@@ -120,11 +121,11 @@ class UNet(Field):
         for level in reversed(range(len(self.up))):
             if level < len(self.grow):
                 h = functional.interpolate(self.grow[level](h), size=skips[-1].shape[-2:], mode="nearest")
-            for block in self.up[level]:
+            for block in cast(nn.ModuleList, self.up[level]):
                 h = self._run(block, h + skips.pop(), next(moves))
         return self.last(functional.silu(_pixel_norm(h))).to(x.dtype)  # under autocast, it is another
 
-    def _run(self, block: _Block, h: Tensor, move: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, h: Tensor, move: Tensor) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
             if forward_ad.unpack_dual(h).tangent is not None:
                 raise InvalidValueError(
@@ -177,8 +178,9 @@ def _pixel_norm(h: Tensor) -> Tensor:
 
 
 def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
     return layer
 
 

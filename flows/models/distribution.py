@@ -31,8 +31,7 @@ class FlowDistribution(Distribution):
         self.flow = flow
         self.context = context
         if batch_shape is None:
-            own = () if context is None else flow._context_ndim(context)
-            batch_shape = () if context is None else context.shape[: context.ndim - own]
+            batch_shape = () if context is None else context.shape[: context.ndim - flow._context_ndim(context)]
         super().__init__(torch.Size(batch_shape), torch.Size(flow.event_shape), validate_args=False)
 
     @constraints.dependent_property(is_discrete=False)

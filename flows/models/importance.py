@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def log_density_of(target: Any) -> Callable[[Tensor], Tensor]:
         if hasattr(target, name):
             return getattr(target, name)
     if callable(target):
-        return target
+        return cast(Callable[[Tensor], Tensor], target)
     raise InvalidTypeError(
         f"a target must have log_density(x) or log_prob(x), or be a function x -> log density, got "
         f"{type(target).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -131,8 +132,8 @@ class _Compiled(DivergenceEstimator):
 
     def bind(self, field: BoundField) -> DivergenceEstimator:
         """A copy with the bound estimator in the place of the options."""
-        bound = super().bind(field)
-        bound.estimator = self.estimator.bind(field)
+        bound = copy.copy(self)
+        bound._field, bound.estimator = field, self.estimator.bind(field)
         return bound
 
     def __call__(self, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:
