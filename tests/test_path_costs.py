@@ -259,7 +259,7 @@ def test_steer_ends_at_random_times():
     again = objective(flow, Batch(x), rng()).loss
     torch.testing.assert_close(losses[0], again)
     for bad in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=r"steer must be in \[0, 1\)"):
+        with pytest.raises(ValueError, match="steer must be a finite number"):
             MaximumLikelihood(steer=bad)
 
 
