@@ -99,7 +99,8 @@ class FlowEvaluator(Evaluator):
 
         flow = as_flow(model)
         with self.evaluating(flow):
-            return plots.figures(flow, self.dataset, self.generator(flow, "plots"))
+            generator = self.generator(flow, "plots")
+            return plots.figures(flow, self.dataset, generator, evaluated_with=self.evaluated_with(flow))
 
     def generator(self, flow: CNF, purpose: str) -> torch.Generator:
         """Return a generator with the same numbers for the same purpose."""

@@ -343,7 +343,7 @@ class Run:
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Send numbers, figures and texts to all loggers."""
-        self.fabric.call("on_log", self, metrics)
+        self.call("on_log", metrics)
 
     def warn(self, text: str) -> None:
         """Tell the person who watches: through `logging`, and in TensorBoard."""
