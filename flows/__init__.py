@@ -15,6 +15,7 @@ from flows.solvers import ODESolver, Solution, SolverError, SolverStatistics
 if TYPE_CHECKING:
     from flows import compare, datasets, evaluation, objectives, plots, training
     from flows.training import Trainer
+    from flows.training.runs import load_flow as load
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "divergence",
     "evaluation",
     "fields",
+    "load",
     "objectives",
     "path_costs",
     "plots",
@@ -46,7 +48,10 @@ __all__ = [
 
 # Loaded at first use, because they import scipy, matplotlib and others, which would make `import flows` slow.
 _LATE_MODULES = ("compare", "datasets", "evaluation", "objectives", "plots", "training")
-_LATE_NAMES = {"Trainer": ("flows.training", "Trainer")}  # name: (module, name there)
+_LATE_NAMES = {  # name: (module, name there)
+    "Trainer": ("flows.training", "Trainer"),
+    "load": ("flows.training.runs", "load_flow"),
+}
 
 
 def __getattr__(name: str) -> Any:

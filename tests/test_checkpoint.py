@@ -190,6 +190,7 @@ def test_load_flow_rebuilds_the_averaged_flow(tmp_path):
         x = torch.randn(5, 2, dtype=torch.float64)
         assert torch.equal(loaded.log_prob(x), flow.log_prob(x))
     torch.set_default_dtype(torch.float64)
+    assert flows.load is load_flow
     filled = load_flow(tmp_path / "run", flow=build_flow(CONFIG, (2,)))
     assert torch.equal(filled.log_prob(x), flow.log_prob(x))
     other = build_flow({**CONFIG, "field": {"_target_": "flows.fields.MLP", "hidden": [4]}}, (2,))
