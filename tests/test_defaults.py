@@ -13,7 +13,7 @@ from flows.training.runs import build_flow
 from flows.training.settings import TARGET, _as_settings, _default, _find_target, complete, instantiate
 
 CONF = config_folder()
-YAMLS = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("experiment", "trainer"))
+YAMLS = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
 
 
 def values(node, path="", default=None):

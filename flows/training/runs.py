@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from flows.checks import check_number
 from flows.datasets import Dataset
 from flows.errors import InvalidValueError
 from flows.evaluation.evaluator import MAX_SEED
@@ -19,7 +20,8 @@ from flows.models.cnf import CNF
 from flows.objectives.checks import check_levels
 from flows.training import checkpoint as files
 from flows.training.checkpoint import CheckpointError, check_content, find_checkpoint, load_checkpoint
-from flows.training.settings import TARGET, SettingsError, instantiate, parameter_names
+from flows.training.settings import TARGET, SettingsError, complete, instantiate, parameter_names
+from flows.training.stage import Stage
 from flows.training.trusted import check_trusted
 
 if TYPE_CHECKING:
@@ -175,12 +177,11 @@ def build_trainer(
     from flows.training.trainer import Trainer  # imports this package's `trusted`, as this module does
 
     seed = config.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise SettingsError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
+    check_number("seed", seed, whole=True, at_least=0, at_most=MAX_SEED)
     stages = _checked_stages(_part(config, "objective"))
     torch.manual_seed(seed)
     dataset = build_dataset(config) if dataset is None else dataset
-    chosen = {} if "optimizer" not in config else {"optimizer": instantiate(config["optimizer"], "optimizer")}
+    chosen = {} if "optimizer" not in config else {"optimizer": _build_optimizer(config["optimizer"])}
     optimization = instantiate(_options(config, "optimization", "Optimization"), "optimization", **chosen)
     hardware = instantiate(_options(config, "hardware", "Hardware"), "hardware")
     reporting = instantiate(_options(config, "reporting", "Reporting"), "reporting")
@@ -190,10 +191,11 @@ def build_trainer(
     if config.get("evaluation"):
         shared = {"dataset": dataset, "seed": seed, "progress_bar": reporting.progress_bar}
         evaluator = instantiate(config["evaluation"], "evaluation", **shared)
+    built = {name: instantiate(stage, f"objective.{name}") for name, stage in stages.items()}
     return Trainer(
         flow,
         dataset,
-        {name: instantiate(stage, f"objective.{name}") for name, stage in stages.items()},
+        built,
         evaluator=evaluator,
         optimization=optimization,
         hardware=hardware,
@@ -201,7 +203,7 @@ def build_trainer(
         output_dir=config.get("output_dir"),
         seed=seed,
         resume=resume,
-        config=config,
+        config=_completed(config, built),
     )
 
 
@@ -233,9 +235,31 @@ def _checked_stages(objective: Any) -> Mapping[str, Any]:
     return objective
 
 
+def _build_optimizer(config: Any) -> Callable[..., torch.optim.Optimizer]:
+    """The optimiser of a run as a function of parameters and learning rate, tried once to check its settings."""
+    optimizer: Any = instantiate(config, "optimizer")
+    if not callable(optimizer):
+        raise SettingsError("optimizer must have _partial_: true, since every stage builds its own")
+    optimizer([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    return optimizer
+
+
+def _completed(config: Mapping[str, Any], stages: Mapping[str, Stage]) -> dict[str, Any]:
+    """All settings of a run, with what its objectives recommend for the stages."""
+    completed = complete(config)
+    for name, stage in stages.items():
+        settings = completed["objective"][name]
+        for key in ("batch_size", "learning_rate", "warmup_steps"):
+            settings[key] = getattr(stage, key)
+    return completed
+
+
 def _options(config: Mapping[str, Any], part: str, kind: str) -> dict[str, Any]:
     """The settings of one of the trainer's option classes."""
-    return {TARGET: f"flows.training.{kind}", **(config.get(part) or {})}
+    given = config.get(part) or {}
+    if not isinstance(given, Mapping):
+        raise SettingsError(f"{part} must be a mapping of settings, got {given!r}")
+    return {TARGET: f"flows.training.{kind}", **given}
 
 
 def _part(config: Mapping[str, Any], name: str) -> Any:

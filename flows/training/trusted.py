@@ -85,8 +85,7 @@ def _targets(config: Any) -> Iterator[str]:
 
 def _check_target(target: Any, trust: Sequence[str], where: str) -> None:
     package = target.split(".")[0] if isinstance(target, str) else None
-    known = SAFE_NAMES | ({"flows.training.Trainer"} if where == "trainer" else set())
-    if package is not None and (package in trust or target in known):
+    if package is not None and (package in trust or target in SAFE_NAMES):
         return
     if package == "flows":
         found = _find(target)
