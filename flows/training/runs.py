@@ -235,7 +235,7 @@ def _checked_stages(objective: Any) -> Mapping[str, Any]:
     return objective
 
 
-def _build_optimizer(config: Any) -> Callable[..., torch.optim.Optimizer]:
+def _build_optimizer(config: Any) -> Callable[..., Any]:
     """The optimiser of a run as a function of parameters and learning rate, tried once to check its settings."""
     optimizer: Any = instantiate(config, "optimizer")
     if not callable(optimizer):
