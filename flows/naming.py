@@ -1,4 +1,4 @@
-"""Objects that a setting may also give by their lower-case class name."""
+"""Find an object by the lower-case name of its class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def by_name(family: type[T], value: T | str) -> T:
-    """Return `value` if it is a `family`, else a default instance of the subclass that it names.
+    """Return `value`, or an instance of the subclass that it names.
 
     Names are the lower-case names of the subclasses that have been imported, with or without underscores between
     words, so a new subclass needs no registration.

@@ -1,7 +1,7 @@
-"""Path costs: rates that are integrated along the path of each example, to regularise a flow in training.
+"""Path costs, which regularise a flow in training.
 
-The integral ∫₀¹ c(t, x_t) dt of each is added to the loss with its weight. Costs belong to an objective, so that a
-log-density or a sample never pays for them.
+A cost is a rate c(t, x). Its integral ∫₀¹ c(t, x_t) dt along the path of each example, times its weight, is added to
+the loss. Costs belong to an objective, so computing a log-density or a sample does not compute them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class PathCost(ABC):
     `regularizers`.
 
     Args:
-        weight: of the integral in the loss, which is in nats an example; 0 turns the cost off.
+        weight: factor of the integral in the loss (nats per example); 0 turns the cost off.
     """
 
-    name: ClassVar[str]  # of the metric, and of the component of the solve
+    name: ClassVar[str]  # of the metric and of the component of the solve
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class PathCost(ABC):
         x: Tensor,  # (B, *event); gives shape, dtype and device
         generator: torch.Generator | None = None,
     ) -> Tensor | None:  # (P, B, *event)
-        """What `with_jacobian_norm` of the estimator needs in this solve, for costs that use the norm."""
+        """Directions for the estimator's `with_jacobian_norm`; `None` for costs without the norm."""
         return None
 
 
@@ -112,7 +112,7 @@ class JacobianNorm(PathCost):
 
 @dataclass(frozen=True)
 class TotalDerivative(PathCost):
-    """c = ‖∂v/∂t + (∂v/∂x) v‖², the squared acceleration along a path: what bends it, or changes its speed.
+    """c = ‖∂v/∂t + (∂v/∂x) v‖², the squared acceleration along a path.
 
     Cost: one product in forward mode, with the field's own evaluation.
     """
@@ -141,7 +141,7 @@ class HamiltonJacobi(PathCost):
         if potential is None:
             raise InvalidTypeError(
                 f"HamiltonJacobi needs a field with a potential, such as Potential, and {field.name} has none; "
-                "TotalDerivative asks the same of any field"
+                "for any field use TotalDerivative"
             )
         rate = torch.func.jvp(lambda s: potential(s, x), (t,), (torch.ones_like(t),))[1]
         return (rate - 0.5 * sample.value.square().flatten(1).sum(1)).abs()
@@ -150,6 +150,6 @@ class HamiltonJacobi(PathCost):
 def draw_directions(
     costs: Iterable[PathCost], x: Tensor, generator: torch.Generator | None = None
 ) -> Tensor | None:  # (P, B, *event)
-    """The directions of the first of `costs` that needs any; one set serves all."""
+    """Directions for all costs: those of the first that needs any."""
     drawn = (cost.draw_directions(x, generator) for cost in costs)
     return next((directions for directions in drawn if directions is not None), None)

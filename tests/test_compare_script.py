@@ -27,7 +27,7 @@ def test_an_untrained_flow_is_compared(run, tmp_path):
     assert labels == [*first, "Hutchinson(probes=orthonormal)"]
     assert (content["checkpoint"], content["data"], content["field"]) == (None, "gaussian", "MLP")
     assert (content["times"], content["points"], content["dtype"]) == ([1.0, 0.5], 12, "float32")
-    assert content["stand_ins"] == {"auto": "Analytic"}
+    assert content["chosen"] == {"auto": "Analytic"}
     assert content["not_applicable"] == {"bottleneck_exact": "costs 8 products here, more than the 2 of Exact()"}
     for row in content["estimators"]:
         (line,) = [line for line in out.splitlines() if line.startswith(f"{row['label']} ")]

@@ -192,22 +192,22 @@ def test_a_wrong_claim_of_exactness_is_not_believed(on_a_perceptron):
 
 
 def test_what_does_not_apply_is_listed_with_its_reason(on_a_perceptron, on_an_image):
-    perceptron_out = on_a_perceptron[2].left_out
+    perceptron_out = on_a_perceptron[2].not_applicable
     assert perceptron_out == {"wide": "costs 24 products here, more than the 16 of Exact()"}
-    assert set(on_an_image.left_out) == {"analytic", "bottleneck"}
+    assert set(on_an_image.not_applicable) == {"analytic", "bottleneck"}
     text = as_text(on_an_image, advise(on_an_image))
     assert "  analytic: Analytic() needs a field with value_and_divergence(t, x), and Convolutions has none" in text
     assert "  bottleneck: Bottleneck() needs a field with encode(t, x), decode(t, h) and bottleneck_width" in text
-    assert on_a_perceptron[2].stand_ins == {"auto": "Analytic"}
+    assert on_a_perceptron[2].chosen == {"auto": "Analytic"}
     assert "auto is Probing(stride=3) here" in text
     with pytest.raises(ValueError, match=r"none of the estimators applies: analytic: Analytic\(\) needs a field"):
         compare(flow_of(Convolutions((1, 4, 4), 1)), torch.randn(3, 1, 4, 4), {"analytic": Analytic()}, **QUICK)
 
 
-def test_stand_ins_go_by_the_label_of_their_row():
+def test_chosen_estimators_go_by_the_label_of_their_row():
     flow = flow_of(Convolutions((1, 7, 7), 4))  # for which Auto() is Probing() as it is by default
     comparison = compare(flow, torch.randn(2, 1, 7, 7), {"auto": Auto(), "p": Probing(2)}, budgets=(1,), **QUICK)
-    assert comparison.stand_ins == {"auto": "Probing(stride=5)"}
+    assert comparison.chosen == {"auto": "Probing(stride=5)"}
     assert "Probing(stride=5)" in rows_of(comparison)
 
 
@@ -384,7 +384,7 @@ def test_figures_are_plain_values(on_a_perceptron):
     read = json.loads(json.dumps(content, allow_nan=False))
     assert read["estimators"][0]["ratio"] is None
     assert read["estimators"][1]["rmse"] == comparison.rows[1].accuracy.rmse
-    assert read["not_applicable"] == comparison.left_out
+    assert read["not_applicable"] == comparison.not_applicable
 
 
 def test_conditional_flows_are_compared_at_their_context():

@@ -70,7 +70,7 @@ def test_products_of_weights_that_would_be_too_large_are_not_kept(hidden, monkey
         expected = field.value_and_divergence(t, x)[1]
         assert torch.equal(field.value_and_divergence(t, x)[1], expected)
         with monkeypatch.context() as patch:
-            patch.setattr("flows.fields.trace.LARGEST", 0)
+            patch.setattr("flows.fields.trace.MAX_KEPT_NUMBERS", 0)
             pushed = field.value_and_divergence(t, x)[1]
         torch.testing.assert_close(pushed, expected, rtol=0, atol=1e-10)
         assert not torch.equal(pushed, expected)  # in another order

@@ -1,4 +1,4 @@
-"""Divergence estimators compared on one flow, along its own trajectories: what each is worth, and what it costs."""
+"""Compare divergence estimators on a flow: accuracy and cost along its trajectories."""
 
 from flows.compare.advice import Advice, advise
 from flows.compare.figure import error_against_cost

@@ -1,4 +1,4 @@
-"""How far estimates of the divergence are from the truth."""
+"""Errors of divergence estimates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flows.errors import InvalidValueError
 
 @dataclass(frozen=True)
 class Truth:
-    """The divergence along a trajectory, in float64, and what it is measured by."""
+    """The exact divergence along a trajectory, and its scale."""
 
     divergence: Tensor  # (T, n), float64
     by: str  # the label of the estimator that computed it
@@ -38,7 +38,7 @@ class Accuracy:
     bias_error: float  # standard error of the bias, from the probes; 0 if deterministic
     sd: float  # standard deviation over probes, root mean square over points
     rmse: float  # root of the mean square over points and probes
-    unbiased: bool  # neither the mean nor any part of the error that stays over probes can be told from zero
+    unbiased: bool  # neither the mean error nor the error that remains over probes differs significantly from zero
     draws: int  # of the probes at each point and time
 
 
@@ -47,7 +47,9 @@ def truth(
     trajectory: Trajectory,
     candidates: Sequence[Candidate],
 ) -> Truth:
-    """The exact divergence, by the cheapest of the candidates that states to be exact, checked against `Exact()`.
+    """The exact divergence, by the cheapest exact candidate.
+
+    It is checked against `Exact()`.
 
     The check covers as many points of the middle time as 2,048 products allow, two at least. Where it fails,
     `Exact()` itself is used.
@@ -89,19 +91,20 @@ def accuracy(
     field: nn.Module,
     trajectory: Trajectory,
     exact: Tensor,  # (T, n), float64
-    rounding: float,  # what rounding may do to a divergence
+    rounding: float,  # errors up to this size may be rounding
     draws: int,
     seconds: float,
     generator: torch.Generator,
 ) -> Accuracy:
-    """Compare with the truth over `draws` draws of the probes, fewer (two at least) where time runs out.
+    """Compare with the truth over several draws of the probes.
 
-    An estimator without probes is evaluated once, one that states to be exact at most twice.
+    There are `draws` draws, fewer (at least two) if they take more than `seconds`. An estimator without probes is
+    evaluated once, one that states to be exact twice.
     """
     bound = estimator.bind(trajectory.bind(field))
     random = bound.draw_probes(trajectory.x[0], generator) is not None
     if bound.is_exact:
-        draws = 2  # to see it confirmed
+        draws = 2  # to confirm it
     started = time.perf_counter()
     errors = []
     while not errors or (random and _goes_on(len(errors), draws, time.perf_counter() - started, seconds)):
@@ -113,7 +116,7 @@ def summarise(
     errors: Tensor,  # (R, T, n): of R draws of the probes at each point, independent of each other
     rounding: float,
 ) -> Accuracy:
-    """Split errors into what stays over draws and what varies.
+    """Split errors into bias and noise.
 
     With m the mean over draws at a point and s² their variance, m² − s²/R is unbiased for the square of the bias
     at that point. An estimator counts as biased if the mean of m, or that of m² − s²/R, exceeds four of its

@@ -1,4 +1,4 @@
-"""Which estimator to take, and why."""
+"""Which estimator to use, and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from flows.errors import InvalidValueError
 
 @dataclass(frozen=True)
 class Advice:
-    """The estimators to train and to evaluate with, as sentences: `Analytic: exact at 1.1 field evaluations`."""
+    """The estimators to train and to evaluate with.
+
+    Together they read as a sentence: `Analytic: exact at 1.1 field evaluations`."""
 
     training: str
     training_reason: str
@@ -20,18 +22,17 @@ class Advice:
 
 
 def advise(comparison: Comparison, affordable: float = 100.0) -> Advice:
-    r"""Recommend from the figures, among estimators without a bias.
+    r"""Recommend estimators, among those without a bias.
 
-    *Training*: the mean over a minibatch has the variance (s² + σ²)/B, with s² the variance of the divergence
-    between points and σ² that of the estimator, and in a given time B is in inverse proportion to the time τ of
-    an evaluation, forward and backward. So the recommended is the least τ(s² + σ²): noise is worth paying to
-    remove only as far as it stands out from what the choice of the points brings in anyway.
+    *Training*: the mean over a minibatch has the variance (s² + σ²)/B. Here s² is the variance of the divergence
+    between points and σ² that of the estimator. In a given time, B is inversely proportional to the time τ of an
+    evaluation, forward and backward. So the least τ(s² + σ²) is recommended: removing noise pays only while the noise
+    is large beside the variation between points.
 
-    *Evaluation*: the points are given, and noise is a defect of the figure. The cheapest exact estimator, if it
-    costs at most `affordable` bare evaluations of the field; else the least noise that this much buys.
+    *Evaluation*: the points are given, so noise is an error of the result. The cheapest exact estimator is recommended
+    if it costs at most `affordable` bare evaluations of the field, otherwise the least noisy one within that cost.
 
-    Figures within a quarter of each other count as equal, as times are not more certain than that; then fewer
-    products decide.
+    Times are uncertain, so figures within a quarter of each other count as equal. Then fewer products decide.
 
     Raises:
         ValueError: every estimator is biased.
@@ -76,7 +77,7 @@ def _reason(row: Row, ratio: float | None, where: str, comparison: Comparison) -
     if exact:
         cheapest = min(exact, key=lambda other: other.ratio if not where else _training_time(other))
         price = cheapest.ratio if not where else cheapest.training_ratio
-        text += f"; {cheapest.label} is exact" + (f" at {price:.1f}" if price is not None else ", and too dear")
+        text += f"; {cheapest.label} is exact" + (f" at {price:.1f}" if price is not None else ", but too expensive")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Which settings of which estimators are worth measuring on a field."""
+"""The settings of estimators to measure on a field."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flows.vector_field import BoundField
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of an estimator, with the names that a table and a legend show."""
+    """One setting of an estimator, with its labels."""
 
     label: str  # Hutchinson(num_probes=4, probes=orthonormal)
     kind: str  # the same without its numbers: Hutchinson(probes=orthonormal)
@@ -26,11 +26,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What there is to measure, and what not."""
+    """What to measure, and what not."""
 
     measured: list[Candidate]  # each setting once
     left_out: dict[str, str]  # by name, why an estimator cannot or need not be measured
-    stand_ins: dict[str, str]  # by name, the label of the estimator that does another's work
+    chosen: dict[str, str]  # by name, the label of the estimator that another chose
 
 
 def gather(
@@ -39,17 +39,17 @@ def gather(
     field: nn.Module,
     trajectory: Trajectory,
 ) -> Candidates:
-    """The settings of estimators, given by name, that apply to the field.
+    """The settings of the estimators that apply to the field.
 
     Raises:
         ValueError: there is none.
     """
     view = trajectory.bind(field)
-    found, left_out, stand_ins = [], {}, {}
+    found, left_out, chosen = [], {}, {}
     for name, given in estimators.items():
         estimator = given.bind(view)
         if type(estimator) is not type(given):
-            stand_ins[name] = estimator
+            chosen[name] = estimator
         reason = not_applicable(estimator, field, trajectory)
         worthwhile = [] if reason else settings(estimator, budgets, view)
         if not worthwhile:
@@ -61,21 +61,21 @@ def gather(
         raise InvalidValueError(
             "none of the estimators applies: " + "; ".join(f"{n}: {r}" for n, r in left_out.items())
         )
-    named = labelled([*found, *stand_ins.values()])
+    named = labelled([*found, *chosen.values()])
     measured: dict[str, Candidate] = {}
     for candidate in named[: len(found)]:
         measured.setdefault(candidate.label, candidate)
     labels = (candidate.label for candidate in named[len(found) :])
-    return Candidates(list(measured.values()), left_out, dict(zip(stand_ins, labels, strict=True)))
+    return Candidates(list(measured.values()), left_out, dict(zip(chosen, labels, strict=True)))
 
 
 def not_applicable(estimator: DivergenceEstimator, field: nn.Module, trajectory: Trajectory) -> str | None:
-    """Why the estimator cannot be used on this field, in its own words; `None` if it can."""
+    """The estimator's own error on this field; `None` if it applies."""
     one_point = trajectory.first(1)
     x = one_point.x[0]
     try:
         bound = estimator.bind(one_point.bind(field))
-        _ = bound.cost  # may be what is missing
+        _ = bound.cost  # raises where the field lacks what the estimator needs
         with torch.no_grad():
             bound(one_point.times[0], x, bound.draw_probes(x))
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -84,7 +84,9 @@ def not_applicable(estimator: DivergenceEstimator, field: nn.Module, trajectory:
 
 
 def settings(estimator: DivergenceEstimator, budgets: Sequence[int], field: BoundField) -> list[DivergenceEstimator]:
-    """The estimator as given, at each budget of products, and at what makes it exact, as far as that is below d.
+    """The estimator as given, at each budget, and at its cheapest exact setting.
+
+    Only settings of fewer than d products are kept.
 
     At d products `Exact()` serves; only an estimator that never takes fewer is kept at d.
     """
@@ -99,7 +101,7 @@ def settings(estimator: DivergenceEstimator, budgets: Sequence[int], field: Boun
 
 
 def labelled(estimators: Iterable[DivergenceEstimator]) -> list[Candidate]:
-    """Estimators with labels that tell them apart; equal settings have equal labels.
+    """Label estimators so that different settings have different labels.
 
     A label shows the options that differ from the defaults of the class, and the numbers that vary in this list.
     """
@@ -136,7 +138,7 @@ def _call(estimator: DivergenceEstimator, options: Sequence[str]) -> str:
 
 
 def _text(value: object) -> str:
-    """A value as a config would give it; objects that can be named go by their lower-case class name."""
+    """A value as a config would give it."""
     if isinstance(value, (bool, int, float, str)) or value is None:
         return str(value)
     return type(value).__name__.lower()

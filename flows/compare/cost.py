@@ -1,4 +1,4 @@
-"""What evaluations of a field with an estimator cost: time and memory."""
+"""Time and memory of evaluations of a field."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def case(
     probes: Tensor | None = None,  # for the points of the trajectory
     training: bool = False,
 ) -> Case:
-    """One evaluation at each time of the trajectory, sharing what is computed once a solve; the bare field if
-    there is no estimator. In training, with the backward pass to the points and the parameters."""
+    """A function that evaluates once at each time of the trajectory.
+
+    Evaluations share what is computed once a solve. Without an estimator it evaluates the field alone. In training it
+    also runs the backward pass, to the points and the parameters.
+    """
     parameters = [p for p in field.parameters() if p.requires_grad]
 
     def run() -> None:
@@ -45,10 +48,10 @@ def case(
 
 
 def time_ratio(bare: Case, with_estimator: Case, seconds: float) -> tuple[float, float]:
-    """Seconds of the second case, and as a multiple of the first: of each the least over runs that take turns.
+    """Seconds of the second case, and as a multiple of the first.
 
-    The least, since whatever else the machine does can only add to a time; and on a machine that is shared, where
-    long runs are interrupted more often than short ones, it adds unevenly to medians.
+    The cases take turns, and the shortest run of each counts: other work on the machine can only add time, and on a
+    shared machine it adds unevenly to medians.
     """
     times = alternating_times({"bare": bare, "estimator": with_estimator}, seconds, most=200)
     least = {name: min(values) for name, values in times.items()}
@@ -59,10 +62,12 @@ def affordable(
     field: nn.Module,
     trajectory: Trajectory,
     estimator: DivergenceEstimator,
-    memory: float | None,  # bytes that an evaluation in training may take; None: it is not trained with
+    memory: float | None,  # bytes that an evaluation in training may take; None: no training
     seconds: float,  # that an evaluation without gradients may take
 ) -> Trajectory:
-    """As many of the points, at least two, as keep one evaluation within both, found by trying 2, 8, 32, ..."""
+    """As many points, at least two, as one evaluation can afford.
+
+    The number is found by trying 2, 8, 32, ... points."""
     tried, most = 2, trajectory.x.shape[1]
     if memory is not None:
         few = trajectory.at(0).first(tried)

@@ -20,7 +20,7 @@ Cost = Callable[[Row], float | None]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the (cost, error) pairs that no other matches in both and beats in one, by rising cost."""
+    """Indices of the Pareto-optimal (cost, error) pairs, by rising cost."""
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: points[i]):
         if not front or points[index][1] < points[front[-1]][1]:
@@ -29,7 +29,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def error_against_cost(comparison: Comparison) -> Figure:
-    """The root mean square error of each setting against its time, without gradients and in training.
+    """Plot the error of each setting against its time.
 
     Settings of one estimator share a marker and a line. Those of the Pareto front, than which nothing measured is
     both cheaper and better, are ringed, joined by a dashed line, and carry the number of products (the name where
@@ -79,7 +79,7 @@ def _panel(axes: Axes, rows: Sequence[Row], cost: Cost, exact_line: float) -> li
 
 
 def _readable_ticks(axes: Axes, exact_line: float) -> None:
-    """Times as plain numbers, 1, 2, 5, 10, ..., and the word "exact" where the exact estimators lie."""
+    """Plain numbers for times, and "exact" at the exact estimators."""
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -91,7 +91,7 @@ def _readable_ticks(axes: Axes, exact_line: float) -> None:
 
 
 def _name(axes: Axes, places: Sequence[tuple[str, float, float]]) -> None:
-    """Put labels beside their points, where they cover no marker and no other label and stay inside the panel."""
+    """Put labels beside their points, without overlaps."""
     canvas = axes.figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     renderer = canvas.get_renderer()

@@ -1,4 +1,4 @@
-"""Every setting of every estimator on one flow: accuracy and cost."""
+"""Measure accuracy and cost of estimators on a flow."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from flows.divergence import DivergenceEstimator
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 
-CALLS = 30  # about as many evaluations go into one row
-TRAINING_PRODUCTS = 128  # nobody trains with more, and the graph of so many would not fit
+EVALUATIONS_PER_ROW = 30  # roughly
+MAX_TRAINING_PRODUCTS = 128  # more are not measured in training: the graph would not fit
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Row:
     products: int  # Jacobian products an evaluation
     exact: bool  # states to be exact, and is, up to rounding
     accuracy: Accuracy
-    points: int  # fewer than asked for where so many take too long or too much memory
+    points: int  # fewer than asked for where time or memory is short
     seconds: float  # without gradients
     ratio: float  # of that to a bare evaluation of the field
-    training_seconds: float | None  # forward and backward; None: too dear to train with
+    training_seconds: float | None  # forward and backward; None: too expensive to train with
     training_ratio: float | None  # of that to the bare field, forward and backward
     memory: float  # peak, bytes a point, without gradients
     training_memory: float | None  # forward and backward
@@ -45,8 +45,8 @@ class Comparison:
     """The figures of a comparison."""
 
     rows: list[Row]  # by estimator, then by products
-    left_out: dict[str, str]  # the estimators that do not apply, with the reason
-    stand_ins: dict[str, str]  # the estimators that leave the work to another, with its label
+    not_applicable: dict[str, str]  # the estimators that do not apply, with the reason
+    chosen: dict[str, str]  # the estimators that choose another, with its label
     truth: Truth
     field: str
     event_shape: tuple[int, ...]
@@ -69,7 +69,7 @@ def compare(
     seed: int = 0,
     progress: bool = False,
 ) -> Comparison:
-    """Measure estimators on a flow, at `x` carried along the flow to several `times`.
+    """Measure estimators on a flow, along the trajectories of `x`.
 
     Args:
         estimators: by name; each is measured as it is and at every budget (see
@@ -77,13 +77,13 @@ def compare(
         budgets: Jacobian products an evaluation.
         times: from 0 (noise) to 1 (data).
         draws: of the probes, at every point and time.
-        seconds: the most, roughly, that one setting may take; expensive ones use fewer draws, then fewer points.
+        seconds: rough limit for one setting; slow ones use fewer draws, then fewer points.
         memory: GiB that one evaluation may take; more expensive settings use fewer points.
         seed: of the probes, and of the noise that discrete data take.
-        progress: whether to show a bar, from the second second on.
+        progress: whether to show a progress bar after two seconds.
 
     Raises:
-        ValueError: no point, no budget or time that makes sense, or no estimator that applies.
+        ValueError: fewer than two points, a bad budget or time, or no estimator applies.
     """
     _check(x, budgets, draws, seconds, memory)
     trajectory = trajectory_of(flow, x, times, context, torch.Generator(x.device).manual_seed(seed))
@@ -96,8 +96,8 @@ def compare(
             rows.append(_row(candidate, flow.field, trajectory, exact, draws, seconds, memory, seed))
     return Comparison(
         rows=rows,
-        left_out=candidates.left_out,
-        stand_ins=candidates.stand_ins,
+        not_applicable=candidates.left_out,
+        chosen=candidates.chosen,
         truth=exact,
         field=type(flow.field).__name__,
         event_shape=flow.event_shape,
@@ -120,9 +120,9 @@ def _row(
 ) -> Row:
     estimator = candidate.estimator.bind(trajectory.bind(field))
     products = estimator.cost
-    trains = products <= TRAINING_PRODUCTS
+    trains = products <= MAX_TRAINING_PRODUCTS
     memory_bytes = memory * 2**30 if trains else None
-    trajectory = affordable(field, trajectory, estimator, memory_bytes, seconds / CALLS)
+    trajectory = affordable(field, trajectory, estimator, memory_bytes, seconds / EVALUATIONS_PER_ROW)
     points = trajectory.x.shape[1]
     rounding = 1e4 * torch.finfo(trajectory.x.dtype).eps * exact.jacobian_norm
     generator = torch.Generator(trajectory.x.device).manual_seed(seed)

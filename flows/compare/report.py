@@ -1,4 +1,4 @@
-"""A comparison in words and numbers."""
+"""A comparison as text and as plain values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from flows.compare.measure import Comparison, Row
 
 
 def as_text(comparison: Comparison, advice: Advice) -> str:
-    """The table, what was left out, and the recommendations."""
+    """The table, the estimators that do not apply, and the advice."""
     return "\n".join([*_heading(comparison), "", *_table(comparison), *_left_out(comparison), "", *_advice(advice)])
 
 
 def as_dict(comparison: Comparison, advice: Advice) -> dict[str, Any]:
-    """All figures as plain values, None where unknown. Seconds are of one evaluation, memory is in bytes a point."""
+    """All figures as plain values, `None` where unknown.
+
+    Seconds are those of one evaluation, memory is in bytes per point."""
     truth = {key: value for key, value in asdict(comparison.truth).items() if key != "divergence"}
     rows = []
     for row in comparison.rows:
@@ -33,15 +35,15 @@ def as_dict(comparison: Comparison, advice: Advice) -> dict[str, Any]:
             "dtype": comparison.dtype,
             "truth": truth,
             "estimators": rows,
-            "not_applicable": comparison.left_out,
-            "stand_ins": comparison.stand_ins,
+            "not_applicable": comparison.not_applicable,
+            "chosen": comparison.chosen,
             "advice": asdict(advice),
         }
     )
 
 
 def _finite(value: Any) -> Any:
-    """With None for numbers that are NaN or infinite, which JSON does not have."""
+    """Replace NaN and infinite numbers, which JSON lacks, by `None`."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -93,13 +95,13 @@ def _or_dash(value: float | None, width: int) -> str:
 
 
 def _left_out(comparison: Comparison) -> Iterator[str]:
-    if comparison.stand_ins:
+    if comparison.chosen:
         yield ""
-        yield from (f"{name} is {label} here" for name, label in comparison.stand_ins.items())
-    if comparison.left_out:
+        yield from (f"{name} is {label} here" for name, label in comparison.chosen.items())
+    if comparison.not_applicable:
         yield ""
         yield "Not applicable:"
-        for name, reason in comparison.left_out.items():
+        for name, reason in comparison.not_applicable.items():
             yield f"  {name}: {reason.partition(';')[0]}"
 
 

@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: cases take turns, and the median of each counts."""
+"""Timing on a noisy machine: cases take turns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def alternating_medians(
     most: int = 50,
     progress: str | None = None,
 ) -> dict[str, float]:
-    """Seconds a call of each case: the median of `alternating_times`."""
+    """Median seconds of each case, by `alternating_times`."""
     times = alternating_times(cases, seconds_each, most, progress)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -27,7 +27,7 @@ def alternating_times(
     most: int = 50,
     progress: str | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of the calls of each case, over rounds in which every case runs in turn.
+    """Seconds of each call of each case; the cases take turns.
 
     Each case runs once beforehand, uncounted. It leaves the rounds once it has had `seconds_each` (but never
     before three runs) or `most` runs, so that slow cases do not decide how often fast ones are measured. A case
@@ -35,7 +35,7 @@ def alternating_times(
     and one more is enough.
 
     Args:
-        progress: what a progress bar over the cases is called; None: no bar.
+        progress: label of a progress bar over the cases; `None`: no bar.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     needed = {}
@@ -65,6 +65,6 @@ def _timed(case: Callable[[], object]) -> float:
 
 
 def synchronise() -> None:
-    """Wait until what has been asked of a GPU is done."""
+    """Wait until the GPU has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

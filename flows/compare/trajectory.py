@@ -1,4 +1,4 @@
-"""Where estimators meet the field in use: points of the data on their way through the flow."""
+"""The points at which estimators are compared."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Trajectory:
         return bind(field, self.context, self.event_shape)
 
     def first(self, num_points: int) -> Trajectory:
-        """That many of its points."""
+        """Its first `num_points` points."""
         context = None if self.context is None else self.context[:num_points]
         return replace(self, x=self.x[:, :num_points], context=context)
 
@@ -52,9 +52,9 @@ def trajectory_of(
     x: Tensor,  # (n, *event), data space
     times: Sequence[float],
     context: Tensor | None = None,  # (n, *context)
-    generator: torch.Generator | None = None,  # of the noise of a transform that has any
+    generator: torch.Generator | None = None,  # for the noise of a transform that dequantises
 ) -> Trajectory:
-    """Carry points of the data back along the flow, from t = 1, and note where they are at `times`.
+    """Carry points of the data back along the flow, to each of `times`.
 
     Raises:
         ValueError: no times, or times outside of [0, 1].

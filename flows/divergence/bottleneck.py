@@ -1,4 +1,4 @@
-"""Trace estimation inside the narrowest layer of a network."""
+"""Trace estimation in the narrowest layer of a network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Bottleneck(DivergenceEstimator):
     the spectrum of J is flat. With `exact=True` the H basis vectors take the place of the probes, and the
     result is exact.
 
-    Cost: one product a probe, H of them if exact. At H >= d nothing is wrong, and nothing gained.
+    Cost: one product a probe, H of them if exact. At H >= d it is correct, but gains nothing.
 
     Source: Grathwohl et al. 2019, arXiv:1810.01367, section 3.1.1.
 

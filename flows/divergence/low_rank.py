@@ -26,7 +26,7 @@ class HutchPlusPlus(DivergenceEstimator):
     no derivative.
 
     The m/3 estimates share the first term, so that their spread gives the standard error given Q, whose square
-    has the mean 2(‖sym(PJP)‖²_F − Σ (PJP)_ii²)/(m/3). Exact where rank J <= m/3. Pays where the singular values
+    has the mean 2(‖sym(PJP)‖²_F − Σ (PJP)_ii²)/(m/3). Exact where rank J <= m/3. Use it where the singular values
     of J decay; on a flat spectrum `Hutchinson(num_probes=m)` has less noise.
 
     Cost: m products, and one QR of a (d, m/3) matrix for each sample. From m/3 >= d on the sketch would fill the

@@ -19,7 +19,7 @@ from flows.errors import InvalidValueError
 
 
 class ProbeFamily(ABC):
-    """Draws probes ε_1, ..., ε_K for every sample of a batch, so that mean_k ε_kᵀ J ε_k is unbiased.
+    """Draws K probes a sample, such that mean_k ε_kᵀ J ε_k is unbiased.
 
     To add one: subclass it; `Hutchinson(probes=...)` takes an instance or the lower-case class name.
     """
@@ -42,12 +42,12 @@ class ProbeFamily(ABC):
         """The variance of mean_k ε_kᵀ J ε_k."""
 
     def spread_factor(self, num_probes: int, dimension: int) -> float:
-        """What (spread of the K estimates)/√K is to be multiplied by to be the standard error of their mean.
+        """Standard error of the mean, as a multiple of (spread of the K estimates)/√K.
 
-        1 for independent probes, less for probes that exclude each other, and 0 where they exhaust the space.
+        1 for independent probes, less for probes drawn without replacement, 0 where these fill the space.
 
         Raises:
-            ValueError: a family cannot have so many probes in that dimension.
+            ValueError: the dimension allows fewer probes.
         """
         return 1.0
 
@@ -105,7 +105,7 @@ def symmetric_norm2(
 def deviatoric_norm2(
     jacobian: Tensor,  # (..., d, d)
 ) -> Tensor:  # (...)
-    """‖S − (tr S/d) I‖²_F = ‖S‖²_F − tr²/d: what of S is not a multiple of the identity."""
+    """‖S − (tr S/d) I‖²_F = ‖S‖²_F − tr²/d."""
     trace = jacobian.diagonal(dim1=-2, dim2=-1).sum(-1)
     return symmetric_norm2(jacobian) - trace.square() / jacobian.shape[-1]
 
@@ -116,7 +116,7 @@ def draw_like(
     x: Tensor,  # (B, *event)
     generator: torch.Generator | None,
 ) -> Tensor:  # (K, B, *event)
-    """Draw with `sampler` on the generator's device, for the shape, dtype and device of `x`."""
+    """Draw on the generator's device, with the dtype and device of `x`."""
     device = x.device if generator is None else generator.device
     shape = (num_probes, *x.shape)
     return sampler(shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
@@ -171,8 +171,8 @@ class Orthonormal(WithoutReplacement):
 class Coordinates(WithoutReplacement):
     r"""K distinct axes, times √d: d/K times K diagonal entries of J. Exact at K = d, or on an equal diagonal.
 
-    Variance (d²/K)(1 − K/d) var(diag J) with d − 1 in the sample variance: the only family that the off-diagonal
-    entries leave alone, and the worst of them where the diagonal is uneven.
+    Variance (d²/K)(1 − K/d) var(diag J) with d − 1 in the sample variance: off-diagonal
+    entries add no noise, but an uneven diagonal adds more than with any other family.
     """
 
     def draw(self, num_probes: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:

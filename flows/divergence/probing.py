@@ -116,7 +116,7 @@ class Probing(DivergenceEstimator):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the stride exceeds the stated radius of the field, or every entry has a colour of its own."""
+        """Whether no two entries of one colour can see each other."""
         if self._num_colours == self.field.dimension:
             return True
         # A radius is about the axes after the first: the channels of an image may all depend on each other.
@@ -157,7 +157,7 @@ def _check_padding(field: BoundField) -> None:
 
 
 def split_event(event_shape: tuple[int, ...], grid_ndim: int | None) -> tuple[int, tuple[int, ...]]:
-    """The number of channels of an event and the sizes of its grid.
+    """The channels of an event and the sizes of its grid.
 
     By default every dimension but the first is one of the grid, and an event (d,) is a line of d pixels.
     `grid_ndim = 0` takes the whole event for such a line.
@@ -178,14 +178,14 @@ def split_event(event_shape: tuple[int, ...], grid_ndim: int | None) -> tuple[in
 
 
 def num_line_colours(size: int, stride: int, periodic: bool) -> int:
-    """How many colours a line of `size` pixels takes."""
+    """The number of colours of a line."""
     if not periodic:
         return min(stride, size)
     return math.ceil(size / max(1, size // stride))
 
 
 def colour_line(size: int, stride: int, periodic: bool, device: torch.device | None = None) -> Tensor:  # (size,)
-    """Colours 0, 1, ... of the pixels of a line, those of one colour at least `stride` apart.
+    """Colour the pixels of a line, equal colours at least `stride` apart.
 
     An open line repeats 0, ..., stride − 1. A ring is cut into ⌊size/stride⌋ arcs whose lengths differ by at
     most one, so none is shorter than the stride, and a pixel's colour is its place in its arc: with the fewest
@@ -206,7 +206,9 @@ def colour_event(
     periodic: bool = False,
     device: torch.device | None = None,
 ) -> Tensor:  # (*event), whole numbers
-    """The colour of each entry: one for each channel and each combination of the colours along the grid's lines."""
+    """Colour the entries of an event.
+
+    There is one colour for each channel and each combination of the colours along the axes of the grid."""
     channels, sizes = split_event(event_shape, grid_ndim)
     colours = torch.arange(channels, device=device)
     for size in sizes:

@@ -15,14 +15,14 @@ _TIME_SHAPES = ("scalar", "batch", "column")
 
 
 class Adapter(Field):
-    r"""Calls any `nn.Module` as a field, whatever its arguments are called and in whatever order they stand.
+    r"""Calls any `nn.Module` as a field, with its arguments in any order.
 
-    ::
-
-        Adapter(net, event_shape=(2,), arguments=("x", "t"))                       # net(x, t)
-        Adapter(net, event_shape=(2,), arguments=("x_and_t",))                     # net(cat([x, t], -1))
-        Adapter(unet, event_shape=(3, 32, 32), arguments={"x": "sample", "t": "timestep"}, time="batch")
-        Adapter(net, event_shape=(2,), arguments=("x",))                           # autonomous
+    ```python
+    Adapter(net, event_shape=(2,), arguments=("x", "t"))                       # net(x, t)
+    Adapter(net, event_shape=(2,), arguments=("x_and_t",))                     # net(cat([x, t], -1))
+    Adapter(unet, event_shape=(3, 32, 32), arguments={"x": "sample", "t": "timestep"}, time="batch")
+    Adapter(net, event_shape=(2,), arguments=("x",))                           # autonomous
+    ```
 
     Args:
         module: the network; returns a velocity of the shape of `x`.

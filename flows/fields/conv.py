@@ -34,7 +34,7 @@ class ConvNet(Field):
         padding_mode: `"zeros"`, `"circular"` (pixels wrap around: `periodic` is true), `"reflect"` or
             `"replicate"`.
         activation: an `Activation` or its lower-case name.
-        num_frequencies: of the time features, see `SinusoidalTime`.
+        num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context (a class as a one-hot vector, say), `None` for an unconditional field.
     """
 

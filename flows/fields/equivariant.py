@@ -37,7 +37,7 @@ class EquivariantKernel(Field):
             Both are learned.
         max_distance: the largest distance to resolve; beyond it only the constant acts.
         softening: δ > 0, small against the distances between particles.
-        num_frequencies: of the time features, see `SinusoidalTime`.
+        num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field; equivariance needs a context that
             does not depend on the frame, such as a temperature.
     """

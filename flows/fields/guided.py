@@ -51,7 +51,7 @@ class Guided(Field):
 
 
 class _BoundGuided(BoundField):
-    """The view of a guided field, on top of one view with the context and one without."""
+    """A guided field at work: one view with the context, one without."""
 
     def __init__(self, field: Guided, context: Tensor | None) -> None:
         super().__init__(field, context)

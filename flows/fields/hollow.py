@@ -1,4 +1,4 @@
-"""A field whose Jacobian diagonal is at hand: each component sees its own coordinate on a path of its own."""
+"""A field whose Jacobian has a diagonal in closed form."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Hollow(Field):
         hidden: widths of the conditioner's hidden layers, at least one, each at least 2.
         num_features: m, the size of each h_i and of the layers of τ.
         activation: an `Activation` or its lower-case name.
-        num_frequencies: of the time features, see `SinusoidalTime`.
+        num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field.
     """
 

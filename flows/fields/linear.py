@@ -57,7 +57,7 @@ class Linear(Field):
         directions: Tensor,  # (P, B, *event)
         context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Beside v and div v the products A u (P, B, *event)."""
+        """v, div v, and the products A u (P, B, *event)."""
         products = (directions.flatten(2) @ self.matrix.T).view(directions.shape)
         return *self.value_and_divergence(t, x, context), products
 

@@ -1,4 +1,4 @@
-"""Vectors that depend on time and context, with which fields scale, shift and gate their layers."""
+"""Vectors of time and context, which scale, shift and gate layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Modulation(nn.Module):
     Args:
         sizes: of the vectors.
         context_shape: shape of the context, `None` for time alone.
-        num_frequencies: of the time features, see `SinusoidalTime`.
+        num_frequencies: of the time features; see `SinusoidalTime`.
         width: of the hidden layer.
     """
 

@@ -1,4 +1,4 @@
-"""Multiscale flows of images as one field: fine scales move first on the way to the base, and then rest."""
+"""Multiscale flows of images as one field."""
 
 from __future__ import annotations
 

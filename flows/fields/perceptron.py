@@ -1,4 +1,4 @@
-"""What perceptrons with a closed-form divergence share."""
+"""Base class of perceptrons with a closed-form divergence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shallow convolutional field on a periodic lattice, with its divergence at the price of a sum."""
+"""A shallow convolutional field on a periodic lattice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PeriodicConv(Field):
         num_channels: of the hidden layer.
         kernel_size: odd, of both convolutions, or a pair for K_in and K_out; no larger than the lattice.
         activation: σ, an `Activation` or its lower-case name.
-        num_frequencies: of the time features, see `SinusoidalTime`.
+        num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field.
     """
 

@@ -29,7 +29,7 @@ class Planar(Field):
         hypernetwork: whether u, w and b depend on time (and the context), by an addend of a small network; if
             not, the gates alone do. With a batch of times every sample then has weights of its own, 2 N d numbers.
         activation: σ, an `Activation` or its lower-case name.
-        num_frequencies: of the time features, see `SinusoidalTime`.
+        num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field.
     """
 

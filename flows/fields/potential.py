@@ -42,7 +42,7 @@ class Potential(Field):
         width: m.
         num_layers: L >= 1; the first is not residual. OT-Flow has two.
         rank: rows of A, at most the size of s; 0 leaves the quadratic term out.
-        num_frequencies: of the time features, see `SinusoidalTime`.
+        num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field.
     """
 

@@ -1,4 +1,4 @@
-"""The trace of a product of matrices around a cycle, for networks whose Jacobian is such a product."""
+"""The trace of a perceptron's Jacobian, as a product of matrices around a cycle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-LARGEST = 2**22  # numbers in a product of weights that is kept
+MAX_KEPT_NUMBERS = 2**22  # of a product of weights; larger ones are not kept
 
 
 class CycleTrace:
@@ -80,7 +80,7 @@ class _Push:
     def __init__(self, tangents: Tensor, weight: Tensor, scales: Tensor | None = None) -> None:
         self.tangents, self.weight, self.scales = tangents, weight, scales
         self.product = None  # (k m, n), all that depends on the weights
-        if len(tangents) * weight.numel() <= LARGEST:
+        if len(tangents) * weight.numel() <= MAX_KEPT_NUMBERS:
             product = weight * tangents.unsqueeze(1)
             self.product = (product if scales is None else product * scales.unsqueeze(2)).flatten(0, 1)
 
@@ -102,7 +102,7 @@ def perceptron_products(
     slopes: list[Tensor],  # L tensors (B, w_l) or (1, w_l)
     directions: Tensor,  # (P, B, *event)
 ) -> Tensor:  # (P, B, *event)
-    """J u for the Jacobian W_out D_L W_L ··· D_1 W_1 of a perceptron, each at the price of one evaluation."""
+    """J u for the Jacobian W_out D_L W_L ··· D_1 W_1 of a perceptron, each at the cost of one evaluation."""
     *hidden, out = weights
     pushed = directions.flatten(2)
     for weight, slope in zip(hidden, slopes, strict=True):

@@ -46,7 +46,7 @@ class UNet(Field):
         num_heads: of the attention; divides the channels of its levels.
         recompute: keep only the input of each block for the backward pass and compute the rest again: less memory, a
             third more time. Only in training mode, and with reverse-mode products.
-        num_frequencies: of the time features, see `SinusoidalTime`.
+        num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context (a class as a one-hot vector, say), `None` for an unconditional field.
     """
 

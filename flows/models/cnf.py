@@ -91,7 +91,7 @@ class CNF(nn.Module):
         return FlowDistribution(self, context)
 
     def guided(self, weight: float) -> CNF:
-        """This flow under classifier-free guidance, a flow of its own that shares all modules; see `Guided`."""
+        """This flow under classifier-free guidance (`Guided`); it shares all modules."""
         guided = Guided(self.field, weight)
         return CNF(guided, self.divergence, self.solver, self.base, self.transform, self.event_shape)
 
@@ -99,7 +99,9 @@ class CNF(nn.Module):
         self,
         context: Tensor | None = None,  # (B, *context)
     ) -> BoundField:
-        """The field as one solve sees it; `flow.divergence.bind(flow.bind())` tells what the divergence costs here."""
+        """The field as one solve sees it.
+
+        `flow.divergence.bind(flow.bind())` states the cost and the exactness of the divergence of this flow."""
         return bind(self.field, context, self.event_shape)
 
     def log_prob(
@@ -108,7 +110,9 @@ class CNF(nn.Module):
         context: Tensor | None = None,  # (*batch, *context), or fewer batch dimensions to broadcast
         generator: torch.Generator | None = None,  # of dequantisation noise and probes
     ) -> Tensor:  # (*batch), nats
-        """log p(x), the mean over the probes where the estimator is stochastic; for discrete data a lower bound.
+        """log p(x) in nats; for discrete data, a lower bound.
+
+        With a stochastic estimator this is the mean over its probes.
 
         Raises:
             ValueError: `x` has another event shape, or holds values on which the transform is not defined, NaN
@@ -126,7 +130,7 @@ class CNF(nn.Module):
         path_costs: Sequence[PathCost] = (),
         base_time: float = 0.0,
     ) -> LogProbEstimate:
-        """log p(x) with its standard error from the probes and its solver error.
+        """log p(x) with its standard error and its solver error.
 
         The solver error compares with a second solve from the same probes, by `ODESolver.tighter`: at tolerances
         100 times tighter (or steps a tenth as long), which costs more than the value itself. Training may have
@@ -167,7 +171,9 @@ class CNF(nn.Module):
         context: Tensor | None = None,  # (*batch, *context)
         generator: torch.Generator | None = None,
     ) -> Tensor:  # (*shape, *event), or (*shape, *batch, *event) with a context
-        """Draw from the flow; differentiable where autograd records and data are continuous. Costs no divergence."""
+        """Draw from the flow, without computing a divergence.
+
+        Differentiable where autograd records and the data are continuous."""
         z, context, full_shape = self._base_points(shape, context, generator)
         dynamics = StateDynamics(self.bind(context))
         solution = self.solver.solve(dynamics, dynamics.initial_state(z), (0.0, 1.0), self._differentiated(context))
@@ -180,7 +186,7 @@ class CNF(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw from the flow together with the log-density of each draw, in one solve.
+        """Draw from the flow, with the log-density of each draw.
 
         For discrete data it is log p(x + u) − log q(u | x) at the point x + u that was rounded to x: u comes from the
         flow, not from q, so this is no lower bound of log P(x) but, in expectation, an upper one.
@@ -195,7 +201,7 @@ class CNF(nn.Module):
         generator: torch.Generator | None = None,
         path_costs: Sequence[PathCost] = (),
     ) -> Sample:
-        """`sample_and_log_prob` with the standard error from the probes, and integrals of `path_costs`."""
+        """`sample_and_log_prob` with standard errors and path costs."""
         z, context, full_shape = self._base_points(shape, context, generator)
         estimator = self.divergence.bind(self.bind(context))
         probes = estimator.draw_probes(z, generator)
@@ -222,7 +228,7 @@ class CNF(nn.Module):
         generator: torch.Generator | None = None,
         log_density: bool = True,
     ) -> Transport:
-        """Carry points of flow space along the ODE from `times[0]` to the last of `times`.
+        """Carry points of flow space along the ODE, through all `times`.
 
         Two times give the end alone; more give the state at every time, the first included. The transform is
         not applied: a data point `x` has its latent at `transport(flow.transform(x)[0]).x`.

@@ -1,4 +1,4 @@
-"""Importance weights of samples x of a density q for an unnormalised density p̃: w = p̃(x)/q(x)."""
+"""Importance weights w = p̃(x)/q(x) of samples x of q, for an unnormalised p̃."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def log_weights(
 
 
 def log_z(log_weight: Tensor) -> Tensor:  # 0-d
-    """log mean w, an estimate of log Z (low by about half its variance)."""
+    """log mean w, which estimates log Z (low by about half its variance)."""
     return torch.logsumexp(log_weight, 0) - math.log(len(log_weight))
 
 
 def effective_sample_size(log_weight: Tensor) -> Tensor:  # 0-d
-    """(Σw)²/(n Σw²), the share of the n samples that exact samples of p would have to be; from 1/n to 1."""
+    """Effective sample size (Σw)²/(n Σw²), between 1/n and 1."""
     doubled = 2 * torch.logsumexp(log_weight, 0) - torch.logsumexp(2 * log_weight, 0)
     return torch.exp(doubled - math.log(len(log_weight)))

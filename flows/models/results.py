@@ -1,4 +1,4 @@
-"""What a flow answers, with what is known of the errors."""
+"""Results of a flow, with their errors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from flows.solvers import SolverStatistics
 
 @dataclass(frozen=True)
 class LogProbEstimate:
-    """log p(x) in nats, with what is known of its errors. Shapes are those of the batch."""
+    """log p(x) in nats, with its errors."""
 
     value: Tensor  # (*batch), the mean over probes
-    standard_error: Tensor  # (*batch), from the spread of the probes; 0 if exact, NaN if one probe hides it
+    standard_error: Tensor  # (*batch), from the spread of the probes; 0 if exact, NaN with a single probe
     solver_error: Tensor | None  # (*batch), |value − value of a much tighter solve|, if asked for
     nfe: int  # evaluations of the field for the value (not for its solver error)
     statistics: SolverStatistics  # of the same solve; its backward count grows with the gradient
     terms: Mapping[
         str, Tensor
     ]  # (*batch) each, "model" (the log-density in flow space) and the transform's; sum: value
-    path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of those that were asked for
+    path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of the path costs that were asked for
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ class Sample:
 
     x: Tensor  # (*batch, *event), data space
     log_prob: Tensor  # (*batch), the mean over probes
-    standard_error: Tensor  # (*batch), of log_prob from the spread of the probes; 0 if exact, NaN if one probe hides it
-    path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of those that were asked for
+    standard_error: Tensor  # (*batch), of log_prob from the spread of the probes; 0 if exact, NaN with a single probe
+    path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of the path costs that were asked for
     statistics: SolverStatistics

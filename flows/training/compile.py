@@ -1,4 +1,4 @@
-"""torch.compile for what a training step evaluates."""
+"""Compile what a training step evaluates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WAY_OUT = "Use divergence.mode=forward, a field with a closed form and divergenc
 
 @contextmanager
 def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
-    """While entered, the field and its divergence run as compiled code; afterwards as they were.
+    """Run the field and its divergence as compiled code inside the context.
 
     Path costs that take Jacobian products of their own stay as they are. The first steps take long, since they
     compile (a minute and more on a CPU).
@@ -53,7 +53,7 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
 def stages_to_compile(
     setting: bool | Literal["auto"], device: str, flow: CNF, objectives: Mapping[str, Objective]
 ) -> tuple[set[str], list[str]]:
-    """The names of the objectives to train compiled, and notices about others that `"auto"` would have.
+    """The objectives to train compiled, and notices about the others.
 
     Args:
         setting: `"auto"`: all that can be, if `device` is "cuda".
@@ -76,7 +76,9 @@ def stages_to_compile(
 
 
 def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimator | None:
-    """What the objective takes the divergence with, if it does; a function that is no `Objective` may use the flow's.
+    """The estimator that the objective uses, if it uses one.
+
+    A function that is no `Objective` is taken to use the flow's.
 
     Raises:
         ValueError: it differentiates backwards within an evaluation.
@@ -118,7 +120,7 @@ def _takes_norms_in_reverse(estimator: DivergenceEstimator) -> bool:
 
 
 class _Compiled(DivergenceEstimator):
-    """Options of which the bound estimator runs as compiled code.
+    """An estimator that runs as compiled code once bound.
 
     Args:
         estimator: the options.
