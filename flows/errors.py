@@ -28,3 +28,7 @@ class ComputationError(FlowsError, RuntimeError):
 
 class MissingPackageError(FlowsError, ImportError):
     """An optional package is not installed."""
+
+
+class DataWarning(UserWarning):
+    """Data were read, but not as their author may expect; the message names the column or the files."""

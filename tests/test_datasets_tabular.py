@@ -1,6 +1,8 @@
 """Tables of numbers: reading, splitting, streaming, and what a bad file is told."""
 
+import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from sklearn.datasets import load_breast_cancer
 
 from flows import CNF
 from flows.datasets import BreastCancer, Table, Tabular
-from flows.errors import FileError, InvalidTypeError, InvalidValueError
+from flows.datasets.diagnosis import rounding_unit
+from flows.errors import DataWarning, FileError, InvalidTypeError, InvalidValueError
 from flows.evaluation import part_batches
 from flows.fields import Linear
 from flows.transforms import Standardise
@@ -110,8 +113,8 @@ def test_headers_are_recognised(tmp_path):
     years = write(tmp_path / "years.csv", csv(VALUES, "mean,2019,2020\n"))
     assert Tabular(years).columns == ["mean", "2019", "2020"]
     numbered = write(tmp_path / "numbered.csv", csv(VALUES, "0,1,2\n"))
-    assert len(all_rows(Tabular(numbered))) == 51
-    assert len(all_rows(Tabular(numbered, header=True))) == 50
+    assert len(all_rows(Tabular(numbered))) == 50
+    assert len(all_rows(Tabular(numbered, header=False))) == 51
     flowers = write(tmp_path / "flowers.csv", "".join(f"{a},{b},rose\n" for a, b, _ in VALUES.tolist()))
     assert len(all_rows(Tabular(flowers, columns=[0, 1]))) == 50
 
@@ -215,7 +218,9 @@ def test_bad_parquet_columns(tmp_path):
     pq.write_table(pa.table({"n": pa.array([None, *range(49)]), "flag": [True, False] * 25}), path)
     with pytest.raises(ValueError, match=r"1 values in 1 of 50 rows .* nan in row 1 .* column 'n'"):
         Tabular(path)
-    assert Tabular(path, columns=["flag"]).reference().unique().tolist() == [0, 1]
+    with pytest.warns(DataWarning, match="48 of 50 rows are duplicates"):
+        flags = Tabular(path, columns=["flag"])
+    assert flags.reference().unique().tolist() == [0, 1]
 
 
 def test_bad_tables():
@@ -298,3 +303,235 @@ def test_a_flow_in_float64_is_tested_on_points_in_float64(tmp_path) -> None:
     points = torch.cat([batch.x for batch in batches])
     assert points.dtype == torch.float64
     assert len(points.unique()) == count == data.num_test
+
+
+# Names and indices
+
+
+@pytest.mark.parametrize(
+    ("header", "values", "names"),
+    [
+        ("2019,2020,2021\n", VALUES, ["2019", "2020", "2021"]),
+        ("1,2,3\n", VALUES, ["1", "2", "3"]),
+        ("0,1,2\n", np.c_[VALUES[:, :2], np.arange(50) // 7], ["0", "1", "2"]),
+    ],
+)
+def test_numbers_above_decimals_are_names(header, values, names, tmp_path):
+    path = write(tmp_path / "numbers.csv", csv(values, header))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*repeats values", DataWarning)
+        dataset = Tabular(path)
+    assert dataset.columns == names
+    np.testing.assert_array_equal(all_rows(dataset), sort(values))
+
+
+def integers(count: int = 50, columns: int = 3, high: int = 10**9) -> np.ndarray:
+    return np.random.default_rng(1).integers(high, size=(count, columns))
+
+
+def test_a_guess_about_the_first_line_is_said(tmp_path):
+    with pytest.warns(DataWarning, match="first line, 17,204,33, was taken for names; .* set header=false"):
+        assert Tabular(write(tmp_path / "ids.csv", csv(VALUES, "17,204,33\n"))).columns == ["17", "204", "33"]
+    with pytest.warns(DataWarning, match="first line, 0,1,2, was taken for names; .* set header=false"):
+        dataset = Tabular(write(tmp_path / "whole.csv", csv(integers(), "0,1,2\n")))
+    assert len(all_rows(dataset)) == 50
+    with pytest.warns(DataWarning, match="first line, 0,1, was taken for numbers; .* set header=true"):
+        dataset = Tabular(write(tmp_path / "two.csv", csv(integers(columns=2), "0,1\n")))
+    assert len(all_rows(dataset)) == 51
+    wide = np.random.default_rng(0).normal(size=(50, 5))
+    with pytest.warns(DataWarning, match=r"first line, 400\.5,401\.0,401\.5,402\.0,402\.5, was taken for names"):
+        dataset = Tabular(write(tmp_path / "spectra.csv", csv(wide, "400.5,401.0,401.5,402.0,402.5\n")))
+    assert dataset.columns[0] == "400.5"
+    whole = integers()
+    assert len(all_rows(Tabular(write(tmp_path / "plain.csv", csv(whole))))) == 50
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "Unnamed: 0.1", "__index_level_0__", "index", "level_0"])
+@pytest.mark.parametrize("header", ["a,b,c", "0,1,2"])
+def test_an_index_is_no_feature(name, header, tmp_path):
+    rows = np.c_[np.arange(50), VALUES]
+    lines = "".join(f"{int(i)},{a},{b},{c}\n" for i, a, b, c in rows.tolist())
+    path = write(tmp_path / "table.csv", f"{name},{header}\n{lines}")
+    with pytest.warns(DataWarning, match=f"column '{name}' is the index of a data frame, .* was left out"):
+        dataset = Tabular(path)
+    assert dataset.columns == header.split(",")
+    np.testing.assert_array_equal(all_rows(dataset), sort(VALUES))
+    with pytest.warns(DataWarning, match=f"column '{name}' only counts the rows"):
+        assert Tabular(path, columns=[name, 1]).event_shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["__index_level_0__", "patient"])
+def test_the_index_in_a_parquet_file_is_no_feature(name, tmp_path):
+    table = pa.table({"a": VALUES[:, 0], "b": VALUES[:, 1], name: np.arange(50)[::-1] ** 2})
+    table = table.replace_schema_metadata({"pandas": json.dumps({"index_columns": [name]})})
+    pq.write_table(table, tmp_path / "table.parquet")
+    with pytest.warns(DataWarning, match=f"column '{name}' is the index of a data frame"):
+        dataset = Tabular(tmp_path / "table.parquet")
+    assert dataset.columns == ["a", "b"]
+    assert Tabular(tmp_path / "table.parquet", columns=["a", name]).columns == ["a", name]
+
+
+def test_a_column_that_counts_rows():
+    for counter in (np.arange(50), np.linspace(0, 3, 50), np.arange(100, 50, -1)):
+        with pytest.warns(DataWarning, match="column 'time' only counts the rows, .* drop with columns="):
+            Table(np.c_[counter, VALUES], columns=["time", "a", "b", "c"])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_repeated_names(suffix, tmp_path):
+    path = tmp_path / f"table.{suffix}"
+    if suffix == "csv":
+        write(path, csv(VALUES, "a,b,a\n"))
+    else:
+        pq.write_table(pa.table([pa.array(column) for column in VALUES.T], names=["a", "b", "a"]), path)
+    with pytest.warns(DataWarning, match="names 'a' occur several times; the columns are now called 'a', 'b', 'a.1'"):
+        dataset = Tabular(path)
+    np.testing.assert_array_equal(all_rows(dataset), sort(VALUES))
+    with pytest.raises(InvalidValueError, match="has 2 columns called 'a', at positions 0, 2; choose by position"):
+        Tabular(path, columns=["a"])
+    np.testing.assert_array_equal(all_rows(Tabular(path, columns=[2, "b"])), sort(VALUES[:, [2, 1]]))
+    with pytest.raises(InvalidValueError, match="the table has several columns called 'a'"):
+        Table(VALUES, columns=["a", "b", "a"])
+
+
+# Densities without a floor
+
+NORMAL = np.random.default_rng(2).normal(size=(2000, 3))
+COUNTS = np.random.default_rng(3).poisson(3, 2000)
+RAIN = np.where(np.random.default_rng(4).random(2000) < 0.3, 0, np.exp(NORMAL[:, 1]))
+SHARES = np.random.default_rng(5).random((2000, 3))
+
+TIES = {
+    "binary": (NORMAL[:, 0] > 0, "2 distinct values in 2,000 rows"),
+    "rounded": (NORMAL[:, 0].round(1), "distinct values in 2,000 rows"),
+    "hundredths": (NORMAL[:, 0].round(2), "distinct values in 2,000 rows"),
+    "counts": (COUNTS, "distinct values"),
+    "scaled": ((NORMAL[:, 0] > 0) / 0.48 - 0.3, "2 distinct values"),
+    "rain": (RAIN, "distinct values in 2,000 rows.* model the rows with the repeated values apart"),
+    "clipped": (NORMAL[:, 0].clip(-1, 1), "distinct values in 2,000 rows"),
+}
+
+
+@pytest.mark.parametrize("kind", TIES)
+def test_ties_are_named(kind):
+    column, words = TIES[kind]
+    with pytest.warns(DataWarning, match=rf"column 'tied' \(.*{words}"):
+        Table(np.c_[NORMAL[:, 2], column], columns=["free", "tied"])
+
+
+DEPENDENT = {
+    "copy": NORMAL[:, 0],
+    "other unit": 1e6 - 2.54 * NORMAL[:, 0],
+    "sum": NORMAL[:, 0] + 0.01 * NORMAL[:, 1],
+    "six digits": (NORMAL[:, 0] - NORMAL[:, 1]).round(6),
+    "single precision": (NORMAL[:, 0] - NORMAL[:, 1]).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_dependent_columns_are_named(kind):
+    with pytest.warns(DataWarning, match="column 'c' .of 'a'.* is a linear function of other columns.* drop with"):
+        Table(np.c_[NORMAL[:, :2], DEPENDENT[kind]], columns=["a", "b", "c"])
+
+
+def test_percentages_that_sum_to_a_hundred():
+    percentages = (100 * SHARES / SHARES.sum(1, keepdims=True)).round(3)
+    with pytest.warns(DataWarning, match="column 'c' .of 'a' and 'b'. is a linear function"):
+        Table(percentages, columns=["a", "b", "c"])
+
+
+def test_duplicates_in_training_and_test_rows_are_counted():
+    rows = np.r_[NORMAL, NORMAL[:200]]
+    with pytest.warns(DataWarning, match="200 of 2,200 rows are duplicates of other rows, and") as caught:
+        dataset = Table(rows)
+    train = set(map(tuple, dataset.reference().tolist()))
+    (held_out,) = dataset.test_batches(1000)
+    known = sum(tuple(row) in train for row in held_out.x.tolist())
+    assert f"and {known} of 220 test rows" in str(caught[0].message)
+    assert known > 0
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, 1e6])
+def test_outliers_are_named(value):
+    rows = NORMAL.copy()
+    rows[122, 1] = value
+    with pytest.warns(DataWarning, match=r"outliers in column 'b' .*in row 123, .*remove these rows"):
+        Table(rows, columns=["a", "b", "c"])
+
+
+def test_honest_tables_are_silent():
+    """Warnings are errors here."""
+    random = np.random.default_rng(0)
+    Table(NORMAL)
+    Table(NORMAL.astype(np.float32))
+    Table(random.standard_cauchy((5000, 2)))
+    Table(np.exp(3 * NORMAL))
+    Table(1e6 + NORMAL)
+    Table(np.c_[NORMAL, NORMAL[:, 0] * NORMAL[:, 1], NORMAL[:, 0] + 1e-3 * random.normal(size=2000)])
+    Table(random.normal(size=(30, 40)))  # fewer rows than columns
+    BreastCancer()
+
+
+@pytest.mark.parametrize(
+    ("values", "unit"),
+    [
+        ([0, 1], 1),
+        ([0.1, 0.3, 0.8], 0.1),
+        ([5, 10, 25], 5),
+        ([-0.98, 1.02], 2),
+        ([0, 0.25, 0.75], 0.25),
+        ([1e9, 1e9 + 2, 1e9 + 6], 2),
+        (np.float32([0.1, 0.2, 0.3, 1.7]).tolist(), 0.1),
+        ([0.1, 0.1 + 1 / 3, 0.1 + 1], 1 / 3),
+        ([0, 1, 2**0.5], None),
+        ([4.0], None),
+    ],
+)
+def test_rounding_unit(values, unit):
+    assert rounding_unit(np.array(values, dtype=np.float64)) == (None if unit is None else pytest.approx(unit))
+
+
+def test_dequantised_columns(tmp_path, caplog):
+    binary = (NORMAL[:, 0] > 0).astype(float)
+    path = tmp_path / "table.npy"
+    np.save(path, np.c_[NORMAL[:, 1], binary, COUNTS])
+    dataset = Tabular(path, dequantise_columns="auto")
+    assert dataset.units.tolist() == [0, 1, 1]
+    assert "uniform noise of one rounding unit is added to '1' (1), '2' (1)" in caplog.text
+    stream = dataset.train_stream(1600, rng())
+    first, second = stream.next().x, stream.next().x
+    noise = []
+    for x in (first, second, dataset.reference(), *(batch.x for batch in dataset.test_batches(1000))):
+        assert {0.0, 1.0} == set(x[:, 1].round().tolist())
+        noise.append(x[:, 1:] - x[:, 1:].round())
+        assert len(x[:, 1:].unique()) == x[:, 1:].numel()
+        assert set(x[:, 0].tolist()) <= set(NORMAL[:, 1].tolist())
+    assert not set(first[:, 1].tolist()) & set(second[:, 1].tolist())  # drawn anew
+    flat = torch.cat(noise).flatten().sort().values  # uniform on [-1/2, 1/2]: Kolmogorov and Smirnov's distance
+    steps = torch.arange(len(flat)) / len(flat)
+    assert (flat + 0.5 - steps).abs().max() < 1.95 / len(flat) ** 0.5
+    again = Tabular(path, dequantise_columns=[1, "2"])
+    for part in ("validation", "test"):
+        assert torch.equal(again.held_out(part).x, dataset.held_out(part).x)
+    assert torch.equal(again.reference(), dataset.reference())
+    with pytest.raises(InvalidValueError, match=r"column '0' has no rounding unit: .* leave it out"):
+        Tabular(path, dequantise_columns=[0])
+    with pytest.raises(InvalidTypeError, match="columns must be a list"):
+        Tabular(path, dequantise_columns="all")
+
+
+def test_noise_resumes_bit_for_bit():
+    values = np.c_[NORMAL[:, 1], COUNTS]
+    stream = Table(values, dequantise_columns="auto").train_stream(64, rng(1))
+    stream.next()
+    state = stream.state_dict()
+    expected = [stream.next().x for _ in range(40)]
+    resumed = Table(values, dequantise_columns="auto").train_stream(64, rng(2))
+    resumed.load_state_dict(state)
+    assert all(torch.equal(resumed.next().x, x) for x in expected)
+
+
+def test_single_repeated_values_cannot_be_dequantised():
+    with pytest.warns(DataWarning, match="column '1' .* model the rows with the repeated values apart"):
+        dataset = Table(np.c_[NORMAL[:, 0], RAIN], dequantise_columns="auto")
+    assert not dataset.units.any()

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 
 from flows.checks import existing_path
-from flows.errors import FileError, InvalidTypeError, InvalidValueError, MissingPackageError
+from flows.errors import DataWarning, FileError, InvalidTypeError, InvalidValueError, MissingPackageError
 
 Columns = Sequence[str | int] | None  # by name or position; None: all
 
 MISSING_WORDS = {"", "?", "na", "n/a", "nan", "null", "none"}  # in lower case
+INDEX_NAME = re.compile(r"|unnamed: \d+(\.\d+|_level_\d+)*|__index_level_\d+__|level_\d+|index", re.IGNORECASE)
+HEADER_SAMPLE = 1000  # rows below the first line that are read to tell whether it holds names
+MIN_ROWS_TO_ASK = 10  # shorter files get no warning about a first line that may hold names
+YEARS = range(1800, 2201)
 
 
 def read_table(
@@ -62,28 +69,32 @@ def read_csv(
         path: the file.
         columns: see `read_table`.
         delimiter: a single character.
-        header: whether the first line holds names. Default: find out; it does if one of its fields is text and the
-            field below is a number.
+        header: whether the first line holds names. Default: find out. It does if one of its fields is text and the
+            field below is a number, or if its fields are numbers that can only be names: positions, years, or whole
+            numbers above decimals.
+
+    An index that pandas wrote is left out, unless `columns` asks for it.
     """
     if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '\r\n"':
         raise InvalidValueError(f"delimiter must be a single character, such as ',' or ';', got {delimiter!r}")
     if header not in (None, True, False):
         raise InvalidTypeError(f"header must be true, false or null, got {header!r}")
-    top = list(islice(_csv_rows(path, delimiter), 2))
+    top = list(islice(_csv_rows(path, delimiter), HEADER_SAMPLE))
     if not top:
         raise InvalidValueError(f"{path} is empty; expected one row of numbers a line")
     if len(top[0]) == 1 and any(mark in top[0][0] for mark in ",;\t"):
         mark = next(mark for mark in ",;\t" if mark in top[0][0])
         raise InvalidValueError(f"{path} has no {delimiter!r} in its first line but {mark!r}; set delimiter={mark!r}")
     if header is None:
-        header = _is_header(*top) if len(top) == 2 else any(_is_text(field) for field in top[0])
+        header = _is_header(top[0], top[1:], path)
     names = [field.strip() for field in top[0]] if header else [str(i) for i in range(len(top[0]))]
     if len(top) == 1 and header:
         raise InvalidValueError(f"{path} has a line of names and no row of numbers below it")
-    chosen = choose_columns(columns, names, path)
+    chosen = _chosen(columns, names, _leading_index(names, top[1:] if header else top), path)
+    every = len(chosen) == len(names)
     rows = islice(_csv_rows(path, delimiter), int(header), None)
     # With a selection of columns, loadtxt would not notice a row with a field too many.
-    shifted = columns is not None and _bad_width(rows, len(names))
+    shifted = not every and _bad_width(rows, len(names))
     if shifted:
         raise InvalidValueError(f"cannot read {path}: {shifted}")
     try:
@@ -92,7 +103,7 @@ def read_csv(
             values = np.loadtxt(
                 islice(lines, int(header), None),
                 delimiter=delimiter,
-                usecols=None if columns is None else chosen,
+                usecols=None if every and columns is None else chosen,
                 ndmin=2,
                 comments=None,
                 quotechar='"',
@@ -105,7 +116,7 @@ def read_csv(
         raise InvalidValueError(
             f"{path} has {len(names)} names in its first line, but rows of {values.shape[1]} fields"
         )
-    return values, [names[i] for i in chosen]
+    return values, _distinct([names[i] for i in chosen], path)
 
 
 def read_npy(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]]:
@@ -136,23 +147,28 @@ def read_parquet(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[
     except ImportError as error:
         raise MissingPackageError(f"reading {path} needs pyarrow: pip install pyarrow, or convert to .csv") from error
     try:
-        schema = pq.read_schema(path)
-        chosen = choose_columns(columns, schema.names, path)
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        unique = len(set(schema.names)) == len(schema.names)
+        chosen = _chosen(columns, schema.names, _parquet_index(schema.names, schema.metadata), path)
         names = [schema.names[i] for i in chosen]
-        table = pq.read_table(path, columns=names)
+        # pyarrow selects by name, which does not tell repeated names apart.
+        table = file.read(columns=names).select(names) if unique else file.read().select(chosen)
     except (pa.ArrowException, OSError) as error:
         raise FileError(f"{path} is not a whole Parquet file ({error})") from error
-    for name in names:
-        kind = table.schema.field(name).type
+    arrays = []
+    for name, column in zip(names, table.columns, strict=True):
+        kind = column.type
         numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
         if not numeric and not pa.types.is_decimal(kind):
-            first = table[name][0].as_py() if len(table) else None
+            first = column[0].as_py() if len(table) else None
             raise InvalidValueError(
                 f"{path}: column {name!r} is {kind}, not numbers (row 1 is {first!r}); encode it, or leave it out with "
                 "columns=[...]"
             )
-    arrays = [table[name].cast(pa.float64(), safe=False).to_numpy() for name in names]
-    return np.stack(arrays, 1) if len(table) else np.empty((0, len(names))), names
+        arrays.append(column.cast(pa.float64(), safe=False).to_numpy())
+    values = np.stack(arrays, 1) if len(table) else np.empty((0, len(names)))
+    return values, _distinct(names, path)
 
 
 READERS: dict[str, Callable[..., tuple[np.ndarray, list[str]]]] = {
@@ -167,7 +183,7 @@ def choose_columns(columns: Columns, names: Sequence[str], source: str | Path) -
 
     Raises:
         InvalidTypeError: `columns` is no list.
-        InvalidValueError: a column is unknown or repeated.
+        InvalidValueError: a column is unknown or repeated, or several have that name.
     """
     if columns is None:
         return list(range(len(names)))
@@ -177,6 +193,12 @@ def choose_columns(columns: Columns, names: Sequence[str], source: str | Path) -
         raise InvalidTypeError(f"columns must be a list of names or positions, got {columns!r}")
     chosen = []
     for column in columns:
+        if isinstance(column, str) and list(names).count(column) > 1:
+            places = [i for i, name in enumerate(names) if name == column]
+            raise InvalidValueError(
+                f"{source} has {len(places)} columns called {column!r}, at positions {', '.join(map(str, places))}; "
+                f"choose by position, such as columns=[{places[0]}]"
+            )
         if isinstance(column, str) and column in names:
             chosen.append(list(names).index(column))
         elif isinstance(column, int) and not isinstance(column, bool) and -len(names) <= column < len(names):
@@ -218,8 +240,126 @@ def _bad_value(rows: Iterable[list[str]], names: Sequence[str], chosen: Sequence
     return None
 
 
-def _is_header(first: Sequence[str], second: Sequence[str]) -> bool:
-    return any(_is_text(a) and _is_number(b) for a, b in zip(first, second, strict=False))
+def _chosen(columns: Columns, names: Sequence[str], index: Sequence[int], source: Path) -> list[int]:
+    """Return the positions to read: by default all but the index."""
+    chosen = choose_columns(columns, names, source)
+    if columns is not None or not index or len(index) == len(names):
+        return chosen
+    left_out = ", ".join(repr(names[i]) for i in index)
+    warnings.warn(
+        f"{source}: column {left_out} is the index of a data frame, not a feature, and was left out; to take it, name "
+        "it in columns=[...]",
+        DataWarning,
+        stacklevel=5,
+    )
+    return [i for i in chosen if i not in index]
+
+
+def _leading_index(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Return the first columns that have the name of an index; "index" and "level_0" must also count rows."""
+    found = []
+    for i, name in enumerate(names):
+        if not INDEX_NAME.fullmatch(name.strip()):
+            break
+        if name.lower().startswith(("index", "level")) and not _counts([row[i] for row in rows if i < len(row)]):
+            break
+        found.append(i)
+    return found
+
+
+def _counts(fields: Sequence[str]) -> bool:
+    numbers = [int(field) if field.strip().isdigit() else -1 for field in fields]
+    return len(numbers) > 1 and all(b - a == 1 for a, b in pairwise(numbers))
+
+
+def _parquet_index(names: Sequence[str], metadata: dict[bytes, bytes] | None) -> list[int]:
+    """Return the positions of what pandas stored as the index."""
+    try:
+        stored = json.loads((metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
+    except (ValueError, AttributeError):
+        stored = []
+    named = {name for name in stored if isinstance(name, str)}
+    return [
+        i
+        for i, name in enumerate(names)
+        if name in named or (INDEX_NAME.fullmatch(name) and not name.lower().startswith(("index", "level")))
+    ]
+
+
+def _distinct(names: Sequence[str], source: Path) -> list[str]:
+    """Number repeated names: a, a.1, a.2."""
+    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    if not repeated:
+        return list(names)
+    new: list[str] = []
+    for i, name in enumerate(names):
+        before = list(names[:i]).count(name)
+        candidate = f"{name}.{before}" if before else name
+        while before and (candidate in names or candidate in new):
+            before += 1
+            candidate = f"{name}.{before}"
+        new.append(candidate)
+    warnings.warn(
+        f"{source}: the names {', '.join(map(repr, repeated))} occur several times; the columns are now called "
+        f"{', '.join(map(repr, new))}",
+        DataWarning,
+        stacklevel=4,
+    )
+    return new
+
+
+def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> bool:
+    """Tell whether the first line holds names; warn where only a guess is possible."""
+    if not rows:
+        return any(_is_text(field) for field in first)
+    if any(_is_text(a) and _is_number(b) for a, b in zip(first, rows[0], strict=False)):
+        return True
+    index = len(list(_index_names(first)))  # names of an index come before numbers
+    numbers = [field.strip() for field in first[index:]]
+    if not numbers or not all(map(_is_number, numbers)) or len({float(field) for field in numbers}) < len(numbers):
+        return False
+    columns = [[row[i] for row in rows if i < len(row)] for i in range(index, len(first))]
+    if not all(field.lstrip("+-").isdigit() for field in numbers):
+        steps = np.diff([float(field) for field in numbers])
+        even = len(numbers) >= 5 and steps[0] > 0 and bool(np.allclose(steps, steps[0], rtol=1e-6))
+        return _guessed(even, first, path) if even else False
+    whole = [int(field) for field in numbers]
+    consecutive = all(b - a == 1 for a, b in pairwise(whole))
+    position = consecutive and whole[0] in (0, 1)
+    years = consecutive and all(year in YEARS for year in whole)
+    if index and (position or years or len(rows) > 1):
+        return True
+    if len(rows) > 1 and any(column and all(map(_is_decimal, column)) for column in columns):
+        return True if position or years else _guessed(True, first, path)
+    inside = any(_is_number(field) and float(field) in YEARS for column in columns for field in column)
+    if (position and len(whole) > 2) or (years and len(whole) > 1 and not inside):
+        return _guessed(True, first, path)
+    if len(whole) > 1 and consecutive and len(rows) >= MIN_ROWS_TO_ASK:
+        _guessed(False, first, path)
+    return False
+
+
+def _index_names(fields: Sequence[str]) -> Iterator[str]:
+    for field in fields:
+        if not INDEX_NAME.fullmatch(field.strip()):
+            return
+        yield field
+
+
+def _guessed(header: bool, first: Sequence[str], path: Path) -> bool:
+    taken, other = ("names", "numbers") if header else ("numbers", "names")
+    line = ",".join(first[:5]) + (",..." if len(first) > 5 else "")
+    warnings.warn(
+        f"{path}: the first line, {line}, was taken for {taken}; if it holds {other}, set "
+        f"header={str(not header).lower()}",
+        DataWarning,
+        stacklevel=6,
+    )
+    return header
+
+
+def _is_decimal(field: str) -> bool:
+    return _is_number(field) and not field.strip().lstrip("+-").isdigit()
 
 
 def _is_text(field: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +15,19 @@ from torch import Tensor
 
 from flows.datasets.base import Dataset
 from flows.datasets.batches import Batch, EpochStream, convert
+from flows.datasets.diagnosis import find_ties, rounding_unit, warnings_about
 from flows.datasets.readers import choose_columns, read_table
 from flows.datasets.splits import random_split
-from flows.errors import InvalidTypeError, InvalidValueError
+from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
+
+LOGGER = logging.getLogger("flows")
+
+# Seeds of the noise of `dequantise_columns`, large, so that nobody uses them for training.
+NOISE_SEEDS = {
+    "train": 0x5EED_0004_4EF4_ECE5,
+    "validation": 0x5EED_0005_7A11_DA7E,
+    "test": 0x5EED_0006_07E5_7AB1,
+}
 
 
 class Table(Dataset):
@@ -24,21 +36,33 @@ class Table(Dataset):
     Nothing is scaled here. A flow's own transform does that, fitted to `reference()`, so that its `log_prob` has the
     units of the data.
 
+    Where values repeat, a density can grow without limit: likelihoods then have no meaning. A `DataWarning` names
+    columns with ties, columns that are linear functions of others, outliers, row counters, and duplicated rows.
+
+    `dequantise_columns` cures ties. It adds δ(u − ½) to each value, with the rounding unit δ of its column and
+    u ~ U(0, 1): anew for every training batch, once for validation and test rows. The density p is then that of the
+    noisy columns, and E log p(x + δ(u − ½)) + log δ <= log P(x) for the probability P of a rounded value.
+
     Args:
         values: finite numbers (rows, columns): a tensor, an array, a data frame or nested lists.
-        columns: names of the columns. Default: "0", "1", ...
+        columns: names of the columns. Default: those of a data frame, otherwise "0", "1", ...
         name: name of the runs.
         validation_fraction, test_fraction: fractions of the rows, rounded to whole rows.
         split_seed: seed of the random split.
         source: what messages call the table.
+        dequantise_columns: columns to add noise to, by name or position; "auto" for all that repeat rounded values.
+            Default: none.
+        quiet: leave out the warnings about values.
 
     Attributes:
+        units: rounding unit of each column that noise is added to, otherwise 0.
         split: the row indices of "train", "validation" and "test".
 
     Raises:
         InvalidTypeError: a value is no number.
         InvalidValueError: the values are no table, a value is NaN or infinite, a column is constant in the training
-            rows, or a split would be empty. The message names the row and the column.
+            rows, a split would be empty, names repeat, or a column to dequantise has no rounding unit. The message
+            names the row and the column.
 
     Example:
         ```python
@@ -63,12 +87,19 @@ class Table(Dataset):
         test_fraction: float = 0.1,
         split_seed: int = 0,
         source: str = "the table",
+        dequantise_columns: Literal["auto"] | Sequence[str | int] | None = None,
+        quiet: bool = False,
     ):
         table = _as_table(values, source)
         self.name = name
-        self.columns = [str(i) for i in range(table.shape[1])] if columns is None else list(columns)
+        if columns is None:
+            columns = [str(name) for name in getattr(values, "columns", range(table.shape[1]))]
+        self.columns = list(columns)
         if len(self.columns) != table.shape[1]:
             raise InvalidValueError(f"{source} has {table.shape[1]} columns, but columns has {len(self.columns)} names")
+        repeated = sorted({name for name in self.columns if self.columns.count(name) > 1})
+        if repeated:
+            raise InvalidValueError(f"{source} has several columns called {repeated[0]!r}; give each its own name")
         _check_finite(table, self.columns, source)
         self.event_shape = (table.shape[1],)
         fractions = {"test": test_fraction, "validation": validation_fraction}
@@ -76,6 +107,13 @@ class Table(Dataset):
         self.num_validation, self.num_test = len(self.split["validation"]), len(self.split["test"])
         self._parts = {split: table[rows] for split, rows in self.split.items()}
         _check_varies(self._parts["train"], self.columns, source)
+        self.units = _units(table, self.columns, dequantise_columns, source)
+        if not quiet:
+            rows = {split: indices.numpy() for split, indices in self.split.items()}
+            for message in warnings_about(table.numpy(), rows, self.columns, (self.units == 0).tolist(), source):
+                warnings.warn(message, DataWarning, stacklevel=2)
+        for split in ("validation", "test"):
+            self._parts[split] = self._with_noise(split)
 
     def train_stream(
         self,
@@ -85,14 +123,18 @@ class Table(Dataset):
         dtype: torch.dtype | None = None,
     ) -> TableStream:
         """Return an endless stream of training rows, reshuffled at each pass."""
-        return TableStream(self.name, self._parts["train"], batch_size, generator, device, dtype)
+        return TableStream(self.name, self._parts["train"], self.units, batch_size, generator, device, dtype)
 
     def held_out(self, split: Literal["validation", "test"]) -> Batch:
         return Batch(self._parts[split])
 
     def reference(self) -> Tensor:
-        """Return all training rows (n, columns) in torch's default dtype."""
-        return convert(self._parts["train"], None, None, self.name)
+        """Return all training rows (n, columns) in torch's default dtype, with noise where it is added."""
+        return convert(self._with_noise("train"), None, None, self.name)
+
+    def _with_noise(self, split: str) -> Tensor:
+        generator = torch.Generator().manual_seed(NOISE_SEEDS[split])
+        return _dequantised(self._parts[split], self.units, generator)
 
 
 class Tabular(Table):
@@ -107,6 +149,7 @@ class Tabular(Table):
         validation_fraction, test_fraction, split_seed: see `Table`.
         delimiter: separator of the values in a .csv file.
         header: whether the first line of a .csv file holds names. Default: find out.
+        dequantise_columns: see `Table`.
 
     Raises:
         FileError: the file does not exist or cannot be read.
@@ -123,9 +166,11 @@ class Tabular(Table):
         split_seed: int = 0,
         delimiter: str = ",",
         header: bool | None = None,
+        dequantise_columns: Literal["auto"] | Sequence[str | int] | None = None,
     ):
         values, names = read_table(path, columns, delimiter=delimiter, header=header)
-        super().__init__(values, names, name, validation_fraction, test_fraction, split_seed, str(path))
+        fractions = (validation_fraction, test_fraction, split_seed)
+        super().__init__(values, names, name, *fractions, str(path), dequantise_columns)
         self.path = Path(path)
 
 
@@ -134,6 +179,8 @@ class BreastCancer(Table):
 
     Part of scikit-learn; the diagnosis is left out. [Street, Wolberg & Mangasarian 1993, Nuclear feature extraction for
     breast tumor diagnosis, UCI Breast Cancer Wisconsin (Diagnostic)]
+
+    The values are rounded and some repeat, so likelihoods here compare models but are no entropies.
 
     Args:
         columns: features to take, by name or position, in this order. Default: all 30.
@@ -160,26 +207,65 @@ class BreastCancer(Table):
             test_fraction=test_fraction,
             split_seed=split_seed,
             source="breast_cancer",
+            quiet=True,  # the docstring says it
         )
 
 
 class TableStream(EpochStream):
-    """Batches of rows without replacement."""
+    """Batches of rows without replacement, with new noise in each batch where columns are dequantised."""
 
     def __init__(
         self,
         dataset: str,
         rows: Tensor,  # (n, columns)
+        units: Tensor,  # (columns,), 0 for no noise
         batch_size: int,
         generator: torch.Generator,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(dataset, len(rows), batch_size, generator, device, dtype)
-        self._rows = convert(rows, self.device, self.dtype, dataset)
+        self._units = units
+        self._noisy = bool(units.any())
+        self._rows = rows if self._noisy else convert(rows, self.device, self.dtype, dataset)
 
     def next(self) -> Batch:
-        return Batch(self._rows[self.draw().to(self.device)])
+        chosen = self.draw()
+        if self._noisy:
+            x = _dequantised(self._rows[chosen], self._units, self.generator)
+            return Batch(convert(x, self.device, self.dtype, self.dataset))
+        return Batch(self._rows[chosen.to(self.device)])
+
+
+def _dequantised(rows: Tensor, units: Tensor, generator: torch.Generator) -> Tensor:
+    """Add uniform noise of one rounding unit, centred at 0."""
+    if not units.any():
+        return rows
+    return rows + units * (torch.rand(rows.shape, generator=generator, dtype=rows.dtype) - 0.5)
+
+
+def _units(
+    table: Tensor, columns: Sequence[str], chosen: Literal["auto"] | Sequence[str | int] | None, source: str
+) -> Tensor:  # (columns,)
+    """Return the rounding unit of the columns to dequantise, and 0 for all others."""
+    units = torch.zeros(len(columns), dtype=torch.float64)
+    if chosen is None:
+        return units
+    if chosen == "auto":
+        found = {ties.column: ties.unit for ties in find_ties(table.numpy()) if ties.unit is not None}
+    else:
+        found = {i: rounding_unit(np.unique(table[:, i].numpy())) for i in choose_columns(chosen, columns, source)}
+    for column, unit in found.items():
+        if unit is None:
+            raise InvalidValueError(
+                f"{source}: column {columns[column]!r} has no rounding unit: its values are no multiples of one step; "
+                "leave it out of dequantise_columns"
+            )
+        units[column] = unit
+    if found:
+        named = ", ".join(f"{columns[column]!r} ({unit:g})" for column, unit in sorted(found.items()))
+        LOGGER.warning("%s: uniform noise of one rounding unit is added to %s", source, named)
+    return units
 
 
 def _as_table(values: ArrayLike | Tensor, source: str) -> Tensor:
