@@ -491,7 +491,7 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
     ("settings", "message"),
     [
         ({"stages": {}}, "must hold at least one Stage"),
-        ({"seed": -1}, "seed must be a whole number from 0 to .*, got -1"),
+        ({"seed": -1}, "seed must be a whole number >= 0 .*, got -1"),
         ({"gradient_clip": 0}, "gradient_clip must be .* > 0, got 0; None sets no limit"),
         ({"log_every": -5}, "log_every must be a whole number >= 0, got -5; 0: only at the end"),
         ({"ema_decay": 1.5}, "ema_decay must be .* < 1, got 1.5"),
@@ -539,7 +539,7 @@ def test_fabric_comes_from_either_package(monkeypatch):
     substitute.Fabric = object()
     monkeypatch.setitem(sys.modules, "lightning", types.ModuleType("lightning"))
     monkeypatch.setitem(sys.modules, "lightning.fabric", substitute)
-    for part, name in (("accelerators", "Accelerator"), ("strategies", "Strategy")):
+    for part, name in (("accelerators.accelerator", "Accelerator"), ("strategies.strategy", "Strategy")):
         module_of_part = types.ModuleType(f"lightning.fabric.{part}")
         setattr(module_of_part, name, object())
         monkeypatch.setitem(sys.modules, module_of_part.__name__, module_of_part)

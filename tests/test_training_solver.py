@@ -305,7 +305,7 @@ def test_a_run_that_is_stiff_from_its_first_solve_is_told_so():
 
 
 def test_an_explosion_is_drawn_and_one_in_validation_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "figures", lambda *arguments: {})
+    monkeypatch.setattr(plots, "figures", lambda *arguments, **settings: {})
     memory = Memory()
     stage = {"only": Stage(Exploding([60] * 6 + [900] * 6), steps=12, batch_size=16, learning_rate=1e-3)}
     told = iter([100, 110, 900, 120])
@@ -322,7 +322,7 @@ def test_an_explosion_is_drawn_and_one_in_validation_told(tmp_path, monkeypatch)
 
 
 def test_flow_matching_has_the_solves_of_validation_to_look_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "figures", lambda *arguments: {})
+    monkeypatch.setattr(plots, "figures", lambda *arguments, **settings: {})
     dataset, memory = small_gaussian(), Memory()
     flow = small_flow(dataset)
     flow.solver = ADAPTIVE
@@ -345,7 +345,7 @@ def test_a_test_that_fails_leaves_the_rest_of_the_run(tmp_path, monkeypatch, err
             raise error
         return likelihood(*arguments, **settings)
 
-    monkeypatch.setattr(plots, "figures", lambda *arguments: {})
+    monkeypatch.setattr(plots, "figures", lambda *arguments, **settings: {})
     monkeypatch.setattr(density, "likelihood", fails_in_test)
     with pytest.raises(type(error), match=r"its test stopped: no end in sight\. The weights are in .*checkpoints") as e:
         small_trainer(tmp_path, plot_every=0, on_solver_error="skip").fit()
@@ -364,7 +364,7 @@ def test_few_evaluations_are_no_reason_to_worry():
 
 
 def test_what_solves_tell_is_in_tensorboard(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "figures", lambda *arguments: {})
+    monkeypatch.setattr(plots, "figures", lambda *arguments, **settings: {})
     dataset = small_gaussian()
     flow = small_flow(dataset, Hutchinson(num_probes=2))
     flow.solver = ADAPTIVE

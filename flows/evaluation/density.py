@@ -137,7 +137,7 @@ class DensityEvaluator(FlowEvaluator):
             )
 
     def outliers(self, flow: CNF, data: Likelihood, outliers: Dataset | None = None) -> OutlierScores:
-        """Tell the part that `test` looks at from outliers, see `outlier_scores`; `data` is its likelihood."""
+        """Score outliers against the part that `test` looks at, whose likelihood is `data`; see `outlier_scores`."""
         with self.evaluating(flow):
             generator = self.generator(flow, "outliers")
             return outlier_scores(
@@ -177,9 +177,9 @@ def as_flow(model: nn.Module) -> CNF:
 
 
 def with_standard_error(estimator: DivergenceEstimator, flow: CNF) -> DivergenceEstimator:
-    """Return the estimator with the fewest probes, two or more, that show its standard error.
+    """Return the estimator with at least two probes, so that it has a standard error.
 
-    It is returned as it is if no number of probes does, as for a kind with a single estimate.
+    A kind that always makes a single estimate is returned as it is.
     """
     field = flow.bind()
     given = estimator.bind(field)

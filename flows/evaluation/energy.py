@@ -142,7 +142,10 @@ class EnergyEvaluator(FlowEvaluator):
             )
 
     def importance_weights(self, flow: CNF, part: str | None = None) -> ImportanceWeights:
-        """Weigh as many samples as a part asks for; None: the part that `test` looks at."""
+        """Compute importance weights of samples of the flow, as many as a part asks for.
+
+        None stands for the part that `test` looks at.
+        """
         energy, tests = _as_energy(self.dataset), part is None
         part = self.part if part is None else part
         size = energy.num_test if part == "test" else energy.num_validation

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from flows.checks import whole_number
 from flows.datasets import Dataset, Energy
-from flows.errors import InvalidTypeError, InvalidValueError
+from flows.errors import InvalidTypeError
 from flows.models.cnf import CNF
 from flows.solvers import SolverStatistics
 
@@ -25,7 +26,7 @@ MAX_SEED = 2**63 - 1  # the largest that torch takes
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good the weights are in the middle of training."""
+    """A score during training."""
 
     score: float  # lower is better; the checkpoint `best.pt` has the lowest
     metrics: Mapping[str, float]  # to log; a name with a slash keeps its own group in TensorBoard
@@ -65,7 +66,7 @@ class Evaluator(ABC):
         """Measure the trained model, with standard errors."""
 
     def pictures(self, model: nn.Module) -> Mapping[str, Figure]:
-        """Draw the model; the names become those of the files. By default nothing."""
+        """Draw the model; keys are file names. By default nothing."""
         del model
         return {}
 
@@ -95,8 +96,7 @@ def default_evaluator(
 
 def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> torch.Generator:
     """Seed `generator` independently of any other seed, purpose and key."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise InvalidValueError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
+    whole_number("seed", seed, 0, MAX_SEED)
     words = np.random.SeedSequence([seed, *purpose.encode(), *key]).generate_state(2)
     return generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 

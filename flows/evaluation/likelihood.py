@@ -222,7 +222,8 @@ def _evaluate(
 ) -> PointLikelihoods:
     draws = [flow.estimate_log_prob(x, context, generator, check and k == 0) for k in range(num_draws)]
     terms = {name: torch.stack([draw.terms[name] for draw in draws]).double().cpu() for name in draws[0].terms}
-    values = sum(terms.values())  # (K, B)
+    values = torch.stack(list(terms.values())).sum(0)  # (K, B)
+    solver_error = draws[0].solver_error
     spread = torch.stack([draw.standard_error for draw in draws]).double().cpu().square()
     if check and spread.isnan().all():
         spread = _variance_of_one_probe(flow, x, context, generator).double().cpu().expand_as(values)
@@ -240,7 +241,7 @@ def _evaluate(
         probe_variance=(weight.square() * spread).sum(0),
         probe_bias=bias,
         draw_variance=draw_variance,
-        solver_error=draws[0].solver_error.double().cpu() if check else None,
+        solver_error=None if solver_error is None else solver_error.double().cpu(),
         nfe=sum(draw.nfe for draw in draws) / num_draws,
         statistics=draws[0].statistics,
     )
@@ -251,9 +252,10 @@ def _variance_of_one_probe(
 ) -> Tensor:  # (B,)
     """Return half the squared difference of two log-densities of the same points under different probes."""
     y, _ = flow.transform(x, generator)
-    first, second = (flow.transport(y, (1.0, 0.0), context, generator) for _ in range(2))
-    # the points arrive at the same place: only the changes differ
-    return (first.log_density_change - second.log_density_change).square() / 2
+    first, second = (flow.transport(y, (1.0, 0.0), context, generator).log_density_change for _ in range(2))
+    assert first is not None  # since the transport took the divergence
+    assert second is not None
+    return (first - second).square() / 2  # the points arrive at the same place: only the changes differ
 
 
 def _mean_of_known(values: list[Tensor]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
@@ -27,29 +28,29 @@ def check_contexts(flow: CNF, dataset: Dataset) -> None:
 
     A field of the user's own that states no `context_shape` passes if its `forward` has a third argument.
     """
-    field, name, shape = flow.field, type(flow.field).__name__, dataset.context_shape
+    field, shape = flow.field, dataset.context_shape
+    name, has = type(field).__name__, f"the data {dataset.name!r} has contexts of shape {shape}"
     if not hasattr(field, "context_shape"):
         parameters = inspect.signature(field.forward).parameters.values()
         takes_one = len(parameters) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
         if shape is not None and not takes_one:
             raise InvalidValueError(
-                f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} takes none: its "
-                f"forward needs a third argument, forward(t, x, context)"
+                f"{has}, and the field {name} takes none: its forward needs a third argument, forward(t, x, context)"
             )
-    elif shape is not None and field.context_shape is None:
+        return
+    stated: Any = field.context_shape
+    if stated is None and shape is not None:
         raise InvalidValueError(
-            f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} is unconditional; choose "
-            f"a field that takes a context_shape, such as MLP"
+            f"{has}, and the field {name} is unconditional; choose a field that takes a context_shape, such as MLP"
         )
-    elif shape is None and field.context_shape is not None:
+    if stated is None:
+        return
+    if shape is None:
         raise InvalidValueError(
-            f"the field {name} needs contexts of shape {field.context_shape}, and the data {dataset.name!r} has none"
+            f"the field {name} needs contexts of shape {stated}, and the data {dataset.name!r} has none"
         )
-    elif shape is not None and tuple(field.context_shape) != tuple(shape):
-        raise InvalidValueError(
-            f"the data {dataset.name!r} has contexts of shape {shape}, and the field {name} was built for contexts of "
-            f"shape {tuple(field.context_shape)}"
-        )
+    if tuple(stated) != tuple(shape):
+        raise InvalidValueError(f"{has}, and the field {name} was built for contexts of shape {tuple(stated)}")
 
 
 def check_levels(transform: Transform, dataset: Dataset) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.divergence import Analytic, DivergenceEstimator, FieldSample
-from flows.errors import InvalidValueError
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.objectives import Objective
 from flows.objectives.base import active_costs
@@ -22,7 +22,7 @@ WAY_OUT = "Use divergence.mode=forward, a field with a closed form and divergenc
 
 
 @contextmanager
-def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
+def compiled(flow: nn.Module, objective: Any) -> Iterator[None]:
     """Run the field and its divergence as compiled code inside the context.
 
     Path costs that take Jacobian products of their own stay as they are. The first steps take long, since they
@@ -31,6 +31,7 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
     Raises:
         ValueError: training would differentiate twice, which compiled code cannot.
     """
+    assert isinstance(flow, CNF)  # `stages_to_compile` chooses no stage of another model
     own, call = flow.divergence, flow.field._compiled_call_impl  # what nn.Module.compile sets
     estimator = compilable_divergence(flow, objective)
     if estimator is not None:
@@ -51,7 +52,7 @@ def compiled(flow: CNF, objective: Objective) -> Iterator[None]:
 
 
 def stages_to_compile(
-    setting: bool | Literal["auto"], device: str, flow: CNF, objectives: Mapping[str, Objective]
+    setting: bool | Literal["auto"], device: str, flow: nn.Module, objectives: Mapping[str, Any]
 ) -> tuple[set[str], list[str]]:
     """The objectives to train compiled, and notices about the others.
 
@@ -63,6 +64,13 @@ def stages_to_compile(
     """
     if not setting or (setting == "auto" and device != "cuda"):
         return set(), []
+    if not isinstance(flow, CNF):
+        if setting == "auto":
+            return set(), []
+        raise InvalidTypeError(
+            f"hardware.compile=true is for flows.CNF, got {type(flow).__name__}; compile the model yourself by "
+            "model.compile(), and leave hardware.compile=false"
+        )
     chosen, notices = set(), []
     for name, objective in objectives.items():
         try:
@@ -75,7 +83,7 @@ def stages_to_compile(
     return chosen, notices
 
 
-def compilable_divergence(flow: CNF, objective: Objective) -> DivergenceEstimator | None:
+def compilable_divergence(flow: CNF, objective: Any) -> DivergenceEstimator | None:
     """The estimator that the objective uses, if it uses one.
 
     A function that is no `Objective` is taken to use the flow's.

@@ -18,12 +18,12 @@ from flows.errors import ComputationError, InvalidValueError
 
 try:
     from lightning_fabric import Fabric
-    from lightning_fabric.accelerators import Accelerator
-    from lightning_fabric.strategies import Strategy
+    from lightning_fabric.accelerators.accelerator import Accelerator
+    from lightning_fabric.strategies.strategy import Strategy
 except ModuleNotFoundError:
-    from lightning.fabric import Fabric
-    from lightning.fabric.accelerators import Accelerator
-    from lightning.fabric.strategies import Strategy
+    from lightning.fabric import Fabric  # pyright: ignore[reportMissingImports]
+    from lightning.fabric.accelerators.accelerator import Accelerator  # pyright: ignore[reportMissingImports]
+    from lightning.fabric.strategies.strategy import Strategy  # pyright: ignore[reportMissingImports]
 
 __all__ = [
     "Accelerator",
@@ -119,7 +119,7 @@ def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:
     """
     if fabric.world_size == 1:
         return function()
-    outcome = None
+    outcome: Any = None
     if fabric.is_global_zero:
         try:
             outcome = (function(), None)

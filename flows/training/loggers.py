@@ -114,8 +114,9 @@ class TensorBoardLogger:
             for key, setting in value.settings.items()
         }
         results = {key: result for key, result in value.results.items() if result is not None}
+        writer: Any = self._writer.file_writer  # None only once it is closed
         for summary in hparams(settings, results):
-            self._writer.file_writer.add_summary(summary)
+            writer.add_summary(summary)
         for name, result in results.items():
             self._writer.add_scalar(name, result, step)
 

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class OptimizerStep:
         optimization: clipping, accumulation, and what to do about a batch that cannot be solved.
     """
 
-    def __init__(self, run: Run, loss: LossModule, module: nn.Module, optimization: Optimization) -> None:
+    def __init__(self, run: Run, loss: LossModule, module: Any, optimization: Optimization) -> None:
         self.run = run
         self.state = run.state
         self.fabric = run.fabric
@@ -329,5 +330,7 @@ def step_metrics(statistics: SolverStatistics) -> Mapping[str, float]:
     metrics: dict[str, float] = {"steps_accepted": statistics.accepted, "steps_rejected": statistics.rejected}
     if statistics.limited_by:  # an adaptive method
         metrics |= {f"limited_by_{name}": share for name, share in statistics.limited_by.items()}
-        metrics |= {"shortest_step": abs(statistics.shortest.dt), "steps_forced": statistics.forced}
+        metrics["steps_forced"] = statistics.forced
+        if statistics.shortest is not None:
+            metrics["shortest_step"] = abs(statistics.shortest.dt)
     return metrics

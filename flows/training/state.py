@@ -51,10 +51,10 @@ class ExponentialMovingAverage(AveragedModel):
         self.decay = decay
         self.requires_grad_(False)
 
-    def _average(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+    def _average(self, averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
         n = int(self.n_averaged)  # on the CPU, unlike the argument: reading it does not wait for the GPU
         decay = min(self.decay, (1 + n) / (10 + n))
-        get_ema_multi_avg_fn(decay)(averaged, current, num_averaged)  # type: ignore[arg-type]
+        get_ema_multi_avg_fn(decay)(averaged, current, num_averaged)
 
     def restart(self) -> None:
         """Let the next update copy the weights, as at the start of a run."""
@@ -148,7 +148,7 @@ class RunState:
             position = Position(**checkpoint["position"])
         except TypeError as error:
             raise CheckpointError(f"the checkpoint cannot be resumed: it has no position of a run ({error})") from error
-        if position.stage not in stages:
+        if position.stage is None or position.stage not in stages:
             raise CheckpointError(
                 f"the checkpoint stopped in the stage {position.stage!r}, this run has {', '.join(stages)}; "
                 "resume with the stages that the run was started with"
@@ -247,7 +247,7 @@ class RunState:
         optimizer = new_optimizer(self.model.parameters(), lr=stage.peak_learning_rate)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        self.fabric_optimizer = self.fabric.setup_optimizers(optimizer)
+        self.fabric_optimizer: Any = self.fabric.setup_optimizers(optimizer)  # one, since one goes in
         self.optimizer = self.fabric_optimizer.optimizer
         rank = self.fabric.global_rank
         draws_its_own = not getattr(stage.objective, "uses_data", True)

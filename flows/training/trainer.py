@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import nn
 
+from flows.checks import whole_number
 from flows.datasets import Dataset
 from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
 from flows.evaluation import Evaluator, Report, aligned, default_evaluator
@@ -148,8 +149,7 @@ class Trainer:
         resume: str | os.PathLike[str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-            raise InvalidValueError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
+        whole_number("seed", seed, 0, MAX_SEED)
         self.model = model
         self.dataset = dataset
         self.stages = as_stages(objective, steps)
