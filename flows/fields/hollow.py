@@ -20,16 +20,15 @@ from flows.naming import by_name
 class Hollow(Field):
     r"""v_i(t, x) = τ_i(x_i, h_i(t, x), t), where the conditioner h_i does not see x_i.
 
-    ∂h_i/∂x_i = 0 ("hollow"), so ∂v_i/∂x_i is the slope of τ in its first argument with h held fixed: all d
-    diagonal entries at once, where a general field takes d Jacobian products. Chen & Duvenaud (2019, "Neural
-    networks with cheap differential operators", arXiv:1912.03579) detach h and run one reverse pass; here τ
-    is two layers of m units, whose slope has a closed form,
+    With ∂h_i/∂x_i = 0 ("hollow"), ∂v_i/∂x_i is the slope of τ in its first argument at fixed h. So all d diagonal
+    entries of the Jacobian come at once, where a general field needs d Jacobian products. Chen & Duvenaud (2019,
+    arXiv:1912.03579) detach h and run one reverse pass. Here τ is two layers of m units, whose slope has a closed form:
 
         z_i = h_i + a_i(t) x_i,   y_i = g(t) ∘ M σ(z_i) + s(t),   v_i = w_iᵀ σ(y_i) + c_i(t) x_i + b_i(t)
         ∂v_i/∂x_i = (w_i ∘ σ′(y_i))ᵀ (g ∘ M (σ′(z_i) ∘ a_i)) + c_i,
 
-    so neither autograd nor a second-order graph is needed. Cost of the divergence: less than one evaluation,
-    whatever d; an evaluation costs d · m · (width of the last hidden layer) multiplications.
+    so it needs neither autograd nor a second-order graph. The divergence costs less than one evaluation for any d. An
+    evaluation costs d · m · (width of the last hidden layer) multiplications.
 
     The conditioner is one masked network. Every hidden unit has a *blind set* of coordinates: for half of the
     units all from some index on, for the others all before some index. x_j reaches a unit that is not blind

@@ -14,24 +14,28 @@ from flows.vector_field import bind
 
 
 class Multiscale(Field):
-    r"""FFJORD's multiscale flow, whose stages take turns in time instead of being a chain of models.
+    r"""FFJORD's multiscale flow as one field, whose stages take turns in time.
 
-    From the data to the base, a scale of n is: a flow of the image (C, H, W); a squeeze of 2 × 2 pixels to channels,
-    (4C, H/2, W/2); a flow of that; and half of the channels are factored out, which means that they stay as they are
-    until the base. The other half is the image of the next scale. The last scale is a flow alone, so there are
-    S = 2n − 1 stages with a field f_k each, and stage k = 0, ..., S − 1 has the slice of time from 1 − (k + 1)/S to
-    1 − k/S. In it only the coordinates y that have not been factored out move:
+    From the data to the base, one scale does this to an image (C, H, W):
+
+    1. a flow of the image;
+    2. a squeeze of 2 × 2 pixels into channels, (4C, H/2, W/2);
+    3. a flow of the squeezed image;
+    4. half of the channels are factored out: they rest until the base. The other half is the image of the next scale.
+
+    The last scale is a flow alone. So n scales have S = 2n − 1 stages, each with a field f_k of its own. Stage
+    k = 0, ..., S − 1 acts for t from 1 − (k + 1)/S to 1 − k/S and moves only the coordinates y that do not rest yet:
 
         dy/dt = S w′(τ) f_k(w(τ), y),    τ = S t − (S − 1 − k) ∈ [0, 1],    w(τ) = 6τ⁵ − 15τ⁴ + 10τ³.
 
-    The clock w is slow at the ends of a stage, which makes v continuous in t, with a continuous derivative, where the
-    next one takes over; it changes neither where a stage ends nor its log-density. As the base is N(0, I), which
-    does not care where its coordinates stand, the density is exactly that of the composition, and everything that works
-    with a field works with this one. [Grathwohl et al. 2019, arXiv:1810.01367; squeeze and factor-out: Dinh et al.
-    2017, arXiv:1605.08803, here factoring out the lower of each two rows, in all channels]
+    The clock w slows down at both ends of a stage, so that v and its time derivative are continuous where the next
+    stage takes over. The clock changes neither the end points of a stage nor their log-density. As N(0, I) is the same
+    for every order of the coordinates, the density is exactly that of the composed flows.
+    [Grathwohl et al. 2019, arXiv:1810.01367; squeeze and factor-out: Dinh et al. 2017, arXiv:1605.08803; here the lower
+    of each two rows is factored out, in all channels]
 
-    A batch has one time. Flow matching, which draws a time for each point and expects all coordinates to be on their
-    way at each, does not apply: train it by maximum likelihood.
+    All points of a batch share one time. Flow matching draws a time for each point, so it cannot train this field; use
+    maximum likelihood.
 
     Args:
         event_shape: (C, H, W), H and W divisible by 2ⁿ⁻¹.

@@ -19,22 +19,22 @@ from flows.fields.modulation import Modulation
 
 
 class UNet(Field):
-    r"""Residual blocks at several resolutions, scaled and shifted by time and context, with skips added across.
+    r"""Residual blocks at several resolutions, modulated by time and context.
 
-    Level l = 0, 1, ... works at 1/2^l of the resolution with `channels · multipliers[l]` channels. On the way down
-    each level has `num_blocks` blocks, two more stand at the bottom, and on the way up each level has as many,
-    before each of which the matching block of the way down is *added*: no channels to concatenate, so no block is wider
+    Level l = 0, 1, ... works at 1/2^l of the resolution with `channels · multipliers[l]` channels. Each level has
+    `num_blocks` blocks on the way down and as many on the way up; two more blocks stand at the bottom. Before a block
+    on the way up, the output of its partner on the way down is *added*, not concatenated, so that no block is wider
     than its level. A block is
 
         h + K₂ ∗ σ(g(t, context) ∘ norm(K₁ ∗ σ(norm(h))) + s(t, context)),    σ = SiLU,
 
-    with 3×3 convolutions and, per pixel, norm(h) = h / √(mean over channels of h²): nothing in it looks further
-    than a pixel, unlike group normalisation. K₂ and the last layer start at zero, so the flow starts at the identity.
+    with 3×3 convolutions and, per pixel, norm(h) = h / √(mean over channels of h²). Unlike group normalisation, this
+    norm does not couple pixels. K₂ and the last layer start at zero, so the flow starts at the identity.
     Sizes need not be divisible by two. [Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239;
     pixel norm: Karras et al. 2018, arXiv:1710.10196]
 
-    It has no closed form. Without attention it has a finite `receptive_radius`, a large one: `Probing` is exact
-    above it, which pays for images much larger.
+    The divergence has no closed form. Without attention the field has a finite but large `receptive_radius`. `Probing`
+    is exact at a stride above it, which pays for much larger images.
 
     Args:
         event_shape: (C, H, W).
