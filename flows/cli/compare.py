@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
+from flows.checks import check_number, whole_number
 from flows.cli.config import instances, plain_settings, run_with_hydra
 from flows.cli.errors import readable_errors
 from flows.compare import advise, as_dict, as_text, error_against_cost
@@ -24,8 +25,9 @@ from flows.models.cnf import CNF
 from flows.training import TensorBoardLogger
 from flows.training.checkpoint import RUNS, new_folder, open_run_folder, run_folder, to_json, write_result
 from flows.training.runs import build_dataset, build_flow, load_run, place
+from flows.training.settings import SettingsError
 
-PARTS_OF_A_CHECKPOINT = ("field", "transform", "solver")
+PARTS_OF_A_CHECKPOINT = ("field", "transform", "divergence", "solver")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,20 +41,27 @@ def compare(composed: DictConfig) -> None:
     """Compare with the composed settings."""
     with readable_errors():
         settings = plain_settings(composed)
+        whole_number("points", settings["points"], 2)
+        check_number("affordable", settings["affordable"], at_least=0)
         estimators = instances("divergence", settings["estimators"], settings["variants"])
         compared = compared_flow(settings, HydraConfig.get().overrides.task)
         given = settings["output_dir"]
         folder = new_folder(compared.folder / "comparisons") if given is None else open_run_folder(given)
         points, context = compared.points(settings["part"], settings["points"])
-        comparison = compare_estimators(
-            compared.flow,
-            points,
-            estimators,
-            context=context,
-            seed=settings["seed"],
-            progress=settings["progress_bar"],
-            **settings["measure"],
-        )
+        try:
+            comparison = compare_estimators(
+                compared.flow,
+                points,
+                estimators,
+                context=context,
+                seed=settings["seed"],
+                progress=settings["progress_bar"],
+                **settings["measure"],
+            )
+        except InvalidValueError as error:
+            if str(error).partition(" ")[0] not in settings["measure"]:
+                raise
+            raise SettingsError(f"measure.{error}") from error
         advice = advise(comparison, settings["affordable"])
         text, figure = as_text(comparison, advice), error_against_cost(comparison)
         print(text)

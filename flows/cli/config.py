@@ -27,7 +27,7 @@ from flows.checks import check_number
 from flows.errors import InvalidValueError
 from flows.training.checkpoint import FOLDER, CheckpointError, find_checkpoint, load_checkpoint
 from flows.training.runs import MAX_SEED, checkpoint_config
-from flows.training.settings import check_type, complete, instantiate
+from flows.training.settings import SettingsError, check_type, complete, instantiate, no_setting
 
 PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "seed": int,
@@ -100,6 +100,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
     """
     register_resolvers()
     check_choices(arguments)
+    check_added(arguments, name)
     if "--settings" in arguments:
         task, arguments = print_settings, [argument for argument in arguments if argument != "--settings"]
     process, started = sys.argv, False
@@ -147,6 +148,39 @@ def check_choices(arguments: Sequence[str]) -> None:
             choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
             shown = "null" if value is None else value
             raise InvalidValueError(f"{group} must be the name of a choice, got {shown}; there are {choices}")
+
+
+def refuse(arguments: Sequence[str], parts: Mapping[str, str]) -> None:
+    """Refuse overrides of parts that a program ignores.
+
+    Args:
+        arguments: the command line.
+        parts: names of parts, and what to do instead.
+
+    Raises:
+        InvalidValueError: a part is among the overrides.
+    """
+    for argument in arguments:
+        part = re.split(r"[./@=]", argument.lstrip("+~"))[0]
+        if part in parts and not argument.startswith("-"):
+            raise InvalidValueError(f"{part} cannot be chosen here: {parts[part]}")
+
+
+def check_added(arguments: Sequence[str], name: str) -> None:
+    """Check that settings added with `+` belong to the program `name`, which would ignore any other.
+
+    Raises:
+        SettingsError: there is no such setting or group.
+    """
+    content = OmegaConf.load(config_folder() / f"{name}.yaml")
+    assert isinstance(content, DictConfig)
+    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
+    known = {str(key) for key in content if key != "defaults"} | set(OPEN_PARTS[name]) | groups
+    overrides = [argument for argument in arguments if argument.startswith("+") and "=" in argument]
+    for override in OverridesParser.create().parse_overrides(overrides):
+        top = re.split(r"[./@]", str(override.key_or_group))[0]
+        if top not in known:
+            raise SettingsError(no_setting(top, "", sorted(known - {"hydra"})))
 
 
 @contextlib.contextmanager

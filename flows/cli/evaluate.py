@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from flows.cli.config import OPEN_PARTS, plain_settings, run_with_hydra, with_changes
+from flows.cli.config import OPEN_PARTS, plain_settings, refuse, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.datasets import Energy
 from flows.errors import InvalidValueError
@@ -23,6 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; `arguments` are those of the command line by default."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with readable_errors("evaluate", arguments):
+        refuse(
+            arguments,
+            {
+                "transform": "a trained flow keeps its own",
+                "evaluation": "use divergence=..., batch_size=..., num_draws=... or solver_error_points=...",
+            },
+        )
         run_with_hydra(evaluate, "evaluate", arguments)
 
 
@@ -45,10 +52,11 @@ def evaluate(composed: DictConfig) -> float:
         if settings["outliers"] is not None and not dataset.has_samples:
             raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")
         density = DensityEvaluator(dataset, num_draws=settings["num_draws"], **options)
-        likelihood = density.likelihood(flow) if not isinstance(dataset, Energy) or settings["outliers"] else None
         if isinstance(dataset, Energy):
             report = EnergyEvaluator(dataset, **options).test(flow)
+            likelihood = density.likelihood(flow) if settings["outliers"] else None
         else:
+            likelihood = density.likelihood(flow)
             report = density.report(likelihood, flow)
         rows = list(report.rows)
         content = {
@@ -61,7 +69,7 @@ def evaluate(composed: DictConfig) -> float:
         }
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
         output = Path(settings["output"] or default)
-        if settings["outliers"] is not None:
+        if settings["outliers"] is not None and likelihood is not None:
             other = None if settings["outliers"] == "shuffled" else instantiate(settings["outliers"], "outliers")
             scores = density.outliers(flow, likelihood, other)
             content |= scores.as_dict()

@@ -227,6 +227,10 @@ def _check_key(key: Any, config: Mapping[str, Any], part: str, target: _Target |
         check_type(_join(part, key), config[key], bool)
     elif key == "lr" and "lr" in _given(part):
         raise SettingsError(f"{name} cannot be set: every stage has its own, objective.STAGE.learning_rate")
+    elif part == "evaluation" and key in _given(part):
+        raise SettingsError(
+            f"{name} cannot be set: the run gives it; use seed=..., data=... or reporting.progress_bar=..."
+        )
     elif key != TARGET and key.startswith("_") and key.endswith("_"):
         raise SettingsError(f"there is no special setting {_join(part, key)}; there are {TARGET} and {PARTIAL}")
     elif key not in (TARGET, PARTIAL) and target is not None and not target.open and key not in target.parameters:
@@ -287,6 +291,9 @@ def _named_errors(target: _Target, settings: Mapping[str, Any], part: str) -> It
     try:
         yield
     except Exception as error:
+        own = target.path.startswith("flows.")
+        if own and not isinstance(error, (FlowsError, ValueError, TypeError, OSError, ImportError)):
+            raise  # a bug of this package; another package may raise anything on a bad value
         raise SettingsError(_explain(error, target, settings, part)) from error
 
 
