@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from flows.cli.config import compose_node
 from flows.datasets import Digits, HubImages, Images, LabelledImages, PhotoPatches
-from flows.errors import FileError, InvalidTypeError, MissingPackageError
+from flows.errors import DataWarning, FileError, InvalidTypeError, InvalidValueError, MissingPackageError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -330,7 +330,7 @@ def test_hub_names(monkeypatch, tmp_path):
         assert asked[-1] == source
         assert (dataset.name, dataset.num_levels, dataset.num_classes, dataset.num_test) == (name, 256, 10, 60)
         assert dataset.event_shape == ((1, 4, 4) if "mnist" in name else (3, 4, 4))
-        assert dataset.num_validation == round(60 * config.validation_fraction)
+        assert dataset.num_validation == round(60 * config.get("validation_fraction", 0.1))
         assert dataset.flip == ("mnist" not in name)
 
 
@@ -354,6 +354,175 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(MissingPackageError, match=r"reading ylecun/mnist needs .* pip install -e '\.\[images\]'"):
         HubImages(source="ylecun/mnist")
+
+
+# Every picture is used, or its absence is said
+
+
+def write_pictures(folder, names):
+    """One picture a name, each of its own; they are returned by name."""
+    written = {}
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (3, 4), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+        written[name] = pixels.tobytes()
+    return written
+
+
+def read_pictures(dataset):
+    """Parts and their pictures, with classes where there are any."""
+    parts = {"train": dataset.reference(), "validation": dataset.held_out("validation").x}
+    parts["test"] = dataset.held_out("test").x
+    return {part: {image.byte().numpy().tobytes() for image in images} for part, images in parts.items()}
+
+
+def numbered(*patterns, count=10):
+    return [pattern.format(i) for pattern in patterns for i in range(count)]
+
+
+HALVES = {"validation_fraction": 0.2, "test_fraction": 0.2}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        numbered("photo_{}.png", "photo_{}-train.png", "photo_{}-test.png"),
+        numbered("bus/{}.png", "train/{}.png", "car/{}.png"),
+        numbered("test/{}.png", "other/{}.png"),
+        numbered("a/train_{}.png", "b/{}.png"),
+        numbered("{}.PNG", "deep/deeper/{}.Jpg", "{}.jpeg"),
+        numbered("{}.png", "train/{}.png"),
+        numbered("train station/{}.png", "x.train.y/{}.png"),
+    ],
+)
+def test_no_picture_is_lost(names, tmp_path):
+    names = [name.replace(".Jpg", ".Bmp").replace(".jpeg", ".gif") for name in names]  # without loss
+    written = write_pictures(tmp_path / "pictures", names)
+    parts = read_pictures(HubImages(path=tmp_path / "pictures", mode="L", **HALVES))
+    assert sum(map(len, parts.values())) == len(names)
+    assert set.union(*parts.values()) == set(written.values())
+
+
+def test_class_folders_without_splits(tmp_path):
+    names = numbered("bus/{}.png", "train/{}.png", "car/{}.png")
+    written = write_pictures(tmp_path / "pictures", names)
+    dataset = HubImages(path=tmp_path / "pictures", conditional=True, **HALVES)
+    assert dataset.num_classes == 3
+    batch = dataset.held_out("test")
+    by_pixels = {pixels: name.split("/")[0] for name, pixels in written.items()}
+    found = [by_pixels[image.numpy().tobytes()] for image in batch.x]
+    assert [["bus", "car", "train"][label] for label in batch.context.argmax(1).tolist()] == found
+
+
+@pytest.mark.parametrize(
+    "words", [("train", "val", "test"), ("Training", "dev", "eval"), ("train", "valid", "testing")]
+)
+@pytest.mark.parametrize("pattern", ["{0}/{1}.png", "{0}/x/{1}.png", "cat/{0}/{1}.png"])
+def test_split_folders(words, pattern, tmp_path):
+    names = [pattern.format(word, i) for word in words for i in range(4)]
+    written = write_pictures(tmp_path / "pictures", names)
+    parts = read_pictures(HubImages(path=tmp_path / "pictures"))
+    for word, part in zip(words, ("train", "validation", "test"), strict=True):
+        assert parts[part] == {pixels for name, pixels in written.items() if word in name}
+
+
+def test_splits_without_classes(tmp_path):
+    write_pictures(tmp_path / "pictures", numbered("train/{}.png", "test/{}.png"))
+    dataset = HubImages(path=tmp_path / "pictures")
+    assert (dataset.num_validation, dataset.num_test, dataset.labels("train")) == (1, 10, None)
+    with pytest.raises(InvalidValueError, match="have no classes to condition on"):
+        HubImages(path=tmp_path / "pictures", conditional=True)
+
+
+def test_classes_in_one_split_alone(tmp_path):
+    write_pictures(tmp_path / "pictures", numbered("train/a/{}.png", "train/b/{}.png", "test/{}.png"))
+    dataset = HubImages(path=tmp_path / "pictures")
+    assert sorted(dataset.labels("train").unique().tolist()) == [0, 1]
+    assert dataset.labels("test") is None
+    with pytest.raises(InvalidValueError, match=r"10 images of the split 'test' have no class, .* sort them into fold"):
+        HubImages(path=tmp_path / "pictures", conditional=True)
+
+
+def test_missing_classes_of_saved_data(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=2)})
+    pictures = [Image.new("L", (3, 3), i) for i in range(20)]
+    for missing in (None, -1):
+        rows = {"image": pictures, "label": [missing, 0, *[1] * 18]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "set.parquet"))
+        assert HubImages(path=tmp_path / "set.parquet").labels("train") is None
+        with pytest.raises(InvalidValueError, match="1 images of the split 'train' have no class"):
+            HubImages(path=tmp_path / "set.parquet", conditional=True)
+
+
+def test_files_that_are_not_used_are_counted(tmp_path):
+    folder = tmp_path / "pictures"
+    write_pictures(folder, numbered("train/{}.png", "test/{}.png", "spare/{}.png"))
+    (folder / "notes.txt").write_text("about")
+    (folder / "train/.DS_Store").write_text("hidden")
+    words = r"31 files found, 20 pictures used; not used: 10 in spare, which is no split, 1 no pictures \(\.txt\)"
+    with pytest.warns(DataWarning, match=words):
+        assert HubImages(path=folder).num_test == 10
+
+
+def test_names_that_speak_of_splits(tmp_path):
+    write_pictures(tmp_path / "pictures", numbered("train_{}.png", "test_{}.png"))
+    with pytest.warns(DataWarning, match="names of files begin with splits .10 'test', 10 'train'., .* sub-folders"):
+        assert HubImages(path=tmp_path / "pictures", **HALVES).num_test == 4
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    written = write_pictures(tmp_path / "elsewhere", numbered("{}.png", count=20))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "pictures")
+    parts = read_pictures(HubImages(path=tmp_path / "pictures"))
+    assert sum(map(len, parts.values())) == len(written)
+
+
+def parquet(path, count, start=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [Image.new("L", (3, 3), start + i) for i in range(count)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(str(path))
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes"),
+    [
+        (["photos-0.parquet", "photos-train.parquet"], (16, 2, 2)),
+        (["bus.parquet", "train.parquet"], (16, 2, 2)),
+        (["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"], (9, 1, 10)),
+        (["train/0.parquet", "test/0.parquet"], (9, 1, 10)),
+        (["data/train-0.parquet", "data/validation-0.parquet"], (9, 10, 1)),
+    ],
+)
+def test_folders_of_parquet_files(names, sizes, tmp_path):
+    for i, name in enumerate(names):
+        parquet(tmp_path / "set" / name, 10, 10 * i)
+    parts = read_pictures(HubImages(path=tmp_path / "set"))
+    assert tuple(len(parts[part]) for part in ("train", "validation", "test")) == sizes
+
+
+def test_parquet_files_of_no_split_are_counted(tmp_path):
+    for i, name in enumerate(("train.parquet", "test.parquet", "extra.parquet")):
+        parquet(tmp_path / "set" / name, 10, 10 * i)
+    words = "3 files found, 2 Parquet files used; not used: 1 of no split, such as extra.parquet"
+    with pytest.warns(DataWarning, match=words):
+        HubImages(path=tmp_path / "set")
+    write_pictures(tmp_path / "set", ["preview.png"])
+    with pytest.raises(InvalidValueError, match="holds 1 pictures and 3 Parquet files; move one kind elsewhere"):
+        HubImages(path=tmp_path / "set")
+
+
+def test_splits_that_are_not_used_are_counted(tmp_path):
+    write_pictures(tmp_path / "pictures", numbered("train/{}.png", "val/{}.png", "test/{}.png"))
+    with pytest.warns(
+        DataWarning, match=r"split 'validation' \(10 images\) is not used; name it with validation_split"
+    ):
+        HubImages(path=tmp_path / "pictures", validation_split=None)
+    with pytest.raises(InvalidValueError, match="validation_split and test_split are both 'test'"):
+        HubImages(path=tmp_path / "pictures", validation_split="test")
 
 
 # Bad files

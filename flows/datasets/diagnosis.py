@@ -95,7 +95,9 @@ def warnings_about(
     yield from _about_ties(table, columns, keep, source)
     if keep.any():
         yield from _about_copies(row_keys(table[:, keep]), split, source)
-        yield from _about_dependence(table[split["train"]][:, keep], [columns[i] for i in np.flatnonzero(keep)], source)
+        yield from _about_dependence(
+            table[split["train"]][:, keep], [columns[i] for i in np.flatnonzero(keep).tolist()], source
+        )
     yield from _about_outliers(table, split["train"], columns, source)
     yield from _about_counters(table, columns, source)
 

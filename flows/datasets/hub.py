@@ -6,6 +6,7 @@ All are read with the library `datasets` of Hugging Face.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 
 from flows.checks import existing_path, fits_in_memory, whole_number
+from flows.datasets.folders import Found, find_pictures, find_tables
 from flows.datasets.images import Images, LabelledImages
 from flows.datasets.splits import random_split
-from flows.errors import FileError, InvalidTypeError, InvalidValueError, MissingPackageError
+from flows.errors import DataWarning, FileError, InvalidTypeError, InvalidValueError, MissingPackageError
 
 if TYPE_CHECKING:
     import datasets
@@ -36,8 +38,8 @@ class HubImages(Images):
         path: a folder or file, instead of `source`. One of
 
             - a folder of pictures; sub-folders "train", "validation" and "test" are splits, and sub-folders of those
-              are classes,
-            - a Parquet file or a folder of them,
+              are classes; without splits, sub-folders are classes,
+            - a Parquet file or a folder of them; files belong to the split whose word begins their name,
             - a folder that `save_to_disk` wrote.
         name: name of the runs.
         mode: "L" (grey) or "RGB" to convert all pictures. Default: keep them; they must all have the same mode.
@@ -50,6 +52,8 @@ class HubImages(Images):
         conditional: give the class as the context.
         flip: mirror half of the training images, chosen anew in each batch.
         num_levels: number of levels.
+
+    A `DataWarning` counts files and splits that are not used.
 
     Raises:
         FileError: there is no such path, it cannot be read, a picture is corrupt, or the data set is neither in the
@@ -72,7 +76,7 @@ class HubImages(Images):
         size: Sequence[int] | None = None,
         image: str | None = None,
         label: str | None = None,
-        validation_split: str | None = None,
+        validation_split: str | None = "validation",
         test_split: str | None = "test",
         validation_fraction: float | None = 0.1,
         test_fraction: float | None = 0.1,
@@ -88,6 +92,11 @@ class HubImages(Images):
         where = str(source if path is None else path)
         reader = _Reader(where, mode, shape, image, label, num_levels)
         wanted = {"validation": validation_split, "test": test_split}
+        if validation_split is not None and validation_split == test_split:
+            raise InvalidValueError(
+                f"validation_split and test_split are both {test_split!r}; set validation_split=null to set a fraction "
+                "of the training images aside"
+            )
         fractions = {"test": test_fraction, "validation": validation_fraction}
         if "train" not in found:
             raise InvalidValueError(
@@ -95,6 +104,14 @@ class HubImages(Images):
             )
         parts = {part: reader(found[split], split) for part, split in wanted.items() if split and split in found}
         train = reader(found["train"], "train")
+        unused = {split: len(rows) for split, rows in found.items() if split not in ("train", *wanted.values())}
+        if unused:
+            counts = ", ".join(f"{split!r} ({count:,} images)" for split, count in unused.items())
+            warnings.warn(
+                f"{where}: the split {counts} is not used; name it with validation_split or test_split",
+                DataWarning,
+                stacklevel=2,
+            )
         missing = {}
         for part in (part for part in fractions if part not in parts):
             fraction = fractions[part]
@@ -107,6 +124,8 @@ class HubImages(Images):
         if missing:
             split = random_split(len(train), missing, split_seed, where, "images")
             parts |= {part: train[indices] for part, indices in split.items()}
+        if conditional:
+            reader.check_labels()
         super().__init__({"train": train, **parts}, num_levels, reader.num_classes, name, conditional, flip, where)
 
 
@@ -137,6 +156,7 @@ class _Reader:
         self.where, self.mode, self.size, self.num_levels = where, mode, size, num_levels
         self.image, self.label = image, label
         self.num_classes: int | None = None
+        self._unlabelled: dict[str, int] = {}  # images without a class, by split
         self._first: tuple[str, str, tuple[int, int]] | None = None  # name, mode and size of the first picture
 
     def __call__(self, split: datasets.Dataset, part: str) -> LabelledImages:
@@ -158,8 +178,19 @@ class _Reader:
                 images = np.empty((len(split), *pixels.shape), dtype=np.uint8)
             images[row] = pixels
         assert images is not None
-        labels = None if label is None else torch.tensor(split[label][:], dtype=torch.long)
+        given = [] if label is None else [value for value in split[label][:] if value is not None and value >= 0]
+        self._unlabelled[part] = 0 if label is None else len(split) - len(given)
+        labels = None if label is None or self._unlabelled[part] else torch.tensor(given, dtype=torch.long)
         return LabelledImages(torch.from_numpy(images), labels)
+
+    def check_labels(self) -> None:
+        """Raise `InvalidValueError` if an image has no class although others do."""
+        for part, count in self._unlabelled.items():
+            if self.num_classes is not None and count:
+                raise InvalidValueError(
+                    f"{self.where}: {count:,} images of the split {part!r} have no class, and conditional=true gives "
+                    "each image its class; sort them into folders, or leave that split out"
+                )
 
     def _find_columns(self, split: datasets.Dataset) -> tuple[str, str | None]:
         """Return the columns of images and labels, and set the number of classes.
@@ -277,12 +308,38 @@ def _load_path(path: Path) -> Mapping[str, datasets.Dataset]:
         if saved:
             return _by_split(datasets.load_from_disk(str(path)))
         if path.is_dir():
+            pictures = find_pictures(path)
+            if pictures is not None:
+                return _pictures(pictures)
+            tables = find_tables(path)
+            if tables is not None:
+                files = {split: [str(file) for file in found] for split, found in tables.files.items()}
+                return _by_split(datasets.load_dataset("parquet", data_files=files))
             return _by_split(datasets.load_dataset(str(path)))
         return _by_split(datasets.load_dataset("parquet", data_files=str(path)))
+    except (InvalidValueError, DataWarning):  # ours; the warning where warnings are errors
+        raise
     except Exception as error:  # the library raises many types, and all mean the same here
         raise FileError(
             f"{path} cannot be read as a folder of pictures, Parquet files or a saved data set ({_reason(error)})"
         ) from error
+
+
+def _pictures(found: Found) -> Mapping[str, datasets.Dataset]:
+    """Return pictures of a folder by split; the classes of all splits share their numbers."""
+    import datasets
+
+    names = sorted({label for labels in found.labels.values() for label in labels if label is not None})
+    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    if names:
+        features["label"] = datasets.ClassLabel(names=names)
+    result = {}
+    for split, files in found.files.items():
+        columns: dict[str, list] = {"image": [{"path": str(file), "bytes": None} for file in files]}
+        if names:
+            columns["label"] = list(found.labels[split])
+        result[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return result
 
 
 def _by_split(found: object) -> Mapping[str, datasets.Dataset]:
