@@ -180,7 +180,10 @@ def _tolerance(values: Values, sd: float) -> float:
 def _about_outliers(table: Values, train: NDArray[np.int64], columns: Sequence[str], source: str) -> Iterator[str]:
     named = []
     for column, values in enumerate(table.T):
-        low, middle, high = np.quantile(values[train], [0.01, 0.5, 0.99])
+        middle = np.median(values[train])
+        # Never the largest or smallest value, which may be the outlier.
+        low = np.quantile(values[train], 0.01, method="higher") if len(train) > 2 else middle
+        high = np.quantile(values[train], 0.99, method="lower") if len(train) > 2 else middle
         far = np.abs(values - middle)
         if high > low and far.max() > MAX_WIDTHS * (high - low):
             row = int(far.argmax())
