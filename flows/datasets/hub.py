@@ -104,7 +104,8 @@ class HubImages(Images):
             )
         parts = {part: reader(found[split], split) for part, split in wanted.items() if split and split in found}
         train = reader(found["train"], "train")
-        unused = {split: len(rows) for split, rows in found.items() if split not in ("train", *wanted.values())}
+        meant = {"train", "validation", "test", *wanted.values()}  # those replaced by settings are left out on purpose
+        unused = {split: len(rows) for split, rows in found.items() if split not in meant}
         if unused:
             counts = ", ".join(f"{split!r} ({count:,} images)" for split, count in unused.items())
             warnings.warn(
