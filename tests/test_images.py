@@ -516,13 +516,13 @@ def test_parquet_files_of_no_split_are_counted(tmp_path):
 
 
 def test_splits_that_are_not_used_are_counted(tmp_path):
-    write_pictures(tmp_path / "pictures", numbered("train/{}.png", "val/{}.png", "test/{}.png"))
-    with pytest.warns(
-        DataWarning, match=r"split 'validation' \(10 images\) is not used; name it with validation_split"
-    ):
-        HubImages(path=tmp_path / "pictures", validation_split=None)
+    features = datasets.Features({"image": datasets.Image()})
+    split = datasets.Dataset.from_dict({"image": [Image.new("L", (3, 3), i) for i in range(20)]}, features=features)
+    datasets.DatasetDict(train=split, extra=split.select(range(10))).save_to_disk(str(tmp_path / "saved"))
+    with pytest.warns(DataWarning, match=r"split 'extra' \(10 images\) is not used; name it with"):
+        HubImages(path=tmp_path / "saved")
     with pytest.raises(InvalidValueError, match="validation_split and test_split are both 'test'"):
-        HubImages(path=tmp_path / "pictures", validation_split="test")
+        HubImages(path=tmp_path / "saved", validation_split="test")
 
 
 # Bad files
