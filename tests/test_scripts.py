@@ -157,10 +157,10 @@ def test_digits_from_levels_to_levels(run, tmp_path):
     assert many["bits_per_dim"] < bits
     assert many["bits_per_dim_parts"]["importance_weighting"] < 0
     assert sum(many["bits_per_dim_parts"].values()) == pytest.approx(many["bits_per_dim"], rel=1e-9)
-    assert many["draw_standard_error"] > 0
+    assert many["draw_se"] > 0
     assert many["auroc_nll"] > 0.8
     assert f"{many['auroc_nll']:.4f} ± {many['auroc_nll_se']:.4f} by NLL" in out
-    assert len((tmp_path / "many.csv").read_text().splitlines()) == 1 + 2 * many["num_points"]
+    assert len((tmp_path / "many.csv").read_text().splitlines()) == 1 + 2 * many["points"]
     other = ["data@outliers=digits", "outliers.split_seed=1", "output=same.json"]
     code, _, err = run("evaluate", "checkpoint=run", *other)
     assert code == 0, err
@@ -333,7 +333,7 @@ def test_a_table_that_has_moved(run, tmp_path):
     assert code == 0, err
     content = json.loads((tmp_path / "new.json").read_text())
     assert (content["divergence"]["num_probes"], content["divergence"]["mode"]) == (3, "forward")
-    assert content["divergence"]["probes"] == "rademacher"
+    assert content["divergence"]["probes"] == {"_target_": "flows.divergence.Rademacher"}
     assert (content["solver"]["method"], content["solver"]["step_size"]) == ("midpoint", 0.25)
     code, _, err = run("evaluate", "checkpoint=run", "data.path=moved.csv", "divergence.strid=3")
     assert code == 2

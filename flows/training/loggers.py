@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,8 +168,8 @@ class ProgressBar:
         self._bar = tqdm(
             **(counted if self._counts_steps else {"total": 100, "unit": "%"}), dynamic_ncols=True, mininterval=0.2
         )
-        self._above = _AboveBar()
-        logging.getLogger("flows").addHandler(self._above)
+        self._warnings = contextlib.ExitStack()
+        self._warnings.enter_context(warnings_above_bars())
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Show the numbers that have a place on the bar."""
@@ -193,13 +194,28 @@ class ProgressBar:
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        logging.getLogger("flows").removeHandler(self._above)
+        self._warnings.close()
         self._bar.close()
 
 
-class _AboveBar(logging.Handler):
-    """Writes warnings above the bar instead of into it."""
+@contextlib.contextmanager
+def warnings_above_bars() -> Iterator[None]:
+    """While entered, print warnings of the package to stderr, above progress bars instead of into them.
 
+    A handler that the program has given the logger `flows` takes precedence.
+    """
+    logger, handler = logging.getLogger("flows"), _AboveBars()
+    if logger.handlers:
+        yield
+        return
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _AboveBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(f"{record.levelname.capitalize()}: {record.getMessage()}", file=sys.stderr)
 
