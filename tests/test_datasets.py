@@ -19,6 +19,8 @@ from flows.datasets import ConditionalDensity, Density, FreeField, Funnel, Parti
 from flows.errors import FileError, InvalidTypeError, InvalidValueError
 
 CONFIGS = {path.stem: OmegaConf.load(path) for path in sorted(Path(__file__).parents[1].glob("conf/data/*.yaml"))}
+for config in CONFIGS.values():
+    config.pop("defaults", None)  # the groups that suit the data
 KINDS = {name: get_class(config._target_) for name, config in CONFIGS.items()}
 OTHERS = (ConditionalDensity, FreeField, Funnel, Particles, Phi4)  # not in the plane, or not one density
 DENSITIES = [n for n, kind in KINDS.items() if issubclass(kind, Density) and not issubclass(kind, OTHERS)]

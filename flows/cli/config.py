@@ -26,6 +26,7 @@ import flows
 from flows.checks import check_number
 from flows.errors import InvalidValueError
 from flows.training.checkpoint import FOLDER, CheckpointError, find_checkpoint, load_checkpoint
+from flows.training.loggers import warnings_above_bars
 from flows.training.runs import MAX_SEED, checkpoint_config
 from flows.training.settings import SettingsError, check_type, complete, instantiate, no_setting
 
@@ -115,7 +116,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
     run_task.__module__, run_task.__qualname__ = task.__module__, task.__qualname__
     decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)
     try:
-        with _command_line([process[0], *arguments]):
+        with warnings_above_bars(), _command_line([process[0], *arguments]):
             decorate(run_task)()
     except (HydraException, OmegaConfBaseException):
         raise  # has a message for people

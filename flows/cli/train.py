@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from flows.cli.config import check_path, plain_settings, resumed_config, run_with_hydra
 from flows.cli.errors import readable_errors
 from flows.cli.sweeps import current_job, sweeping
-from flows.training.loggers import warnings_above_bars
 from flows.training.runs import build_trainer
 
 
@@ -29,8 +28,7 @@ def train(composed: DictConfig) -> float | None:
     with readable_errors(job=current_job()):
         config, checkpoint = chosen_settings(composed)
         trainer = build_trainer(config, checkpoint)
-        with warnings_above_bars():
-            summary = trainer.fit()
+        summary = trainer.fit()
         trainer.fabric.print(summary)  # once, however many processes train
         return summary.validation_score
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from flows.divergence.autodiff import Mode, check_mode, linearise, products_per_call
 from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.divergence.exact import basis_trace
-from flows.divergence.probes import ProbeFamily, Rademacher
+from flows.divergence.probes import ProbeFamily
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.naming import by_name
 from flows.vector_field import BoundField, VectorField, checked_value
@@ -42,7 +42,7 @@ class Bottleneck(DivergenceEstimator):
     """
 
     num_probes: int = 1
-    probes: ProbeFamily | str = Rademacher()  # noqa: RUF009 (stateless)
+    probes: ProbeFamily | str = "rademacher"
     exact: bool = False
     mode: Mode = "reverse"
     chunk_size: int | None = None

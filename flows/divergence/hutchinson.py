@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flows.divergence.autodiff import Mode, check_mode, linearise
 from flows.divergence.base import DivergenceEstimator, FieldSample
-from flows.divergence.probes import ProbeFamily, Rademacher
+from flows.divergence.probes import ProbeFamily
 from flows.errors import InvalidValueError
 from flows.naming import by_name
 from flows.vector_field import BoundField
@@ -32,7 +32,7 @@ class Hutchinson(DivergenceEstimator):
     """
 
     num_probes: int = 1
-    probes: ProbeFamily | str = Rademacher()  # noqa: RUF009 (stateless)
+    probes: ProbeFamily | str = "rademacher"
     mode: Mode = "reverse"
     chunk_size: int | None = None
 

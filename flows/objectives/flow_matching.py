@@ -20,8 +20,8 @@ from flows.naming import by_name
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.checks import check_flow
 from flows.objectives.contexts import drop_contexts, same_context
-from flows.objectives.couplings import Coupling, Independent
-from flows.objectives.paths import Linear, ProbabilityPath
+from flows.objectives.couplings import Coupling
+from flows.objectives.paths import ProbabilityPath
 from flows.objectives.posterior import posterior_moments
 from flows.vector_field import checked_value
 
@@ -89,8 +89,8 @@ class FlowMatching(Objective):
     recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 1024, "learning_rate": 4e-3, "warmup_steps": 0}
     target: Literal["auto", "sampled", "marginal"] = "auto"
     num_queries: int | Literal["auto"] | None = "auto"
-    path: ProbabilityPath | str = Linear()  # noqa: RUF009 (frozen)
-    coupling: Coupling | str = Independent()  # noqa: RUF009 (frozen)
+    path: ProbabilityPath | str = "linear"
+    coupling: Coupling | str = "independent"
     context_dropout: float = 0.0
     time_power: float = 1.0
     divergence_weight: float | Literal["auto"] = "auto"
