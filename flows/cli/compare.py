@@ -87,7 +87,8 @@ class ComparedFlow:
         """The first points of a split with their contexts, on the flow's device."""
         batches, _ = part_batches(self.flow, self.dataset, part, number)
         batch, like = next(iter(batches)), next(iter([*self.flow.parameters(), *self.flow.buffers()]))
-        return batch.x.to(like), None if batch.context is None else batch.context.to(like.device)
+        x = batch.x.to(like.device, torch.promote_types(batch.x.dtype, like.dtype))
+        return x, None if batch.context is None else batch.context.to(like.device)
 
     @property
     def folder(self) -> Path:

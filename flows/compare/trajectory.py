@@ -63,8 +63,8 @@ def trajectory_of(
     if not times or not 0 <= times[-1] <= times[0] <= 1:
         raise InvalidValueError(f"times must be one or more numbers from 0 (noise) to 1 (data), got {times}")
     with torch.no_grad():
-        states = [flow.transform(x, generator)[0]]
+        states = [flow.transform(x, generator)[0].to(flow.dtype)]
         for start, end in zip([1.0, *times], times, strict=False):
             here = states[-1]
             states.append(here if start == end else flow.transport(here, (start, end), context, log_density=False).x)
-    return Trajectory(x.new_tensor(times), torch.stack(states[1:]), context)
+    return Trajectory(states[0].new_tensor(times), torch.stack(states[1:]), context)

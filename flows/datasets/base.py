@@ -55,7 +55,10 @@ class Dataset(ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> BatchStream:
-        """Return an endless stream of training batches, drawn with `generator` (on the CPU)."""
+        """Return an endless stream of training batches, drawn with `generator` (on the CPU).
+
+        `device` and `dtype` are those of the batches. Points of a table stay in float64 all the same.
+        """
 
     @abstractmethod
     def held_out(self, split: Literal["validation", "test"]) -> Batch:
@@ -66,7 +69,10 @@ class Dataset(ABC):
 
     @abstractmethod
     def reference(self) -> Tensor:
-        """Return training points (n, *event) to fit transforms and draw plots, in torch's default dtype."""
+        """Return training points (n, *event) to fit transforms and draw plots.
+
+        They have torch's default dtype, those of a table float64.
+        """
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the true log p(x | context) in nats, (*batch,), if it is known.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ class Table(Dataset):
     """A table of numbers in memory, one example a row.
 
     Nothing is scaled here. A flow's own transform does that, fitted to `reference()`, so that its `log_prob` has the
-    units of the data.
+    units of the data. All rows are float64, whatever dtype is asked for: 10⁶ + z in float32 would lose most of z, while
+    a flow with a transform such as `Standardise` rounds only what is left after centring.
 
     Where values repeat, a density can grow without limit: likelihoods then have no meaning. A `DataWarning` names
     columns with ties, columns that are linear functions of others, outliers, row counters, and duplicated rows.
@@ -122,15 +123,25 @@ class Table(Dataset):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> TableStream:
-        """Return an endless stream of training rows, reshuffled at each pass."""
+        """Return an endless stream of training rows in float64, reshuffled at each pass."""
+        dtype = _exact(device, dtype)
         return TableStream(self.name, self._parts["train"], self.units, batch_size, generator, device, dtype)
 
     def held_out(self, split: Literal["validation", "test"]) -> Batch:
         return Batch(self._parts[split])
 
     def reference(self) -> Tensor:
-        """Return all training rows (n, columns) in torch's default dtype, with noise where it is added."""
-        return convert(self._with_noise("train"), None, None, self.name)
+        """Return all training rows (n, columns) in float64, with noise where it is added."""
+        return self._with_noise("train").clone()
+
+    def _in_batches(
+        self,
+        split: Literal["validation", "test"],
+        batch_size: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> Iterator[Batch]:
+        return super()._in_batches(split, batch_size, device, _exact(device, dtype))
 
     def _with_noise(self, split: str) -> Tensor:
         generator = torch.Generator().manual_seed(NOISE_SEEDS[split])
@@ -235,6 +246,11 @@ class TableStream(EpochStream):
             x = _dequantised(self._rows[chosen], self._units, self.generator)
             return Batch(convert(x, self.device, self.dtype, self.dataset))
         return Batch(self._rows[chosen.to(self.device)])
+
+
+def _exact(device: torch.device | str | None, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return float64, or `dtype` on a device that lacks float64."""
+    return dtype if torch.device(device or "cpu").type == "mps" else torch.float64
 
 
 def _dequantised(rows: Tensor, units: Tensor, generator: torch.Generator) -> Tensor:

@@ -112,6 +112,8 @@ class CNF(nn.Module):
     ) -> Tensor:  # (*batch), nats
         """log p(x) in nats; for discrete data, a lower bound.
 
+        Points may be float64 whatever the flow's dtype is: the transform gets all their digits.
+
         With a stochastic estimator this is the mean over its probes.
 
         Raises:
@@ -140,6 +142,7 @@ class CNF(nn.Module):
         context = self._flatten_context(context, batch_shape)
         self.transform.check(points)
         y, terms = self.transform.account(points, generator)
+        y, terms = self._in_own_dtype(y), {name: self._in_own_dtype(term) for name, term in terms.items()}
         estimator = self.divergence.bind(self.bind(context))
         probes = estimator.draw_probes(y, generator)
         dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, y, generator))
@@ -234,6 +237,7 @@ class CNF(nn.Module):
         not applied: a data point `x` has its latent at `transport(flow.transform(x)[0]).x`.
         """
         points, batch_shape = self._flatten(x)
+        points = self._in_own_dtype(points)
         context = self._flatten_context(context, batch_shape)
         bound, probes = self.bind(context), None
         if log_density:
@@ -279,8 +283,8 @@ class CNF(nn.Module):
             raise InvalidValueError(
                 f"expected points of shape (*batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}"
             )
-        dtypes = {parameter.dtype for parameter in self.field.parameters() if parameter.is_floating_point()}
-        if not x.is_floating_point() or (dtypes and x.dtype not in dtypes):
+        dtypes = self._dtypes()
+        if not x.is_floating_point() or (dtypes and x.dtype not in dtypes and x.dtype != torch.float64):
             own = next(iter(dtypes), self.dtype)
             raise InvalidValueError(
                 f"the points are {x.dtype} and the flow is {own}; convert the points with x.to({own}), or the flow "
@@ -294,6 +298,14 @@ class CNF(nn.Module):
                 f"{bad[0].item()}; remove or repair them"
             )
         return points, batch_shape
+
+    def _dtypes(self) -> set[torch.dtype]:
+        return {parameter.dtype for parameter in self.field.parameters() if parameter.is_floating_point()}
+
+    def _in_own_dtype(self, values: Tensor) -> Tensor:
+        """Round float64 points to the flow's dtype, after a transform has had their digits."""
+        dtypes = self._dtypes()
+        return values.to(self.dtype) if dtypes and values.dtype not in dtypes else values
 
     def _flatten_context(self, context: Tensor | None, batch_shape: tuple[int, ...]) -> Tensor | None:
         if context is None:

@@ -134,7 +134,7 @@ class FlowMatching(Objective):
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         require_normal(flow.base, "FlowMatching")
         with torch.no_grad():  # learned noise is trained by the likelihood, whose bound it tightens
-            data, _ = flow.transform(batch.x, generator)
+            data = flow.transform(batch.x, generator)[0].to(flow.dtype)  # tables come in float64
         coupling, path = self._coupling, by_name(ProbabilityPath, self.path)
         independent = coupling.is_independent
         marginal = self._is_marginal(flow)

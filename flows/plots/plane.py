@@ -30,7 +30,8 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_wit
     axes_of_grid = [torch.linspace(low[i], high[i], 2 * resolution + 1)[1::2] for i in (0, 1)]  # centres of pixels
     grid = torch.cartesian_prod(*axes_of_grid)
     with torch.no_grad():
-        modelled = flow.log_prob(grid.to(flow.device, flow.dtype)).exp().cpu().reshape(resolution, resolution).T.numpy()
+        points = grid.to(flow.device, torch.promote_types(grid.dtype, flow.dtype))
+        modelled = flow.log_prob(points).exp().cpu().reshape(resolution, resolution).T.numpy()
     if dataset.has_log_prob:
         title, known = "data density", dataset.log_prob(grid).exp().reshape(resolution, resolution).T.numpy()
     else:

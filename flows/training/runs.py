@@ -303,4 +303,6 @@ def _fill(flow: CNF, content: Mapping[str, Any], path: str | os.PathLike[str]) -
 
 
 def _dtype(content: Mapping[str, Any]) -> torch.dtype | None:
-    return next((value.dtype for value in content["ema"].values() if value.is_floating_point()), None)
+    weights = [(name, value) for name, value in content["ema"].items() if value.is_floating_point()]
+    weights.sort(key=lambda named: named[0].startswith("transform."))  # which keep moments in float64
+    return weights[0][1].dtype if weights else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from flows.errors import InvalidValueError
+
+MAX_OFFSET = 64.0  # |mean|/sd up to which float32 holds points with five digits of their sd
 
 
 class Transform(nn.Module, ABC):
@@ -22,10 +24,23 @@ class Transform(nn.Module, ABC):
     Attributes:
         term: name of log_det among the terms of the log-density.
         num_levels: number L of levels if the transform makes whole numbers 0, ..., L − 1 continuous. Default: None.
+        exact_buffers: names of buffers that stay in float64 when the module is moved to another dtype.
     """
 
     term: str = "scaling"
     num_levels: int | None = None
+    exact_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn, recurse: bool = True):
+        exact = {name: self._buffers[name] for name in self.exact_buffers}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if before is None or after is None or after.dtype == torch.float64 or after.device.type == "mps":
+                continue  # mps has no float64
+            kept = after if before.is_meta else before.to(after.device)
+            self._buffers[name] = kept.double()
+        return self
 
     @abstractmethod
     def forward(
@@ -61,6 +76,15 @@ class Transform(nn.Module, ABC):
     ) -> Transform:
         """Fit the transform to training data and return it. Default: nothing to fit."""
         return self
+
+
+def in_data_units(
+    x: Tensor,  # (B, *event), computed in float64
+    dtype: torch.dtype,  # of y
+    offset: Tensor,  # |mean|/sd of the data, any shape
+) -> Tensor:
+    """Round x to the dtype of y, unless that would round differences between points away."""
+    return x if offset.max() > MAX_OFFSET else x.to(dtype)
 
 
 class Identity(Transform):

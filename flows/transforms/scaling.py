@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from flows.errors import InvalidValueError
-from flows.transforms.base import Transform
+from flows.transforms.base import Transform, in_data_units
 from flows.transforms.dequantise import checked_levels
 
 
@@ -39,7 +39,8 @@ class Standardise(Transform):
     """Standardisation: y = (x − mean)/sd for each entry.
 
     Mean and standard deviation are those of the training data. Before `fit` it is the identity. Both are buffers, so
-    checkpoints hold them.
+    checkpoints hold them. They stay in float64, so that (x − mean)/sd of float64 points keeps their digits far from 0.
+    y has the dtype of x. `inverse` returns float64 if |mean|/sd > 64, where float32 could not tell points apart.
 
     Args:
         event_shape: shape of a point.
@@ -50,6 +51,7 @@ class Standardise(Transform):
         InvalidValueError: `per` is neither.
     """
 
+    exact_buffers: ClassVar[tuple[str, ...]] = ("mean", "sd")
     mean: Tensor
     sd: Tensor
 
@@ -58,8 +60,8 @@ class Standardise(Transform):
         if per not in ("entry", "channel"):
             raise InvalidValueError(f"per must be 'entry' or 'channel', got {per!r}")
         self.per = per
-        self.register_buffer("mean", torch.zeros(tuple(event_shape)))
-        self.register_buffer("sd", torch.ones(tuple(event_shape)))
+        self.register_buffer("mean", torch.zeros(tuple(event_shape), dtype=torch.float64))
+        self.register_buffer("sd", torch.ones(tuple(event_shape), dtype=torch.float64))
 
     def fit(self, points: Tensor) -> Standardise:
         """Compute mean and standard deviation of `points` (n, *event).
@@ -88,7 +90,11 @@ class Standardise(Transform):
         return self
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return (x - self.mean) / self.sd, -self.sd.log().sum().expand(len(x))
+        return ((x - self.mean) / self.sd).to(x.dtype), -self._log_sd(x)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return y * self.sd + self.mean, self.sd.log().sum().expand(len(y))
+        x = in_data_units(y * self.sd + self.mean, y.dtype, self.mean.abs() / self.sd)
+        return x, self._log_sd(y)
+
+    def _log_sd(self, y: Tensor) -> Tensor:
+        return self.sd.log().sum().to(y.dtype).expand(len(y))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from flows.checks import check_number, fits_in_memory
 from flows.errors import InvalidValueError
-from flows.transforms.base import Transform
+from flows.transforms.base import Transform, in_data_units
 
 REWEIGHTING_ROUNDS = 10  # each round removes most of the remaining error
 
@@ -28,7 +28,9 @@ class Whiten(Transform):
     and its entries are principal components, from the least variance to the most. [Kessy, Lewin & Strimmer 2018,
     arXiv:1512.00809]
 
-    Before `fit` it is the identity. The moments are buffers, so checkpoints hold them.
+    Before `fit` it is the identity. The moments are buffers, so checkpoints hold them. The mean stays in float64, so
+    that float64 points keep their digits far from 0. y has the dtype of x. `inverse` returns float64 if |mean|/sd > 64,
+    where float32 could not tell points apart.
 
     Args:
         event_shape: shape of a point. Memory grows with the square of its size.
@@ -41,6 +43,7 @@ class Whiten(Transform):
         InvalidTypeError, InvalidValueError: a setting is out of range, or the matrix does not fit in memory.
     """
 
+    exact_buffers: ClassVar[tuple[str, ...]] = ("mean",)
     mean: Tensor
     root: Tensor
     inverse_root: Tensor
@@ -63,7 +66,7 @@ class Whiten(Transform):
         self.robust = robust
         size = math.prod(self.event_shape)
         fits_in_memory(f"event_shape: a covariance of {size:,} entries", 4 * size**2)
-        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("root", torch.eye(size))  # C^(1/2), or Λ^(1/2) Uᵀ
         self.register_buffer("inverse_root", torch.eye(size))
         self.register_buffer("log_det", torch.zeros(()))  # of the inverse root
@@ -104,11 +107,14 @@ class Whiten(Transform):
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # a lower precision would round the data
-            return ((x.flatten(1) - self.mean) @ self.inverse_root).view_as(x), self.log_det.expand(len(x))
+            centred = (x.flatten(1) - self.mean).to(self.inverse_root.dtype)
+            return (centred @ self.inverse_root).to(x.dtype).view_as(x), self.log_det.to(x.dtype).expand(len(x))
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(y.device.type, enabled=False):
-            return (y.flatten(1) @ self.root + self.mean).view_as(y), -self.log_det.expand(len(y))
+            moved = (y.flatten(1).to(self.root.dtype) @ self.root + self.mean).view_as(y)
+            x = in_data_units(moved, y.dtype, self.mean.abs() / self.root.norm(dim=0))  # the norm is the sd
+            return x, -self.log_det.to(y.dtype).expand(len(y))
 
 
 def _spectrum(covariance: Tensor, num_points: int) -> tuple[Tensor, Tensor]:  # (d,) and (d, d)
