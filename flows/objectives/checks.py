@@ -37,7 +37,7 @@ def check_digits(flow: CNF, dataset: Dataset) -> None:
     with torch.no_grad():
         y = flow.transform(points.to(flow.device))[0].to(flow.dtype).flatten(1).cpu()
     lost = []
-    for name, before, after in zip(dataset.columns, points.T, y.T, strict=False):
+    for name, before, after in zip(dataset.columns, points.flatten(1).T, y.T, strict=False):
         known, left = len(before.unique()), len(after.unique())
         if left < (1 - MAX_LOST) * known:
             lost.append(f"{name!r} ({left:,} of {known:,} distinct values are left)")
