@@ -22,7 +22,7 @@ def by_name(family: type[T], value: T | str) -> T:
     """
     if isinstance(value, family):
         return value
-    found = _concrete_subclasses(family)
+    found = concrete_subclasses(family)
     choices = {cls.__name__.lower(): cls for cls in found}
     names = ", ".join(sorted(in_words(cls.__name__) for cls in found))
     if isinstance(value, str):
@@ -38,10 +38,10 @@ def in_words(name: str) -> str:
     return re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-def _concrete_subclasses(family: type) -> list[type]:
+def concrete_subclasses(family: type) -> list[type]:
     found = []
     for cls in family.__subclasses__():
         if not getattr(cls, "__abstractmethods__", None):
             found.append(cls)
-        found.extend(_concrete_subclasses(cls))
+        found.extend(concrete_subclasses(cls))
     return found

@@ -333,7 +333,7 @@ def test_a_table_that_has_moved(run, tmp_path):
     assert code == 0, err
     content = json.loads((tmp_path / "new.json").read_text())
     assert (content["divergence"]["num_probes"], content["divergence"]["mode"]) == (3, "forward")
-    assert content["divergence"]["probes"] == {"_target_": "flows.divergence.Rademacher"}
+    assert content["divergence"]["probes"] == "rademacher"
     assert (content["solver"]["method"], content["solver"]["step_size"]) == ("midpoint", 0.25)
     code, _, err = run("evaluate", "checkpoint=run", "data.path=moved.csv", "divergence.strid=3")
     assert code == 2

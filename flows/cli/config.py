@@ -43,7 +43,7 @@ PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "num_samples": int,
     "num_draws": int,
     "guidance": float | None,
-    "points": int,
+    "points": int | None,
     "estimators": Sequence[str] | str | None,
     "variants": Mapping[str, Mapping[str, Any]] | None,
     "measure": Mapping[str, Any],

@@ -20,8 +20,9 @@ from flows.cli.config import compose_node, config_folder, plain
 from flows.errors import FlowsError
 from flows.training.fabric import TrainingInterrupted
 from flows.training.loggers import flat
-from flows.training.settings import no_setting
+from flows.training.settings import complete, no_setting
 
+ABBREVIATIONS = {"lr": "learning_rate"}  # what people call settings
 MISTAKE, FAILURE = 2, 1  # exit codes: settings or files are wrong; the computation failed
 
 
@@ -86,6 +87,8 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}=... must be given, it has no default", MISTAKE
     if isinstance(error, OverrideParseException):
+        if "=" not in str(error.override).strip("="):
+            return f"{error.override} is no setting; write setting=value, without spaces, such as data=moons", MISTAKE
         lines = [line for line in error.message.splitlines() if "input" in line]
         reason = f" ({lines[0].partition(' expecting ')[0]})" if lines else ""
         key = str(error.override).partition("=")[0]
@@ -97,7 +100,7 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
         text = str(error).partition("\nConfig search path")[0].strip()
         return text.replace("\n\n", "; ").replace(":\n\t", ": ").replace("\n\t", ", "), MISTAKE  # lists in one line
     if isinstance(error, FlowsError):
-        return str(error), MISTAKE if isinstance(error, (ValueError, TypeError, OSError)) else FAILURE
+        return str(error), MISTAKE if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else FAILURE
     return None, FAILURE
 
 
@@ -129,7 +132,8 @@ def _unknown_setting(full_key: str, program: str | None, arguments: Sequence[str
         return f"there is no setting {full_key}"
     if not parent:
         valid += [name for name in _groups_without_default(str(program)) if name not in valid]
-    elsewhere = [path for path in flat(plain(config)) if path.endswith(f".{key}")]
+    key = ABBREVIATIONS.get(key, key)
+    elsewhere = [path for path in flat(complete(plain(config))) if path.endswith(f".{key}")]
     return no_setting(key, parent, valid, elsewhere)
 
 

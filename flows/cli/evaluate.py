@@ -47,7 +47,7 @@ def evaluate(composed: DictConfig) -> float:
             divergence = instantiate(divergence, "evaluation.divergence")
         options = {
             "divergence": flow.divergence if settings.get("divergence") else divergence,
-            **{name: settings[name] for name in ("batch_size", "solver_error_points", "part", "seed")},
+            **{name: settings[name] for name in ("points", "batch_size", "solver_error_points", "part", "seed")},
         }
         if settings["outliers"] is not None and not dataset.has_samples:
             raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")

@@ -15,6 +15,7 @@ from flows import plots
 from flows.cli.config import plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.datasets import Dataset
+from flows.errors import FlowsError
 from flows.samples import chosen_context, comparable_points, draw_samples, samples_file, save_samples
 from flows.training.checkpoint import run_folder
 from flows.training.runs import LoadedRun, build_dataset, load_run, place
@@ -54,7 +55,7 @@ def sample(composed: DictConfig) -> None:
             settings["context"],
         )
         samples = draw_samples(flow, settings["num_samples"], settings["batch_size"], generator, context)
-        columns = getattr(dataset, "columns", None)
+        columns = None if dataset is None else dataset.columns
         save_samples(output, samples, columns, flow.transform.num_levels)
         print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}")
         if settings["plot"]:
@@ -96,7 +97,7 @@ def readable_dataset(config: Mapping[str, Any], chosen: bool = False) -> tuple[D
     """
     try:
         dataset = build_dataset(config)
-    except (ValueError, OSError) as error:
+    except FlowsError as error:
         if chosen:
             raise
         return None, f"the data cannot be read ({error})"

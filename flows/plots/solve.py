@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from flows.plots.style import DATA, FLOW, MUTED, tidy
 from flows.solvers import SolverStatistics
@@ -34,6 +34,7 @@ def steps(statistics: SolverStatistics, purpose: str | None = None) -> Figure:
                 label = name if accepted else f"rejected, {name}"
                 axes.plot([a.t for a in found], [abs(a.dt) for a in found], marker, color=colour, ms=4, label=label)
     axes.set(yscale="log", ylabel="step size")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, fontsize=7)
     shortest = statistics.shortest
     counts = f"{statistics.accepted} steps accepted, {statistics.rejected} rejected"

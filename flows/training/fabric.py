@@ -89,7 +89,7 @@ def build_fabric(hardware: Hardware, callbacks: Sequence[Any] = ()) -> Fabric:
             precision = "bf16-mixed" if half else "32-true"
         return Fabric(**where, precision=precision, callbacks=list(callbacks))  # type: ignore[arg-type]
     except Exception as error:  # of many types, some of them Lightning's own
-        raise InvalidValueError(f"this machine cannot train with these settings: {error}") from error
+        raise InvalidValueError(f"this hardware cannot be used: {error}") from error
 
 
 @contextlib.contextmanager

@@ -190,7 +190,7 @@ def build_trainer(
     evaluator = None
     if config.get("evaluation"):
         shared = {"dataset": dataset, "seed": seed, "progress_bar": reporting.progress_bar}
-        evaluator = instantiate(config["evaluation"], "evaluation", **shared)
+        evaluator = instantiate(config["evaluation"], "evaluation", **_accepted(config["evaluation"], shared))
     built = {name: instantiate(stage, f"objective.{name}") for name, stage in stages.items()}
     return Trainer(
         flow,
@@ -225,9 +225,16 @@ def _checked_stages(objective: Any) -> Mapping[str, Any]:
         raise SettingsError(
             f"objective must be a mapping from the names of stages to their settings, got {objective!r}"
         )
+    stages = [name for name, stage in objective.items() if isinstance(stage, Mapping) and TARGET in stage]
     for name, stage in objective.items():
+        if not isinstance(stage, Mapping) and stages:
+            options = " or ".join(f"objective.{other}.{name}" for other in stages)
+            raise SettingsError(
+                f"objective.{name} must be a stage, a mapping with a {TARGET}, got {stage!r}; for a setting of a stage "
+                f"write {options}"
+            )
         if isinstance(stage, Mapping) and TARGET not in stage:
-            chosen = ", ".join(other for other, settings in objective.items() if TARGET in settings)
+            chosen = ", ".join(stages)
             raise SettingsError(
                 f"objective.{name} has settings ({', '.join(stage)}) but is no stage of the chosen objective, which "
                 f"has {chosen}. If an experiment or an override sets it, remove it with ~objective.{name}"

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 from torch import nn
 
 from flows.errors import FlowsError, InvalidValueError
+from flows.naming import concrete_subclasses, in_words
 
 TARGET, PARTIAL = "_target_", "_partial_"
 # Arguments that a run gives to what these parts describe, so that they are no settings of it.
@@ -308,8 +309,9 @@ def _explain(error: Exception, target: _Target, settings: Mapping[str, Any], par
     if isinstance(error, (FlowsError, ValueError, OSError, ImportError)) and text:
         return f"{part}: {text}" if part else text
     line = text.splitlines()[0] if text else ""
-    shown = ", ".join(f"{key}={_show(value)}" for key, value in settings.items()) or "no settings"
-    return f"{part or 'the settings'}: {target.path} fails with {shown}: {type(error).__name__}: {line}"
+    shown = ", ".join(f"{key}={_show(value)}" for key, value in settings.items())
+    with_them = f" with {shown}" if shown else ""
+    return f"{part or 'the settings'}: {target.path} fails{with_them}: {type(error).__name__}: {line}"
 
 
 def _complete(config: Any, given: Collection[str]) -> Any:
@@ -422,7 +424,11 @@ def _describe(hint: Any) -> str:
     """What an annotation allows, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        if str in arguments:  # text may be the name of a class
+            arguments = tuple(a for a in arguments if a is not str or not any(map(_names, arguments)))
         return " or ".join(dict.fromkeys(map(_describe, arguments)))
+    if _names(hint):
+        return f"one of {', '.join(_names(hint))}"
     if origin is typing.Literal:
         return " or ".join(map(_show, arguments))
     if hint in NAMES:
@@ -440,6 +446,12 @@ def _describe(hint: Any) -> str:
     if _is_path(kind):
         return "a path"
     return kind.__name__ if inspect.isclass(kind) else str(hint)
+
+
+def _names(hint: Any) -> list[str]:
+    """The names of the classes of an abstract family, by which settings may choose one."""
+    is_family = inspect.isclass(hint) and inspect.isabstract(hint) and hint.__module__.startswith("flows.")
+    return [in_words(kind.__name__) for kind in concrete_subclasses(hint)] if is_family else []
 
 
 def _describe_many(hint: Any) -> str:

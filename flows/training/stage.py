@@ -81,7 +81,7 @@ class Stage:
         if self.steps is not None and self.num_warmup_steps >= self.steps:
             raise InvalidValueError(
                 f"warmup_steps must be smaller than steps={self.steps}, got {self.warmup_steps}: "
-                "the stage would end before its learning rate is reached"
+                "the stage would end before its learning rate is reached; lower warmup_steps as well"
             )
         if not callable(self.schedule) and self.schedule not in SCHEDULES:
             raise InvalidValueError(

@@ -18,7 +18,7 @@ from torch import nn
 
 from flows.checks import whole_number
 from flows.datasets import Dataset
-from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
+from flows.errors import ComputationError, FlowsError, InvalidTypeError, InvalidValueError
 from flows.evaluation import Evaluator, Report, aligned, default_evaluator
 from flows.evaluation.evaluator import MAX_SEED
 from flows.naming import in_words
@@ -302,7 +302,8 @@ class Trainer:
             )
             if isinstance(failure, SolverError):
                 raise failure.retold(f"{message}, also with other settings of the solver") from failure
-            raise InvalidValueError(message) from failure
+            kind = ComputationError if isinstance(failure, ComputationError) else InvalidValueError
+            raise kind(message) from failure
         return summary
 
 
