@@ -105,7 +105,7 @@ def test_a_new_yaml_is_compared_by_being_there(run, tmp_path):
         (["measure.budgets=[0]"], "budgets must be whole numbers of products >= 1"),
         (["measure.times=[2]"], "times must be one or more numbers from 0"),
         (["part=train"], "part must be test or validation, got 'train'"),
-        (["points=1"], "at least two points are needed to compare on, got 1"),
+        (["points=1"], "points must be a whole number >= 2, got 1"),
         (["field=nope"], "Could not find 'field/nope'"),
     ],
 )

@@ -496,8 +496,8 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
         ({"log_every": -5}, "log_every must be a whole number >= 0, got -5; 0: only at the end"),
         ({"ema_decay": 1.5}, "ema_decay must be .* < 1, got 1.5"),
         ({"precision": "16-mixed"}, "skips steps whose gradients overflow, .* use bf16-mixed"),
-        ({"precision": "half"}, "this machine cannot train with these settings: Precision 'half' is invalid"),
-        ({"accelerator": "abacus"}, "this machine cannot train with these settings: .*abacus"),
+        ({"precision": "half"}, "this hardware cannot be used: Precision 'half' is invalid"),
+        ({"accelerator": "abacus"}, "this hardware cannot be used: .*abacus"),
         ({"evaluation_batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
     ],
 )
