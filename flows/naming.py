@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import TypeVar
 
@@ -41,7 +42,7 @@ def in_words(name: str) -> str:
 def concrete_subclasses(family: type) -> list[type]:
     found = []
     for cls in family.__subclasses__():
-        if not getattr(cls, "__abstractmethods__", None):
+        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
             found.append(cls)
         found.extend(concrete_subclasses(cls))
     return found

@@ -9,6 +9,7 @@ from flows.divergence import (
     Analytic,
     Auto,
     Bottleneck,
+    DivergenceEstimator,
     Exact,
     Gaussian,
     Hutchinson,
@@ -18,6 +19,7 @@ from flows.divergence import (
     divergence,
 )
 from flows.fields import MLP, ConcatSquashMLP, ConvNet, Field, Linear, Potential, bind
+from flows.naming import by_name
 
 
 class Mixing(nn.Module):
@@ -138,6 +140,10 @@ def test_probe_families_by_name_and_object():
         Hutchinson(probes="uniform")
     with pytest.raises(TypeError, match="expected a ProbeFamily or one of the names"):
         Hutchinson(probes=3)
+    import flows.training.compile  # noqa: F401 (has a private estimator)
+
+    with pytest.raises(ValueError, match=r"unknown DivergenceEstimator '_compiled'; expected one of analytic, auto"):
+        by_name(DivergenceEstimator, "_compiled")
 
 
 def test_a_new_probe_family_is_one_class():

@@ -161,10 +161,18 @@ def test_digits_from_levels_to_levels(run, tmp_path):
     assert many["auroc_nll"] > 0.8
     assert f"{many['auroc_nll']:.4f} ± {many['auroc_nll_se']:.4f} by NLL" in out
     assert len((tmp_path / "many.csv").read_text().splitlines()) == 1 + 2 * many["points"]
-    other = ["data@outliers=digits", "outliers.split_seed=1", "output=same.json"]
+    other = ["data@outliers=digits", "outliers.split_seed=1", "outliers.test_fraction=0.2", "output=same.json"]
     code, _, err = run("evaluate", "checkpoint=run", *other)
     assert code == 0, err
     assert 0.3 < json.loads((tmp_path / "same.json").read_text())["auroc_nll"] < 0.7  # digits like any others
+    for mistake, message in (
+        (["data@outliers=digits", "outliers.seeds=1"], "there is no setting outliers.seeds"),
+        (["transform=identity"], "transform cannot be chosen"),
+        (["evaluation=density"], "evaluation cannot be chosen"),
+    ):
+        code, _, err = run("evaluate", "checkpoint=run", *mistake)
+        assert code == 2
+        assert message in err
     code, _, err = run("evaluate", "checkpoint=run", "data@outliers=photo_patches")
     assert code == 2
     assert "outliers must be of the event_shape of the data 'digits', (1, 8, 8), got (3, 8, 8)" in err
@@ -379,12 +387,13 @@ def test_the_default_folder_is_named_after_data_and_time(run, tmp_path):
         ("train", ["objective.flow_matching.steps=0"], r"steps must be a whole number >= 1, got 0"),
         ("train", ["data=tabular"], r"data.path=... must be given, it has no default"),
         ("train", ["data=tabular", "data.path=no.csv"], r"no.csv"),
-        ("train", ["hardware.precision=half"], r"cannot train with these settings: Precision 'half' is invalid"),
-        ("train", ["hardware.accelerator=abacus"], r"cannot train with these settings"),
+        ("train", ["hardware.precision=half"], r"this hardware cannot be used: Precision 'half' is invalid"),
+        ("train", ["hardware.accelerator=abacus"], r"this hardware cannot be used"),
         ("train", ["field=mlp", "+field.depth=3"], r"there is no setting field.depth; field has hidden, "),
         ("train", ["resume=nowhere"], r"no checkpoint at nowhere: there is no such file or folder"),
         ("train", ["output_dir=/dev/null/run"], r"/dev/null/run cannot be written"),
         ("train", ["x=["], r"no viable alternative at input '\['"),
+        ("train", ["trainer.max_steps=3"], r"no setting trainer.*; the top level has data, transform, "),
         ("evaluate", [], r"checkpoint=... must be given"),
         ("evaluate", ["checkpoint=nowhere"], r"no checkpoint at nowhere"),
         (

@@ -68,7 +68,7 @@ OPEN_PARTS = {  # of each program: their settings may have any name, as far as H
         "reporting",
         "evaluation",
     ),
-    "evaluate": ("data", "divergence", "solver"),
+    "evaluate": ("data", "divergence", "solver", "outliers"),
     "sample": ("data", "solver"),
     "compare_estimators": ("data", "transform", "field", "divergence", "solver"),
 }
@@ -361,10 +361,11 @@ def resumed_config(
 
 def _replace(config: dict[str, Any], key: str, value: Any, file: Path) -> None:
     """Set `config["a"]["b"]` for the key `a.b`, which must exist."""
-    *parents, last = key.split(".")
-    node = config
-    for parent in parents:
-        node = node.get(parent, {})
-    if last not in node:
-        raise InvalidValueError(f"the run in {file} has no setting {key}")
+    parent, _, last = key.rpartition(".")
+    node: Any = config
+    for word in parent.split("."):
+        node = node.get(word) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last not in node:
+        valid = [name for name in node if not name.startswith("_")] if isinstance(node, dict) else []
+        raise InvalidValueError(f"{no_setting(last, parent, valid)} in the run {file}")
     node[last] = value

@@ -131,7 +131,7 @@ def _unknown_setting(full_key: str, program: str | None, arguments: Sequence[str
     if config is None or not valid:
         return f"there is no setting {full_key}"
     if not parent:
-        valid += [name for name in _groups_without_default(str(program)) if name not in valid]
+        valid += [name for name in _groups_without_default(str(program)) if name not in (*valid, key)]
     key = ABBREVIATIONS.get(key, key)
     elsewhere = [path for path in flat(complete(plain(config))) if path.endswith(f".{key}")]
     return no_setting(key, parent, valid, elsewhere)
@@ -139,7 +139,8 @@ def _unknown_setting(full_key: str, program: str | None, arguments: Sequence[str
 
 def _composed_without(key: str, program: str, arguments: Sequence[str]) -> DictConfig | None:
     """The settings from the other overrides; `None` if something else is wrong too."""
-    kept = [a for a in arguments if "=" in a and not a.startswith("-") and a.partition("=")[0] != key]
+    given = [a for a in arguments if "=" in a and not a.startswith("-")]
+    kept = [a for a in given if not f"{a.partition('=')[0]}.".startswith(f"{key}.")]
     try:
         return compose_node(program, kept)
     except (HydraException, OmegaConfBaseException):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from flows.cli.config import OPEN_PARTS, plain_settings, refuse, run_with_hydra, with_changes
+from flows.cli.config import plain_settings, refuse, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.datasets import Energy
 from flows.errors import InvalidValueError
@@ -17,6 +17,8 @@ from flows.evaluation import DensityEvaluator, EnergyEvaluator, aligned
 from flows.training.checkpoint import run_folder, to_json, write_result
 from flows.training.runs import build_dataset, load_run, place
 from flows.training.settings import instantiate
+
+PARTS = ("data", "divergence", "solver")  # as in training unless the settings change them
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,8 +39,9 @@ def evaluate(composed: DictConfig) -> float:
     """Evaluate with the composed settings; returns the NLL, or the free energy of an energy without samples."""
     with readable_errors():
         settings = plain_settings(composed)
+        outliers = settings["outliers"] or None
         run = load_run(settings["checkpoint"], settings["trust"])
-        config = with_changes(run.config, {part: settings.get(part) for part in OPEN_PARTS["evaluate"]})
+        config = with_changes(run.config, {part: settings.get(part) for part in PARTS})
         dataset = build_dataset(config)
         flow = place(run.flow, settings["device"], settings["dtype"])
         flow.divergence, flow.solver = (instantiate(config[name], name) for name in ("divergence", "solver"))
@@ -49,12 +52,15 @@ def evaluate(composed: DictConfig) -> float:
             "divergence": flow.divergence if settings.get("divergence") else divergence,
             **{name: settings[name] for name in ("points", "batch_size", "solver_error_points", "part", "seed")},
         }
-        if settings["outliers"] is not None and not dataset.has_samples:
+        if outliers is not None and not dataset.has_samples:
             raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")
+        if isinstance(outliers, str) and outliers != "shuffled":
+            raise InvalidValueError(f"outliers must be shuffled, or a data set: data@outliers=NAME; got {outliers!r}")
+        other = None if outliers in (None, "shuffled") else instantiate(outliers, "outliers")
         density = DensityEvaluator(dataset, num_draws=settings["num_draws"], **options)
         if isinstance(dataset, Energy):
             report = EnergyEvaluator(dataset, **options).test(flow)
-            likelihood = density.likelihood(flow) if settings["outliers"] else None
+            likelihood = density.likelihood(flow) if outliers is not None else None
         else:
             likelihood = density.likelihood(flow)
             report = density.report(likelihood, flow)
@@ -65,12 +71,11 @@ def evaluate(composed: DictConfig) -> float:
             "part": settings["part"],
             **report.metrics,
             "evaluated_with": report.evaluated_with,
-            **{part: config[part] for part in OPEN_PARTS["evaluate"]},
+            **{part: config[part] for part in PARTS},
         }
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
         output = Path(settings["output"] or default)
-        if settings["outliers"] is not None and likelihood is not None:
-            other = None if settings["outliers"] == "shuffled" else instantiate(settings["outliers"], "outliers")
+        if outliers is not None and likelihood is not None:
             scores = density.outliers(flow, likelihood, other)
             content |= scores.as_dict()
             rows += [*scores.table(), ("scores", str(write_result(output.with_suffix(".csv"), scores.csv())))]

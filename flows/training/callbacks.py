@@ -300,7 +300,7 @@ class Pictures:
         if run.fabric.is_global_zero:
             ends = [*run.position.stage_starts[1:], run.position.step]
             steps = [end - start for start, end in zip(run.position.stage_starts, ends, strict=True)]
-            entropy = run.dataset.entropy
+            entropy = getattr(run.dataset, "entropy", None)  # any data with a train_stream will do
             self._save(run, {"curves": plots.curves(read_metrics(run.folder / METRICS), entropy, steps)}, "")
 
     def _draw(self, run: Run, model: Any, suffix: str | None = None) -> None:
