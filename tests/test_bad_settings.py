@@ -34,6 +34,7 @@ BAD = [  # program, its arguments, words of the message
     ("train", "+x=1", "there is no setting x"),
     ("train", "+x.y=1", "there is no setting x"),
     ("sample", "+nonsense.x=3", "there is no setting nonsense"),
+    ("evaluate", "+field.hidden=[3]", "there is no setting field"),
     ("train", "evaluation.seed=3", "evaluation.seed cannot be set"),
     ("train", "optimizer.lr=1", "optimizer.lr cannot be set"),
     ("evaluate", "transform=identity", "transform cannot be chosen here"),

@@ -175,8 +175,9 @@ def check_added(arguments: Sequence[str], name: str) -> None:
     """
     content = OmegaConf.load(config_folder() / f"{name}.yaml")
     assert isinstance(content, DictConfig)
-    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
-    known = {str(key) for key in content if key != "defaults"} | set(OPEN_PARTS[name]) | groups
+    groups = {str(group) for entry in content.defaults if isinstance(entry, DictConfig) for group in entry}
+    known = {str(key) for key in content if key != "defaults"} | set(OPEN_PARTS[name]) | {"hydra"}
+    known |= {re.split(r"[./@ ]", group.removeprefix("override "))[0] for group in groups}
     overrides = [argument for argument in arguments if argument.startswith("+") and "=" in argument]
     for override in OverridesParser.create().parse_overrides(overrides):
         top = re.split(r"[./@]", str(override.key_or_group))[0]
