@@ -10,6 +10,7 @@ from typing import Any
 
 from flows.errors import FileError, InvalidTypeError, InvalidValueError
 
+MAX_SEED = 2**63 - 1  # the largest that torch takes
 MEMORY_SHARE = 0.5  # of the machine's memory that one tensor may take: drawing and converting it needs a second copy
 
 
@@ -58,6 +59,11 @@ def whole_number(name: str, value: Any, at_least: int = 1, at_most: int | None =
     """Return `value` as an int if it lies within the bounds; see `check_number`."""
     check_number(name, value, at_least=at_least, at_most=at_most, whole=True, otherwise=otherwise)
     return int(value)
+
+
+def check_seed(seed: Any) -> None:
+    """Require a seed that torch takes; see `check_number`."""
+    check_number("seed", seed, whole=True, at_least=0, at_most=MAX_SEED)
 
 
 def fits_in_memory(what: str, num_bytes: int) -> None:

@@ -23,11 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import flows
-from flows.checks import check_number
+from flows.checks import check_seed
 from flows.errors import InvalidValueError
 from flows.training.checkpoint import FOLDER, CheckpointError, find_checkpoint, load_checkpoint
 from flows.training.loggers import warnings_above_bars
-from flows.training.runs import MAX_SEED, checkpoint_config
+from flows.training.runs import checkpoint_config
 from flows.training.settings import SettingsError, check_type, complete, instantiate, no_setting
 
 PROGRAM_SETTINGS = {  # settings that no class has, and their types
@@ -249,7 +249,7 @@ def plain_settings(composed: DictConfig) -> dict[str, Any]:
     for name in PATHS:
         check_path(name, settings.get(name))
     if "seed" in settings:
-        check_number("seed", settings["seed"], whole=True, at_least=0, at_most=MAX_SEED)
+        check_seed(settings["seed"])
     return settings
 
 

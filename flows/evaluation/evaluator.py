@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from flows.checks import whole_number
+from flows.checks import check_seed
 from flows.datasets import Dataset, Energy
 from flows.errors import InvalidTypeError
 from flows.models.cnf import CNF
@@ -20,8 +20,6 @@ from flows.solvers import SolverStatistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MAX_SEED = 2**63 - 1  # the largest that torch takes
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def default_evaluator(
 
 def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> torch.Generator:
     """Seed `generator` independently of any other seed, purpose and key."""
-    whole_number("seed", seed, 0, MAX_SEED)
+    check_seed(seed)
     words = np.random.SeedSequence([seed, *purpose.encode(), *key]).generate_state(2)
     return generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from flows.checks import check_number
+from flows.checks import check_seed
 from flows.datasets import Dataset
 from flows.errors import InvalidValueError
-from flows.evaluation.evaluator import MAX_SEED
 from flows.models.cnf import CNF
 from flows.objectives.checks import check_levels
 from flows.training import checkpoint as files
@@ -177,7 +176,7 @@ def build_trainer(
     from flows.training.trainer import Trainer  # imports this package's `trusted`, as this module does
 
     seed = config.get("seed", 0)
-    check_number("seed", seed, whole=True, at_least=0, at_most=MAX_SEED)
+    check_seed(seed)
     stages = _checked_stages(_part(config, "objective"))
     torch.manual_seed(seed)
     dataset = build_dataset(config) if dataset is None else dataset

@@ -16,11 +16,10 @@ import torch
 import yaml
 from torch import nn
 
-from flows.checks import whole_number
+from flows.checks import check_seed
 from flows.datasets import Dataset
 from flows.errors import ComputationError, FlowsError, InvalidTypeError, InvalidValueError
 from flows.evaluation import Evaluator, Report, aligned, default_evaluator
-from flows.evaluation.evaluator import MAX_SEED
 from flows.naming import in_words
 from flows.objectives import Objective
 from flows.solvers import SolverError
@@ -149,7 +148,7 @@ class Trainer:
         resume: str | os.PathLike[str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        whole_number("seed", seed, 0, MAX_SEED)
+        check_seed(seed)
         self.model = model
         self.dataset = dataset
         self.stages = as_stages(objective, steps)
