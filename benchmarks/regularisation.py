@@ -20,7 +20,7 @@ from flows.models.cnf import CNF
 from flows.objectives import MaximumLikelihood
 from flows.path_costs import JacobianNorm, KineticEnergy, PathCost
 from flows.training import build_dataset, build_flow
-from flows.training.checkpoint import new_folder, to_json
+from flows.training.files import new_folder, to_json
 from flows.training.settings import instantiate
 
 PLAIN, REGULARISED = "unregularised", "kinetic + Frobenius"

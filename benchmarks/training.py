@@ -30,7 +30,7 @@ from flows.fields import ConcatSquashMLP, Field
 from flows.models.cnf import CNF
 from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood
 from flows.training import Stage
-from flows.training.checkpoint import to_json
+from flows.training.files import to_json
 from flows.transforms import Standardise, Transform
 
 TOLERANCE = 1e-5

@@ -14,7 +14,7 @@ from test_checkpoint import assert_same_state
 import flows
 from flows.evaluation import density, likelihood
 from flows.training import OutputFolderError, TrainingInterrupted, load_checkpoint
-from flows.training.checkpoint import claimed_folder, new_folder
+from flows.training.files import claimed_folder, new_folder
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):

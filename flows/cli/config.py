@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 import flows
 from flows.checks import check_seed
 from flows.errors import InvalidValueError
-from flows.training.checkpoint import FOLDER, CheckpointError, find_checkpoint, load_checkpoint
+from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from flows.training.files import FOLDER
 from flows.training.loggers import warnings_above_bars
 from flows.training.runs import checkpoint_config
 from flows.training.settings import SettingsError, check_type, complete, instantiate, no_setting

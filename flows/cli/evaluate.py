@@ -14,7 +14,7 @@ from flows.cli.errors import readable_errors
 from flows.datasets import Energy
 from flows.errors import InvalidValueError
 from flows.evaluation import DensityEvaluator, EnergyEvaluator, aligned
-from flows.training.checkpoint import run_folder, to_json, write_result
+from flows.training.files import run_folder, to_json, write_result
 from flows.training.runs import build_dataset, load_run, place
 from flows.training.settings import instantiate
 

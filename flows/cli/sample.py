@@ -17,7 +17,7 @@ from flows.cli.errors import readable_errors
 from flows.datasets import Dataset
 from flows.errors import FlowsError
 from flows.samples import chosen_context, comparable_points, draw_samples, samples_file, save_samples
-from flows.training.checkpoint import run_folder
+from flows.training.files import run_folder
 from flows.training.runs import LoadedRun, build_dataset, load_run, place
 from flows.training.settings import instantiate
 

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from flows import plots
-from flows.training.checkpoint import RUNS, new_folder
+from flows.training.files import RUNS, new_folder
 from flows.training.loggers import flat
 
 COLUMNS = (  # of the table: title, figure, its standard error, format

@@ -1,14 +1,9 @@
 """Train a model: stages, the loop, checkpoints and loggers."""
 
 from flows.training.callbacks import Reporting
-from flows.training.checkpoint import (
-    CheckpointError,
-    OutputFolderError,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
 from flows.training.fabric import Hardware, TrainingInterrupted
+from flows.training.files import OutputFolderError
 from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, TensorBoardLogger, read_metrics
 from flows.training.loop import NonFiniteLossError
 from flows.training.runs import build_dataset, build_flow, load_flow

@@ -32,7 +32,8 @@ from flows.errors import FlowsError
 from flows.evaluation import Evaluation, Report
 from flows.solvers import Attempt, SolverStatistics
 from flows.solvers.statistics import shortest
-from flows.training.checkpoint import CONFIG, FOLDER, METRICS, save_checkpoint
+from flows.training.checkpoint import save_checkpoint
+from flows.training.files import CONFIG, FOLDER, METRICS
 from flows.training.loggers import (
     HParams,
     JSONLinesLogger,

@@ -17,8 +17,8 @@ from flows.errors import FlowsError, InvalidValueError
 from flows.evaluation import Evaluation
 from flows.objectives import LossOutput, Objective
 from flows.solvers import SolverError, SolverStatistics
-from flows.training.checkpoint import FOLDER
 from flows.training.fabric import StopSignals, TrainingInterrupted, on_first_process
+from flows.training.files import FOLDER
 from flows.training.loggers import Metric
 from flows.training.stage import Optimization, Stage
 from flows.training.state import Run

@@ -24,23 +24,19 @@ from flows.naming import in_words
 from flows.objectives import Objective
 from flows.solvers import SolverError
 from flows.training.callbacks import Reporting
-from flows.training.checkpoint import (
+from flows.training.checkpoint import RUN, check_content, describe, find_checkpoint, load_checkpoint
+from flows.training.compile import compiled, stages_to_compile
+from flows.training.fabric import Hardware, StopSignals, build_fabric, deterministic_algorithms, on_first_process
+from flows.training.files import (
     CONFIG,
     FOLDER,
-    RUN,
     SUMMARY,
     branch_run,
-    check_content,
     claimed_folder,
-    describe,
-    find_checkpoint,
-    load_checkpoint,
     own_run_folder,
     to_json,
     write_text,
 )
-from flows.training.compile import compiled, stages_to_compile
-from flows.training.fabric import Hardware, StopSignals, build_fabric, deterministic_algorithms, on_first_process
 from flows.training.loop import Loop, LossModule, OptimizerStep
 from flows.training.stage import Optimization, Stage
 from flows.training.state import Position, Run, RunState
