@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.cli.config import compose, config_folder
+from flows.cli.arguments import config_folder
+from flows.cli.config import compose
 
 
 def settings(*overrides: str) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from small_run import QUIET
 
-from flows.cli.config import compose_node, config_folder
+from flows.cli.arguments import config_folder
+from flows.cli.config import compose_node
 from flows.datasets import Table
 from flows.training import check_trusted
+from flows.training.annotations import SettingsError
 from flows.training.runs import _accepted, build_flow, build_trainer
-from flows.training.settings import SettingsError, complete, instantiate
+from flows.training.settings import complete, instantiate
 
 CONF = config_folder()
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())

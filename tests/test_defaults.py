@@ -7,7 +7,8 @@ import torch
 import yaml
 
 import flows
-from flows.cli.config import compose, config_folder
+from flows.cli.arguments import config_folder
+from flows.cli.config import compose
 from flows.objectives import FlowMatching
 from flows.training.runs import build_flow
 from flows.training.settings import TARGET, _as_settings, _default, _find_target, complete, instantiate

@@ -11,7 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from benchmarks.__main__ import main as run_benchmark
 from flows.cli.config import compose, with_changes
-from flows.training.settings import GIVEN, SettingsError, check_settings
+from flows.training.annotations import SettingsError
+from flows.training.settings import GIVEN, check_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

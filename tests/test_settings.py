@@ -13,18 +13,11 @@ from test_scripts import TINY
 
 from flows.cli.config import compose
 from flows.fields import MLP
+from flows.training.annotations import SettingsError, check_arguments, check_type
 from flows.training.fabric import Fabric
 from flows.training.loggers import Logger
 from flows.training.runs import build_flow, build_trainer
-from flows.training.settings import (
-    SettingsError,
-    _find_target,
-    check_arguments,
-    check_settings,
-    check_type,
-    instantiate,
-    parameter_names,
-)
+from flows.training.settings import _find_target, check_settings, instantiate, parameter_names
 
 
 def settings(*overrides):

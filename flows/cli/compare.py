@@ -23,9 +23,9 @@ from flows.errors import InvalidValueError
 from flows.evaluation import part_batches
 from flows.models.cnf import CNF
 from flows.training import TensorBoardLogger
+from flows.training.annotations import SettingsError
 from flows.training.files import RUNS, new_folder, open_run_folder, run_folder, to_json, write_result
 from flows.training.runs import build_dataset, build_flow, load_run, place
-from flows.training.settings import SettingsError
 
 PARTS_OF_A_CHECKPOINT = ("field", "transform", "divergence", "solver")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,19 +15,16 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import flows
 from flows.checks import check_seed
+from flows.cli.arguments import OPEN_PARTS, check_added, check_choices, config_folder
 from flows.errors import InvalidValueError
-from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
-from flows.training.files import FOLDER
+from flows.training.annotations import check_type
 from flows.training.loggers import warnings_above_bars
-from flows.training.runs import checkpoint_config
-from flows.training.settings import SettingsError, check_type, complete, instantiate, no_setting
+from flows.training.settings import complete, instantiate
 
 PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "seed": int,
@@ -55,41 +50,6 @@ PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "progress_bar": bool,
 }
 PATHS = ("output_dir", "output", "checkpoint", "resume")
-OPEN_PARTS = {  # of each program: their settings may have any name, as far as Hydra is concerned
-    "train": (
-        "data",
-        "transform",
-        "field",
-        "divergence",
-        "solver",
-        "objective",
-        "optimizer",
-        "optimization",
-        "hardware",
-        "reporting",
-        "evaluation",
-    ),
-    "evaluate": ("data", "divergence", "solver", "outliers"),
-    "sample": ("data", "solver"),
-    "compare_estimators": ("data", "transform", "field", "divergence", "solver"),
-}
-
-# A resumed run may be watched differently, run on other devices, or last longer. Anything else would make it another.
-CHANGEABLE_ON_RESUME = re.compile(
-    r"hardware\.(?!precision$)\w+|reporting\.\w+|evaluation\.[\w.]+|optimization\.(on|max)_solver_errors?"
-    r"|objective\.\w+\.(steps|seconds)"
-)
-RESUME_SETTINGS = ("resume", "output_dir", "trust")
-
-
-def config_folder() -> Path:
-    """The folder with the yamls: `flows/conf` in an installed package, `conf` in a checkout."""
-    package = Path(flows.__file__).resolve().parent
-    places = (package / "conf", package.parent / "conf")
-    for place in places:
-        if (place / "train.yaml").is_file():
-            return place
-    raise AssertionError(f"the package is incomplete: there is no train.yaml in {places[0]} or {places[1]}")
 
 
 def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequence[str]) -> None:
@@ -130,60 +90,6 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
 def print_settings(composed: DictConfig) -> None:
     """Print all settings as yaml, with the defaults of the classes, which the yamls do not repeat."""
     print(yaml.safe_dump(complete(plain_settings(composed)), sort_keys=False, allow_unicode=True), end="")
-
-
-def check_choices(arguments: Sequence[str]) -> None:
-    """Check that what is given for a group, such as `divergence`, is the name of a choice.
-
-    Raises:
-        InvalidValueError: it is a number, a mapping, or nothing.
-    """
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    for override in OverridesParser.create().parse_overrides(overrides):
-        group = str(override.key_or_group)
-        folder = config_folder() / group
-        if override.is_delete() or override.is_sweep_override() or not folder.is_dir():
-            continue
-        value = override.value()
-        # nothing is chosen by null where nothing is chosen by default
-        if not isinstance(value, str | list) and not (group == "experiment" and value is None):
-            choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-            shown = "null" if value is None else value
-            raise InvalidValueError(f"{group} must be the name of a choice, got {shown}; there are {choices}")
-
-
-def refuse(arguments: Sequence[str], parts: Mapping[str, str]) -> None:
-    """Refuse overrides of parts that a program ignores.
-
-    Args:
-        arguments: the command line.
-        parts: names of parts, and what to do instead.
-
-    Raises:
-        InvalidValueError: a part is among the overrides.
-    """
-    for argument in arguments:
-        part = re.split(r"[./@=]", argument.lstrip("+~"))[0]
-        if part in parts and not argument.startswith("-"):
-            raise InvalidValueError(f"{part} cannot be chosen here: {parts[part]}")
-
-
-def check_added(arguments: Sequence[str], name: str) -> None:
-    """Check that settings added with `+` belong to the program `name`, which would ignore any other.
-
-    Raises:
-        SettingsError: there is no such setting or group.
-    """
-    content = OmegaConf.load(config_folder() / f"{name}.yaml")
-    assert isinstance(content, DictConfig)
-    groups = {str(group) for entry in content.defaults if isinstance(entry, DictConfig) for group in entry}
-    known = {str(key) for key in content if key != "defaults"} | set(OPEN_PARTS[name]) | {"hydra"}
-    known |= {re.split(r"[./@ ]", group.removeprefix("override "))[0] for group in groups}
-    overrides = [argument for argument in arguments if argument.startswith("+") and "=" in argument]
-    for override in OverridesParser.create().parse_overrides(overrides):
-        top = re.split(r"[./@]", str(override.key_or_group))[0]
-        if top not in known:
-            raise SettingsError(no_setting(top, "", sorted(known - {"hydra"})))
 
 
 @contextlib.contextmanager
@@ -322,52 +228,3 @@ def instances(
         composed = plain(hydra.compose(overrides=[f"+{group}={base}", *where])[group], resolve=True)
         found[name] = instantiate({**composed, **changes}, group if base == name else f"variants.{name}")
     return found
-
-
-def resumed_config(
-    path: str | os.PathLike[str],  # a checkpoint or the folder of a run
-    overrides: Sequence[str],  # as given on the command line
-    trust: Sequence[str] = (),
-) -> tuple[dict[str, Any], Path]:
-    """The settings of a run to resume, and the checkpoint to continue from.
-
-    Overrides may change how the run is watched, where it runs and how long it lasts. Without an `output_dir` among
-    them, the run continues in its own folder.
-
-    Raises:
-        CheckpointError: there is no usable checkpoint, or it lies in no run's folder.
-        InvalidValueError: an override would make it another run.
-    """
-    file = find_checkpoint(path, prefer="last")
-    config = checkpoint_config(load_checkpoint(file), file, trust)
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    given = {override.key_or_group: override.value() for override in parsed}
-    fixed = [key for key in given if key not in RESUME_SETTINGS and not CHANGEABLE_ON_RESUME.fullmatch(key)]
-    if fixed:
-        raise InvalidValueError(
-            f"a resumed run keeps the settings that it was started with; {', '.join(fixed)} cannot change, only the "
-            "steps of a stage and how it is run and watched (hardware.devices, reporting.log_every, ...) can. "
-            "Leave it out, or start a new run"
-        )
-    for key, value in given.items():
-        if key not in RESUME_SETTINGS:
-            _replace(config, key, value, file)
-    if "output_dir" in given:
-        config["output_dir"] = str(given["output_dir"])
-    elif file.parent.name == FOLDER:
-        config["output_dir"] = str(file.parent.parent)
-    else:
-        raise CheckpointError(f"{file} lies in no run's {FOLDER} folder; say with output_dir=... where to continue")
-    return config, file
-
-
-def _replace(config: dict[str, Any], key: str, value: Any, file: Path) -> None:
-    """Set `config["a"]["b"]` for the key `a.b`, which must exist."""
-    parent, _, last = key.rpartition(".")
-    node: Any = config
-    for word in parent.split("."):
-        node = node.get(word) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or last not in node:
-        valid = [name for name in node if not name.startswith("_")] if isinstance(node, dict) else []
-        raise InvalidValueError(f"{no_setting(last, parent, valid)} in the run {file}")
-    node[last] = value

@@ -16,7 +16,8 @@ from hydra.errors import ConfigCompositionException, HydraException, OverridePar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from flows.cli.config import compose_node, config_folder, plain
+from flows.cli.arguments import config_folder
+from flows.cli.config import compose_node, plain
 from flows.errors import FlowsError
 from flows.training.fabric import TrainingInterrupted
 from flows.training.loggers import flat

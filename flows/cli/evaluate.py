@@ -9,7 +9,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from flows.cli.config import plain_settings, refuse, run_with_hydra, with_changes
+from flows.cli.arguments import refuse
+from flows.cli.config import plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.datasets import Energy
 from flows.errors import InvalidValueError

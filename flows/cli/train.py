@@ -10,8 +10,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from flows.cli.config import check_path, plain_settings, resumed_config, run_with_hydra
+from flows.cli.config import check_path, plain_settings, run_with_hydra
 from flows.cli.errors import readable_errors
+from flows.cli.resuming import resumed_config
 from flows.cli.sweeps import current_job, sweeping
 from flows.training.runs import build_trainer
 

@@ -18,8 +18,9 @@ from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.objectives.checks import check_levels
 from flows.training import checkpoint as files
+from flows.training.annotations import SettingsError
 from flows.training.checkpoint import CheckpointError, check_content, find_checkpoint, load_checkpoint
-from flows.training.settings import TARGET, SettingsError, complete, instantiate, parameter_names
+from flows.training.settings import TARGET, complete, instantiate, parameter_names
 from flows.training.stage import Stage
 from flows.training.trusted import check_trusted
 

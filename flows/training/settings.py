@@ -12,20 +12,16 @@ import difflib
 import functools
 import importlib
 import inspect
-import numbers
-import os
 import re
-import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
-from typing import Annotated, Any
+from typing import Any
 
 from torch import nn
 
-from flows.errors import FlowsError, InvalidValueError
-from flows.naming import concrete_subclasses, in_words
+from flows.errors import FlowsError
+from flows.training.annotations import SettingsError, check_type, is_list, show
 
 TARGET, PARTIAL = "_target_", "_partial_"
 # Arguments that a run gives to what these parts describe, so that they are no settings of it.
@@ -36,13 +32,6 @@ GIVEN = {
     "objective": ("params", "lr"),
     "evaluation": ("dataset", "seed", "progress_bar"),
 }
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-PLURALS = {int: "whole numbers", float: "numbers", str: "text"}
-MAX_SHOWN = 300  # characters of a value in a message
-
-
-class SettingsError(InvalidValueError):
-    """A setting does not fit. The message begins with its name, such as `solver.rtol`."""
 
 
 def instantiate(config: Any, part: str = "", /, **arguments: Any) -> Any:
@@ -60,7 +49,7 @@ def instantiate(config: Any, part: str = "", /, **arguments: Any) -> Any:
     """
     if not isinstance(config, Mapping) or TARGET not in config:
         raise SettingsError(
-            f"{part or 'the settings'} must be a mapping with a {TARGET}, the class to build, got {_show(config)}"
+            f"{part or 'the settings'} must be a mapping with a {TARGET}, the class to build, got {show(config)}"
         )
     check_settings(config, part, arguments)
     return _build(config, part, arguments)
@@ -77,7 +66,7 @@ def check_settings(config: Any, part: str = "", given: Collection[str] = ()) -> 
     """
     if isinstance(config, str) and "${" in config:
         raise SettingsError(f"{part or 'the settings'} must be a plain value, got the interpolation {config!r}")
-    if _is_list(config):
+    if is_list(config):
         for i, element in enumerate(config):
             check_settings(element, f"{part}[{i}]")
     if not isinstance(config, Mapping):
@@ -102,36 +91,6 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
         config: parts by name, such as `field`.
     """
     return {part: _complete(value, GIVEN.get(part, ())) for part, value in config.items()}
-
-
-def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Check `values` against the annotations of the parameters of `function`.
-
-    Raises:
-        SettingsError: a value has another type.
-    """
-    for name, hint in typing.get_type_hints(function).items():
-        if name in values:
-            check_type(name, values[name], hint)
-
-
-def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise `SettingsError` unless the annotation `hint` allows `value`.
-
-    Text is no number, `true` is no 1, and 1.0 is no whole number. A whole number is a number, and a list may stand for
-    a tuple. An annotation that pydantic does not know allows everything.
-    """
-    import pydantic  # slow to import
-
-    try:
-        adapter: Any = pydantic.TypeAdapter(_strict(hint), config={"arbitrary_types_allowed": True, "strict": True})
-    except (pydantic.PydanticUserError, NameError, TypeError):
-        return
-    for candidate in (_plain_number(value), _with_tuples(value)):
-        with contextlib.suppress(pydantic.ValidationError):
-            adapter.validate_python(candidate)
-            return
-    raise SettingsError(f"{name} must be {_describe(hint)}, got {_show(value)}")
 
 
 def parameter_names(target: Any) -> Sequence[str]:
@@ -193,7 +152,7 @@ def _takes_nothing(function: Any) -> bool:
 def _import(path: Any, name: str) -> Callable[..., Any]:
     """The class or function with an import path."""
     if not isinstance(path, str) or not all(word.isidentifier() for word in path.split(".")) or "." not in path:
-        raise SettingsError(f"{name} must be an import path such as flows.fields.MLP, got {_show(path)}")
+        raise SettingsError(f"{name} must be an import path such as flows.fields.MLP, got {show(path)}")
     words = path.split(".")
     found: Any = None
     for i, word in enumerate(words):
@@ -221,9 +180,9 @@ def _import(path: Any, name: str) -> Callable[..., Any]:
 def _check_key(key: Any, config: Mapping[str, Any], part: str, target: _Target | None, given: Collection[str]) -> None:
     where, name = part or "the settings", _join(part, key)
     if not isinstance(key, str):
-        raise SettingsError(f"the names of settings must be text, got {_show(key)} in {where}")
+        raise SettingsError(f"the names of settings must be text, got {show(key)} in {where}")
     if "${" in key:
-        raise SettingsError(f"the names of settings must be plain text, got {_show(key)} in {where}")
+        raise SettingsError(f"the names of settings must be plain text, got {show(key)} in {where}")
     if key == PARTIAL:
         check_type(_join(part, key), config[key], bool)
     elif key == "lr" and "lr" in _given(part):
@@ -249,11 +208,11 @@ def _describes_objects(value: Any) -> bool:
     """Whether a `_target_` stands anywhere in `value`."""
     if isinstance(value, Mapping):
         return TARGET in value or any(map(_describes_objects, value.values()))
-    return _is_list(value) and any(map(_describes_objects, value))
+    return is_list(value) and any(map(_describes_objects, value))
 
 
 def _build(config: Any, part: str, arguments: Mapping[str, Any]) -> Any:
-    if _is_list(config):
+    if is_list(config):
         return [_build(element, f"{part}[{i}]", {}) for i, element in enumerate(config)]
     if not isinstance(config, Mapping):
         return config
@@ -309,13 +268,13 @@ def _explain(error: Exception, target: _Target, settings: Mapping[str, Any], par
     if isinstance(error, (FlowsError, ValueError, OSError, ImportError)) and text:
         return f"{part}: {text}" if part else text
     line = text.splitlines()[0] if text else ""
-    shown = ", ".join(f"{key}={_show(value)}" for key, value in settings.items())
+    shown = ", ".join(f"{key}={show(value)}" for key, value in settings.items())
     with_them = f" with {shown}" if shown else ""
     return f"{part or 'the settings'}: {target.path} fails{with_them}: {type(error).__name__}: {line}"
 
 
 def _complete(config: Any, given: Collection[str]) -> Any:
-    if _is_list(config):
+    if is_list(config):
         return [_complete(element, given) for element in config]
     if not isinstance(config, Mapping):
         return config
@@ -354,7 +313,7 @@ def _as_settings(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {key: _as_settings(element) for key, element in value.items()}
-    if _is_list(value):
+    if is_list(value):
         return [_as_settings(element) for element in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
@@ -372,107 +331,8 @@ def _public_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__name__}"
 
 
-def _strict(hint: Any) -> Any:
-    """`hint` for pydantic, in which any class that is no plain value asks for an instance of it."""
-    import pydantic
-
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return typing.Union[tuple(map(_strict, arguments))]  # noqa: UP007 (made of a tuple)
-    if origin in (tuple, list, Sequence, Mapping, dict, Iterable):
-        return types.GenericAlias(origin, tuple(a if a is ... else _strict(a) for a in arguments))
-    if hint in NAMES or hint in (tuple, list, Sequence, Mapping, dict, Any, object) or not inspect.isclass(hint):
-        return hint
-    return Annotated[Any, pydantic.AfterValidator(functools.partial(_must_be, hint))]
-
-
-def _must_be(kind: Any, value: Any) -> Any:
-    if _is_path(kind):
-        fits = isinstance(value, (str, kind))
-    elif getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
-        members = {name for base in kind.__mro__[:-1] for name in vars(base) if not name.startswith("_")}
-        fits = all(hasattr(value, name) for name in members)
-    else:
-        fits = isinstance(value, kind)
-    if not fits:
-        raise ValueError(f"no {kind.__name__}")  # told by check_type
-    return value
-
-
-def _is_path(kind: Any) -> bool:
-    return inspect.isclass(kind) and (kind is os.PathLike or issubclass(kind, PurePath))
-
-
-def _plain_number(value: Any) -> Any:
-    """Numbers of other libraries, such as `numpy.int64`, as Python's."""
-    if isinstance(value, bool) or type(value) in (int, float):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def _with_tuples(value: Any) -> Any:
-    return tuple(map(_with_tuples, value)) if _is_list(value) else value
-
-
-def _describe(hint: Any) -> str:
-    """What an annotation allows, in words."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if str in arguments:  # text may be the name of a class
-            arguments = tuple(a for a in arguments if a is not str or not any(map(_names, arguments)))
-        return " or ".join(dict.fromkeys(map(_describe, arguments)))
-    if _names(hint):
-        return f"one of {', '.join(_names(hint))}"
-    if origin is typing.Literal:
-        return " or ".join(map(_show, arguments))
-    if hint in NAMES:
-        return NAMES[hint]
-    kind = origin or hint
-    if kind is tuple and arguments and arguments[-1] is not ...:
-        kinds = list(dict.fromkeys(map(_describe_many, arguments)))
-        return f"a list of {len(arguments)}" + (f" {kinds[0]}" if len(kinds) == 1 else "")
-    if kind in (tuple, list, Sequence, Iterable):
-        return f"a list of {_describe_many(arguments[0])}" if arguments else "a list"
-    if kind in (Mapping, dict):
-        return "a mapping"
-    if kind is Callable:
-        return "a function"
-    if _is_path(kind):
-        return "a path"
-    return kind.__name__ if inspect.isclass(kind) else str(hint)
-
-
-def _names(hint: Any) -> list[str]:
-    """The names of the classes of an abstract family, by which settings may choose one."""
-    is_family = inspect.isclass(hint) and inspect.isabstract(hint) and hint.__module__.startswith("flows.")
-    return [in_words(kind.__name__) for kind in concrete_subclasses(hint)] if is_family else []
-
-
-def _describe_many(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_describe_many, arguments)))
-    if hint in PLURALS:
-        return PLURALS[hint]
-    if origin in (tuple, list, Sequence):
-        return f"lists of {_describe_many(arguments[0])}"
-    return _describe(hint)
-
-
 def _given(part: str) -> Sequence[str]:
     return GIVEN.get(part.split(".")[0], ())
-
-
-def _show(value: Any) -> str:
-    """A value as yaml words it, shortened."""
-    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _join(part: str, key: Any) -> str:
