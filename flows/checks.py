@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from flows.errors import FileError, InvalidTypeError, InvalidValueError
 
 MAX_SEED = 2**63 - 1  # the largest that torch takes
+MAX_SIZE = 2**63 - 1  # entries of a tensor
 MEMORY_SHARE = 0.5  # of the machine's memory that one tensor may take: drawing and converting it needs a second copy
 
 
@@ -59,6 +62,30 @@ def whole_number(name: str, value: Any, at_least: int = 1, at_most: int | None =
     """Return `value` as an int if it lies within the bounds; see `check_number`."""
     check_number(name, value, at_least=at_least, at_most=at_most, whole=True, otherwise=otherwise)
     return int(value)
+
+
+def as_shape(name: str, value: Any, at_least: int = 1) -> tuple[int, ...]:
+    """Return a shape as a tuple of ints; a whole number n stands for (n,).
+
+    Args:
+        name: the argument's name in the message.
+        at_least: the smallest size. Default: 1; 0 for the number of samples.
+
+    Raises:
+        InvalidTypeError: it is neither a whole number nor a list of them.
+        InvalidValueError: a size is too small, or too large for a tensor.
+    """
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        value = (value,)
+    expected = f"{name} must be a whole number or a list of whole numbers >= {at_least}, such as (2,)"
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise InvalidTypeError(f"{expected}, got {value if value is None else type(value).__name__}")
+    if not all(isinstance(size, Integral) and not isinstance(size, bool) for size in value):
+        raise InvalidTypeError(f"{expected}, got {value!r}")
+    sizes = tuple(int(size) for size in value)
+    if min(sizes, default=at_least) < at_least or math.prod(sizes) > MAX_SIZE:
+        raise InvalidValueError(f"{expected} and < 2^63 in all, got {sizes}")
+    return sizes
 
 
 def check_seed(seed: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.divergence import DivergenceEstimator
 from flows.errors import InvalidValueError
 from flows.path_costs import PathCost
@@ -13,6 +14,7 @@ from flows.solvers import State
 from flows.vector_field import BoundField, checked_value
 
 
+@checked
 class AugmentedDynamics:
     r"""d/dt (x, ℓ, c) = (v(t, x), −div v(t, x), rates), the instantaneous change of variables.
 
@@ -86,6 +88,7 @@ class AugmentedDynamics:
         return {"divergence_standard_error": self.estimator.standard_error(derivatives[1]).square().mean().sqrt()}
 
 
+@checked
 class StateDynamics:
     """d/dt x = v(t, x) alone, for sampling and trajectories without a density."""
 

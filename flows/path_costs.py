@@ -15,12 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.divergence import FieldSample
 from flows.divergence.probes import Rademacher
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.vector_field import BoundField
 
 
+@checked
 @dataclass(frozen=True)
 class PathCost(ABC):
     """A rate c(t, x) >= 0 for each example.
@@ -58,6 +60,7 @@ class PathCost(ABC):
         return None
 
 
+@checked
 @dataclass(frozen=True)
 class KineticEnergy(PathCost):
     """c = ‖v‖², summed over the event: straight paths at constant speed have the least.
@@ -71,6 +74,7 @@ class KineticEnergy(PathCost):
         return sample.value.square().flatten(1).sum(1)
 
 
+@checked
 @dataclass(frozen=True)
 class JacobianNorm(PathCost):
     r"""c = ‖∂v/∂x‖²_F, or an unbiased estimate of it.
@@ -110,6 +114,7 @@ class JacobianNorm(PathCost):
         return sample.squared_jacobian_norm
 
 
+@checked
 @dataclass(frozen=True)
 class TotalDerivative(PathCost):
     """c = ‖∂v/∂t + (∂v/∂x) v‖², the squared acceleration along a path.
@@ -124,6 +129,7 @@ class TotalDerivative(PathCost):
         return acceleration.square().flatten(1).sum(1)
 
 
+@checked
 @dataclass(frozen=True)
 class HamiltonJacobi(PathCost):
     """c = |∂Φ/∂t − ½ ‖∇Φ‖²| of a field v = −∇Φ, which is zero along the paths of optimal transport.
@@ -147,6 +153,7 @@ class HamiltonJacobi(PathCost):
         return (rate - 0.5 * sample.value.square().flatten(1).sum(1)).abs()
 
 
+@checked
 def draw_directions(
     costs: Iterable[PathCost], x: Tensor, generator: torch.Generator | None = None
 ) -> Tensor | None:  # (P, B, *event)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.errors import InvalidTypeError, InvalidValueError
 
 VectorField = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> v, with v shaped like x
@@ -45,7 +46,7 @@ class BoundField:
     """
 
     def __init__(
-        self, field: Callable[..., Tensor], context: Tensor | None = None, event_shape: Sequence[int] | None = None
+        self, field: Callable[..., Tensor], context: Tensor | None = None, event_shape: int | Sequence[int] | None = None
     ) -> None:
         self.field = field
         self.context = context
@@ -118,8 +119,9 @@ class _Once:
         return self.value
 
 
+@checked
 def bind(
-    field: Callable[..., Tensor], context: Tensor | None = None, event_shape: Sequence[int] | None = None
+    field: Callable[..., Tensor], context: Tensor | None = None, event_shape: int | Sequence[int] | None = None
 ) -> BoundField:
     """Fix the context of any field for one solve; see `BoundField`.
 

@@ -13,10 +13,11 @@ import flows
 PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
-GROUND = {"checks", "errors", "naming", "vector_field"}
+GROUND = {"arguments", "checks", "errors", "naming", "vector_field"}
 MODELS = {"bases", "divergence", "dynamics", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
 ALLOWED = {
+    "arguments": set(),
     "checks": set(),
     "errors": set(),
     "naming": set(),

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 
+
+@checked
 class Base(nn.Module, ABC):
     """A distribution over points of one event shape.
 
@@ -20,7 +23,7 @@ class Base(nn.Module, ABC):
 
     _like: Tensor  # has the device and the dtype
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__()
         self.event_shape = tuple(event_shape)
         self.register_buffer("_like", torch.zeros(()), persistent=False)

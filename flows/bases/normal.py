@@ -8,19 +8,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.bases.base import Base
 from flows.errors import InvalidTypeError
 
 
+@checked
 class Normal(Base):
     """N(0, I)."""
 
+    @checked
     def sample(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Draw points of shape (*shape, *event); with a generator on its device, then moved."""
         device = self.device if generator is None else generator.device
         size = (*shape, *self.event_shape)
         return torch.randn(size, generator=generator, dtype=self.dtype, device=device).to(self.device)
 
+    @checked
     def log_prob(
         self,
         z: Tensor,  # (*batch, *event)
@@ -30,6 +34,7 @@ class Normal(Base):
         return -0.5 * (squares + math.prod(self.event_shape) * math.log(2 * math.pi))
 
 
+@checked
 def require_normal(base: Base, user: str) -> None:
     """Raise `TypeError` if `user`, which supposes N(0, I), was given another base."""
     if not isinstance(base, Normal):

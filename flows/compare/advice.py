@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from flows.arguments import checked
 from flows.compare.measure import Comparison, Row
 from flows.errors import InvalidValueError
 
@@ -21,6 +22,7 @@ class Advice:
     evaluation_reason: str
 
 
+@checked
 def advise(comparison: Comparison, affordable: float = 100.0) -> Advice:
     r"""Recommend estimators, among those without a bias.
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from flows.arguments import checked
 from flows.compare.measure import Comparison, Row
 from flows.plots.style import MUTED, tidy
 
@@ -28,6 +29,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
+@checked
 def error_against_cost(comparison: Comparison) -> Figure:
     """Plot the error of each setting against its time.
 

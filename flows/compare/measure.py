@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flows.arguments import checked
 from flows.compare.accuracy import Accuracy, Truth, accuracy, truth
 from flows.compare.candidates import Candidate, gather
 from flows.compare.cost import affordable, case, time_ratio
@@ -56,6 +57,7 @@ class Comparison:
     dtype: str
 
 
+@checked
 def compare(
     flow: CNF,
     x: Tensor,  # (n, *event), data space

@@ -7,15 +7,18 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from flows.arguments import checked
 from flows.compare.advice import Advice
 from flows.compare.measure import Comparison, Row
 
 
+@checked
 def as_text(comparison: Comparison, advice: Advice) -> str:
     """The table, the estimators that do not apply, and the advice."""
     return "\n".join([*_heading(comparison), "", *_table(comparison), *_left_out(comparison), "", *_advice(advice)])
 
 
+@checked
 def as_dict(comparison: Comparison, advice: Advice) -> dict[str, Any]:
     """All figures as plain values, `None` where unknown.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets.batches import Batch, BatchStream, convert_batch
 from flows.errors import InvalidValueError
@@ -90,18 +91,21 @@ class Dataset(ABC):
     def has_log_prob(self) -> bool:
         return type(self).log_prob is not Dataset.log_prob
 
+    @checked
     def validation_batches(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Iterator[Batch]:
         """Iterate once over the validation split, always in the same order."""
         return self._in_batches("validation", batch_size, device, dtype)
 
+    @checked
     def test_batches(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Iterator[Batch]:
         """Iterate once over the test split, always in the same order."""
         return self._in_batches("test", batch_size, device, dtype)
 
+    @checked
     def contexts(self, n: int) -> Tensor | None:
         """Return n contexts (n, *context) of the validation split, repeated if it is smaller.
 
@@ -138,6 +142,7 @@ class Dataset(ABC):
         return (convert_batch(found[start : start + batch_size], device, dtype, self.name) for start in starts)
 
 
+@checked
 def one_hot(
     labels: Tensor,  # (*batch), whole numbers
     num_classes: int,

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import whole_number
 from flows.errors import InvalidTypeError, InvalidValueError
 
 
+@checked
 @dataclass(frozen=True)
 class Batch:
     """Examples in data space, with their contexts if there are any."""
@@ -29,6 +31,7 @@ class Batch:
         return Batch(self.x[indices], None if self.context is None else self.context[indices])
 
 
+@checked
 class BatchStream(ABC):
     """An endless iterator of training batches that resumes bit for bit.
 

@@ -8,6 +8,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import check_number, whole_number
 from flows.datasets.base import one_hot
 from flows.datasets.batches import Batch
@@ -45,6 +46,7 @@ class ConditionalDensity(Density):
         return self.draw(n, generator).x
 
 
+@checked
 class MoonsByClass(ConditionalDensity):
     """The two half circles of `Moons`, each as a class.
 
@@ -71,6 +73,7 @@ class MoonsByClass(ConditionalDensity):
         return torch.where(lower, moons.log_prob_of_arc(x, True), moons.log_prob_of_arc(x, False))
 
 
+@checked
 class GaussianMean(ConditionalDensity):
     """A Gaussian whose mean is the context.
 

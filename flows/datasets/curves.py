@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.datasets.density import Density, check_points
 
 # Error against 4,000 nodes on [-4.5, 4.5]²: 2spirals 1e-8 in log p where p > 1e-9 and 2e-5 everywhere, the other two
@@ -24,6 +25,7 @@ NUM_NODES = 384
 POINTS_AT_ONCE = 512  # limits the memory of (points, nodes)
 
 
+@checked
 class Moons(Density):
     """Two interleaved half circles.
 
@@ -61,6 +63,7 @@ class Moons(Density):
         return torch.stack([torch.where(lower, 1 - cos, cos), torch.where(lower, 0.5 - sin, sin)], -1)
 
 
+@checked
 class SwissRoll(Density):
     """A spiral with noise of constant width.
 
@@ -83,6 +86,7 @@ class SwissRoll(Density):
         return (angle / 5).unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], -1)
 
 
+@checked
 class TwoSpirals(Density):
     """Two spiral arms; each is the other's reflection in the origin.
 
@@ -143,6 +147,7 @@ class TwoSpirals(Density):
         return (angle / 3).unsqueeze(-1) * torch.stack([-angle.cos(), angle.sin()], -1)
 
 
+@checked
 class Pinwheel(Density):
     """Five bent blades, each a narrow Gaussian.
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import fits_in_memory, whole_number
 from flows.datasets.base import Dataset
 from flows.datasets.batches import Batch, BatchStream, convert, convert_batch
@@ -24,6 +25,7 @@ SEEDS = {
 }
 
 
+@checked
 class Density(Dataset):
     """A density p(x) with a sampler.
 
@@ -67,7 +69,7 @@ class Density(Dataset):
         num_validation: int = 10_000,
         num_test: int = 100_000,
         num_reference: int = 10_000,
-        event_shape: Sequence[int] | None = None,
+        event_shape: int | Sequence[int] | None = None,
     ):
         if event_shape is not None:
             self.event_shape = tuple(event_shape)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import check_number, whole_number
 from flows.datasets.batches import Batch, BatchStream
 from flows.datasets.density import Density, check_points
@@ -58,6 +59,7 @@ class Energy(Density):
         return self.log_z is not None
 
 
+@checked
 class NoData(BatchStream):
     """Empty batches (batch_size, 0), for objectives that draw their own points."""
 
@@ -65,6 +67,7 @@ class NoData(BatchStream):
         return Batch(torch.empty(self.batch_size, 0, device=self.device, dtype=self.dtype))
 
 
+@checked
 class DoubleWell(Energy):
     """Two wells of different depth in the plane.
 
@@ -116,6 +119,7 @@ class DoubleWell(Energy):
         return torch.stack([x1, torch.randn(n, generator=generator)], -1)
 
 
+@checked
 class Funnel(Energy):
     """A funnel: wide at one end, arbitrarily narrow at the other.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from flows.arguments import checked
 from flows.checks import existing_path, fits_in_memory, whole_number
 from flows.datasets.folders import Found, find_pictures, find_tables
 from flows.datasets.images import Images, LabelledImages
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 MODES = ("L", "RGB")  # grey and colour, one byte a channel
 
 
+@checked
 class HubImages(Images):
     """Images of the Hugging Face hub, of a folder of pictures, or of Parquet files.
 

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import check_number, existing_path, whole_number
 from flows.datasets.density import Density, check_points
 from flows.errors import FileError, InvalidValueError
 
 
+@checked
 class ImageDensity(Density):
     """A density that is constant on each pixel of a picture.
 

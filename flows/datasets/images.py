@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets.base import Dataset, one_hot
 from flows.datasets.batches import Batch, EpochStream, convert
@@ -20,6 +21,7 @@ MAX_BYTES_ON_DEVICE = 2**30  # a larger training split stays on the CPU and is m
 MAX_LEVELS = 2**24  # float32 holds all whole numbers up to here
 
 
+@checked
 @dataclass(frozen=True)
 class LabelledImages:
     """Images, with their classes if there are any."""
@@ -46,6 +48,7 @@ class LabelledImages:
         return {split: self[indices] for split, indices in splits.items()}
 
 
+@checked
 class Images(Dataset):
     """Images of one size, held in memory.
 
@@ -166,6 +169,7 @@ class ImageStream(EpochStream):
         return Batch(x, None if context is None else context.to(self.device))
 
 
+@checked
 class Digits(Images):
     """1,797 handwritten digits, part of scikit-learn.
 

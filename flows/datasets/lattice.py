@@ -8,12 +8,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import check_number, whole_number
 from flows.datasets.density import Density, check_points
 from flows.datasets.energies import Energy
 from flows.errors import InvalidTypeError, InvalidValueError
 
 
+@checked
 class FreeField(Density):
     """The Gaussian free field of mass m on a periodic lattice.
 
@@ -65,6 +67,7 @@ class FreeField(Density):
         return self.log_normaliser - 0.5 * (self._precision.to(x) * power).flatten(-len(self.event_shape)).sum(-1)
 
 
+@checked
 class Phi4(Energy):
     """The scalar field with a quartic interaction on a periodic lattice.
 

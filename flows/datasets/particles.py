@@ -9,11 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import check_number, whole_number
 from flows.datasets.density import Density, check_points
 from flows.errors import InvalidTypeError, InvalidValueError
 
 
+@checked
 class Particles(Density):
     """N identical particles in D dimensions, held together by springs.
 

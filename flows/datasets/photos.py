@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets.images import Images, LabelledImages
 from flows.datasets.splits import random_split
 from flows.errors import InvalidValueError
 
 
+@checked
 class PhotoPatches(Images):
     """Colour patches of two photographs from scikit-learn, with 256 levels.
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.datasets.base import Dataset
 from flows.datasets.batches import Batch, EpochStream, convert
 from flows.datasets.diagnosis import find_ties, rounding_unit, warnings_about
@@ -30,6 +31,7 @@ NOISE_SEEDS = {
 }
 
 
+@checked
 class Table(Dataset):
     """A table of numbers in memory, one example a row.
 
@@ -148,6 +150,7 @@ class Table(Dataset):
         return _dequantised(self._parts[split], self.units, generator)
 
 
+@checked
 class Tabular(Table):
     """A table of numbers from a .csv, .npy or .parquet file.
 
@@ -185,6 +188,7 @@ class Tabular(Table):
         self.path = Path(path)
 
 
+@checked
 class BreastCancer(Table):
     """Thirty features of the cell nuclei of 569 breast tumours.
 

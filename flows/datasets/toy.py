@@ -13,10 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.datasets.density import Density, check_points
 from flows.errors import InvalidValueError
 
 
+@checked
 class EightGaussians(Density):
     """Eight round Gaussians on a circle.
 
@@ -39,6 +41,7 @@ class EightGaussians(Density):
         return torch.logsumexp(squared / (-2 * self.sd**2), -1) - norm
 
 
+@checked
 class Checkerboard(Density):
     """Uniform on the eight dark squares of a 4 × 4 board.
 
@@ -90,6 +93,7 @@ class _NoisyCircles(Density):
         return torch.logsumexp(bessel - (r - radii).square() / (2 * self.sd**2), -1) - norm
 
 
+@checked
 class Rings(_NoisyCircles):
     """Four concentric rings of equal mass.
 
@@ -103,6 +107,7 @@ class Rings(_NoisyCircles):
     sd = 0.08
 
 
+@checked
 class Circles(_NoisyCircles):
     """Two concentric circles of equal mass.
 
@@ -116,6 +121,7 @@ class Circles(_NoisyCircles):
     sd = 0.24
 
 
+@checked
 class Gaussian(Density):
     """A Gaussian N(mean, covariance) of any dimension d.
 

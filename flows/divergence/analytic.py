@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.errors import InvalidTypeError
 from flows.vector_field import checked_value
 
 
+@checked
 @dataclass(frozen=True)
 class Analytic(DivergenceEstimator):
     """The closed form of the field's own `value_and_divergence(t, x)`.

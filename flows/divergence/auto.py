@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.divergence.analytic import Analytic
 from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.divergence.exact import Exact
@@ -15,6 +16,7 @@ from flows.errors import InvalidValueError
 from flows.vector_field import BoundField
 
 
+@checked
 @dataclass(frozen=True)
 class Auto(DivergenceEstimator):
     """The cheapest exact estimator of the field, or Hutchinson's where exactness costs too much.

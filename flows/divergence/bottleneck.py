@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.divergence.autodiff import Mode, check_mode, linearise, products_per_call
 from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.divergence.exact import basis_trace
@@ -16,6 +17,7 @@ from flows.naming import by_name
 from flows.vector_field import BoundField, VectorField, checked_value
 
 
+@checked
 @dataclass(frozen=True)
 class Bottleneck(DivergenceEstimator):
     r"""div v = tr(J_dec J_enc) = tr(J_enc J_dec) ≈ ε_kᵀ J_enc J_dec ε_k with ε in ℝᴴ, for v = decode ∘ encode.

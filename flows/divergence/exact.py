@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.divergence.autodiff import Mode, Products, check_mode, linearise, products_per_call
 from flows.divergence.base import DivergenceEstimator, FieldSample
 
 
+@checked
 @dataclass(frozen=True)
 class Exact(DivergenceEstimator):
     r"""div v = Σᵢ eᵢᵀ J eᵢ with d = dim(event) Jacobian products, for any field.

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.divergence.base import DivergenceEstimator
 from flows.divergence.exact import Exact
 from flows.errors import InvalidValueError
 from flows.vector_field import BoundField
 
 
+@checked
 def divergence(
     f: Callable[[Tensor], Tensor],
     x: Tensor,  # (*batch, *event)

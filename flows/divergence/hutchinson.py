@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.divergence.autodiff import Mode, check_mode, linearise
 from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.divergence.probes import ProbeFamily
@@ -15,6 +16,7 @@ from flows.naming import by_name
 from flows.vector_field import BoundField
 
 
+@checked
 @dataclass(frozen=True)
 class Hutchinson(DivergenceEstimator):
     r"""div v ≈ ε_kᵀ J ε_k, one unbiased estimate for each of K random probes.

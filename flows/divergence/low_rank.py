@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.divergence.autodiff import Mode, check_mode, linearise
 from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.divergence.exact import Exact
@@ -15,6 +16,7 @@ from flows.errors import InvalidValueError
 from flows.vector_field import BoundField
 
 
+@checked
 @dataclass(frozen=True)
 class HutchPlusPlus(DivergenceEstimator):
     r"""div v ≈ tr(QᵀJQ) + g_kᵀ P J P g_k with Q = orth(J S), P = I − QQᵀ, and m/3 columns in S and in G.
@@ -89,6 +91,7 @@ class HutchPlusPlus(DivergenceEstimator):
         return self.num_estimates >= self.field.dimension
 
 
+@checked
 @dataclass(frozen=True)
 class XTrace(DivergenceEstimator):
     r"""div v ≈ mean_i [tr(Q_iᵀ J Q_i) + (d − k + 1) ρ_iᵀ J ρ_i / ‖ρ_i‖²], k = m/2 leave-one-out estimates.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 
 
@@ -52,6 +53,7 @@ class ProbeFamily(ABC):
         return 1.0
 
 
+@checked
 @dataclass(frozen=True)
 class Rademacher(ProbeFamily):
     """Independent signs. Variance 2(‖S‖²_F − Σᵢ J_ii²)/K: no noise where S is diagonal. [Hutchinson 1990]"""
@@ -67,6 +69,7 @@ class Rademacher(ProbeFamily):
         return 2 * (symmetric_norm2(jacobian) - diagonal) / num_probes
 
 
+@checked
 @dataclass(frozen=True)
 class Sphere(ProbeFamily):
     """Uniform on the sphere of radius √d. Variance (2d/(d+2)) (‖S‖²_F − tr²/d)/K: no noise where S = cI.
@@ -84,6 +87,7 @@ class Sphere(ProbeFamily):
         return 2 * d / (d + 2) * deviatoric_norm2(jacobian) / num_probes
 
 
+@checked
 @dataclass(frozen=True)
 class Gaussian(ProbeFamily):
     """Independent standard normals. Variance 2‖S‖²_F/K: never below that of the signs. [Skilling 1989]"""
@@ -143,6 +147,7 @@ class WithoutReplacement(ProbeFamily):
             )
 
 
+@checked
 @dataclass(frozen=True)
 class Orthonormal(WithoutReplacement):
     r"""A random orthonormal K-frame, times √d. Exact at K = d.
@@ -167,6 +172,7 @@ class Orthonormal(WithoutReplacement):
         return 2 * d / (d + 2) * left * deviatoric_norm2(jacobian) / num_probes
 
 
+@checked
 @dataclass(frozen=True)
 class Coordinates(WithoutReplacement):
     r"""K distinct axes, times √d: d/K times K diagonal entries of J. Exact at K = d, or on an equal diagonal.

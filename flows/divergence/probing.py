@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.divergence.autodiff import Mode, check_mode, linearise, products_per_call
 from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.divergence.probes import Rademacher
@@ -15,6 +16,7 @@ from flows.errors import InvalidValueError
 from flows.vector_field import BoundField
 
 
+@checked
 @dataclass(frozen=True)
 class Probing(DivergenceEstimator):
     r"""div v ≈ Σ_c z_cᵀ J z_c with z_c random signs on the pixels of colour c and zeros elsewhere.

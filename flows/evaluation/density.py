@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets import Dataset
 from flows.divergence import Auto, DivergenceEstimator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@checked
 @dataclass(frozen=True)
 class FlowEvaluator(Evaluator):
     """What the evaluators of flows share: the divergence, the random numbers, the pictures.
@@ -64,6 +66,7 @@ class FlowEvaluator(Evaluator):
         if self.part not in ("test", "validation"):
             raise InvalidValueError(f"part must be test or validation, got {self.part!r}")
 
+    @checked
     def check(self, model: nn.Module) -> None:
         flow = as_flow(model)
         check_contexts(flow, self.dataset)
@@ -110,6 +113,7 @@ class FlowEvaluator(Evaluator):
         return part if part == self.part and self.progress_bar else None
 
 
+@checked
 @dataclass(frozen=True)
 class DensityEvaluator(FlowEvaluator):
     """Scores a flow by its negative log-likelihood (NLL) in nats.
@@ -121,6 +125,7 @@ class DensityEvaluator(FlowEvaluator):
 
     num_draws: int = 1
 
+    @checked
     def likelihood(self, flow: CNF, part: str | None = None) -> Likelihood:
         """Evaluate a part; None: the one that `test` looks at."""
         tests, part = part is None, self.part if part is None else part
@@ -136,6 +141,7 @@ class DensityEvaluator(FlowEvaluator):
                 num_draws=self.num_draws if tests else 1,
             )
 
+    @checked
     def outliers(self, flow: CNF, data: Likelihood, outliers: Dataset | None = None) -> OutlierScores:
         """Score outliers against the part that `test` looks at, whose likelihood is `data`; see `outlier_scores`."""
         with self.evaluating(flow):
@@ -144,6 +150,7 @@ class DensityEvaluator(FlowEvaluator):
                 flow, self.dataset, data, self.part, outliers, self.batch_size, generator, self.num_draws
             )
 
+    @checked
     def validate(self, model: nn.Module) -> Evaluation:
         result = self.likelihood(as_flow(model), "validation")
         metrics = {"nll": result.nll, "nll_se": result.standard_error, "nfe": result.nfe}
@@ -154,10 +161,12 @@ class DensityEvaluator(FlowEvaluator):
             metrics |= {f"bits_per_dim/{name}": value for name, value in result.bits_per_dim.parts.items()}
         return Evaluation(result.nll, metrics, result.statistics)
 
+    @checked
     def test(self, model: nn.Module) -> Report:
         flow = as_flow(model)
         return self.report(self.likelihood(flow), flow)
 
+    @checked
     def report(self, result: Likelihood, flow: CNF) -> Report:
         """Write up a likelihood of this flow."""
         entropy, name = self.dataset.entropy, self.evaluated_with(flow)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from flows.arguments import checked
 from flows.datasets import Dataset, Energy
 from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
 from flows.evaluation.density import DensityEvaluator, FlowEvaluator, as_flow
@@ -79,6 +80,7 @@ class ImportanceWeights:
         return [*rows, ("sample NFE", f"{self.nfe:.0f}")]
 
 
+@checked
 def importance_weights(
     flow: CNF,
     energy: Energy,
@@ -127,6 +129,7 @@ def importance_weights(
     )
 
 
+@checked
 class EnergyEvaluator(FlowEvaluator):
     """Scores a flow by its free energy, E_q[log q − log p̃] over samples of the flow.
 
@@ -134,6 +137,7 @@ class EnergyEvaluator(FlowEvaluator):
     samples of either kind.
     """
 
+    @checked
     def check(self, model: nn.Module) -> None:
         as_flow(model)
         if not isinstance(self.dataset, Energy):
@@ -141,6 +145,7 @@ class EnergyEvaluator(FlowEvaluator):
                 f"EnergyEvaluator needs an energy, got {type(self.dataset).__name__}; use DensityEvaluator for data"
             )
 
+    @checked
     def importance_weights(self, flow: CNF, part: str | None = None) -> ImportanceWeights:
         """Compute importance weights of samples of the flow, as many as a part asks for.
 
@@ -160,6 +165,7 @@ class EnergyEvaluator(FlowEvaluator):
                 self._progress(part) if tests else None,
             )
 
+    @checked
     def validate(self, model: nn.Module) -> Evaluation:
         weights = self.importance_weights(as_flow(model), "validation")
         metrics = {
@@ -171,6 +177,7 @@ class EnergyEvaluator(FlowEvaluator):
         }
         return Evaluation(weights.free_energy, metrics, weights.statistics)
 
+    @checked
     def test(self, model: nn.Module) -> Report:
         flow = as_flow(model)
         weights = self.importance_weights(flow)

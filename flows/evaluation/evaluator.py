@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from flows.arguments import checked
 from flows.checks import check_seed
 from flows.datasets import Dataset, Energy
 from flows.errors import InvalidTypeError
@@ -69,6 +70,7 @@ class Evaluator(ABC):
         return {}
 
 
+@checked
 def default_evaluator(
     model: nn.Module,
     dataset: Dataset,
@@ -92,6 +94,7 @@ def default_evaluator(
     return kind(dataset, seed=seed, progress_bar=progress_bar)
 
 
+@checked
 def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> torch.Generator:
     """Seed `generator` independently of any other seed, purpose and key."""
     check_seed(seed)
@@ -99,6 +102,7 @@ def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> to
     return generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
+@checked
 def aligned(rows: Sequence[tuple[str, str]]) -> str:
     """Write names and values in two columns."""
     width = max([12, *(len(name) for name, _ in rows)])

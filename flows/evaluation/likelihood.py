@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flows.arguments import checked
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
 from flows.evaluation.evaluator import known
@@ -84,6 +85,7 @@ class Likelihood:
         return [*rows, ("NFE", f"{self.nfe:.0f}")]
 
 
+@checked
 def part_batches(
     flow: CNF, dataset: Dataset, part: str, batch_size: int, most_points: int | None = None
 ) -> tuple[Iterable[Batch], int]:
@@ -111,6 +113,7 @@ def _first(batches: Iterable[Batch], num_points: int) -> Iterator[Batch]:
             return
 
 
+@checked
 def likelihood(
     flow: CNF,
     batches: Iterable[Batch],

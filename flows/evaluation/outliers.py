@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
 from flows.evaluation.likelihood import Likelihood, likelihood, part_batches
@@ -63,6 +64,7 @@ class OutlierScores:
         return "\n".join(lines) + "\n"
 
 
+@checked
 def outlier_scores(
     flow: CNF,
     dataset: Dataset,
@@ -98,6 +100,7 @@ def outlier_scores(
     return OutlierScores(name, data.values, strange.values, typical.nll)
 
 
+@checked
 def shuffled(batches: Iterable[Batch], generator: torch.Generator | None = None) -> Iterator[Batch]:
     """The same points, each with its entries in a random order of its own; the channels of a pixel stay together."""
     for batch in batches:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.arguments import checked
+
 
 class Activation(nn.Module, ABC):
     """An elementwise function σ with its derivative σ′, which the closed-form divergences need.
@@ -24,6 +26,7 @@ class Activation(nn.Module, ABC):
         """(σ(z), σ′(z)), sharing what the two have in common."""
 
 
+@checked
 class Tanh(Activation):
     """σ = tanh, σ′ = 1 − σ²."""
 
@@ -35,6 +38,7 @@ class Tanh(Activation):
         return value, 1 - value * value
 
 
+@checked
 class SiLU(Activation):
     """σ = z s(z) with the logistic function s; σ′ = s + σ (1 − s)."""
 
@@ -47,6 +51,7 @@ class SiLU(Activation):
         return value, logistic + value * (1 - logistic)
 
 
+@checked
 class Softplus(Activation):
     """σ = log(1 + eᶻ), σ′ = the logistic function."""
 
@@ -57,6 +62,7 @@ class Softplus(Activation):
         return functional.softplus(z), z.sigmoid()
 
 
+@checked
 class Sine(Activation):
     """σ = sin, σ′ = cos."""
 
@@ -67,6 +73,7 @@ class Sine(Activation):
         return z.sin(), z.cos()
 
 
+@checked
 class Elementwise(Activation):
     """Any elementwise module, its slope taken by forward-mode differentiation.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 
@@ -14,6 +15,7 @@ _GIVEN = ("t", "x", "context", "x_and_t")
 _TIME_SHAPES = ("scalar", "batch", "column")
 
 
+@checked
 class Adapter(Field):
     r"""Calls any `nn.Module` as a field, with its arguments in any order.
 
@@ -38,10 +40,10 @@ class Adapter(Field):
     def __init__(
         self,
         module: nn.Module,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         arguments: Sequence[str] | Mapping[str, str] = ("t", "x"),
         time: str = "batch",
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
         unknown = [name for name in arguments if name not in _GIVEN]

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.vector_field import BoundField
 
 
+@checked
 class Field(nn.Module, ABC):
     """A vector field v(t, x), or v(t, x; context), on points of a fixed event shape.
 
@@ -27,7 +29,7 @@ class Field(nn.Module, ABC):
     periodic: bool = False  # whether the grid wraps around
     divergence_cost: int = 0  # Jacobian products that value_and_divergence costs as much as
 
-    def __init__(self, event_shape: Sequence[int], context_shape: Sequence[int] | None) -> None:
+    def __init__(self, event_shape: int | Sequence[int], context_shape: Sequence[int] | None) -> None:
         super().__init__()
         self.event_shape = tuple(event_shape)
         self.context_shape = None if context_shape is None else tuple(context_shape)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.arguments import checked
 from flows.fields.activations import Activation
 from flows.fields.perceptron import Linearised, Perceptron
 from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
 
 
+@checked
 class ConcatSquashMLP(Perceptron):
     r"""Layers (W h + b) ∘ sigmoid(A c + a) + B c with c = (t, context), activations between them.
 
@@ -32,10 +34,10 @@ class ConcatSquashMLP(Perceptron):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         hidden: Sequence[int] = (64, 64, 64),
         activation: Activation | str = "tanh",
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, hidden, context_shape)
         dimension = math.prod(self.event_shape)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.activations import Activation
 from flows.fields.base import Field
@@ -17,6 +18,7 @@ from flows.naming import by_name
 _PADDINGS = ("zeros", "circular", "reflect", "replicate")
 
 
+@checked
 class ConvNet(Field):
     r"""Layers (W ∗ h + b) ∘ 2 sigmoid(g(t, context)) + s(t, context), activations between them, on images.
 
@@ -40,13 +42,13 @@ class ConvNet(Field):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         hidden: Sequence[int] = (64, 64, 64),
         kernel_size: int = 3,
         padding_mode: str = "zeros",
         activation: Activation | str = "silu",
         num_frequencies: int = 8,
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
         if len(self.event_shape) != 3:

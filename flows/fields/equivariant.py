@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.fields.modulation import Modulation
 
 
+@checked
 class EquivariantKernel(Field):
     r"""v_i(t, x) = (1/N) Σ_{j≠i} r_ij φ(ρ_ij, t) on N particles in D dimensions, with r_ij = x_i − x_j.
 
@@ -46,12 +48,12 @@ class EquivariantKernel(Field):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         num_kernels: int = 32,
         max_distance: float = 6.0,
         softening: float = 0.01,
         num_frequencies: int = 8,
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
         if len(self.event_shape) != 2 or self.event_shape[0] < 2:

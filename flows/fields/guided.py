@@ -7,11 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.vector_field import BoundField, bind
 
 
+@checked
 class Guided(Field):
     r"""v(t, x; ∅) + w (v(t, x; c) − v(t, x; ∅)) with ∅ the zero vector: a conditional field under guidance.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.activations import Activation
 from flows.fields.base import Field
@@ -17,6 +18,7 @@ from flows.fields.modulation import Modulation
 from flows.naming import by_name
 
 
+@checked
 class Hollow(Field):
     r"""v_i(t, x) = τ_i(x_i, h_i(t, x), t), where the conditioner h_i does not see x_i.
 
@@ -47,12 +49,12 @@ class Hollow(Field):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         hidden: Sequence[int] = (256,),
         num_features: int = 16,
         activation: Activation | str = "silu",
         num_frequencies: int = 8,
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
         if not hidden or min(hidden) < 2:

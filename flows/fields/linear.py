@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 
 
+@checked
 class Linear(Field):
     r"""v(x) = A x + b, div v = tr A.
 
@@ -26,7 +28,7 @@ class Linear(Field):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         matrix: Tensor | Sequence[Sequence[float]] | None = None,
         offset: Tensor | Sequence[float] | None = None,
     ) -> None:

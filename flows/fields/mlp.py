@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.activations import Activation, Sine
 from flows.fields.modulation import Modulation
@@ -18,6 +19,7 @@ from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
 
 
+@checked
 class MLP(Perceptron):
     r"""v(t, x) = W_out h_L + b_out(t),  h_l = σ(g_l(t) ∘ (W_l h_{l−1} + b_l) + s_l(t)),  h_0 = x.
 
@@ -43,12 +45,12 @@ class MLP(Perceptron):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         hidden: Sequence[int] = (128, 128),
         activation: Activation | str = "tanh",
         sine_frequency: float | None = 6.0,
         num_frequencies: int = 8,
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, hidden, context_shape)
         dimension = math.prod(self.event_shape)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.arguments import checked
 from flows.fields.time import SinusoidalTime
 
 
+@checked
 class Modulation(nn.Module):
     r"""(t, context) ↦ m_1, ..., m_n: sinusoidal features of t beside the context, one hidden layer, n heads.
 
@@ -28,7 +30,7 @@ class Modulation(nn.Module):
     def __init__(
         self,
         sizes: Sequence[int],
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
         num_frequencies: int = 8,
         width: int = 32,
     ) -> None:

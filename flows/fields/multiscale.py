@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.vector_field import bind
 
 
+@checked
 class Multiscale(Field):
     r"""FFJORD's multiscale flow as one field, whose stages take turns in time.
 
@@ -47,10 +49,10 @@ class Multiscale(Field):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         field: Callable[..., nn.Module],
         num_scales: int = 2,
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
         if len(self.event_shape) != 3:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.activations import Activation
 from flows.fields.base import Field
@@ -17,6 +18,7 @@ from flows.naming import by_name
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
+@checked
 class PeriodicConv(Field):
     r"""v(t, x) = K_out ∗ σ(g(t) ∘ (K_in ∗ x + b) + s(t)) + c(t) ∘ x + o(t), convolutions wrapping around.
 
@@ -45,12 +47,12 @@ class PeriodicConv(Field):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         num_channels: int = 64,
         kernel_size: int | Sequence[int] = 3,
         activation: Activation | str = "tanh",
         num_frequencies: int = 8,
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
         channels, *lattice = self.event_shape

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.activations import Activation
 from flows.fields.base import Field
@@ -15,6 +16,7 @@ from flows.fields.modulation import Modulation
 from flows.naming import by_name
 
 
+@checked
 class Planar(Field):
     r"""v(t, x) = Σ_n g_n(t) u_n(t) σ(w_n(t)ᵀx + b_n(t)),  div v = Σ_n g_n(t) w_n(t)ᵀu_n(t) σ′(w_n(t)ᵀx + b_n(t)).
 
@@ -35,12 +37,12 @@ class Planar(Field):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         num_units: int = 64,
         hypernetwork: bool = True,
         activation: Activation | str = "tanh",
         num_frequencies: int = 8,
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
         if num_units < 1:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.fields.time import SinusoidalTime
 
 
+@checked
 class Potential(Field):
     r"""v(t, x) = −∇ₓΦ(s) with s = (x, τ(t), context) and Φ(s) = wᵀN(s) + ½ ‖A s‖² + bᵀs.
 
@@ -48,12 +50,12 @@ class Potential(Field):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         width: int = 128,
         num_layers: int = 2,
         rank: int = 10,
         num_frequencies: int = 8,
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
         if width < 1 or num_layers < 1 or rank < 0:

@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 
 
+@checked
 class SinusoidalTime(nn.Module):
     r"""t ↦ (cos πkt / k, sin πkt / k) for k = 1, ..., K: smooth, bounded, and not periodic on [0, 1].
 

@@ -13,11 +13,13 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.fields.modulation import Modulation
 
 
+@checked
 class UNet(Field):
     r"""Residual blocks at several resolutions, modulated by time and context.
 
@@ -52,7 +54,7 @@ class UNet(Field):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         channels: int = 32,
         multipliers: Sequence[int] = (1, 2, 2),
         num_blocks: int = 1,
@@ -60,7 +62,7 @@ class UNet(Field):
         num_heads: int = 4,
         recompute: bool = False,
         num_frequencies: int = 8,
-        context_shape: Sequence[int] | None = None,
+        context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
         if len(self.event_shape) != 3:

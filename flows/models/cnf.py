@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.bases import Base, Normal
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
@@ -22,6 +23,7 @@ from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind
 
 
+@checked
 class CNF(nn.Module):
     r"""A flow that carries its base at t = 0 to the data at t = 1 along dx/dt = v(t, x).
 
@@ -56,7 +58,7 @@ class CNF(nn.Module):
         solver: ODESolver | None = None,
         base: Base | None = None,
         transform: Transform | None = None,
-        event_shape: Sequence[int] | None = None,
+        event_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.event_shape = bind(field, event_shape=event_shape).event_shape
@@ -86,10 +88,12 @@ class CNF(nn.Module):
         """The dtype of its points."""
         return self.base.dtype
 
+    @checked
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution over data space, given the context: `flow(context).log_prob(x)`."""
         return FlowDistribution(self, context)
 
+    @checked
     def guided(self, weight: float) -> CNF:
         """This flow under classifier-free guidance (`Guided`); it shares all modules."""
         guided = Guided(self.field, weight)
@@ -104,6 +108,7 @@ class CNF(nn.Module):
         `flow.divergence.bind(flow.bind())` states the cost and the exactness of the divergence of this flow."""
         return bind(self.field, context, self.event_shape)
 
+    @checked
     def log_prob(
         self,
         x: Tensor,  # (*batch, *event), data space
@@ -123,6 +128,7 @@ class CNF(nn.Module):
         """
         return self.estimate_log_prob(x, context, generator, solver_error=False).value
 
+    @checked
     def estimate_log_prob(
         self,
         x: Tensor,  # (*batch, *event), data space
@@ -168,6 +174,7 @@ class CNF(nn.Module):
             path_costs={name: integral.reshape(batch_shape) for name, integral in integrals.items()},
         )
 
+    @checked
     def sample(
         self,
         shape: Sequence[int] = (),
@@ -183,6 +190,7 @@ class CNF(nn.Module):
         y = solution.end[0]
         return self.transform.inverse(y)[0].reshape(*full_shape, *self.event_shape)
 
+    @checked
     def sample_and_log_prob(
         self,
         shape: Sequence[int] = (),
@@ -197,6 +205,7 @@ class CNF(nn.Module):
         drawn = self.draw(shape, context, generator)
         return drawn.x, drawn.log_prob
 
+    @checked
     def draw(
         self,
         shape: Sequence[int] = (),
@@ -223,6 +232,7 @@ class CNF(nn.Module):
             statistics=solution.statistics,
         )
 
+    @checked
     def transport(
         self,
         x: Tensor,  # (*batch, *event), flow space

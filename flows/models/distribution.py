@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from flows.arguments import checked
+
 if TYPE_CHECKING:
     from flows.models.cnf import CNF
 
 
+@checked
 class FlowDistribution(Distribution):
     """p(x | context) of a `flows.CNF`, over data space.
 
@@ -40,23 +43,27 @@ class FlowDistribution(Distribution):
         values = constraints.real if levels is None else constraints.integer_interval(0, levels - 1)
         return constraints.independent(values, len(self.event_shape))
 
+    @checked
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value | context) in nats, of shape (*sample, *batch)."""
         shape = torch.broadcast_shapes(value.shape[: value.ndim - len(self.event_shape)], self.batch_shape)
         return self.flow.log_prob(value.expand(*shape, *self.event_shape), self.context)
 
+    @checked
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw (*sample, *batch, *event), differentiable in the flow's parameters and the context."""
         if self.context is None:
             return self.flow.sample((*sample_shape, *self.batch_shape))
         return self.flow.sample(sample_shape, self.context)
 
+    @checked
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = torch.Size()) -> tuple[Tensor, Tensor]:
         """Draw together with the log-density of each draw, in one solve."""
         if self.context is None:
             return self.flow.sample_and_log_prob((*sample_shape, *self.batch_shape))
         return self.flow.sample_and_log_prob(sample_shape, self.context)
 
+    @checked
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
         """The same distribution with a larger batch shape."""
         context = self.context

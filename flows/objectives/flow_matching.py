@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.bases import require_normal
 from flows.checks import check_number
 from flows.datasets import Batch, Dataset
@@ -31,6 +32,7 @@ AUTO_DIVERGENCE_WEIGHT = 0.1
 AUTO_MAX_PRODUCTS = 4  # Jacobian products per evaluation that "auto" may spend on matching the divergence
 
 
+@checked
 @dataclass(frozen=True)
 class FlowMatching(Objective):
     """Regression on velocities along a path, E ‖v(t, x_t) − u‖² / d.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from flows.arguments import checked
 from flows.checks import check_number
 from flows.datasets import Batch, Dataset
 from flows.models.cnf import CNF
@@ -18,6 +19,7 @@ from flows.objectives.checks import check_flow
 from flows.path_costs import PathCost
 
 
+@checked
 @dataclass(frozen=True)
 class MaximumLikelihood(Objective):
     """The loss −mean log p(x) + Σ weight · mean path cost.

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import check_number
 
 
@@ -22,6 +23,7 @@ class Coefficients(NamedTuple):
     noise_rate: Tensor  # b′(t)
 
 
+@checked
 @dataclass(frozen=True)
 class ProbabilityPath(ABC):
     """A path x_t = a(t) x₁ + b(t) x₀ from noise x₀ to data x₁.

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from flows.arguments import checked
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
@@ -18,6 +19,7 @@ from flows.objectives.checks import check_flow
 from flows.path_costs import PathCost
 
 
+@checked
 @dataclass(frozen=True)
 class ReverseKL(Objective):
     """The loss E_q[log q(x) − log p̃(x)] over samples x of the flow q.

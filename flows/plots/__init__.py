@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.datasets import Dataset
 from flows.models.cnf import CNF
 from flows.plots.classes import class_densities, class_samples
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 
+@checked
 def figures(
     flow: CNF, dataset: Dataset, generator: torch.Generator | None = None, evaluated_with: str | None = None
 ) -> dict[str, Figure]:
@@ -88,6 +90,7 @@ def figures(
     return pictures
 
 
+@checked
 def samples(
     drawn: Tensor,  # (n, *event)
     data: Tensor | None,  # (m, *event); None: no data to compare with
@@ -101,6 +104,7 @@ def samples(
     return scatter(drawn, data, names) if drawn.shape[1] == 2 else pairs(drawn, data, names)
 
 
+@checked
 def save_samples(
     path: str | os.PathLike[str],
     drawn: Tensor,  # (n, *event)

@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.datasets import Dataset, one_hot
 from flows.models.cnf import CNF
 from flows.plots.plane import histogram, note_estimator, square
@@ -15,6 +16,7 @@ from flows.plots.style import DATA, DENSITY, FLOW, tidy
 MAX_CLASSES = 8  # the first classes are shown
 
 
+@checked
 def class_samples(
     flow: CNF, dataset: Dataset, num_points: int = 2000, generator: torch.Generator | None = None
 ) -> Figure:
@@ -32,6 +34,7 @@ def class_samples(
     return figure
 
 
+@checked
 def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96, *, evaluated_with: str | None = None) -> Figure:
     """Plot the density of each class above that of the flow given the class.
 

@@ -9,9 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.plots.style import DATA, FLOW, quantiles, tidy
 
 
+@checked
 def pairs(drawn: Tensor, data: Tensor | None, names: Sequence[str] | None = None, num_features: int = 4) -> Figure:
     """Plot the first features in pairs, with histograms on the diagonal."""
     size = min(num_features, drawn.shape[1])

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.datasets import Dataset
 from flows.models.cnf import CNF
 from flows.plots.paths import draw_paths
@@ -80,6 +81,7 @@ def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None
     return pictures
 
 
+@checked
 def image_samples(drawn: Tensor, data: Tensor | None, num_images: int = NUM_SAMPLES) -> Figure:
     """Plot images of the data, if any, beside samples, in the shades of the data."""
     black, white = shades(drawn if data is None else data)
@@ -101,6 +103,7 @@ def save_grid(path: str | os.PathLike[str], drawn: Tensor, data: Tensor, most: i
     Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1)).save(path)
 
 
+@checked
 def image_trajectories(
     flow: CNF,
     data: Tensor,
@@ -115,6 +118,7 @@ def image_trajectories(
     return _strips(paths.transpose(0, 1), data, columns=[f"t = {t:g}" for t in times])
 
 
+@checked
 def neighbours(
     drawn: Tensor,  # (n, C, H, W)
     data: Tensor,  # (m, C, H, W), training images
@@ -139,6 +143,7 @@ def neighbours(
     return figure
 
 
+@checked
 def image_classes(
     flow: CNF, dataset: Dataset, num_each: int = 10, most: int = 10, generator: torch.Generator | None = None
 ) -> Figure:
@@ -153,6 +158,7 @@ def image_classes(
     return _strips(drawn, dataset.reference(), rows=[str(label) for label in range(classes)])
 
 
+@checked
 def interpolations(
     flow: CNF,
     dataset: Dataset,

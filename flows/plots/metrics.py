@@ -10,12 +10,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from flows.arguments import checked
 from flows.plots.style import DATA, FLOW, MUTED, tidy
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # (step, value) pairs of each metric
 SHEET_COLUMNS, SHEET_WIDTH = 2, 6.0  # pictures in a row; inches of a picture
 
 
+@checked
 def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] = ()) -> Figure:
     """Plot losses, NLL and field evaluations over the steps of a run.
 
@@ -67,6 +69,7 @@ def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] 
     return figure
 
 
+@checked
 def contact_sheet(pictures: Mapping[str, str | os.PathLike[str]]) -> Figure:
     """Show image files with their titles, two in a row."""
     images = {title: imread(Path(path)) for title, path in pictures.items()}

@@ -11,6 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.models.cnf import CNF
 from flows.plots.plane import histogram, label_plane, square
 from flows.plots.style import DENSITY, FLOW, MUTED, TIME, tidy
@@ -30,6 +31,7 @@ def draw_paths(
         return torch.stack([flow.transform.inverse(state)[0] for state in states]).cpu()
 
 
+@checked
 def trajectories(
     flow: CNF, data: Tensor, num_paths: int = 250, num_times: int = 41, generator: torch.Generator | None = None
 ) -> Figure:
@@ -54,6 +56,7 @@ def trajectories(
     return figure
 
 
+@checked
 def evolution(
     flow: CNF,
     data: Tensor,

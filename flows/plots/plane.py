@@ -10,11 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.datasets import Dataset
 from flows.models.cnf import CNF
 from flows.plots.style import DATA, DENSITY, FLOW, MUTED, quantiles, tidy
 
 
+@checked
 def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_with: str | None = None) -> Figure:
     """Plot the density of the data beside that of the flow, on one colour scale.
 
@@ -51,6 +53,7 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_wit
     return figure
 
 
+@checked
 def scatter(
     drawn: Tensor,  # (n, 2)
     data: Tensor | None,  # (m, 2)

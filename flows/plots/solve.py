@@ -5,12 +5,14 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from flows.arguments import checked
 from flows.plots.style import DATA, FLOW, MUTED, tidy
 from flows.solvers import SolverStatistics
 
 COLOURS = (DATA, FLOW, "#4c9f70", "#c9a227")
 
 
+@checked
 def steps(statistics: SolverStatistics, purpose: str | None = None) -> Figure:
     """Plot the size of every step over t.
 

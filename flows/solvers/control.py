@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from flows.arguments import checked
 from flows.checks import check_number
 from flows.errors import InvalidValueError
 from flows.solvers.problem import ADJOINT, Dynamics, State, mean_by_sample
 
 
+@checked
 @dataclass(frozen=True)
 class ErrorControl:
     """Weights of the parts of the state whose errors drive the step size of an adaptive method.

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.solvers.solver import REFERENCE_FACTOR, ODESolver
 from flows.solvers.tableaux import RUNGE_KUTTA
@@ -77,6 +78,7 @@ class GradientCheck:
         )
 
 
+@checked
 def check_gradients(
     flow: Flow,
     x: Tensor,  # (*batch, *event), data space

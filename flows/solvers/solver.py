@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import check_number
 from flows.errors import InvalidValueError
 from flows.solvers.adjoint import solve_with_adjoint
@@ -30,6 +31,7 @@ REFERENCE_FACTOR = 100.0  # how much tighter the tolerances of a reference solve
 REFERENCE_MAX_STEP = 0.2  # the longest step of a reference solve
 
 
+@checked
 @dataclass(frozen=True)
 class ODESolver:
     """Settings of a solve.
@@ -178,6 +180,7 @@ class ODESolver:
         shortest = min(self.min_step / 10, REFERENCE_MAX_STEP / 2)
         return replace(finer, min_step=shortest, max_step=min(self.max_step or REFERENCE_MAX_STEP, REFERENCE_MAX_STEP))
 
+    @checked
     def solve(
         self,
         dynamics: Dynamics,

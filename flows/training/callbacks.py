@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flows.arguments import checked
 from flows.checks import whole_number
 from flows.errors import FlowsError
 from flows.evaluation import Evaluation, Report
@@ -58,6 +59,7 @@ NEVER_WARN_BELOW = 100  # evaluations
 ALWAYS_WARN_ABOVE = 1000  # evaluations, where the error drives the steps; repeated when they double
 
 
+@checked
 @dataclass(frozen=True)
 class Reporting:
     """What a run tells, and how often.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.training.files import FOLDER, atomic_write
 
@@ -39,6 +40,7 @@ def describe(dataset: Any) -> dict[str, Any]:
     return {"name": getattr(dataset, "name", type(dataset).__name__), **own()}
 
 
+@checked
 def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
     """Write `content` so that `path` holds either the old checkpoint or the whole new one.
 
@@ -53,6 +55,7 @@ def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) ->
     return atomic_write(path, lambda file: torch.save({"format": FORMAT, "version": VERSION, **content}, file))
 
 
+@checked
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, with `weights_only=True`: no code in the file is run.
 
@@ -109,6 +112,7 @@ def check_content(content: Mapping[str, Any], path: str | os.PathLike[str], kind
         )
 
 
+@checked
 def find_checkpoint(
     path: str | os.PathLike[str],  # a checkpoint file or the folder of a run
     prefer: str = "best",  # "best" or "last", where both are there

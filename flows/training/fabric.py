@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from flows.arguments import checked
 from flows.errors import ComputationError, InvalidValueError
 
 try:
@@ -46,6 +47,7 @@ class FirstProcessError(ComputationError):
     """The first of several processes failed at something that the others wait for."""
 
 
+@checked
 @dataclass(frozen=True)
 class Hardware:
     """Where a run computes, and in which precision.

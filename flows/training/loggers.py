@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from flows.arguments import checked
+
 Metric = float | Tensor
 BAR_LABELS = {
     "train/loss": "loss",
@@ -64,6 +66,7 @@ class MetricMeans:
         self._counts = dict(state["counts"])
 
 
+@checked
 @dataclass(frozen=True)
 class HParams:
     """The settings of a run beside its final results, for TensorBoard's HPARAMS tab."""
@@ -80,6 +83,7 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
+@checked
 class TensorBoardLogger:
     """Writes TensorBoard events: numbers as scalars, figures as images, strings as text.
 
@@ -125,6 +129,7 @@ class TensorBoardLogger:
         self._writer.close()
 
 
+@checked
 class JSONLinesLogger:
     """Appends one JSON object a call, `{"step": 20, "train/loss": 1.4, ...}`; only numbers are kept.
 
@@ -153,6 +158,7 @@ class JSONLinesLogger:
         self._file.close()
 
 
+@checked
 class ProgressBar:
     """A bar on the terminal that shows the stage, the loss, the evaluations and the steps per second.
 
@@ -220,6 +226,7 @@ class _AboveBars(logging.Handler):
         tqdm.write(f"{record.levelname.capitalize()}: {record.getMessage()}", file=sys.stderr)
 
 
+@checked
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:
     """Read the curves of a JSON-lines file: for each metric its (step, value) pairs."""
     curves: dict[str, list[tuple[int, float]]] = {}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from flows.arguments import checked
 from flows.checks import check_seed
 from flows.datasets import Dataset
 from flows.errors import InvalidValueError
@@ -42,6 +43,7 @@ class LoadedRun:
     num_classes: int | None  # None: the contexts are no classes
 
 
+@checked
 def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: CNF | None = None) -> CNF:
     """Load a trained flow.
 
@@ -112,11 +114,13 @@ def checkpoint_config(
     return config
 
 
+@checked
 def build_dataset(config: Mapping[str, Any]) -> Dataset:
     """Build the data that `config["data"]` describes."""
     return instantiate(_part(config, "data"), "data")
 
 
+@checked
 def build_flow(
     config: Mapping[str, Any],
     event_shape: Sequence[int],

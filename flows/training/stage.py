@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch.optim import Optimizer
 
+from flows.arguments import checked
 from flows.checks import check_number, whole_number
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.objectives import Objective
@@ -21,6 +22,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 DEFAULTS = {"batch_size": 512, "learning_rate": 1e-3, "warmup_steps": 0}  # of objectives that recommend nothing
 
 
+@checked
 @dataclass(frozen=True)
 class Stage:
     """What is minimised, for how long and how fast.
@@ -122,6 +124,7 @@ class Stage:
         return f"{self.steps} steps" if self.steps is not None else f"{self.seconds:g} seconds"
 
 
+@checked
 @dataclass(frozen=True)
 class Optimization:
     """How gradients become weights.

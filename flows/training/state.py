@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flows.arguments import checked
 from flows.checks import check_number
 from flows.datasets import Dataset, NoData
 from flows.evaluation import Evaluator, seeded
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("flows")
 
 
+@checked
 class ExponentialMovingAverage(AveragedModel):
     """Averages weights: average <- d average + (1 - d) weights, d = min(decay, (1 + n) / (10 + n)) at update n.
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import nn
 
+from flows.arguments import checked
 from flows.checks import check_seed
 from flows.datasets import Dataset
 from flows.errors import ComputationError, FlowsError, InvalidTypeError, InvalidValueError
@@ -97,6 +98,7 @@ class Summary:
         return aligned([*rows, ("time", time), ("files", self.output_dir)])
 
 
+@checked
 class Trainer:
     """Trains a model through a sequence of stages, in a folder that holds all that the run produces.
 

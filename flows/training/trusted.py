@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flows.arguments import checked
 from flows.training.checkpoint import CheckpointError
 
 # Settings from a file may call what these parts of the package define, and a few other classes by name.
@@ -37,6 +38,7 @@ class UntrustedConfigError(CheckpointError):
     """Settings from a file ask for something that might run code."""
 
 
+@checked
 def check_trusted(config: Any, trust: Sequence[str] = (), where: str = "") -> None:
     """Check that building `config` runs no foreign code.
 

@@ -8,6 +8,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 
 MAX_OFFSET = 64.0  # |mean|/sd up to which float32 holds points with five digits of their sd
@@ -87,6 +88,7 @@ def in_data_units(
     return x if offset.max() > MAX_OFFSET else x.to(dtype)
 
 
+@checked
 class Identity(Transform):
     """The identity: data space is flow space."""
 
@@ -97,6 +99,7 @@ class Identity(Transform):
         return y, y.new_zeros(len(y))
 
 
+@checked
 class Compose(Transform):
     """A chain of transforms, applied in the given order.
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import checked
 from flows.checks import check_number, whole_number
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
@@ -38,6 +39,7 @@ class DequantisationNoise(nn.Module, ABC):
         """Return log q(u | x) in nats."""
 
 
+@checked
 class UniformNoise(DequantisationNoise):
     """Uniform noise, q = 1.
 
@@ -51,6 +53,7 @@ class UniformNoise(DequantisationNoise):
         return u.new_zeros(len(u))
 
 
+@checked
 class TruncatedNormalNoise(DequantisationNoise):
     """Normal noise around ½, truncated to the unit interval.
 
@@ -81,6 +84,7 @@ class TruncatedNormalNoise(DequantisationNoise):
         return (-(u - 0.5).square() / (2 * self.sd**2) - constant).flatten(1).sum(1)
 
 
+@checked
 class Dequantise(Transform):
     """Noise on whole numbers: y = x + u with u ~ q(u | x).
 

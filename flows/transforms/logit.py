@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flows.arguments import checked
 from flows.checks import check_number
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 
 
+@checked
 class Logit(Transform):
     """The logit y = logit(s) with s = α + (1 − 2α) x.
 

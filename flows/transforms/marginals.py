@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import check_number, fits_in_memory
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 from flows.transforms.dequantise import checked_levels
 
 
+@checked
 class NormalMarginals(Transform):
     """Normal marginals: y = Φ⁻¹(α + (1 − 2α) F(x)) for each entry.
 
@@ -41,7 +43,7 @@ class NormalMarginals(Transform):
     below: Tensor
 
     def __init__(
-        self, event_shape: Sequence[int], num_levels: int | None, pseudo_count: float = 0.5, alpha: float = 1e-5
+        self, event_shape: int | Sequence[int], num_levels: int | None, pseudo_count: float = 0.5, alpha: float = 1e-5
     ) -> None:
         super().__init__()
         check_number("pseudo_count", pseudo_count, above=0)

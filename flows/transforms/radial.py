@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flows.arguments import checked
 from flows.checks import check_number, whole_number
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
@@ -17,6 +18,7 @@ MIN_Z = -4.0  # the cube-root law is used above this z; a probability of 3e-5 li
 NEWTON_STEPS = 7  # enough for Φ⁻¹ in float64
 
 
+@checked
 class NormalRadius(Transform):
     """Normal radii: y = ρ(‖x‖) x/‖x‖ with a monotone ρ.
 
@@ -51,7 +53,7 @@ class NormalRadius(Transform):
     scale: Tensor
 
     def __init__(
-        self, event_shape: Sequence[int], num_groups: int = 1, num_quantiles: int = 64, bandwidth: float = 0.1
+        self, event_shape: int | Sequence[int], num_groups: int = 1, num_quantiles: int = 64, bandwidth: float = 0.1
     ) -> None:
         super().__init__()
         self.event_shape = tuple(event_shape)

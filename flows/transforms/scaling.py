@@ -9,11 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform, in_data_units
 from flows.transforms.dequantise import checked_levels
 
 
+@checked
 class UnitInterval(Transform):
     """Scaling of dequantised levels: y = x/L from [0, L) to [0, 1).
 
@@ -35,6 +37,7 @@ class UnitInterval(Transform):
         return x.new_full((len(x),), -math.prod(x.shape[1:]) * math.log(self.scale))
 
 
+@checked
 class Standardise(Transform):
     """Standardisation: y = (x − mean)/sd for each entry.
 
@@ -55,7 +58,7 @@ class Standardise(Transform):
     mean: Tensor
     sd: Tensor
 
-    def __init__(self, event_shape: Sequence[int], per: Literal["entry", "channel"] = "entry") -> None:
+    def __init__(self, event_shape: int | Sequence[int], per: Literal["entry", "channel"] = "entry") -> None:
         super().__init__()
         if per not in ("entry", "channel"):
             raise InvalidValueError(f"per must be 'entry' or 'channel', got {per!r}")

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flows.arguments import checked
 from flows.checks import whole_number
 from flows.errors import InvalidValueError
 from flows.transforms.dequantise import DequantisationNoise, checked_levels, uniform_like
 
 
+@checked
 class VariationalNoise(DequantisationNoise):
     """Noise from a small coupling flow that is conditional on the image.
 
@@ -37,7 +39,7 @@ class VariationalNoise(DequantisationNoise):
 
     _kept: Tensor
 
-    def __init__(self, event_shape: Sequence[int], num_levels: int, hidden: int = 32, num_layers: int = 4) -> None:
+    def __init__(self, event_shape: int | Sequence[int], num_levels: int, hidden: int = 32, num_layers: int = 4) -> None:
         super().__init__()
         if len(event_shape) != 3:
             raise InvalidValueError(

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from flows.arguments import checked
 from flows.checks import check_number, fits_in_memory
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform, in_data_units
@@ -16,6 +17,7 @@ from flows.transforms.base import Transform, in_data_units
 REWEIGHTING_ROUNDS = 10  # each round removes most of the remaining error
 
 
+@checked
 class Whiten(Transform):
     """Whitening: y = C^(−1/2) (x − mean).
 
@@ -51,7 +53,7 @@ class Whiten(Transform):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         shrinkage: float = 0.0,
         robust: bool = False,
         axes: Literal["pixels", "principal"] = "pixels",
