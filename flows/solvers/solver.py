@@ -31,7 +31,7 @@ REFERENCE_FACTOR = 100.0  # how much tighter the tolerances of a reference solve
 REFERENCE_MAX_STEP = 0.2  # the longest step of a reference solve
 
 
-@checked
+@checked(own="all")
 @dataclass(frozen=True)
 class ODESolver:
     """Settings of a solve.
@@ -180,7 +180,6 @@ class ODESolver:
         shortest = min(self.min_step / 10, REFERENCE_MAX_STEP / 2)
         return replace(finer, min_step=shortest, max_step=min(self.max_step or REFERENCE_MAX_STEP, REFERENCE_MAX_STEP))
 
-    @checked
     def solve(
         self,
         dynamics: Dynamics,

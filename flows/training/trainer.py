@@ -98,7 +98,7 @@ class Summary:
         return aligned([*rows, ("time", time), ("files", self.output_dir)])
 
 
-@checked
+@checked(own=("dataset",))
 class Trainer:
     """Trains a model through a sequence of stages, in a folder that holds all that the run produces.
 
