@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from flows.arguments import checked
+from flows.checks import as_shape
 from flows.errors import InvalidTypeError, InvalidValueError
 
 VectorField = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> v, with v shaped like x
@@ -46,7 +47,10 @@ class BoundField:
     """
 
     def __init__(
-        self, field: Callable[..., Tensor], context: Tensor | None = None, event_shape: int | Sequence[int] | None = None
+        self,
+        field: Callable[..., Tensor],
+        context: Tensor | None = None,
+        event_shape: int | Sequence[int] | None = None,
     ) -> None:
         self.field = field
         self.context = context
@@ -55,7 +59,7 @@ class BoundField:
         shape = event_shape if stated is None else stated
         if shape is None:
             raise InvalidValueError(f"{self.name} does not state its event_shape; pass event_shape=(2,) or the like")
-        self.event_shape = tuple(shape)
+        self.event_shape = as_shape("event_shape", shape)
         self.context_shape: tuple[int, ...] | None = getattr(field, "context_shape", None)
         self.receptive_radius: int | None = getattr(field, "receptive_radius", None)
         self.bottleneck_width: int | None = getattr(field, "bottleneck_width", None)
@@ -132,8 +136,9 @@ def bind(
     """
     own = getattr(field, "bind", None)
     view = BoundField(field, context, event_shape) if own is None else own(context)
-    if event_shape is not None and view.event_shape != tuple(event_shape):
-        raise InvalidValueError(f"the field's event_shape is {view.event_shape}, and {tuple(event_shape)} was given")
+    if event_shape is not None and view.event_shape != as_shape("event_shape", event_shape):
+        given = as_shape("event_shape", event_shape)
+        raise InvalidValueError(f"the field's event_shape is {view.event_shape}, and {given} was given")
     return view
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.arguments import checked
+from flows.checks import as_shape
 
 
 @checked
@@ -25,7 +26,7 @@ class Base(nn.Module, ABC):
 
     def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__()
-        self.event_shape = tuple(event_shape)
+        self.event_shape = as_shape("event_shape", event_shape)
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
     @property

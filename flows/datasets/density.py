@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flows.arguments import checked
-from flows.checks import fits_in_memory, whole_number
+from flows.checks import as_shape, fits_in_memory, whole_number
 from flows.datasets.base import Dataset
 from flows.datasets.batches import Batch, BatchStream, convert, convert_batch
 from flows.errors import InvalidTypeError, InvalidValueError
@@ -72,7 +72,7 @@ class Density(Dataset):
         event_shape: int | Sequence[int] | None = None,
     ):
         if event_shape is not None:
-            self.event_shape = tuple(event_shape)
+            self.event_shape = as_shape("event_shape", event_shape)
         self.num_validation = self._checked_size("num_validation", num_validation)
         self.num_test = self._checked_size("num_test", num_test)
         self.num_reference = self._checked_size("num_reference", num_reference)

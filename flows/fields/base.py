@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from flows.arguments import checked
+from flows.checks import as_shape
 from flows.errors import InvalidValueError
 from flows.vector_field import BoundField
 
@@ -31,9 +32,9 @@ class Field(nn.Module, ABC):
 
     def __init__(self, event_shape: int | Sequence[int], context_shape: Sequence[int] | None) -> None:
         super().__init__()
-        self.event_shape = tuple(event_shape)
-        self.context_shape = None if context_shape is None else tuple(context_shape)
-        if not self.event_shape or min(self.event_shape) < 1:
+        self.event_shape = as_shape("event_shape", event_shape)
+        self.context_shape = None if context_shape is None else as_shape("context_shape", context_shape)
+        if not self.event_shape:
             raise InvalidValueError(f"event_shape must hold positive sizes, such as (2,), got {self.event_shape}")
 
     @abstractmethod

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flows.arguments import checked
+from flows.checks import as_shape
 from flows.fields.time import SinusoidalTime
 
 
@@ -37,7 +38,7 @@ class Modulation(nn.Module):
         super().__init__()
         self.sizes = list(sizes)
         self.time = SinusoidalTime(num_frequencies)
-        num_context = 0 if context_shape is None else math.prod(context_shape)
+        num_context = 0 if context_shape is None else math.prod(as_shape("context_shape", context_shape))
         self.embed = nn.Linear(self.time.num_features + num_context, width)
         self.heads = nn.Linear(width, sum(self.sizes))
         with torch.no_grad():

@@ -32,7 +32,9 @@ class Perceptron(Field):
         context_shape: shape of the context; `None` for an unconditional field.
     """
 
-    def __init__(self, event_shape: int | Sequence[int], hidden: Sequence[int], context_shape: Sequence[int] | None) -> None:
+    def __init__(
+        self, event_shape: int | Sequence[int], hidden: Sequence[int], context_shape: int | Sequence[int] | None
+    ) -> None:
         super().__init__(event_shape, context_shape)
         if not hidden or min(hidden) < 1:
             raise InvalidValueError(

@@ -9,14 +9,16 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from flows.arguments import checked
+from flows.arguments import checked, refusal
 from flows.bases import Base, Normal
+from flows.checks import as_shape, check_number, fits_in_memory
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.fields import Guided
 from flows.models.distribution import FlowDistribution
 from flows.models.results import LogProbEstimate, Sample, Transport
+from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
 from flows.solvers import ODESolver, Solution
 from flows.transforms import Identity, Transform
@@ -39,22 +41,23 @@ class CNF(nn.Module):
 
     Args:
         field: a `flows.fields.Field`, or any module with `forward(t, x)` or `forward(t, x, context)`.
-        divergence: the estimator; by default `Auto()`, the closed form of a field that has one and the cheapest
-            affordable estimator for any other. May be replaced at any time; it holds no parameters.
+        divergence: the estimator, or its lower-case name such as `"hutchinson"`; by default `Auto()`, the closed form
+            of a field that has one and the cheapest affordable estimator for any other. May be replaced at any time; it
+            holds no parameters.
         solver: settings of the solve; may be replaced at any time.
         base: the distribution at t = 0; N(0, I) by default. It is moved to the field's device and dtype.
         transform: data space to flow space; `Identity()` by default.
-        event_shape: shape of a point; needed if `field` does not state one.
+        event_shape: shape of a point; needed if `field` does not state one. A whole number d stands for (d,).
 
     Raises:
-        TypeError: `base` is no `Base`.
-        ValueError: the event shape is missing, or field, base and `event_shape` disagree about it.
+        InvalidTypeError: an argument is of another class.
+        InvalidValueError: the event shape is missing, or field, base and `event_shape` disagree about it.
     """
 
     def __init__(
         self,
         field: nn.Module,
-        divergence: DivergenceEstimator | None = None,
+        divergence: DivergenceEstimator | str | None = None,
         solver: ODESolver | None = None,
         base: Base | None = None,
         transform: Transform | None = None,
@@ -67,8 +70,6 @@ class CNF(nn.Module):
         self.solver = ODESolver() if solver is None else solver
         self.transform = Identity() if transform is None else transform
         self.base = Normal(self.event_shape) if base is None else base
-        if not isinstance(self.base, Base):
-            raise InvalidTypeError(f"base must be a flows.bases.Base, got {type(base).__name__}")
         if self.base.event_shape != self.event_shape:
             raise InvalidValueError(
                 f"the base's event_shape is {self.base.event_shape}, and the field's is {self.event_shape}"
@@ -77,6 +78,26 @@ class CNF(nn.Module):
         if weights:  # noise for a field that was moved to a GPU or to float64; frozen parts may be in half precision
             decisive = max(weights, key=lambda weights: (weights.requires_grad, weights.dtype.itemsize))
             self.base.to(decisive.device, decisive.dtype)
+
+    @property
+    def divergence(self) -> DivergenceEstimator:
+        """What estimates the divergence of the field."""
+        return self._divergence
+
+    @divergence.setter
+    def divergence(self, estimator: DivergenceEstimator | str) -> None:
+        self._divergence = by_name(DivergenceEstimator, estimator)
+
+    @property
+    def solver(self) -> ODESolver:
+        """The settings of a solve."""
+        return self._solver
+
+    @solver.setter
+    def solver(self, solver: ODESolver) -> None:
+        if not isinstance(solver, ODESolver):
+            raise InvalidTypeError(refusal("solver", solver, ODESolver))
+        self._solver = solver
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +147,7 @@ class CNF(nn.Module):
                 and infinite ones among them.
             SolverError: the solve cannot go on.
         """
-        return self.estimate_log_prob(x, context, generator, solver_error=False).value
+        return self._estimate(x, context, generator, solver_error=False).value
 
     @checked
     def estimate_log_prob(
@@ -144,6 +165,18 @@ class CNF(nn.Module):
         100 times tighter (or steps a tenth as long), which costs more than the value itself. Training may have
         `path_costs` integrated in the same solve, and end it at another `base_time` than 0.
         """
+        check_number("base_time", base_time, below=1)
+        return self._estimate(x, context, generator, solver_error, path_costs, base_time)
+
+    def _estimate(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+        solver_error: bool,
+        path_costs: Sequence[PathCost] = (),
+        base_time: float = 0.0,
+    ) -> LogProbEstimate:
         points, batch_shape = self._flatten(x)
         context = self._flatten_context(context, batch_shape)
         self.transform.check(points)
@@ -177,7 +210,7 @@ class CNF(nn.Module):
     @checked
     def sample(
         self,
-        shape: Sequence[int] = (),
+        shape: int | Sequence[int] = (),  # n stands for (n,)
         context: Tensor | None = None,  # (*batch, *context)
         generator: torch.Generator | None = None,
     ) -> Tensor:  # (*shape, *event), or (*shape, *batch, *event) with a context
@@ -193,7 +226,7 @@ class CNF(nn.Module):
     @checked
     def sample_and_log_prob(
         self,
-        shape: Sequence[int] = (),
+        shape: int | Sequence[int] = (),
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -208,7 +241,7 @@ class CNF(nn.Module):
     @checked
     def draw(
         self,
-        shape: Sequence[int] = (),
+        shape: int | Sequence[int] = (),
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         path_costs: Sequence[PathCost] = (),
@@ -232,11 +265,11 @@ class CNF(nn.Module):
             statistics=solution.statistics,
         )
 
-    @checked
+    @checked(own=("times",))
     def transport(
         self,
         x: Tensor,  # (*batch, *event), flow space
-        times: Sequence[float] = (1.0, 0.0),
+        times: Tensor | Sequence[float] = (1.0, 0.0),
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         log_density: bool = True,
@@ -276,23 +309,23 @@ class CNF(nn.Module):
         return [*self.field.parameters(), *(tensor for tensor in tensors if tensor is not None)]
 
     def _base_points(
-        self, shape: Sequence[int], context: Tensor | None, generator: torch.Generator | None
+        self, shape: int | Sequence[int], context: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
         """Base points (n, *event), the context of each, and the full batch shape of the draw."""
-        full_shape = tuple(shape)
+        full_shape = as_shape("shape", shape, at_least=0)
         if context is not None:
             full_shape += tuple(context.shape[: context.ndim - self._context_ndim(context)])
+        self._check_place("flow", self.base._like)
+        if self.device.type == "cpu":
+            num_bytes = math.prod(full_shape) * math.prod(self.event_shape) * self.dtype.itemsize
+            fits_in_memory(f"shape: samples of shape {full_shape}", num_bytes)
         z = self.base.sample((math.prod(full_shape),), generator)
         return z, self._flatten_context(context, full_shape), full_shape
 
     def _flatten(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Points (B, *event) and the batch shape."""
-        event_ndim = len(self.event_shape)
-        batch_shape = tuple(x.shape[: x.ndim - event_ndim])
-        if x.ndim < event_ndim or tuple(x.shape[len(batch_shape) :]) != self.event_shape:
-            raise InvalidValueError(
-                f"expected points of shape (*batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}"
-            )
+        self._check_place("points", x)
+        batch_shape = self._batch_shape(x)
         dtypes = self._dtypes()
         if not x.is_floating_point() or (dtypes and x.dtype not in dtypes and x.dtype != torch.float64):
             own = next(iter(dtypes), self.dtype)
@@ -309,6 +342,15 @@ class CNF(nn.Module):
             )
         return points, batch_shape
 
+    def _batch_shape(self, x: Tensor) -> tuple[int, ...]:
+        event_ndim = len(self.event_shape)
+        batch_shape = tuple(x.shape[: x.ndim - event_ndim])
+        if x.ndim < event_ndim or tuple(x.shape[len(batch_shape) :]) != self.event_shape:
+            raise InvalidValueError(
+                f"expected points of shape (*batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}"
+            )
+        return batch_shape
+
     def _dtypes(self) -> set[torch.dtype]:
         return {parameter.dtype for parameter in self.field.parameters() if parameter.is_floating_point()}
 
@@ -317,9 +359,29 @@ class CNF(nn.Module):
         dtypes = self._dtypes()
         return values.to(self.dtype) if dtypes and values.dtype not in dtypes else values
 
+    def _check_place(self, what: str, given: Tensor) -> None:
+        """Raise `InvalidValueError` unless `given` holds numbers where the flow computes."""
+        if given.is_meta:
+            raise InvalidValueError(
+                f"the {what} {'is' if what != 'points' else 'are'} on the device meta, which holds no numbers; make it "
+                "on the device where the flow computes"
+            )
+        places = {parameter.device for parameter in self.field.parameters()}
+        if places and given.device not in places | {self.device}:
+            raise InvalidValueError(
+                f"the {what} {'is' if what != 'points' else 'are'} on the device {given.device}, and the flow is on "
+                f"{self.device}; move one of them, e.g. x.to(flow.device)"
+            )
+        if given.layout != torch.strided:
+            raise InvalidValueError(f"the {what} must be a dense tensor, got {given.layout}; write x.to_dense()")
+
     def _flatten_context(self, context: Tensor | None, batch_shape: tuple[int, ...]) -> Tensor | None:
         if context is None:
             return None
+        self._check_place("context", context)
+        if context.is_complex():
+            raise InvalidValueError(f"the context is {context.dtype}; give real numbers, such as context.real")
+        context = self._in_own_dtype(context) if context.is_floating_point() else context.to(self.dtype)
         own = context.shape[context.ndim - self._context_ndim(context) :]
         try:
             return context.expand(*batch_shape, *own).reshape(-1, *own)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from flows.arguments import checked
+from flows.checks import as_shape
+from flows.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from flows.models.cnf import CNF
@@ -30,12 +32,18 @@ class FlowDistribution(Distribution):
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (the base class's form)
     has_rsample = True
 
-    def __init__(self, flow: CNF, context: Tensor | None = None, batch_shape: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, flow: CNF, context: Tensor | None = None, batch_shape: int | Sequence[int] | None = None
+    ) -> None:
         self.flow = flow
         self.context = context
         if batch_shape is None:
             batch_shape = () if context is None else context.shape[: context.ndim - flow._context_ndim(context)]
-        super().__init__(torch.Size(batch_shape), torch.Size(flow.event_shape), validate_args=False)
+        super().__init__(
+            torch.Size(as_shape("batch_shape", batch_shape, at_least=0)),
+            torch.Size(flow.event_shape),
+            validate_args=False,
+        )
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
@@ -46,28 +54,42 @@ class FlowDistribution(Distribution):
     @checked
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value | context) in nats, of shape (*sample, *batch)."""
-        shape = torch.broadcast_shapes(value.shape[: value.ndim - len(self.event_shape)], self.batch_shape)
+        own = self.flow._batch_shape(value)
+        try:
+            shape = torch.broadcast_shapes(own, self.batch_shape)
+        except RuntimeError:
+            raise InvalidValueError(
+                f"points of the batch shape {own} do not broadcast to the batch shape {tuple(self.batch_shape)} of the "
+                "contexts; their last batch dimensions must be equal or 1"
+            ) from None
         return self.flow.log_prob(value.expand(*shape, *self.event_shape), self.context)
 
     @checked
-    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: int | Sequence[int] = torch.Size()) -> Tensor:
         """Draw (*sample, *batch, *event), differentiable in the flow's parameters and the context."""
         if self.context is None:
-            return self.flow.sample((*sample_shape, *self.batch_shape))
+            return self.flow.sample((*as_shape("sample_shape", sample_shape, at_least=0), *self.batch_shape))
         return self.flow.sample(sample_shape, self.context)
 
     @checked
-    def rsample_and_log_prob(self, sample_shape: Sequence[int] = torch.Size()) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(self, sample_shape: int | Sequence[int] = torch.Size()) -> tuple[Tensor, Tensor]:
         """Draw together with the log-density of each draw, in one solve."""
         if self.context is None:
-            return self.flow.sample_and_log_prob((*sample_shape, *self.batch_shape))
+            shape = as_shape("sample_shape", sample_shape, at_least=0)
+            return self.flow.sample_and_log_prob((*shape, *self.batch_shape))
         return self.flow.sample_and_log_prob(sample_shape, self.context)
 
     @checked
-    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
+    def expand(self, batch_shape: int | Sequence[int], _instance: object = None) -> FlowDistribution:
         """The same distribution with a larger batch shape."""
-        context = self.context
+        shape, context = as_shape("batch_shape", batch_shape, at_least=0), self.context
         if context is not None:
             own = context.shape[len(self.batch_shape) :]
-            context = context.expand(*batch_shape, *own)
-        return FlowDistribution(self.flow, context, batch_shape)
+            try:
+                context = context.expand(*shape, *own)
+            except RuntimeError:
+                raise InvalidValueError(
+                    f"the batch shape {tuple(self.batch_shape)} does not broadcast to {shape}; add dimensions in front, "
+                    "or enlarge those of size 1"
+                ) from None
+        return FlowDistribution(self.flow, context, shape)

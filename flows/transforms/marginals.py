@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flows.arguments import checked
-from flows.checks import check_number, fits_in_memory
+from flows.checks import as_shape, check_number, fits_in_memory
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 from flows.transforms.dequantise import checked_levels
@@ -48,7 +48,7 @@ class NormalMarginals(Transform):
         super().__init__()
         check_number("pseudo_count", pseudo_count, above=0)
         check_number("alpha", alpha, above=0, below=0.5)
-        self.event_shape = tuple(event_shape)
+        self.event_shape = as_shape("event_shape", event_shape)
         self.pseudo_count = pseudo_count
         self.alpha = alpha
         size, levels = math.prod(self.event_shape), checked_levels(num_levels)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flows.arguments import checked
-from flows.checks import check_number, whole_number
+from flows.checks import as_shape, check_number, whole_number
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
 
@@ -56,7 +56,7 @@ class NormalRadius(Transform):
         self, event_shape: int | Sequence[int], num_groups: int = 1, num_quantiles: int = 64, bandwidth: float = 0.1
     ) -> None:
         super().__init__()
-        self.event_shape = tuple(event_shape)
+        self.event_shape = as_shape("event_shape", event_shape)
         entries = math.prod(self.event_shape)
         num_groups = whole_number("num_groups", num_groups)
         num_quantiles = whole_number("num_quantiles", num_quantiles)

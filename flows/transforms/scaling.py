@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flows.arguments import checked
+from flows.checks import as_shape
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform, in_data_units
 from flows.transforms.dequantise import checked_levels
@@ -63,8 +64,8 @@ class Standardise(Transform):
         if per not in ("entry", "channel"):
             raise InvalidValueError(f"per must be 'entry' or 'channel', got {per!r}")
         self.per = per
-        self.register_buffer("mean", torch.zeros(tuple(event_shape), dtype=torch.float64))
-        self.register_buffer("sd", torch.ones(tuple(event_shape), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(as_shape("event_shape", event_shape), dtype=torch.float64))
+        self.register_buffer("sd", torch.ones_like(self.mean))
 
     def fit(self, points: Tensor) -> Standardise:
         """Compute mean and standard deviation of `points` (n, *event).

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flows.arguments import checked
-from flows.checks import whole_number
+from flows.checks import as_shape, whole_number
 from flows.errors import InvalidValueError
 from flows.transforms.dequantise import DequantisationNoise, checked_levels, uniform_like
 
@@ -39,11 +39,14 @@ class VariationalNoise(DequantisationNoise):
 
     _kept: Tensor
 
-    def __init__(self, event_shape: int | Sequence[int], num_levels: int, hidden: int = 32, num_layers: int = 4) -> None:
+    def __init__(
+        self, event_shape: int | Sequence[int], num_levels: int, hidden: int = 32, num_layers: int = 4
+    ) -> None:
         super().__init__()
+        event_shape = as_shape("event_shape", event_shape)
         if len(event_shape) != 3:
             raise InvalidValueError(
-                f"variational noise needs images of shape (channels, height, width), got {tuple(event_shape)}; for "
+                f"variational noise needs images of shape (channels, height, width), got {event_shape}; for "
                 "other data use UniformNoise()"
             )
         for name, value in (("hidden", hidden), ("num_layers", num_layers)):

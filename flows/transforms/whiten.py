@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flows.arguments import checked
-from flows.checks import check_number, fits_in_memory
+from flows.checks import as_shape, check_number, fits_in_memory
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform, in_data_units
 
@@ -63,7 +63,7 @@ class Whiten(Transform):
         if axes not in ("pixels", "principal"):
             raise InvalidValueError(f"axes must be 'pixels' or 'principal', got {axes!r}")
         self.axes = axes
-        self.event_shape = tuple(event_shape)
+        self.event_shape = as_shape("event_shape", event_shape)
         self.shrinkage = shrinkage
         self.robust = robust
         size = math.prod(self.event_shape)
