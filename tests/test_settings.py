@@ -77,7 +77,7 @@ def test_a_wrong_setting_is_named_before_training(tmp_path, monkeypatch, overrid
 
 
 def test_the_same_in_plain_python(tmp_path):
-    with pytest.raises(TypeError, match="solver_error_points must be a whole number >= 0, got 'abc'"):
+    with pytest.raises(TypeError, match="solver_error_points must be a whole number, got 'abc'"):
         small_trainer(tmp_path, solver_error_points="abc")
 
 

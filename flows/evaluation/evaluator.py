@@ -70,7 +70,7 @@ class Evaluator(ABC):
         return {}
 
 
-@checked
+@checked(own=("dataset",))
 def default_evaluator(
     model: nn.Module,
     dataset: Dataset,

@@ -89,7 +89,7 @@ class FlowDistribution(Distribution):
                 context = context.expand(*shape, *own)
             except RuntimeError:
                 raise InvalidValueError(
-                    f"the batch shape {tuple(self.batch_shape)} does not broadcast to {shape}; add dimensions in front, "
-                    "or enlarge those of size 1"
+                    f"the batch shape {tuple(self.batch_shape)} does not broadcast to {shape}; add dimensions "
+                    "in front, or enlarge those of size 1"
                 ) from None
         return FlowDistribution(self.flow, context, shape)
