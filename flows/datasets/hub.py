@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MODES = ("L", "RGB")  # grey and colour, one byte a channel
 
 
-@checked
+@checked(own=("size",))
 class HubImages(Images):
     """Images of the Hugging Face hub, of a folder of pictures, or of Parquet files.
 

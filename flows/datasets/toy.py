@@ -121,7 +121,7 @@ class Circles(_NoisyCircles):
     sd = 0.24
 
 
-@checked
+@checked(own=("mean", "covariance"))
 class Gaussian(Density):
     """A Gaussian N(mean, covariance) of any dimension d.
 

@@ -25,7 +25,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flows.arguments import checked
 from flows.errors import ComputationError, InvalidValueError
 from flows.vector_field import VectorField, checked_value
 
@@ -55,7 +54,6 @@ def products_per_call(mode: Mode, chunk_size: int | None) -> int:
     return _DEFAULT_CHUNK[mode] if chunk_size is None else chunk_size
 
 
-@checked
 def linearise(
     field: VectorField,
     t: Tensor,  # 0-d or (B,)
