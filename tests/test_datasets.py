@@ -433,7 +433,7 @@ def test_bad_settings():
         density.train_stream(0, rng())
     with pytest.raises(InvalidTypeError, match=r"batch_size must be a whole number, got 2\.5"):
         density.test_batches(2.5)
-    with pytest.raises(InvalidTypeError, match=r"a torch.Generator on the cpu, got int; pass torch.Generator"):
+    with pytest.raises(InvalidTypeError, match=r"generator must be a torch.Generator, got 0; write torch.Generator"):
         density.train_stream(1, 0)
     state = datasets.Rings().train_stream(1, rng()).state_dict()
     with pytest.raises(ValueError, match="belongs to the data set 'rings', but this one is 'moons'"):

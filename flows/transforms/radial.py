@@ -61,6 +61,8 @@ class NormalRadius(Transform):
         num_groups = whole_number("num_groups", num_groups)
         num_quantiles = whole_number("num_quantiles", num_quantiles)
         check_number("bandwidth", bandwidth, above=0)
+        if entries < 5:
+            raise InvalidValueError(f"NormalRadius needs points of at least 5 entries, got {self.event_shape}")
         if entries % num_groups or entries // num_groups < 5:
             raise InvalidValueError(
                 f"num_groups must cut {entries} entries into equal groups of at least 5, got {num_groups}; choose a "
