@@ -10,8 +10,20 @@ from flows.arguments import checked
 from flows.divergence import DivergenceEstimator
 from flows.errors import InvalidValueError
 from flows.path_costs import PathCost
+from flows.promises import without_gradients
 from flows.solvers import State
 from flows.vector_field import BoundField, checked_value
+
+
+def differentiable(
+    estimates: Tensor,  # of the divergence
+    field: BoundField,
+) -> Tensor:
+    """The estimates, whose backward pass says so if the field's divergence cannot be differentiated."""
+    reasons = [view.traits.refuses_gradients for view in field.strangers]
+    if not any(reasons) or not estimates.requires_grad:
+        return estimates
+    return without_gradients(estimates, " ".join(reasons))
 
 
 @checked
@@ -68,7 +80,7 @@ class AugmentedDynamics:
         else:
             sample = self.estimator.with_jacobian_norm(t, x, self.probes, self.directions)
         rates = [cost.rate(self.estimator.field, t, x, sample) for cost in self.costs]
-        derivatives = (sample.value, -sample.estimates, *rates)
+        derivatives = (sample.value, -differentiable(sample.estimates, self.estimator.field), *rates)
         # Autocast computes them in fewer digits.
         return tuple(derivative.to(x) for derivative in derivatives)
 

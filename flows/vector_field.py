@@ -12,6 +12,8 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.checks import as_shape
 from flows.errors import InvalidTypeError, InvalidValueError
+from flows.promises.evaluation import Evaluation
+from flows.promises.traits import traits_of
 
 VectorField = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> v, with v shaped like x
 
@@ -60,17 +62,26 @@ class BoundField:
         if shape is None:
             raise InvalidValueError(f"{self.name} does not state its event_shape; pass event_shape=(2,) or the like")
         self.event_shape = as_shape("event_shape", shape)
+        self.traits = traits_of(field)
+        self._evaluation = None if self.traits.built_in else Evaluation(field, self.name, self.traits)
         self.context_shape: tuple[int, ...] | None = getattr(field, "context_shape", None)
         self.receptive_radius: int | None = getattr(field, "receptive_radius", None)
         self.bottleneck_width: int | None = getattr(field, "bottleneck_width", None)
         self.value_and_divergence = self._closed_form("value_and_divergence")
         self.value_divergence_and_products = self._closed_form("value_divergence_and_products")
-        self.encode = self._given_context(getattr(field, "encode", None))
-        self.decode = self._given_context(getattr(field, "decode", None))
-        self.potential = self._given_context(getattr(field, "potential", None))
+        self.encode = self._given_context(self._watched(getattr(field, "encode", None)))
+        self.decode = self._given_context(self._watched(getattr(field, "decode", None)))
+        self.potential = self._given_context(self._watched(getattr(field, "potential", None)))
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        if self._evaluation is not None:
+            return self._evaluation(self.field, t, x, *(() if self.context is None else (self.context,)))
         return self.field(t, x) if self.context is None else self.field(t, x, self.context)
+
+    @property
+    def strangers(self) -> list[BoundField]:
+        """The views that evaluate fields which are not of this package; see `flows.promises`."""
+        return [] if self._evaluation is None else [self]
 
     @property
     def dimension(self) -> int:
@@ -89,13 +100,20 @@ class BoundField:
 
     def fresh(self) -> BoundField:
         """The same binding without the tensors that it keeps, whose graph may be gone."""
-        return bind(self.field, self.context, self.event_shape)
+        renewed = bind(self.field, self.context, self.event_shape)
+        if self._evaluation is not None and renewed._evaluation is not None:
+            renewed._evaluation.buffers = self._evaluation.buffers
+        return renewed
 
     def _closed_form(self, name: str) -> Callable[..., Any] | None:
         function = getattr(self.field, name, None)
         if function is not None and hasattr(self.field, "precompute"):
             function = partial(function, precomputed=self._precomputed())
-        return self._given_context(function)
+        return self._given_context(self._watched(function))
+
+    def _watched(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """`function` of a stranger's field under the protection of its evaluations."""
+        return function if function is None or self._evaluation is None else partial(self._evaluation, function)
 
     def _precomputed(self) -> _Once:
         if "_once" not in self.__dict__:
@@ -153,9 +171,13 @@ def checked_value(
         ValueError: it has another shape.
     """
     if not isinstance(value, Tensor):
-        raise InvalidTypeError(f"a vector field must return a tensor, got {type(value).__name__}")
+        raise InvalidTypeError(
+            f"a vector field must return a tensor, got {type(value).__name__}; let forward return the velocity alone"
+        )
     if value.shape != x.shape:
         raise InvalidValueError(
             f"a vector field must return one velocity a point, of shape {tuple(x.shape)}, got {tuple(value.shape)}"
         )
+    if not value.is_floating_point():
+        raise InvalidTypeError(f"a vector field must return real floating-point velocities, got {value.dtype}")
     return value

@@ -13,7 +13,7 @@ import flows
 PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
-GROUND = {"arguments", "checks", "errors", "naming", "vector_field"}
+GROUND = {"arguments", "checks", "errors", "naming", "promises", "vector_field"}
 MODELS = {"bases", "divergence", "dynamics", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
 ALLOWED = {
@@ -21,6 +21,7 @@ ALLOWED = {
     "checks": set(),
     "errors": set(),
     "naming": set(),
+    "promises": set(),
     "vector_field": set(),
     **{part: set() for part in ("bases", "datasets", "divergence", "fields", "solvers", "transforms")},
     "path_costs": {"divergence"},

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flows.arguments import checked
 from flows.divergence.base import DivergenceEstimator, FieldSample
-from flows.errors import InvalidTypeError
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.vector_field import checked_value
 
 
@@ -35,6 +35,11 @@ class Analytic(DivergenceEstimator):
                 "dimension, or Hutchinson(num_probes=...) for noise at a few"
             )
         value, divergence = closed_form(t, x)
+        if divergence.shape != x.shape[:1]:
+            raise InvalidValueError(
+                f"value_and_divergence of {self.field.name} must return one divergence a point, of shape ({len(x)},), "
+                f"got {tuple(divergence.shape)}"
+            )
         return FieldSample(checked_value(value, x), divergence.unsqueeze(0))
 
     def with_jacobian_norm(self, t: Tensor, x: Tensor, probes: Tensor | None, directions: Tensor) -> FieldSample:

@@ -71,10 +71,14 @@ class _TimelessField(BoundField):
         self.decode = _without_time(self.decode)
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        value = self.field(x.reshape(self.shape))
+        assert self._evaluation is not None, "a function of x alone is no field of this package"
+        value = self._evaluation(lambda _, x: self.field(x.reshape(self.shape)), t, x)
         if isinstance(value, Tensor) and value.shape == self.shape:
             return value.reshape(x.shape)
         return value
+
+    def _watched(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        return function
 
 
 def _without_time(part: Callable[..., Any] | None) -> Callable[..., Any] | None:

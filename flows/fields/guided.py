@@ -64,6 +64,10 @@ class _BoundGuided(BoundField):
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         return torch.lerp(self.without(t, x), self.given(t, x), self.field.weight)
 
+    @property
+    def strangers(self) -> list[BoundField]:
+        return self.given.strangers
+
     def _guided_closed_form(self) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None:
         without, given, weight = self.without.value_and_divergence, self.given.value_and_divergence, self.field.weight
         if without is None or given is None:

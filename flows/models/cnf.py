@@ -17,6 +17,7 @@ from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.fields import Guided
 from flows.models.distribution import FlowDistribution
+from flows.models.examination import examine, foreign_tensors
 from flows.models.results import LogProbEstimate, Sample, Transport
 from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
@@ -183,9 +184,10 @@ class CNF(nn.Module):
         y, terms = self.transform.account(points, generator)
         y, terms = self._in_own_dtype(y), {name: self._in_own_dtype(term) for name, term in terms.items()}
         estimator = self.divergence.bind(self.bind(context))
+        examine(self, estimator.field, y, estimator)
         probes = estimator.draw_probes(y, generator)
         dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, y, generator))
-        tensors, times = self._differentiated(context, probes), (1.0, base_time)
+        tensors, times = self._differentiated(estimator.field, y, probes), (1.0, base_time)
         solution = self.solver.solve(dynamics, dynamics.initial_state(y), times, tensors)
         estimates = self._log_densities(solution)
         value, error = estimates.mean(0), None
@@ -218,8 +220,10 @@ class CNF(nn.Module):
 
         Differentiable where autograd records and the data are continuous."""
         z, context, full_shape = self._base_points(shape, context, generator)
-        dynamics = StateDynamics(self.bind(context))
-        solution = self.solver.solve(dynamics, dynamics.initial_state(z), (0.0, 1.0), self._differentiated(context))
+        field = self.bind(context)
+        examine(self, field, z)
+        dynamics = StateDynamics(field)
+        solution = self.solver.solve(dynamics, dynamics.initial_state(z), (0.0, 1.0), self._differentiated(field, z))
         y = solution.end[0]
         return self.transform.inverse(y)[0].reshape(*full_shape, *self.event_shape)
 
@@ -249,10 +253,11 @@ class CNF(nn.Module):
         """`sample_and_log_prob` with standard errors and path costs."""
         z, context, full_shape = self._base_points(shape, context, generator)
         estimator = self.divergence.bind(self.bind(context))
+        examine(self, estimator.field, z, estimator)
         probes = estimator.draw_probes(z, generator)
         dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, z, generator))
-        times = (0.0, 1.0)
-        solution = self.solver.solve(dynamics, dynamics.initial_state(z), times, self._differentiated(context, probes))
+        tensors, times = self._differentiated(estimator.field, z, probes), (0.0, 1.0)
+        solution = self.solver.solve(dynamics, dynamics.initial_state(z), times, tensors)
         y, change, *integrals = solution.end
         x, log_det = self.transform.inverse(y)
         error = estimator.standard_error(change.detach())
@@ -285,12 +290,14 @@ class CNF(nn.Module):
         bound, probes = self.bind(context), None
         if log_density:
             estimator = self.divergence.bind(bound)
+            examine(self, bound, points, estimator)
             probes = estimator.draw_probes(points, generator)
             dynamics = AugmentedDynamics(estimator, probes)
         else:
+            examine(self, bound, points)
             dynamics = StateDynamics(bound)
         state = dynamics.initial_state(points)
-        solution = self.solver.solve(dynamics, state, times, self._differentiated(context, probes))
+        solution = self.solver.solve(dynamics, state, times, self._differentiated(bound, points, probes))
         pick = (lambda states: states[-1]) if len(times) == 2 else (lambda states: states)
         leading = () if len(times) == 2 else (len(times),)
         moved = pick(solution.states[0]).reshape(*leading, *batch_shape, *self.event_shape)
@@ -304,9 +311,12 @@ class CNF(nn.Module):
         z, change, *_ = solution.end  # change: log p(z) − log p(y)
         return self.base.log_prob(z) - change
 
-    def _differentiated(self, *tensors: Tensor | None) -> list[Tensor]:
-        """What a solve may need gradients of, beside its state."""
-        return [*self.field.parameters(), *(tensor for tensor in tensors if tensor is not None)]
+    def _differentiated(self, field: BoundField, x: Tensor, probes: Tensor | None = None) -> list[Tensor]:
+        """What a solve from `x` may need gradients of, beside its state."""
+        stated = [*self.field.parameters(), *(tensor for tensor in (field.context, probes) if tensor is not None)]
+        if self.solver.gradient == "backprop" or not torch.is_grad_enabled():
+            return stated
+        return [*stated, *foreign_tensors(field, x, stated)]
 
     def _base_points(
         self, shape: int | Sequence[int], context: Tensor | None, generator: torch.Generator | None

@@ -15,8 +15,10 @@ from flows.bases import require_normal
 from flows.checks import check_number
 from flows.datasets import Batch, Dataset
 from flows.divergence import Auto, DivergenceEstimator
+from flows.dynamics import differentiable
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
+from flows.models.examination import examine
 from flows.naming import by_name
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.checks import check_flow
@@ -223,9 +225,12 @@ def _evaluate(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return v, and div v (B,) if there is an estimator."""
-    if estimator is not None:
-        bound = estimator.bind(flow.bind(context))
-        probes = bound.draw_probes(position, generator)  # some estimators are exact thanks to their probes
-        sample = bound(t, position, probes)
-        return sample.value, sample.divergence
-    return checked_value(flow.bind(context)(t, position), position), None
+    field = flow.bind(context)
+    if estimator is None:
+        examine(flow, field, position, matching=True)
+        return checked_value(field(t, position), position), None
+    bound = estimator.bind(field)
+    examine(flow, field, position, bound, matching=True)
+    probes = bound.draw_probes(position, generator)  # some estimators are exact thanks to their probes
+    sample = bound(t, position, probes)
+    return sample.value, differentiable(sample.estimates, field).mean(0)

@@ -1,0 +1,147 @@
+"""A flow's field is examined at its first use, unless it is built in; see `flows.promises`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from flows.divergence import Analytic, Bottleneck, DivergenceEstimator
+from flows.errors import FlowsError, InvalidValueError
+from flows.promises import captured_tensors, examine_derivatives, examine_values
+from flows.promises.derivatives import NUM_POINTS
+from flows.promises.values import FEW, untouched
+from flows.vector_field import BoundField, bind
+
+if TYPE_CHECKING:
+    from flows.models.cnf import CNF
+
+
+def examine(
+    flow: CNF,
+    field: BoundField,  # bound to the context of `x`
+    x: Tensor,  # (B, *event), flow space
+    estimator: DivergenceEstimator | None = None,  # bound to the field; None: no divergence is taken
+    matching: bool = False,  # one time per sample and no solve
+) -> None:
+    """Find out at its first use whether a stranger's field suits a solve or matching.
+
+    Raises:
+        FlowsError: it does not; the message names the promise and the cure.
+    """
+    for view in field.strangers:
+        _examine(flow, view, x, estimator)
+        refused = view.traits.refuses_times if matching else view.traits.refuses_solves
+        if refused and matching:
+            raise InvalidValueError(
+                f"flow matching draws one time per sample, and the field {view.name} does not take t of shape (B,): "
+                f"{refused}. Let it take 0-d and (B,) times alike: `t.reshape(-1, *[1] * (x.ndim - 1))` broadcasts "
+                "over the samples, and flows.fields.Adapter(time='column') calls a module with t of shape (B, 1)"
+            )
+        if refused:
+            raise InvalidValueError(refused)
+
+
+def _examine(flow: CNF, view: BoundField, x: Tensor, estimator: DivergenceEstimator | None) -> None:
+    inner = getattr(estimator, "estimator", estimator)  # what a compiled one stands for
+    second = torch.is_grad_enabled() and inner is not None
+    mode = getattr(inner, "mode", None)
+    question = "values" if inner is None else f"{type(inner).__name__} {mode} {second}"
+    seen = view.traits.examined
+    if question in seen or x.numel() == 0 or x.device.type == "meta" or _is_transformed():
+        return
+    with torch.inference_mode(False):
+        x = x.detach().clone()
+        context = None if view.context is None else view.context.detach().clone()
+        if _is_lazy(view.field):
+            with torch.no_grad():
+                bind(view.field, context, view.event_shape)(x.new_full((), 0.4), x)  # gives its weights a shape
+        generator = torch.Generator(x.device).manual_seed(0)
+        few = flow.base.sample((NUM_POINTS,), generator).to(x)
+        if "values" not in seen:
+            examine_values(view.field, view.name, view.traits, x, few[:FEW], context)
+            seen.add("values")
+        if inner is None or view.traits.refuses_solves:
+            return
+        if not view.traits.takes_any_batch:
+            few = x
+        elif context is not None:
+            context = context[torch.arange(NUM_POINTS) % len(context)]
+        few_bound = bind(view.field, context, view.event_shape)
+        closed = few_bound.value_and_divergence if isinstance(inner, Analytic) else None
+        if isinstance(inner, Bottleneck):
+            _check_pieces(few_bound, few)
+        view.traits.refuses_gradients = examine_derivatives(
+            few_bound, closed, view.field, view.name, few, mode == "forward", second
+        )
+        seen.add(question)
+
+
+def foreign_tensors(field: BoundField, x: Tensor, known: list[Tensor]) -> list[Tensor]:
+    """The tensors that need gradients and are used by a stranger's field without being its parameters.
+
+    One evaluation of one point.
+
+    Raises:
+        InvalidValueError: there are such, and they cannot be found.
+    """
+    found: list[Tensor] = []
+    for view in field.strangers:
+        if x.numel() == 0 or _is_transformed():
+            continue
+        for size in (1, len(x)):
+            points = x.detach()[:size].clone().requires_grad_()
+            context = None if view.context is None else view.context.detach()[:size].clone()
+            if context is not None and context.is_floating_point():
+                context.requires_grad_()
+            few = bind(view.field, context, view.event_shape)
+            inputs = [points] if context is None else [points, context]
+            try:
+                with untouched(view.field, x.device):
+                    more = captured_tensors(
+                        lambda few=few, points=points: _outputs(few, points),
+                        view.field,
+                        view.name,
+                        [*known, *inputs],
+                    )
+            except FlowsError:
+                raise
+            except Exception:  # a field that takes no other number of points; or the solve itself will fail
+                continue
+            found += more
+            break
+    return found
+
+
+def _outputs(field: BoundField, x: Tensor) -> list[Tensor]:
+    t = x.new_full((), 0.4)
+    outputs = [field(t, x)]
+    if field.value_and_divergence is not None:
+        outputs += field.value_and_divergence(t, x)
+    return outputs
+
+
+def _check_pieces(field: BoundField, x: Tensor) -> None:
+    if field.encode is None or field.decode is None:
+        return
+    t = x.new_full((), 0.4)
+    with torch.no_grad():
+        joined, value = field.decode(t, field.encode(t, x)), field(t, x)
+    scale = float(value.abs().max())
+    if joined.shape != value.shape or float((joined - value).abs().max()) > 1e-3 * scale:
+        raise InvalidValueError(
+            f"decode(t, encode(t, x)) of the field {field.name} is another velocity than its forward, so that "
+            "Bottleneck would take the divergence of another field; mend them, or use Exact() or Hutchinson()"
+        )
+
+
+def _is_lazy(field: object) -> bool:
+    return isinstance(field, nn.Module) and any(
+        isinstance(weights, nn.parameter.UninitializedParameter) for weights in field.parameters()
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether this runs inside torch.compile or a transform of torch.func, where values cannot be looked at."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

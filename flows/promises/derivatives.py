@@ -1,0 +1,220 @@
+"""The examination of a field's derivatives, as autograd finds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flows.errors import ComputationError, InvalidValueError
+from flows.promises.failures import explained
+from flows.promises.values import _awake, is_velocity, untouched
+
+NUM_POINTS = 6
+MAX_DIMENSION = 64  # up to which a closed form is compared with the whole trace
+STEPS = {torch.float64: 1e-4, torch.float32: 2e-2}  # of the finite differences, halved twice
+PRECISION = {torch.float64: 1e-5, torch.float32: 2e-2}  # relative, of derivatives by differences
+Evaluate = Callable[[Tensor, Tensor], Any]
+
+
+def examine_derivatives(
+    evaluate: Evaluate,  # v(t, x), with context and healing
+    closed_form: Evaluate | None,  # (v, div v)
+    field: Any,
+    name: str,
+    x: Tensor,  # (n, *event), points of the examination
+    forward: bool,
+    second: bool,
+) -> str:
+    """Compare the derivatives that a divergence takes with differences of the field's values.
+
+    Returns why the divergence cannot be differentiated, or nothing. That is for the backward pass to say, because
+    there may be none.
+
+    Args:
+        evaluate: the field bound to the context of the points.
+        closed_form: its closed-form divergence, if it is used.
+        field, name: the module and its name.
+        x: some points.
+        forward: whether products are taken in forward mode.
+        second: whether training differentiates them once more.
+
+    Raises:
+        InvalidValueError: autograd misses a part of the field, or a closed form is another field's.
+        ComputationError: torch has no derivative of an operation; the message says what to use instead.
+    """
+    with untouched(field, x.device), _awake(field):
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)  # noqa: E731
+        directions, weights = draw(), draw()
+        directions = directions / directions.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+        t = torch.full((), 0.43, dtype=x.dtype, device=x.device)
+        if forward and _is_scripted(field):
+            raise InvalidValueError(
+                f"forward-mode products are wrong for {name}, which holds code of torch.jit: once optimised, it drops "
+                "tangents without a word; use mode='reverse' for the divergence estimator, or the module unscripted"
+            )
+        try:
+            with torch.enable_grad():
+                value = evaluate(t, x.clone().requires_grad_().clone())
+        except Exception:
+            return ""  # the caller's own evaluation will fail, with the caller's own points
+        if not is_velocity(value, x):
+            return ""
+        if closed_form is not None:
+            _compare_closed_form(closed_form, evaluate, t, x, name)
+            return ""
+        product = _forward_product if forward else _reverse_product
+        try:
+            first = product(evaluate, t, x, directions, weights, False)
+        except RuntimeError as error:
+            known = explained(error, name)
+            if known is not error:
+                raise known from error
+            if forward:
+                raise ComputationError(
+                    f"forward-mode products fail for the field {name} ({str(error).splitlines()[0]}); use "
+                    "mode='reverse' for the divergence estimator"
+                ) from error
+            return ""  # the caller's own evaluation will fail
+        if first is None:
+            return ""  # `linearise` says it
+        change = _differences(lambda y: _inner(weights, _value(evaluate, t, y)), x, directions)
+        if _contradicts(first, change, x):
+            raise InvalidValueError(_missing(name, "value", first, change[0], forward))
+        if not second:
+            return ""
+        try:
+            slope = _second_product(product, evaluate, t, x, directions, weights, field)
+        except RuntimeError as error:
+            return str(explained(error, name))
+        bend = _differences(lambda y: _constant(product, evaluate, t, y, directions, weights), x, directions)
+        return _missing(name, "derivative", slope, bend[0], forward) if _contradicts(slope, bend, x) else ""
+
+
+def _missing(name: str, what: str, found: Tensor, expected: Tensor, forward: bool) -> str:
+    worst = int((found - expected).abs().argmax())
+    other = ", or use mode='reverse' for the divergence estimator" if forward else ""
+    return (
+        f"autograd misses a part of the field {name}: in one direction its {what} changes by {expected[worst]:.4g} a "
+        f"unit, and the derivative by autograd is {found[worst]:.4g}, so that log-densities and their gradients would "
+        "be wrong. Look for detach(), .data, numpy, torch.no_grad(), or an autograd.Function whose backward is not the "
+        f"derivative of its forward{other}"
+    )
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:  # (B,)
+    return (a * b).flatten(1).sum(1)
+
+
+def _value(evaluate: Evaluate, t: Tensor, x: Tensor) -> Tensor:
+    with torch.enable_grad():  # as fields with derivatives inside need it
+        return evaluate(t, x.clone().requires_grad_().clone()).detach()
+
+
+def _reverse_product(
+    evaluate: Evaluate, t: Tensor, x: Tensor, directions: Tensor, weights: Tensor, graph: bool
+) -> Tensor | None:  # (B,), wᵀJu
+    with torch.enable_grad():
+        leaf = x if x.requires_grad else x.clone().requires_grad_()
+        value = evaluate(t, leaf)
+        if not value.requires_grad:
+            return None
+        (gradient,) = torch.autograd.grad(value, leaf, weights, create_graph=graph, allow_unused=True)
+        return None if gradient is None else _inner(gradient, directions)
+
+
+def _forward_product(
+    evaluate: Evaluate, t: Tensor, x: Tensor, directions: Tensor, weights: Tensor, graph: bool
+) -> Tensor | None:  # (B,), wᵀJu
+    with torch.set_grad_enabled(graph):
+        return _inner(weights, torch.func.jvp(lambda y: evaluate(t, y), (x,), (directions,))[1])
+
+
+def _constant(product: Any, evaluate: Evaluate, t: Tensor, x: Tensor, directions: Tensor, weights: Tensor) -> Tensor:
+    found = product(evaluate, t, x.detach(), directions, weights, False)
+    return torch.zeros(len(x)).to(x) if found is None else found.detach()
+
+
+def _second_product(
+    product: Any, evaluate: Evaluate, t: Tensor, x: Tensor, directions: Tensor, weights: Tensor, field: Any
+) -> Tensor:  # (B,), the derivative of wᵀJu along u
+    leaf = x.clone().requires_grad_()
+    with torch.enable_grad():
+        found = product(evaluate, t, leaf, directions, weights, True)
+        if found is None or not found.requires_grad:
+            return torch.zeros_like(x).flatten(1).sum(1)
+        parameters = [p for p in field.parameters() if p.requires_grad] if isinstance(field, nn.Module) else []
+        gradient, *_ = torch.autograd.grad(found.sum(), [leaf, *parameters], allow_unused=True, materialize_grads=True)
+    return _inner(gradient, directions)
+
+
+def _differences(
+    function: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor
+) -> list[Tensor]:  # three of (B,), with ever smaller steps
+    step = STEPS.get(x.dtype, 0.1)
+    return [(function(x + h * directions) - function(x - h * directions)) / (2 * h) for h in (step / 4, step / 2, step)]
+
+
+def _contradicts(found: Tensor, differences: list[Tensor], x: Tensor) -> bool:
+    """Whether the differences agree with each other and not with the derivative, for two points or more."""
+    fine, middle, coarse = differences
+    spread = torch.maximum((fine - middle).abs(), (middle - coarse).abs())
+    scale = torch.maximum(found.abs(), fine.abs()).max()
+    precision = PRECISION.get(x.dtype, 0.3)
+    if torch.is_autocast_enabled(x.device.type):
+        precision = 0.3
+    wrong = (found - fine).abs() > 5 * spread + precision * scale
+    return bool(wrong.sum() >= 2)
+
+
+def _compare_closed_form(closed_form: Evaluate, evaluate: Evaluate, t: Tensor, x: Tensor, name: str) -> None:
+    value, divergence = closed_form(t, x)
+    if not isinstance(divergence, Tensor) or divergence.shape != (len(x),):
+        got = tuple(divergence.shape) if isinstance(divergence, Tensor) else type(divergence).__name__
+        raise InvalidValueError(
+            f"value_and_divergence of the field {name} must return one divergence a point, of shape ({len(x)},), "
+            f"got {got}"
+        )
+    loose = 1e-3 if x.dtype == torch.float32 else 1e-6 if x.dtype == torch.float64 else 0.1
+    direct = _value(evaluate, t, x)
+    if not is_velocity(value, x) or _apart(value, direct, loose):
+        raise InvalidValueError(
+            f"value_and_divergence of the field {name} returns another velocity than its forward, so that densities "
+            "and samples would belong to different flows. A subclass that changes forward must change "
+            "value_and_divergence too, or set it to None"
+        )
+    dimension = math.prod(x.shape[1:])
+    if dimension > MAX_DIMENSION:
+        return
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        flat = evaluate(t, leaf).flatten(1)
+        if not flat.requires_grad:
+            return
+        trace = torch.zeros_like(flat[:, 0])
+        for i in range(dimension):
+            (row,) = torch.autograd.grad(flat[:, i].sum(), leaf, retain_graph=True, allow_unused=True)
+            trace = trace if row is None else trace + row.flatten(1)[:, i]
+    if _apart(divergence, trace.detach(), loose):
+        raise InvalidValueError(
+            f"value_and_divergence of the field {name} returns another divergence than the trace of its Jacobian: "
+            f"{float(divergence[0]):.6g} where it is {float(trace[0]):.6g}; mend it, or set it to None"
+        )
+
+
+def _apart(a: Tensor, b: Tensor, relative: float) -> bool:
+    scale = torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-6)
+    return bool((a - b).abs().max() > relative * scale)
+
+
+def _is_scripted(field: Any) -> bool:
+    kinds = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+    modules = field.modules() if isinstance(field, nn.Module) else ()
+    return any(
+        isinstance(module, kinds) or any(isinstance(value, kinds) for value in module.__dict__.values())
+        for module in modules
+    )
