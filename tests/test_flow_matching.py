@@ -199,7 +199,7 @@ def test_times_are_drawn_by_their_power(power, dtype):
 
     flow = CNF(Recorder((2,), hidden=(4,))).to(dtype)
     loss = FlowMatching("sampled", time_power=power)(flow, Batch(mixture(100_000).to(dtype)), rng()).loss
-    (t,) = times
+    t = times[-1]  # after those of the examination
     assert loss.isfinite()
     assert t.min() >= 0
     assert t.max() < 1

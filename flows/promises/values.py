@@ -148,7 +148,7 @@ def _specimen(field: Any, name: str, x: Tensor, few: Tensor, context: Tensor | N
                     continue
                 if is_velocity(value, few_or_all.x):
                     return few_or_all
-                return None  # the caller's own evaluation will say what is wrong with it, for the caller's own points
+                return None  # the caller's own evaluation will say what is wrong, for the caller's own points
     error = failures[0][1]
     known = explained(error, name)
     if known is not error:
@@ -156,8 +156,8 @@ def _specimen(field: Any, name: str, x: Tensor, few: Tensor, context: Tensor | N
     reasons = "; ".join(dict.fromkeys(reason for reason, _ in failures[2:4]))
     given = "t and x" if context is None else "t, x and the context"
     raise InvalidValueError(
-        f"the field {name} cannot be evaluated at {given} for points of shape {tuple(x.shape)}: {reasons}. A field is "
-        "called as forward(t, x) or forward(t, x, context), with t of shape () or (B,); flows.fields.Adapter calls "
+        f"the field {name} cannot be evaluated at {given} for points of shape {tuple(x.shape)}: {reasons}. A field "
+        "is called as forward(t, x) or forward(t, x, context), with t of shape () or (B,); flows.fields.Adapter calls "
         "networks with other arguments"
     ) from error
 
@@ -413,8 +413,13 @@ def untouched(field: Any, device: torch.device) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     numpy_state = None if numpy is None else numpy.random.get_state()
     recording, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     try:
-        yield
+        if precision is None:
+            yield
+        else:  # autocast would keep weights that were converted without gradients
+            with torch.autocast(device.type, dtype=precision, cache_enabled=False):
+                yield
     finally:
         torch.set_grad_enabled(recording)
         torch.set_default_dtype(dtype)
