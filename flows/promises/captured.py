@@ -39,9 +39,11 @@ def captured_tensors(
         outputs = evaluate()
     ids = {id(tensor) for tensor in known}
     found: list[Tensor] = []
-    seen: set[Any] = set()
+    seen: set[tuple[Any, int]] = set()
     inputs = {(tensor.grad_fn, tensor.output_nr) for tensor in known if tensor.grad_fn is not None}
-    stack = [(o.grad_fn, o.output_nr) for o in outputs if isinstance(o, Tensor) and o.grad_fn is not None]
+    stack: list[tuple[Any, int]] = [
+        (o.grad_fn, o.output_nr) for o in outputs if isinstance(o, Tensor) and o.grad_fn is not None
+    ]
     while stack:
         edge = stack.pop()
         node = edge[0]
@@ -51,7 +53,7 @@ def captured_tensors(
         if edge in inputs:
             continue
         if type(node).__name__ == "AccumulateGrad":
-            leaf = node.variable
+            leaf = getattr(node, "variable")  # noqa: B009 (of this kind of node only)
             if id(leaf) not in ids:
                 ids.add(id(leaf))
                 found.append(leaf)
@@ -67,7 +69,7 @@ def captured_tensors(
                 ids.add(id(tensor))
                 found.append(tensor)
         else:
-            stack += node.next_functions
+            stack.extend(node.next_functions)
     return found
 
 

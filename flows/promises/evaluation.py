@@ -68,7 +68,7 @@ class Evaluation:
                 "uses; return a new tensor, such as `out.clone()`"
             )
         kept = value.detach()  # without its graph
-        self.last = kept, *_writes((kept,))
+        self.last = kept, _writes((kept,))[0]
         return value
 
     def _with_frozen_buffers(self, function: Callable[..., Any], given: tuple[Tensor, ...]) -> Any:
