@@ -144,4 +144,5 @@ def _is_lazy(field: object) -> bool:
 
 def _is_transformed() -> bool:
     """Whether this runs inside torch.compile or a transform of torch.func, where values cannot be looked at."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    functorch = getattr(torch._C, "_functorch")  # noqa: B009 (it has no stubs)
+    return torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None
