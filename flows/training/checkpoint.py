@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,13 @@ import torch
 
 from flows.arguments import checked
 from flows.errors import InvalidValueError
+from flows.training.archive import DamagedArchiveError, read_archive, write_archive
 from flows.training.files import FOLDER, atomic_write
+from flows.training.plain import check_plain, plain_content
+from flows.training.unpickling import ForeignObjectError
 
 FORMAT = "flows checkpoint"
-VERSION = 3  # of the arrangement, and of what fields make of the same weights
+VERSION = 4  # of the arrangement, and of what fields make of the same weights
 
 # What a checkpoint must hold: to use its model, and to continue its run.
 MODEL = {"data": dict, "ema": dict, "position": dict}
@@ -48,16 +49,20 @@ def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) ->
 
     Args:
         path: the file; its folder is made if needed.
-        content: nested dicts and lists of tensors, numbers and strings.
+        content: nested dicts and lists of tensors, numbers and text.
+
+    Raises:
+        InvalidTypeError: it holds anything else, such as an object in the extra state of a module.
     """
     path = Path(path)
+    whole = plain_content({"format": FORMAT, "version": VERSION, **content})
     path.parent.mkdir(parents=True, exist_ok=True)
-    return atomic_write(path, lambda file: torch.save({"format": FORMAT, "version": VERSION, **content}, file))
+    return atomic_write(path, lambda file: write_archive(whole, file))
 
 
 @checked
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, with `weights_only=True`: no code in the file is run.
+    """Read a checkpoint onto the CPU as data: no code in the file is run.
 
     Raises:
         CheckpointError: the file is missing, damaged, holds anything but data, or is not a checkpoint of
@@ -67,19 +72,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: the file does not exist")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch warns of in a foreign file ends in an error below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            content = read_archive(file)
+        check_plain(content)
+    except ForeignObjectError as error:
         raise CheckpointError(
-            f"{path} is not a flows checkpoint: it is damaged, or holds objects other than tensors, numbers "
-            "and text, which are never loaded because they could run code"
+            f"{path} is not a flows checkpoint: it holds objects other than tensors, numbers and text ({error}), which "
+            "are never loaded because they could run code"
         ) from error
-    except Exception as error:  # torch and pickle raise almost anything on damaged bytes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except DamagedArchiveError as error:
         raise CheckpointError(
-            f"{path} is truncated or damaged and cannot be read ({reason}); use another checkpoint of the run"
+            f"{path} is truncated or damaged and cannot be read: {error}; use another checkpoint of the run"
         ) from error
+    except InvalidValueError as error:
+        raise CheckpointError(f"{path} is not as flows writes checkpoints: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); use another checkpoint") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a flows checkpoint (it was written by something else)")
     if content.get("version") != VERSION:
