@@ -5,9 +5,19 @@ Each class is also the built-in exception that fits, so `except ValueError` work
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
 
 class FlowsError(Exception):
-    """Base class of all errors that this package raises on purpose; the message says what to do."""
+    """Base class of all errors that this package raises on purpose; the message says what to do.
+
+    Errors keep their attributes when they are sent to another process, as the jobs of a sweep send them.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored_error, (type(self), self.args, sendable(vars(self)))
 
 
 class InvalidValueError(FlowsError, ValueError):
@@ -32,3 +42,25 @@ class MissingPackageError(FlowsError, ImportError):
 
 class DataWarning(UserWarning):
     """Data were read, but not as their author may expect; the message names the column or the files."""
+
+
+def restored_error(kind: type[BaseException], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> BaseException:
+    """An error as it was before pickling; its class may take other arguments than the message."""
+    error = kind.__new__(kind, *args)
+    BaseException.__init__(error, *args)
+    error.args = args
+    vars(error).update(attributes)
+    return error
+
+
+def sendable(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those attributes that can be pickled."""
+
+    def fits(value: Any) -> bool:
+        try:
+            pickle.dumps(value)
+        except Exception:  # pickling raises almost anything
+            return False
+        return True
+
+    return {name: value for name, value in attributes.items() if fits(value)}

@@ -20,7 +20,8 @@ from test_checkpoint import assert_same_state
 import flows
 from flows import errors
 from flows.cli.errors import explain, quoted_override, readable_errors
-from flows.cli.sweeps import job_name, sweep_table, swept_keys
+from flows.cli.jobs import fixed_keys, job_name, swept_settings
+from flows.cli.sweeps import sweep_table
 from flows.datasets.readers import read_table
 from flows.training import CheckpointError, NonFiniteLossError, load_checkpoint, load_flow, read_metrics
 
@@ -238,12 +239,14 @@ def test_a_sweep_gives_each_job_a_folder(run, tmp_path):
     assert not (sweep / "sweep.png").exists()  # TINY has no pictures
     header, *rows = out.strip().splitlines()[-5:-2]
     assert header.split() == ["run", "NLL", "gap", "NFE", "steps", "seconds"]
+    ranked = sorted(found, key=found.get)
     assert [row.split()[:2] for row in rows] == [
-        [f"divergence-{name.lower()}", f"{found[name]:.4f}"] for name in ("Analytic", "Exact")
+        [f"divergence-{name.lower()}", f"{found[name]:.4f}"] for name in ranked
     ]
     with (sweep / "sweep.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert [float(row["test_nll"]) for row in table] == [found["Analytic"], found["Exact"]]
+    assert [float(row["test_nll"]) for row in table] == [found[name] for name in ranked]
+    assert [row["divergence"] for row in table] == [name.lower() for name in ranked]
 
 
 @pytest.mark.parametrize("setting", ["output_dir", "hydra.sweep.dir"])
@@ -351,9 +354,11 @@ def test_a_table_that_has_moved(run, tmp_path):
 def test_jobs_are_named_after_what_is_swept():
     line = ["-m", "data=moons", "divergence=exact,analytic", "seed=range(3)", "field.hidden=[8,8],[4]", "+x.y=a/b,c"]
     overrides = ["data=moons", "divergence=exact", "seed=2", "field.hidden=[8,8]", "+x.y=a/b"]
-    assert job_name(overrides, swept_keys(line), 5) == "divergence-exact_seed-2_field.hidden-[8,8]_x.y-a-b"
-    assert job_name(["data=moons"], swept_keys(["-m", "data=moons"]), 5) == "5"  # swept in a file, or by a plugin
-    long = job_name([f"output_dir={'a' * 300}"], swept_keys([f"output_dir={'a' * 300},b"]), 7)
+    swept = swept_settings(overrides, fixed_keys(line))
+    assert job_name(swept, 5) == "divergence-exact_seed-2_field.hidden-[8,8]_x.y-a-b"
+    assert job_name(swept, 5, numbered=True) == "5_divergence-exact_seed-2_field.hidden-[8,8]_x.y-a-b"
+    assert job_name({}, 5) == "5"  # nothing is swept
+    long = job_name({"output_dir": "a" * 300}, 7)
     assert long.startswith("7_output_dir-aaa")
     assert len(long) < 110
 

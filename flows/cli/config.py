@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flows.checks import check_seed
 from flows.cli.arguments import OPEN_PARTS, check_added, check_choices, config_folder
-from flows.errors import InvalidValueError
+from flows.errors import ComputationError, FlowsError, InvalidValueError
 from flows.training.annotations import check_type
 from flows.training.loggers import warnings_above_bars
 from flows.training.settings import complete, instantiate
@@ -81,8 +81,16 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
             decorate(run_task)()
     except (HydraException, OmegaConfBaseException):
         raise  # has a message for people
-    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        if started:
+    except Exception as error:
+        if isinstance(error, FlowsError):
+            raise
+        if name == "train" and {"-m", "--multirun"} & set(arguments):  # what a job raises ends in its record
+            reason = " ".join(str(error).split())[:300]
+            raise ComputationError(
+                f"the sweep cannot go on, since its sweeper or launcher fails: {type(error).__name__}: {reason}; the "
+                "jobs that were done are in its folder"
+            ) from error
+        if started or not isinstance(error, (AttributeError, LookupError, OSError, TypeError, ValueError)):
             raise
         raise InvalidValueError(f"these settings cannot be composed: {' '.join(arguments)} ({error})") from error
 

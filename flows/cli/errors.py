@@ -9,8 +9,9 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -30,9 +31,23 @@ MISTAKE, FAILURE = 2, 1  # exit codes: settings or files are wrong; the computat
 class JobFailedError(Exception):
     """A job of a sweep failed and has reported why."""
 
-    def __init__(self, job: str, code: int) -> None:
-        super().__init__(f"the job {job} of the sweep failed")
+    def __init__(self, job: str, reason: str, code: int) -> None:
+        super().__init__(job, reason, code)
+        self.reason = reason
         self.code = code
+
+
+class SweepFailedError(Exception):
+    """Jobs of a sweep failed.
+
+    Args:
+        failures: the record of each job, by its name: `error`, `code` and the `process` that has reported the error.
+    """
+
+    def __init__(self, failures: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__(failures)
+        self.failures = failures
+        self.code = int(next(iter(failures.values()))["code"])
 
 
 @contextlib.contextmanager
@@ -47,30 +62,36 @@ def readable_errors(
     Args:
         program: the name of its main yaml; an unknown setting is then answered with the valid ones.
         arguments: the command line.
-        job: the name of a job of a sweep. Its failure is reported, and the sweep goes on; the exit code of the program
-            is that of the first failed job.
+        job: the name of a job of a sweep. Its failure is reported and raised as `JobFailedError`; the exit code of the
+            program is that of the first failed job.
     """
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report
     try:
         yield
     except TrainingInterrupted as stop:
-        _report(f"\nStopped after step {stop.step}; everything is saved. Resume with\n\n    {resume_command(stop)}\n")
+        command = resume_command(stop) if job is None else sweep_command(stop.checkpoint.parents[2])
+        who = "Stopped" if job is None else f"{job} stopped"
+        report(f"\n{who} after step {stop.step}; everything is saved. Resume with\n\n    {command}\n")
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
-        _report("\nInterrupted.")
+        report("\nInterrupted.")
         sys.exit(128 + signal.SIGINT)
-    except JobFailedError as failure:
-        _report("\nNot all jobs of the sweep succeeded; see their errors above.")
-        sys.exit(failure.code)
+    except SweepFailedError as failed:
+        for name, record in failed.failures.items():
+            if record.get("process") != os.getpid():  # another process told it, perhaps into a file
+                report(f"\nError in {name}: {record.get('error')}")
+        report("\nNot all jobs of the sweep succeeded; see their errors above.")
+        sys.exit(failed.code)
     except Exception as error:
         message, code = explain(error, program, arguments)
         if job is not None:
-            _report(f"\nError in {job}: {message or traceback.format_exc()}")
-            raise JobFailedError(job, code) from None
+            reason = message or traceback.format_exc()
+            report(f"\nError in {job}: {reason}")
+            raise JobFailedError(job, reason, code) from None
         if message is None:
             raise
-        _report(f"\nError: {message}")
+        report(f"\nError: {message}")
         sys.exit(code)
     finally:
         if before is None:
@@ -81,6 +102,8 @@ def readable_errors(
 
 def explain(error: BaseException, program: str | None = None, arguments: Sequence[str] = ()) -> tuple[str | None, int]:
     """The message for a mistake with its exit code; no message for a bug."""
+    if isinstance(error, OmegaConfBaseException) and (own := _own_cause(error)) is not None:
+        return explain(own)
     if isinstance(error, ConfigCompositionException) and isinstance(
         error.__cause__, (ConfigKeyError, ConfigAttributeError)
     ):
@@ -105,6 +128,13 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
     return None, FAILURE
 
 
+def _own_cause(error: BaseException | None) -> FlowsError | None:
+    """The error by which one of our own resolvers refuses a setting."""
+    while error is not None and not isinstance(error, FlowsError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def quoted_override(key: str, value: object) -> str:
     """`key=value` as one argument for a shell and Hydra, quoted where either needs it."""
     text = str(value)
@@ -118,9 +148,19 @@ def resume_command(stop: TrainingInterrupted) -> str:
     """The command that continues an interrupted run."""
     resume = quoted_override("resume", stop.checkpoint.parents[1])
     trust = [shlex.quote(f"trust=[{','.join(stop.packages)}]")] if stop.packages else []
+    return " ".join([*_program(), resume, *trust])
+
+
+def sweep_command(folder: Path) -> str:
+    """The command that continues an interrupted sweep: the same, in its folder."""
+    own = ("resume=", "output_dir=", "train")
+    given = [shlex.quote(argument) for argument in sys.argv[1:] if not argument.startswith(own)]
+    return " ".join([*_program(), *given, quoted_override("output_dir", folder), "resume=auto"])
+
+
+def _program() -> list[str]:
     script = Path(sys.argv[0])
-    start = ["python", shlex.quote(sys.argv[0])] if script.suffix == ".py" else [shlex.quote(script.name), "train"]
-    return " ".join([*start, resume, *trust])
+    return ["python", shlex.quote(sys.argv[0])] if script.suffix == ".py" else [shlex.quote(script.name), "train"]
 
 
 def _unknown_setting(full_key: str, program: str | None, arguments: Sequence[str]) -> str:
@@ -154,5 +194,6 @@ def _groups_without_default(program: str) -> list[str]:
     return [name for entry in defaults if isinstance(entry, dict) for name in entry if entry[name] is None]
 
 
-def _report(text: str) -> None:
+def report(text: str) -> None:
+    """Tell the person at the terminal."""
     print(text, file=sys.stderr, flush=True)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from flows.errors import InvalidValueError
+from flows.cli.jobs import read_json
+from flows.errors import FlowsError, InvalidValueError
+from flows.training.annotations import show
 from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
-from flows.training.files import FOLDER
-from flows.training.runs import checkpoint_config
-from flows.training.settings import no_setting
+from flows.training.continuing import differences, saved_state, was_killed_early
+from flows.training.files import CONFIG, FOLDER, SUMMARY, OutputFolderError
+from flows.training.runs import checkpoint_config, completed
+from flows.training.settings import complete, instantiate, no_setting
+from flows.training.stage import Stage
+from flows.training.trusted import check_trusted, foreign_packages
 
 # A resumed run may be watched differently, run on other devices, or last longer. Anything else would make it another.
 CHANGEABLE_ON_RESUME = re.compile(
@@ -24,6 +31,7 @@ CHANGEABLE_ON_RESUME = re.compile(
 
 
 RESUME_SETTINGS = ("resume", "output_dir", "trust")
+MAX_DIFFERENCES = 8  # in a message
 
 
 def resumed_config(
@@ -73,3 +81,89 @@ def _replace(config: dict[str, Any], key: str, value: Any, file: Path) -> None:
         valid = [name for name in node if not name.startswith("_")] if isinstance(node, dict) else []
         raise InvalidValueError(f"{no_setting(last, parent, valid)} in the run {file}")
     node[last] = value
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What `resume=auto` has found in the folder of a run."""
+
+    checkpoint: Path | None  # None: nothing was saved, and the run starts
+    summary: dict[str, Any] | None = None  # of a run that is done
+
+
+def find_run(config: Mapping[str, Any], trust: Sequence[str] = ()) -> Continued:
+    """Look into the output folder for the run that these settings describe.
+
+    Raises:
+        InvalidValueError: there is no folder, or the run in it was started with other settings.
+        CheckpointError: its checkpoint cannot be read.
+    """
+    folder = config.get("output_dir")
+    file = saved_state(folder)
+    assert folder is not None
+    own = [*trust, *foreign_packages(config)]  # what the command line names itself needs no further trust
+    if file is None:
+        if was_killed_early(folder):
+            begun = _settings_in(Path(folder))
+            check_trusted(begun, own)
+            _compare(begun, config, folder)
+        return Continued(None)
+    content = load_checkpoint(file)
+    old = checkpoint_config(content, file, own)
+    changed = _compare(old, config, folder)
+    summary = read_json(Path(folder) / SUMMARY)
+    tested_alike = not any(name.startswith("evaluation.") for name in changed)
+    is_done = summary is not None and tested_alike and _is_done(config, content.get("position"), summary)
+    return Continued(file, summary if is_done else None)
+
+
+def _compare(old: Mapping[str, Any], new: Mapping[str, Any], folder: Any) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, which all may.
+
+    Raises:
+        InvalidValueError: others differ, too.
+    """
+    changed = differences(_comparable(old), _comparable(new))
+    fixed = {name: values for name, values in changed.items() if not CHANGEABLE_ON_RESUME.fullmatch(name)}
+    if fixed:
+        shown = [f"{name} was {show(old)} and is now {show(new)}" for name, (old, new) in fixed.items()]
+        more = f", and {len(shown) - MAX_DIFFERENCES} more" if len(shown) > MAX_DIFFERENCES else ""
+        raise InvalidValueError(
+            f"the run in {folder} was started with other settings: {'; '.join(shown[:MAX_DIFFERENCES])}{more}. "
+            "resume=auto continues a run with the settings that it was started with; only the steps of a stage and how "
+            "the run is watched and where it runs can change. Give the same settings again, or another output_dir"
+        )
+    return changed
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings that describe a run, the defaults written out."""
+    config = {name: value for name, value in config.items() if name not in RESUME_SETTINGS}
+    try:
+        return completed(config)
+    except (FlowsError, AttributeError, KeyError, TypeError):  # told when the run is built
+        return complete(config)
+
+
+def _settings_in(folder: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise OutputFolderError(
+            f"{folder / CONFIG} are not the settings of a run, so resume=auto cannot tell what was begun there; "
+            "choose another output_dir"
+        )
+    return content
+
+
+def _is_done(config: Mapping[str, Any], position: Any, summary: Mapping[str, Any]) -> bool:
+    """Whether a run with these stages has nothing left to train, and was tested after its last step."""
+    name, stage = list(config["objective"].items())[-1]
+    if not isinstance(position, Mapping) or position.get("stage") != name:
+        return False
+    if summary.get("evaluated_with") is None or summary.get("steps") != position.get("step"):
+        return False
+    last: Stage = instantiate(stage, f"objective.{name}")
+    return last.done(position.get("step_in_stage", 0), position.get("seconds_in_stage", 0.0)) >= 1

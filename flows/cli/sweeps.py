@@ -1,24 +1,20 @@
-"""Sweeps: names for the jobs, and a table of their results at the end."""
+"""Sweeps: a table of the results at the end, and one sheet of pictures."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import json
-import os
-import re
+import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import OmegaConf
-
 from flows import plots
-from flows.training.files import RUNS, new_folder
+from flows.cli.errors import SweepFailedError, report
+from flows.cli.jobs import failed_jobs, job_records, read_json, sweep_environment
+from flows.errors import FileError
+from flows.training.files import SUMMARY, write_result
 from flows.training.loggers import flat
 
 COLUMNS = (  # of the table: title, figure, its standard error, format
@@ -31,57 +27,9 @@ COLUMNS = (  # of the table: title, figure, its standard error, format
     ("steps", "steps", None, ","),
     ("seconds", "seconds", None, ".0f"),
 )
-MAX_NAME_LENGTH = 100  # of a job, which is also the name of a folder
-
-# The processes in which a launcher runs jobs inherit these variables.
-SWEPT, NEW_FOLDER = "FLOWS_SWEPT", "FLOWS_SWEEP_FOLDER"  # the keys that are swept over; the folder if none is given
-
-_folders: dict[str | None, Path] = {}  # of the sweep in this process, by the folder that was given for it
-
-
-def swept_keys(arguments: Sequence[str]) -> list[str]:
-    """The settings that a command line sweeps over."""
-    given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    return [str(o.key_or_group) for o in OverridesParser.create().parse_overrides(given) if o.is_sweep_override()]
-
-
-def job_name(overrides: Sequence[str], swept: Sequence[str], number: int) -> str:
-    """The name of a job by what sets it apart: `divergence-exact_seed-1`.
-
-    Args:
-        overrides: of the job, each `key=value`.
-        swept: the keys that the sweep varies.
-        number: of the job; part of the name if the values give none, or one that is too long.
-    """
-    pairs = [override.lstrip("+").partition("=") for override in overrides]
-    name = "_".join(f"{key}-{value}" for key, _, value in pairs if key in swept)
-    name = re.sub(r"[^\w.,\[\]+-]+", "-", name)
-    return name if 0 < len(name) <= MAX_NAME_LENGTH else "_".join(filter(None, [str(number), name[:MAX_NAME_LENGTH]]))
-
-
-def current_job() -> str | None:
-    """The name of the running job; `None` outside a sweep."""
-    settings = HydraConfig.get()
-    if settings.mode != RunMode.MULTIRUN:
-        return None
-    _folders.setdefault(settings.sweep.dir, Path(settings.sweep.dir))  # if hydra.sweep.dir itself was given
-    return job_name(settings.overrides.task, os.environ.get(SWEPT, "").split(), settings.job.num)
-
-
-def sweep_folder(given: str | None) -> str:
-    """The folder of the sweep: the given one, or a new one."""
-    if given not in _folders:
-        if given is None:
-            if NEW_FOLDER not in os.environ:
-                os.environ[NEW_FOLDER] = str(new_folder(RUNS / "sweeps"))
-            _folders[given] = Path(os.environ[NEW_FOLDER])
-        else:
-            _folders[given] = Path(given)
-    return str(_folders[given])
-
-
-OmegaConf.register_new_resolver("job_name", current_job, replace=True)
-OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
+SCORES = ("test_nll", "test_free_energy")  # the first that there is ranks a run
+DONE, UNRESOLVED, DAMAGED = "done", "unresolved", "damaged summary"
+STATUS, ERROR = "status", "error"  # columns of the table that are no figures
 
 
 @contextlib.contextmanager
@@ -91,29 +39,71 @@ def sweeping(arguments: Sequence[str]) -> Iterator[None]:
     Settings may refer to `${job_name:}` and `${sweep_folder:...}`. When a sweep ends, also by an error, a table of the
     runs is printed and written into its folder as `sweep.csv`, with their densities or samples on one sheet,
     `sweep.png`.
+
+    Raises:
+        SweepFailedError: at the end, if a job failed.
     """
-    _folders.clear()
-    before = {name: os.environ.pop(name, None) for name in (SWEPT, NEW_FOLDER)}
-    with contextlib.suppress(HydraException):  # reported when Hydra parses them
-        os.environ[SWEPT] = " ".join(swept_keys(arguments))
+    with sweep_environment(arguments) as sweep:
+        try:
+            yield
+        finally:
+            for folder in sweep.folders:
+                sum_up(folder)
+        if failures := failed_jobs(sweep):
+            raise SweepFailedError(failures)
+
+
+def sum_up(folder: Path) -> None:
+    """Write and print the table of a sweep, and draw its sheet."""
+    results = sweep_results(folder)
+    if not results:
+        return
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        for path in dict.fromkeys(_folders.values()):
-            if results := sweep_results(path):
-                _write_csv(path / "sweep.csv", results)
-                print(f"\n{sweep_table(results)}\n\nall figures in {path / 'sweep.csv'}")
-                if _draw(path / "sweep.png", results):
-                    print(f"all pictures in {path / 'sweep.png'}")
+        write_result(folder / "sweep.csv", _csv(results))
+        print(f"\n{sweep_table(results)}\n\nall figures in {folder / 'sweep.csv'}")
+        if _draw(folder / "sweep.png", results):
+            print(f"all pictures in {folder / 'sweep.png'}")
+    except OSError as error:
+        report(f"\nThe table of the sweep cannot be written: {error}")
 
 
 def sweep_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The content of `summary.json` of each finished run, with dotted names, by the name of the job."""
-    return {path.parent.name: flat(json.loads(path.read_text())) for path in sorted(folder.glob("*/summary.json"))}
+    """What is known of each job, by its name, the best first.
+
+    These are its status, the settings that the sweep varied, and the content of `summary.json` with dotted names. Runs
+    on the same data follow their scores; those without a resolved score come last.
+    """
+    records = job_records(folder)
+    names = [*records, *(path.parent.name for path in sorted(folder.glob(f"*/{SUMMARY}")))]
+    results = {name: _result(folder / name, records.get(name, {})) for name in dict.fromkeys(names)}
+    data = list(dict.fromkeys(str(result.get("data")) for result in results.values() if "data" in result))
+
+    def rank(named: tuple[str, Mapping[str, Any]]) -> tuple[Any, ...]:
+        result = named[1]
+        place = data.index(str(result["data"])) if "data" in result else len(data)
+        order = (DONE, UNRESOLVED)
+        status = order.index(result[STATUS]) if result[STATUS] in order else len(order)
+        scores = [result[name] for name in SCORES if isinstance(result.get(name), int | float)]
+        score = scores[0] if scores and math.isfinite(scores[0]) else math.inf
+        return min(status, 1), place, status, score
+
+    return dict(sorted(results.items(), key=rank))
+
+
+def _result(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    summary = read_json(folder / SUMMARY)
+    status = str(record.get("status", DONE))
+    if summary is None and status == DONE:
+        status = DAMAGED if (folder / SUMMARY).exists() else "without summary"
+    elif summary is not None and summary.get("test_unresolved"):
+        status = UNRESOLVED
+    swept, error = record.get("swept"), record.get("error")
+    return {
+        STATUS: status,
+        **(swept if isinstance(swept, dict) else {}),
+        **({} if summary is None else flat(summary)),
+        **({} if error is None else {ERROR: error}),
+    }
 
 
 def sweep_table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -121,6 +111,8 @@ def sweep_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     columns = {
         title: [_cell(result, name, error, form) for result in results.values()] for title, name, error, form in COLUMNS
     }
+    status = [str(result.get(STATUS, DONE)) for result in results.values()]
+    columns[STATUS] = status if any(word not in (DONE, UNRESOLVED) for word in status) else []
     columns = {"run": list(results)} | {name: cells for name, cells in columns.items() if any(cells)}
     widths = [max(len(name), *map(len, cells)) for name, cells in columns.items()]
     rows = [list(columns), *zip(*columns.values(), strict=True)]
@@ -133,26 +125,38 @@ def sweep_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _cell(result: Mapping[str, Any], name: str, error: str | None = None, form: str = ".4f") -> str:
     """A figure with its standard error, if they are known."""
     value, spread = result.get(name), result.get(error) if error else None
-    if value is None:
+    if value is None and result.get(f"{name}_unresolved") is not None:
+        return UNRESOLVED
+    if not isinstance(value, int | float):
         return ""
-    return format(value, form) + (f" ± {spread:{form}}" if spread is not None else "")
+    return format(value, form) + (f" ± {spread:{form}}" if isinstance(spread, int | float) else "")
 
 
 def _draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> bool:
     """Put the densities of the runs, or else their samples, on one sheet. Returns whether there are any."""
     for name in ("density", "samples"):
         pictures = {run: path.parent / run / "plots" / f"{name}.png" for run in results}
-        if all(picture.exists() for picture in pictures.values()):
-            gaps = {run: _cell(result, "test_gap", "test_nll_se") for run, result in results.items()}
-            titles = {run: f"{run}, gap {gap} nats" if gap else run for run, gap in gaps.items()}
-            plots.contact_sheet({titles[run]: picture for run, picture in pictures.items()}).savefig(path)
-            return True
+        titles = {run: _title(run, results[run]) for run, picture in pictures.items() if picture.exists()}
+        if not titles:
+            continue
+        try:
+            plots.contact_sheet({titles[run]: pictures[run] for run in titles}).savefig(path)
+        except (ValueError, SyntaxError, OSError) as error:  # matplotlib and Pillow raise these on damaged files
+            raise FileError(f"a picture {name}.png of the runs in {path.parent} cannot be read ({error})") from error
+        return True
     return False
 
 
-def _write_csv(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+def _title(run: str, result: Mapping[str, Any]) -> str:
+    gap = _cell(result, "test_gap", "test_nll_se")
+    return run if not gap else f"{run}, {gap}" if gap == UNRESOLVED else f"{run}, gap {gap} nats"
+
+
+def _csv(results: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for row in results.values() for name in row))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["run", *names], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({"run": run, **row} for run, row in results.items())
+    names.sort(key=lambda name: name == ERROR)  # long, and the last
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["run", *names], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"run": run, **row} for run, row in results.items())
+    return text.getvalue()

@@ -12,8 +12,11 @@ from omegaconf import DictConfig
 
 from flows.cli.config import check_path, plain_settings, run_with_hydra
 from flows.cli.errors import readable_errors
-from flows.cli.resuming import resumed_config
-from flows.cli.sweeps import current_job, sweeping
+from flows.cli.jobs import current_job, recorded_job
+from flows.cli.resuming import find_run, resumed_config
+from flows.cli.sweeps import sweep_table, sweeping
+from flows.training.continuing import AUTO
+from flows.training.loggers import flat
 from flows.training.runs import build_trainer
 
 
@@ -25,19 +28,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(composed: DictConfig) -> float | None:
-    """Train with the composed settings; returns the figure that a sweeper minimises."""
-    with readable_errors(job=current_job()):
-        config, checkpoint = chosen_settings(composed)
-        trainer = build_trainer(config, checkpoint)
-        summary = trainer.fit()
-        trainer.fabric.print(summary)  # once, however many processes train
-        return summary.validation_score
+    """Train with the composed settings; returns the figure that a sweeper minimises.
+
+    It is None, which sweepers such as Optuna take for a failed trial, if the job failed or its test is unresolved.
+    """
+    job = current_job()
+    with recorded_job(job), readable_errors(job=job):
+        score, unresolved = _train(composed)
+        return score if unresolved is None else None
+    return None
 
 
-def chosen_settings(composed: DictConfig) -> tuple[dict[str, Any], Path | None]:
-    """Plain settings, and the checkpoint of the run that they continue."""
+def _train(composed: DictConfig) -> tuple[float | None, str | None]:
+    """The score of the run, and why its test is unresolved."""
+    config, checkpoint = chosen_settings(composed)
+    if composed.resume == AUTO:
+        found = find_run(config, composed.trust)
+        if found.summary is not None:
+            folder = Path(config["output_dir"])
+            print(f"all is done in {folder}:\n\n{sweep_table({folder.name: flat(found.summary)})}")
+            return found.summary.get("validation_score"), found.summary.get("test_unresolved")
+        checkpoint = found.checkpoint or AUTO
+    trainer = build_trainer(config, checkpoint)
+    summary = trainer.fit()
+    trainer.fabric.print(summary)  # once, however many processes train
+    return summary.validation_score, summary.metrics.get("unresolved")
+
+
+def chosen_settings(composed: DictConfig) -> tuple[dict[str, Any], Path | str | None]:
+    """Plain settings, and the checkpoint of the run that they continue, if one was given."""
     context = HydraConfig.get()
-    if composed.resume is not None:
+    if composed.resume not in (None, AUTO):
         for name in ("resume", "output_dir"):
             check_path(name, composed[name])
         return resumed_config(composed.resume, context.overrides.task, composed.trust)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from flows.arguments import checked
-from flows.errors import ComputationError, InvalidValueError
+from flows.errors import ComputationError, InvalidValueError, restored_error, sendable
 
 try:
     from lightning_fabric import Fabric
@@ -150,6 +150,9 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.step = step
         self.signal_number = signal_number
         self.packages = tuple(packages)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored_error, (type(self), self.args, sendable(vars(self)))
 
 
 class StopSignals:

@@ -207,7 +207,7 @@ def build_trainer(
         output_dir=config.get("output_dir"),
         seed=seed,
         resume=resume,
-        config=_completed(config, built),
+        config=completed(config, built),
     )
 
 
@@ -255,14 +255,21 @@ def _build_optimizer(config: Any) -> Callable[..., Any]:
     return optimizer
 
 
-def _completed(config: Mapping[str, Any], stages: Mapping[str, Stage]) -> dict[str, Any]:
-    """All settings of a run, with what its objectives recommend for the stages."""
-    completed = complete(config)
+def completed(config: Mapping[str, Any], stages: Mapping[str, Stage] | None = None) -> dict[str, Any]:
+    """All settings of a run, with what its objectives recommend for the stages.
+
+    Args:
+        stages: those of `config["objective"]`. Default: they are built.
+    """
+    if stages is None:
+        chosen = _checked_stages(_part(config, "objective"))
+        stages = {name: instantiate(stage, f"objective.{name}") for name, stage in chosen.items()}
+    full = complete(config)
     for name, stage in stages.items():
-        settings = completed["objective"][name]
+        settings = full["objective"][name]
         for key in ("batch_size", "learning_rate", "warmup_steps"):
             settings[key] = getattr(stage, key)
-    return completed
+    return full
 
 
 def _options(config: Mapping[str, Any], part: str, kind: str) -> dict[str, Any]:

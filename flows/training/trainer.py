@@ -27,6 +27,7 @@ from flows.solvers import SolverError
 from flows.training.callbacks import Reporting
 from flows.training.checkpoint import RUN, check_content, describe, find_checkpoint, load_checkpoint
 from flows.training.compile import compiled, stages_to_compile
+from flows.training.continuing import AUTO, discard_unsaved, saved_state, was_killed_early
 from flows.training.fabric import Hardware, StopSignals, build_fabric, deterministic_algorithms, on_first_process
 from flows.training.files import (
     CONFIG,
@@ -123,7 +124,7 @@ class Trainer:
             `runs/<data>/<date>_<time>`.
         seed: of the data, the probes and whatever else is random in training.
         resume: a checkpoint file, or the folder of a run, to continue as if it had never stopped, in its own folder or
-            in a new one.
+            in a new one. `"auto"`: continue the run in `output_dir` if it has saved anything, else start it.
         config: the settings as nested plain values; kept in the folder and in the checkpoints.
 
     Raises:
@@ -167,6 +168,10 @@ class Trainer:
         self._compiled, self._notices = stages_to_compile(
             self.hardware.compile, self.fabric.device.type, model, objectives
         )
+        self._starts_over = False  # in a folder where this run was killed before it saved anything
+        if resume == AUTO:
+            resume = saved_state(output_dir)
+            self._starts_over = resume is None and output_dir is not None and was_killed_early(output_dir)
         resumed = None if resume is None else find_checkpoint(resume, prefer="last")
         self._checkpoint = None if resumed is None else load_checkpoint(resumed)
         if resumed is not None and self._checkpoint is not None:
@@ -198,7 +203,10 @@ class Trainer:
         """Make the folder, with the settings in it; it is nobody else's until `claim` ends."""
         source, path = self._resumed_folder, self._output_dir
         in_place = source is not None and path is not None and source.resolve() == path.resolve()
-        folder = claim.enter_context(claimed_folder(path, in_place, describe(self.dataset)["name"]))
+        resuming = in_place or self._starts_over
+        folder = claim.enter_context(claimed_folder(path, resuming, describe(self.dataset)["name"]))
+        if self._starts_over:
+            discard_unsaved(folder)
         if source is not None and not in_place:
             best, own = source / FOLDER / "best.pt", (self._checkpoint or {}).get("run")
             if not best.exists() or load_checkpoint(best).get("run") == own:

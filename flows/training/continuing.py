@@ -1,0 +1,66 @@
+"""One and the same call for starting a run and for continuing it: `resume="auto"`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.errors import InvalidValueError
+from flows.training.files import CONFIG, FOLDER, METRICS, SUMMARY, OutputFolderError
+from flows.training.loggers import flat
+
+AUTO = "auto"
+
+
+def saved_state(folder: str | os.PathLike[str] | None) -> Path | None:
+    """The checkpoint that continues the run in a folder; None if the run is to be started.
+
+    Raises:
+        InvalidValueError: there is no folder.
+        OutputFolderError: the folder holds results, and nothing to continue them from.
+    """
+    if folder is None:
+        raise InvalidValueError(
+            "resume=auto starts a run, or continues it when the same command comes again, so it needs a folder that "
+            "the command finds again; give output_dir=..."
+        )
+    last = Path(folder) / FOLDER / "last.pt"
+    if last.is_file():
+        return last
+    results = [name for name in (SUMMARY, f"{FOLDER}/best.pt") if (Path(folder) / name).exists()]
+    if results:
+        raise OutputFolderError(
+            f"the output folder {folder} holds {' and '.join(results)} of a run but no {FOLDER}/last.pt to continue it "
+            "from; put that file back, or choose another output_dir; nothing is overwritten"
+        )
+    return None
+
+
+def was_killed_early(folder: str | os.PathLike[str]) -> bool:
+    """Whether a run has begun in a folder, which holds its settings, but was killed before its first checkpoint."""
+    return (Path(folder) / CONFIG).is_file() and saved_state(folder) is None
+
+
+def discard_unsaved(folder: Path) -> None:
+    """Remove what such a run has left; call it under the folder's lock.
+
+    Raises:
+        OutputFolderError: a run has saved something there in the meantime.
+    """
+    if saved_state(folder) is not None:
+        raise OutputFolderError(f"another process has trained in the output folder {folder}; run the command again")
+    for pattern in (METRICS, "events.out.tfevents.*", f"{FOLDER}/.*.tmp", ".*.tmp"):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings, by their dotted names, that differ between two runs; each with both values.
+
+    A setting that one of them lacks has the value `None` there.
+    """
+    before, after = flat(old), flat(new)
+    names = dict.fromkeys([*before, *after])
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}

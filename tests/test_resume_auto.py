@@ -1,0 +1,186 @@
+"""The same command starts a run, continues it, or says that all is done; and so does a sweep."""
+
+import csv
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from test_scripts import TINY, without_config
+
+import flows
+from flows.cli.sweeps import sweep_results, sweep_table
+from flows.errors import FlowsError
+from flows.naming import concrete_subclasses
+from flows.training import Trainer, TrainingInterrupted, load_checkpoint
+
+AUTO = [*TINY, "output_dir=run", "resume=auto"]
+MORE = "objective.maximum_likelihood.steps=5"
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Let training die like a process that is killed, before or after it saves its state."""
+
+    def kill(function):
+        def die(trainer, *arguments):
+            function(trainer, *arguments)
+            raise SystemExit(137)
+
+        return die
+
+    return kill
+
+
+def weights(folder):
+    return load_checkpoint(folder / "checkpoints/last.pt")["ema"]
+
+
+def test_the_same_command_starts_continues_and_ends(run, tmp_path):
+    assert run("train", *AUTO)[0] == 0
+    summary = (tmp_path / "run/summary.json").read_text()
+    code, out, err = run("train", *AUTO)
+    assert (code, err) == (0, "")
+    assert "all is done in run" in out
+    assert f"{json.loads(summary)['test_nll']:.4f}" in out
+    assert (tmp_path / "run/summary.json").read_text() == summary
+    code, _, err = run("train", *AUTO, MORE)  # steps may change, and then there is something to do
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 9
+    assert run("train", *TINY, MORE, "output_dir=straight")[0] == 0
+    torch.testing.assert_close(weights(tmp_path / "run"), weights(tmp_path / "straight"), rtol=0, atol=0)
+
+
+def test_a_run_that_was_killed_goes_on_like_one_that_was_not(run, tmp_path, monkeypatch, killed):
+    for when in ("_open_folder", "_train"):  # before anything was saved, and after
+        monkeypatch.setattr(Trainer, when, killed(getattr(Trainer, when)))
+        assert run("train", *AUTO)[0] == 137
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        assert not (tmp_path / "run/summary.json").exists()
+    code, out, err = run("train", *AUTO)
+    assert code == 0, err
+    assert "NLL" in out
+    assert run("train", *TINY, "output_dir=straight")[0] == 0
+    one, two = (load_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("run", "straight"))
+    assert without_config(one).keys() == without_config(two).keys()
+    torch.testing.assert_close(one["ema"], two["ema"], rtol=0, atol=0)
+
+
+def test_what_an_early_kill_leaves_is_dropped(run, tmp_path, monkeypatch, killed):
+    monkeypatch.setattr(Trainer, "_open_folder", killed(Trainer._open_folder))
+    assert run("train", *AUTO)[0] == 137
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 3, "train/loss": 1.0}\n')
+    (tmp_path / "run/mine.txt").write_text("kept")
+    code, _, err = run("train", *AUTO, "seed=1")
+    assert code == 2
+    assert "the run in run was started with other settings: seed was 0 and is now 1" in err
+    assert run("train", *AUTO)[0] == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps.count(3) == 1
+    assert (tmp_path / "run/mine.txt").read_text() == "kept"
+
+
+def test_other_settings_are_refused_by_name(run, tmp_path):
+    assert run("train", *AUTO)[0] == 0
+    code, _, err = run("train", *AUTO, "field.hidden=[8,9]", "optimization.ema_decay=0.5")
+    assert code == 2
+    assert "field.hidden was [8, 8] and is now [8, 9]" in err
+    assert "optimization.ema_decay was " in err
+    code, _, err = run("train", *AUTO, "reporting.log_every=2", "hardware.devices=1")  # how it is watched
+    assert (code, err) == (0, "")
+
+
+def test_it_needs_a_folder_and_what_it_finds_there(run, tmp_path):
+    for arguments in ([*TINY, "resume=auto"], ["-m", *TINY, "resume=auto", "seed=1,2"]):
+        code, _, err = run("train", *arguments)
+        assert code == 2
+        assert "resume=auto starts a run" in err
+        assert "give output_dir=..." in err
+    assert not list(tmp_path.rglob("*.pt"))
+    assert run("train", *AUTO)[0] == 0
+    (tmp_path / "run/checkpoints/last.pt").unlink()
+    code, _, err = run("train", *AUTO)
+    assert code == 2
+    assert "no checkpoints/last.pt to continue it from" in err
+
+
+def test_a_run_whose_summary_is_damaged_is_tested_again(run, tmp_path):
+    assert run("train", *AUTO)[0] == 0
+    before = json.loads((tmp_path / "run/summary.json").read_text())
+    (tmp_path / "run/summary.json").write_text('{"test_nll": ')
+    code, out, _ = run("train", *AUTO)
+    assert code == 0
+    assert "NLL" in out
+    assert json.loads((tmp_path / "run/summary.json").read_text())["test_nll"] == before["test_nll"]
+
+
+def test_an_interrupted_sweep_goes_on(run, tmp_path):
+    sweep = ["-m", *TINY, "output_dir=sweep", "resume=auto", "seed=1,2,3"]
+    assert run("train", *sweep)[0] == 0
+    untouched = (tmp_path / "sweep/seed-1/summary.json").stat().st_mtime_ns
+    (tmp_path / "sweep/seed-2/summary.json").unlink()  # it was killed during its test
+    shutil.rmtree(tmp_path / "sweep/seed-3")  # it had not begun
+    code, out, err = run("train", *sweep)
+    assert code == 0, err
+    assert (tmp_path / "sweep/seed-1/summary.json").stat().st_mtime_ns == untouched
+    assert out.count("all is done in ") == 1
+    with (tmp_path / "sweep/sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["run"], row["seed"], row["status"]) for row in rows} == {
+        (f"seed-{seed}", str(seed), "done") for seed in (1, 2, 3)
+    }
+
+
+def test_a_table_ranks_what_has_no_result_last(tmp_path):
+    def job(name, summary, **record):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "job.json").write_text(json.dumps({"status": "done", "swept": {"seed": name}, **record}))
+        if summary is not None:
+            (tmp_path / name / "summary.json").write_text(summary)
+
+    job("a", json.dumps({"test_nll": None, "test_nll_unresolved": -60.8, "test_unresolved": "rtol", "data": "x"}))
+    job("b", '{"test_nll": 3')
+    job("c", None, status="failed", error="seed must be ...")
+    job("d", json.dumps({"test_nll": 2.5, "test_unresolved": None, "data": "x"}))
+    job("e", json.dumps({"test_nll": 1.5, "test_unresolved": None, "data": "x"}))
+    job("f", None, status="stopped")
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g/job.json").write_text("{")
+    results = sweep_results(tmp_path)
+    assert list(results)[:3] == ["e", "d", "a"]
+    assert {name: result["status"] for name, result in results.items()} == {
+        "e": "done",
+        "d": "done",
+        "a": "unresolved",
+        "b": "damaged summary",
+        "c": "failed",
+        "f": "stopped",
+        "g": "without summary",
+    }
+    table = sweep_table(results).splitlines()
+    assert table[3].split() == ["a", "unresolved", "unresolved"]
+    assert "60.8" not in "\n".join(table)
+    assert results["c"]["error"] == "seed must be ..."
+
+
+ERRORS = sorted({FlowsError, *concrete_subclasses(FlowsError)}, key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
+def test_errors_survive_being_sent_to_another_process(kind):
+    error = kind("seed", 0.5, 1e-9, "x", 3) if issubclass(kind, flows.SolverError) else kind("seed")
+    error.add_note("a note") if hasattr(error, "add_note") else None
+    error.more = lambda: None  # what cannot be pickled is left out
+    sent = pickle.loads(pickle.dumps(error))
+    assert type(sent) is kind
+    assert (str(sent), sent.args) == (str(error), error.args)
+    assert vars(sent) == {name: value for name, value in vars(error).items() if name != "more"}
+
+
+def test_an_interruption_survives_it_too(tmp_path):
+    stop = pickle.loads(pickle.dumps(TrainingInterrupted(tmp_path, 3, 15, ["mine"])))
+    assert (stop.checkpoint, stop.step, stop.signal_number, stop.packages) == (tmp_path, 3, 15, ("mine",))
