@@ -138,7 +138,7 @@ def test_probe_families_by_name_and_object():
     assert isinstance(Hutchinson(probes=Rademacher()).probes, Rademacher)
     with pytest.raises(ValueError, match=r"unknown ProbeFamily 'uniform'; expected one of .*gaussian.*rademacher"):
         Hutchinson(probes="uniform")
-    with pytest.raises(TypeError, match="probes must be a .*ProbeFamily or one of the names coordinates"):
+    with pytest.raises(TypeError, match=r"probes must be a .*ProbeFamily or one of the names coordinates"):
         Hutchinson(probes=3)
     import flows.training.compile  # noqa: F401 (has a private estimator)
 
