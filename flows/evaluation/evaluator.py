@@ -30,6 +30,7 @@ class Evaluation:
     score: float  # lower is better; the checkpoint `best.pt` has the lowest
     metrics: Mapping[str, float]  # to log; a name with a slash keeps its own group in TensorBoard
     statistics: SolverStatistics | None = field(default=None, repr=False)  # of the largest solve
+    unresolved: str | None = None  # why the score is no result, and what to change; such weights are never the best
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Report:
     rows: Sequence[tuple[str, str]]  # names and values for a reader
     headline: Sequence[str] = ()  # the few metrics by which runs are compared
     evaluated_with: str | None = None  # how the divergence was taken, such as "Analytic"
+    unresolved: str | None = None  # why figures are None, and what to change; their raw values are `<name>_unresolved`
 
     def __str__(self) -> str:
         return aligned(self.rows)
@@ -107,6 +109,12 @@ def aligned(rows: Sequence[tuple[str, str]]) -> str:
     """Write names and values in two columns."""
     width = max([12, *(len(name) for name, _ in rows)])
     return "\n".join(f"{name:>{width}}  {value}" for name, value in rows)
+
+
+def set_apart(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Replace unresolved metrics by None and keep their values as `<name>_unresolved`."""
+    apart = {f"{name}_unresolved": metrics[name] for name in names if metrics.get(name) is not None}
+    return {**metrics, **{name: None for name in names if name in metrics}, **apart}
 
 
 def known(value: float | None) -> float | None:

@@ -14,10 +14,14 @@ from tqdm import tqdm
 from flows.arguments import checked
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
-from flows.evaluation.evaluator import known
+from flows.evaluation.evaluator import known, set_apart
 from flows.evaluation.metrics import BitsPerDim
 from flows.models.cnf import CNF
-from flows.solvers import SolverStatistics
+from flows.models.mass import Mass
+from flows.models.resolution import TOLERANCE, bound_fault, solver_fault
+from flows.solvers import ODESolver, SolverStatistics
+
+FIGURES = ("nll", "gap", "bits_per_dim", "bits_per_dim_parts")  # those that a fault takes back
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Likelihood:
     standard_error: float  # sd / sqrt(n) over the points; NaN for a single point
     num_points: int
     probe_standard_error: float | None  # the part due to the probes; 0 if exact, None if one probe hides it
-    solver_error: float | None  # mean |log p − log p of a much tighter solve| over these points; None if not asked
+    solver_error: float | None  # mean |log p − log p of a much tighter solve|; None if not asked, NaN if that failed
     solver_error_points: int  # the first points, on which the solver error was computed
     nfe: float  # evaluations of the field, the mean over the solves
     values: Tensor = field(repr=False, compare=False)  # (n,), the NLL of each point, in float64 on the CPU
@@ -41,11 +45,33 @@ class Likelihood:
     draw_standard_error: float | None = None  # the part due to the draws, for K > 1
     probe_bias: float | None = 0.0  # how much probe noise flatters a bound of K > 1 draws; None where unknown
     statistics: SolverStatistics | None = field(default=None, repr=False, compare=False)  # of the largest solve
+    solver: ODESolver | None = field(default=None, repr=False)  # with which it was computed
+    mass: Mass | None = None  # of the density, which makes 1; None where it was not computed
+
+    def unresolved(self, entropy: float | None = None) -> str | None:
+        """Say why these figures are no result, and what to change; None if nothing speaks against them.
+
+        The solver error may be as large as the standard error, or 0.05 nats. The gap to the `entropy` of the data may
+        be four standard errors below zero, the mass 2 % off, and the bias from the probes as large as the solver error.
+        """
+        solver, error = self.solver or ODESolver(), self.standard_error
+        fault = solver_fault(self.solver_error, error, solver)
+        if fault is None and self.mass is not None:
+            fault = self.mass.fault
+        if fault is None and entropy is not None:
+            exact = self.probe_standard_error == 0
+            fault = bound_fault("gap", self.nll - entropy, error, self.num_points, solver, exact)
+        if fault is None and (self.probe_bias or 0.0) > max(TOLERANCE, known(error) or 0.0):
+            fault = (
+                f"noise of the probes flatters the bound by about {self.probe_bias:.2g} nats; take an exact "
+                "divergence, more probes, or num_draws=1"
+            )
+        return fault
 
     def metrics(self, entropy: float | None = None) -> dict[str, Any]:
         """Return plain values for JSON, with the gap to the `entropy` of the data; None where unknown."""
-        bits = self.bits_per_dim
-        return {
+        bits, fault = self.bits_per_dim, self.unresolved(entropy)
+        metrics = {
             "nll": self.nll,
             "nll_se": known(self.standard_error),
             "points": self.num_points,
@@ -58,22 +84,35 @@ class Likelihood:
             "probe_bias": self.probe_bias,
             "num_draws": self.num_draws,
             "draw_se": self.draw_standard_error,
-            "solver_error": self.solver_error,
+            "solver_error": known(self.solver_error),
             "solver_error_points": self.solver_error_points,
+            "mass": None if self.mass is None else self.mass.total,
+            "mass_se": None if self.mass is None else self.mass.standard_error,
             "nfe": self.nfe,
+            "unresolved": fault,
         }
+        return metrics if fault is None else set_apart(metrics, FIGURES)
 
     def table(self, entropy: float | None = None) -> list[tuple[str, str]]:
-        """Return names and values for a reader, with the gap to the `entropy` of the data where it is known."""
+        """Return names and values for a reader, with the gap to the `entropy` of the data where it is known.
+
+        Figures that are no result read "unresolved"; the last row but one says why.
+        """
         error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.4f}"
-        rows = [("NLL", f"{self.nll:.4f}{error} nats ({self.num_points:,} points)")]
+        fault = self.unresolved(entropy)
+        value, gap, bits = f"{self.nll:.4f}{error} nats", "", str(self.bits_per_dim)
+        if entropy is not None:
+            gap = f"{self.nll - entropy:.4f}{error} nats"
+        if fault is not None:
+            value = gap = bits = "unresolved"
+        rows = [("NLL", f"{value} ({self.num_points:,} points)")]
         if self.bits_per_dim is not None:
             draws = "one draw" if self.num_draws == 1 else f"{self.num_draws} draws"
-            rows += [("bits/dim", str(self.bits_per_dim)), ("bound", f"of {draws} of the dequantisation noise")]
+            rows += [("bits/dim", bits), ("bound", f"of {draws} of the dequantisation noise")]
         if self.draw_standard_error is not None:
             rows.append(("draw error", f"{self.draw_standard_error:.1e} nats"))
         if entropy is not None:
-            rows += [("entropy", f"{entropy:.4f} nats"), ("gap", f"{self.nll - entropy:.4f}{error} nats")]
+            rows += [("entropy", f"{entropy:.4f} nats"), ("gap", gap)]
         if self.probe_standard_error is None:
             rows.append(("probe error", "unknown with one probe; take two or more"))
         elif self.probe_standard_error > 0:
@@ -81,7 +120,12 @@ class Likelihood:
         if self.probe_bias:
             rows.append(("probe bias", f"{self.probe_bias:.1e} nats, by which the bound looks better than it is"))
         if self.solver_error is not None:
-            rows.append(("solver error", f"{self.solver_error:.1e} nats"))
+            failed = math.isnan(self.solver_error)
+            rows.append(("solver error", "unknown" if failed else f"{self.solver_error:.1e} nats"))
+        if self.mass is not None and self.mass.fault is not None:
+            rows.append(("mass", f"{self.mass.total:.3f} ± {self.mass.standard_error:.3f}"))
+        if fault is not None:
+            rows.append(("unresolved", fault))
         return [*rows, ("NFE", f"{self.nfe:.0f}")]
 
 
@@ -173,6 +217,7 @@ def likelihood(
         draw_standard_error=None if draw_variance is None else math.sqrt(draw_variance / len(nll)),
         probe_bias=_mean_of_known([batch.probe_bias for batch in points]),
         statistics=max((batch.statistics for batch in points), key=lambda solve: solve.nfe_forward),
+        solver=flow.solver,
     )
 
 

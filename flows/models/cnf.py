@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from functools import reduce
@@ -21,7 +22,7 @@ from flows.models.examination import examine, foreign_tensors
 from flows.models.results import LogProbEstimate, Sample, Transport
 from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
-from flows.solvers import ODESolver, Solution
+from flows.solvers import ODESolver, Solution, SolverError
 from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind
 
@@ -163,7 +164,8 @@ class CNF(nn.Module):
         """log p(x) with its standard error and its solver error.
 
         The solver error compares with a second solve from the same probes, by `ODESolver.tighter`: at tolerances
-        100 times tighter (or steps a tenth as long), which costs more than the value itself. Training may have
+        100 times tighter (or steps a tenth as long), which costs more than the value itself. It is NaN where that solve
+        fails. Training may have
         `path_costs` integrated in the same solve, and end it at another `base_time` than 0.
         """
         check_number("base_time", base_time, below=1)
@@ -193,9 +195,8 @@ class CNF(nn.Module):
         value, error = estimates.mean(0), None
         if solver_error:
             with torch.no_grad():
-                again = AugmentedDynamics(estimator.fresh(), probes)
-                reference = self.solver.tighter().solve(again, again.initial_state(y), times)
-                error = (value - self._log_densities(reference).mean(0)).abs().reshape(batch_shape)
+                reference = self._reference(estimator, probes, y, times)
+                error = (value - reference).abs().reshape(batch_shape)
         standard_error = estimator.standard_error(estimates.detach())
         integrals = dynamics.path_costs(solution.end[2:], times)
         terms = {name: term.reshape(batch_shape) for name, term in ({"model": value} | terms).items()}
@@ -305,6 +306,16 @@ class CNF(nn.Module):
         if log_density:
             change = pick(solution.states[1].mean(1)).reshape(*leading, *batch_shape)
         return Transport(moved, change, solution.statistics)
+
+    def _reference(
+        self, estimator: DivergenceEstimator, probes: Tensor | None, y: Tensor, times: Sequence[float]
+    ) -> Tensor:  # (B,)
+        """The log-density by a much tighter solve; NaN if it fails even at a tenth of the tolerances."""
+        for solver in (self.solver.tighter(), self.solver.tighter(10.0)):
+            again = AugmentedDynamics(estimator.fresh(), probes)
+            with contextlib.suppress(SolverError):
+                return self._log_densities(solver.solve(again, again.initial_state(y), times)).mean(0)
+        return y.new_full((len(y),), torch.nan)
 
     def _log_densities(self, solution: Solution) -> Tensor:  # (K, B)
         """The K estimates of log p(y) from a solve that began at y and ended at the base."""

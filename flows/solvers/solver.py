@@ -29,6 +29,8 @@ GRADIENTS = ("backprop", "checkpoint", "adjoint")
 MAX_STEPS = 10**9
 REFERENCE_FACTOR = 100.0  # how much tighter the tolerances of a reference solve are
 REFERENCE_MAX_STEP = 0.2  # the longest step of a reference solve
+REFERENCE_STEP_SIZE = 0.05  # the same of fixed-step methods
+REFERENCE_TOLERANCE = 1e-4  # the loosest of a reference solve
 
 
 @checked(own="all")
@@ -160,19 +162,20 @@ class ODESolver:
         """Whether the method is an adaptive Runge-Kutta method, which uses `error_control` and the bounds of steps."""
         return self.method in RUNGE_KUTTA and RUNGE_KUTTA[self.method].is_adaptive
 
-    def tighter(self) -> ODESolver:
+    def tighter(self, factor: float = REFERENCE_FACTOR) -> ODESolver:
         """Settings of a reference solve: tolerances 100 times tighter, or fixed steps a tenth as long.
 
-        `min_step` becomes a tenth, and adaptive Runge-Kutta methods take steps of at most 0.2 units of time. Without
-        these bounds, a solve whose steps do not depend on the tolerances might be compared with itself.
+        Tolerances become at most 1e-4 and fixed steps at most 0.05 units of time. `min_step` becomes a tenth, and
+        adaptive Runge-Kutta methods take steps of at most 0.2 units of time. Without these bounds, a solve whose steps
+        do not depend on its settings might be compared with itself.
         """
         if self.is_fixed_step:
             assert self.step_size is not None
-            return replace(self, step_size=self.step_size / 10)
+            return replace(self, step_size=min(self.step_size / 10, REFERENCE_STEP_SIZE))
         finer = replace(
             self,
-            rtol=self.rtol / REFERENCE_FACTOR,
-            atol=self.atol / REFERENCE_FACTOR,
+            rtol=min(self.rtol / factor, REFERENCE_TOLERANCE),
+            atol=min(self.atol / factor, REFERENCE_TOLERANCE),
             max_steps=min(10 * self.max_steps, MAX_STEPS),
         )
         if not self.controls_error:

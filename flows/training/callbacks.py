@@ -234,7 +234,8 @@ class MetricLogging:
         if evaluation.statistics is not None:
             metrics |= step_metrics(evaluation.statistics)
         named = {name if "/" in name else f"validation/{name}": value for name, value in metrics.items()}
-        run.log({"validation/score": evaluation.score, **named})
+        score = "score" if evaluation.unresolved is None else "score_unresolved"
+        run.log({f"validation/{score}": evaluation.score, **named})
 
     def on_test_start(self, run: Run) -> None:
         if self._bar is not None:

@@ -238,7 +238,10 @@ class Loop:
         try:
             with run.aside():
                 evaluation = on_first_process(self.fabric, self._evaluate)
-            best = position.best_score is None or evaluation.score < position.best_score
+            if evaluation.unresolved is not None:
+                run.warn(f"the validation is unresolved, so these weights cannot be the best: {evaluation.unresolved}")
+            else:
+                best = position.best_score is None or evaluation.score < position.best_score
             if best:
                 position.best_score, position.best_step = evaluation.score, position.step
         except FlowsError as error:

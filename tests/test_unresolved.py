@@ -1,0 +1,216 @@
+"""Figures that cannot be right are no results: they read "unresolved" and select nothing."""
+
+import json
+import math
+
+import pytest
+import torch
+from small_run import Memory, small_trainer
+from torch import nn
+
+import flows
+from flows import ODESolver
+from flows.datasets import Gaussian, Table
+from flows.evaluation import DensityEvaluator
+from flows.models.mass import Mass, box, mass
+from flows.models.resolution import bound_fault, solver_fault
+from flows.training import Stage
+
+RATE = 6.0  # of a linear field, too stiff for long steps
+
+
+class Jump(nn.Module):
+    """v = a sign(x1): the halves of the plane move apart, and a solve backwards puts mass into the gap."""
+
+    def __init__(self, speed, dimension=2):
+        super().__init__()
+        self.event_shape = (dimension,)
+        self.speed = nn.Parameter(torch.tensor(speed))
+
+    def forward(self, t, x):
+        return self.speed * torch.cat([x[:, :1].sign(), torch.zeros_like(x[:, 1:])], 1)
+
+
+def normal(dimension=2, number=400, scale=1.0):
+    return Gaussian([0.0] * dimension, (scale**2 * torch.eye(dimension)).tolist(), number, number, 200)
+
+
+def stiff(solver, rate=RATE, dimension=2):
+    """A flow that stretches N(0, 1) by exp(rate)."""
+    return flows.CNF(flows.fields.Linear((dimension,), rate * torch.eye(dimension)), solver=solver)
+
+
+def evaluator(dataset, **settings):
+    return DensityEvaluator(dataset, progress_bar=False, **settings)
+
+
+HIDDEN = {  # each would leave a lenient comparison of a solve with itself
+    "euler": {"method": "euler", "step_size": 0.25},
+    "one step": {"method": "rk4", "step_size": 1.0},
+    "longer than the solve": {"method": "euler", "step_size": 1e6},
+    "midpoint": {"method": "midpoint", "step_size": 1e3},
+    "adams": {"method": "explicit_adams", "step_size": 50.0},
+    "loose": {"rtol": 0.99, "atol": 1e8, "method": "adaptive_heun"},
+    "scipy": {"method": "scipy_solver", "rtol": 0.99, "atol": 1e8, "gradient": "adjoint"},
+    "forced": {"method": "bosh3", "min_step": 0.5},
+    "huge minimum": {"method": "bosh3", "min_step": 1e6},
+}
+
+
+@pytest.mark.parametrize("settings", HIDDEN.values(), ids=HIDDEN)
+@pytest.mark.parametrize(("points", "checked"), [(1, 2000), (5, 2000), (None, 0)])
+def test_a_coarse_solve_is_unresolved(settings, points, checked):
+    """However few points there are, and however few of them were asked to be checked."""
+    flow = stiff(ODESolver(**settings))
+    judge = evaluator(normal(scale=math.exp(RATE)), points=points, solver_error_points=checked)
+    report = judge.test(flow)
+    assert "solver error" in report.unresolved
+    assert "step_size" in report.unresolved or "rtol" in report.unresolved
+    assert report.metrics["nll"] is None
+    assert report.metrics["gap"] is None
+    assert math.isfinite(report.metrics["nll_unresolved"])
+    rows = dict(report.rows)
+    assert rows["NLL"].startswith("unresolved")
+    assert rows["gap"] == "unresolved"
+    assert rows["unresolved"] == report.unresolved
+    validation = judge.validate(flow)
+    assert validation.unresolved is not None
+    assert not {"nll", "gap"} & validation.metrics.keys()
+
+
+@pytest.mark.parametrize("points", [1, 2, 5, None])
+def test_a_fine_solve_is_a_result(points):
+    judge = evaluator(normal(scale=math.exp(RATE)), points=points)
+    report = judge.test(stiff(ODESolver()))
+    assert report.unresolved is None
+    assert report.metrics["unresolved"] is None
+    assert "nll_unresolved" not in report.metrics
+    assert judge.validate(stiff(ODESolver())).unresolved is None
+
+
+def test_a_tighter_solve_that_fails_leaves_the_figure_unresolved():
+    class NeverTight(ODESolver):
+        def tighter(self, factor=100.0):
+            return ODESolver(max_steps=1)
+
+    flow = stiff(NeverTight(), 2.0)
+    estimate = flow.estimate_log_prob(torch.randn(5, 2))
+    assert estimate.value.isfinite().all()
+    assert estimate.solver_error.isnan().all()
+    report = evaluator(normal()).test(flow)
+    assert "solver error is unknown" in report.unresolved
+    assert report.metrics["solver_error"] is None
+
+
+@pytest.mark.parametrize("speed", [0.4, -0.4])
+def test_a_jump_is_found_by_the_mass(speed):
+    """The solver error is small, and so is the gap where the entropy is unknown."""
+    torch.manual_seed(0)
+    data = Table(torch.randn(1000, 2), validation_fraction=0.2, test_fraction=0.4)
+    flow = flows.CNF(Jump(speed), solver=ODESolver("rk4", step_size=0.1))
+    judge = evaluator(data)
+    report = judge.test(flow)
+    # Points of the gap come from 0, and points that meet there have none of the mass N(0, 1) had before.
+    expected = 1 + 2 * speed / math.sqrt(2 * math.pi) if speed > 0 else 1 - math.erf(-speed / math.sqrt(2))
+    assert report.metrics["solver_error"] < 0.05
+    assert report.metrics["mass"] == pytest.approx(expected, abs=0.02)
+    assert "mass" in report.unresolved
+    assert "jump of the field" in report.unresolved
+    assert report.metrics["nll"] is None
+    assert dict(report.rows)["mass"].startswith(f"{report.metrics['mass']:.3f}")
+    if speed > 0:  # what flatters the likelihood is found in validation, too
+        assert "mass" in judge.validate(flow).unresolved
+
+
+def sharp(width):
+    """A flow whose density is a filament: N(0, 1) times N(0, width²)."""
+    matrix = torch.diag(torch.tensor([0.0, math.log(width)]))
+    return flows.CNF(flows.fields.Linear((2,), matrix), solver=ODESolver(rtol=1e-6, atol=1e-6))
+
+
+@pytest.mark.parametrize("width", [1.0, 1e-1, 1e-2, 1e-3, 1e-5])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_sharp_density_gives_no_false_alarm(width, seed):
+    """Also where the data lie elsewhere, the box cuts the density, or cells are wider than it."""
+    flow, generator = sharp(width), torch.Generator().manual_seed(seed)
+    for low, high in (((-3, -3), (3, 3)), ((0, -1), (4, 3)), ((-0.5, 0), (0.5, 1))):
+        found = mass(flow, low, high, generator=generator)
+        assert found.fault is None
+        inside = 0.5 * (math.erf(high[0] / math.sqrt(2)) - math.erf(low[0] / math.sqrt(2)))
+        inside *= 0.5 * (math.erf(high[1] / width / math.sqrt(2)) - math.erf(low[1] / width / math.sqrt(2)))
+        assert found.inside == pytest.approx(inside, abs=5 * max(found.standard_error, found.largest_error))
+        assert mass(flow, low, high, generator=generator, samples=False).fault is None
+
+
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_the_mass_of_a_normal_distribution_is_one(dimension):
+    flow = stiff(ODESolver(rtol=1e-7, atol=1e-7), 0.5, dimension)
+    flow.divergence = flows.divergence.Hutchinson()  # whose noise an exponential would turn into a bias
+    found = mass(flow, *box(torch.randn(5000, dimension)))
+    assert abs(found.total - 1) < 0.01
+    assert isinstance(flow.divergence, flows.divergence.Hutchinson)
+    assert Mass(1.3, 0.01, 1.0).fault is not None
+    assert Mass(0.3, 0.01, None).fault is None  # without samples it may lie outside
+    assert Mass(1.3, 0.08, 1.0).fault is None
+
+
+def test_the_bounds_of_a_figure():
+    solver = ODESolver()
+    assert solver_fault(None, 0.1, solver) is None
+    assert solver_fault(0.049, 0.001, solver) is None
+    assert solver_fault(0.2, 0.3, solver) is None
+    assert "0.2 nats" in solver_fault(0.2, 0.1, solver)
+    assert "0.2 nats" in solver_fault(0.2, math.nan, solver)
+    assert "unknown" in solver_fault(math.nan, 1.0, solver)
+    assert bound_fault("gap", -0.39, 0.1, 10_000, solver) is None
+    assert "gap of -0.4100 ± 0.1000" in bound_fault("gap", -0.41, 0.1, 10_000, solver)
+    assert bound_fault("gap", -0.41, 0.1, 5, solver) is None  # five points may agree by chance
+    assert bound_fault("gap", -40.0, 0.1, 5, solver) is not None
+    assert bound_fault("gap", -5.0, math.nan, 1, solver) is None
+    assert bound_fault("gap", -1e-6, 0.0, 100, solver) is None
+
+
+def test_the_gap_of_a_small_part_is_no_false_alarm():
+    """Of a thousand parts of three points, nearly none is called impossible."""
+    values = torch.randn(1000, 3)
+    found = [bound_fault("gap", float(v.mean()), float(v.std()) / 3**0.5, 3, ODESolver()) for v in values]
+    assert sum(fault is not None for fault in found) <= 1
+
+
+def coarse_trainer(folder, solver, **settings):
+    dataset = normal(number=60, scale=math.exp(RATE))
+    objective = flows.objectives.MaximumLikelihood()
+    stages = {"likelihood": Stage(objective, steps=6, batch_size=8, learning_rate=1e-4)}
+    return small_trainer(folder, dataset, stages, stiff(solver), **settings)
+
+
+def test_unresolved_weights_are_never_the_best(tmp_path):
+    memory = Memory()
+    summary = coarse_trainer(tmp_path, ODESolver("euler", step_size=0.25), loggers=[memory]).fit()
+    assert summary.validation_score is None
+    assert not (tmp_path / "checkpoints" / "best.pt").exists()
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert content["test_nll"] is None
+    assert "solver error" in content["test_unresolved"]
+    assert math.isfinite(content["test_nll_unresolved"])
+    assert "unresolved" in str(summary)
+    assert not memory.series("validation/nll")
+    assert not memory.series("validation/score")
+    assert len(memory.series("validation/nll_unresolved")) == 2
+    assert any("validation is unresolved" in text for _, text in memory.series("warnings"))
+
+
+def test_weights_that_are_resolved_later_become_the_best(tmp_path):
+    """An impossible score of before does not outrank them."""
+    trainer = coarse_trainer(tmp_path, ODESolver("euler", step_size=0.25))
+    flow = trainer.model
+
+    class Repair:
+        def on_step_end(self, run):
+            if run.position.step == 3:
+                run.state.ema.module.solver = flow.solver = ODESolver()
+
+    trainer.fabric._callbacks.append(Repair())
+    summary = trainer.fit()
+    assert summary.position.best_step == 6
+    assert summary.metrics["unresolved"] is None
