@@ -139,7 +139,7 @@ def test_tensorboard_takes_values_by_their_type(tmp_path):
 
 
 def test_figures_arrive_in_their_colours(tmp_path):
-    from flows.training.loggers import _pixels
+    from flows.training.events import _pixels
 
     assert (_pixels(Figure(figsize=(1, 1), dpi=10, facecolor="#204060")) == np.array([0x20, 0x40, 0x60])).all()
 

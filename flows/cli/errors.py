@@ -20,9 +20,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from flows.cli.arguments import config_folder
 from flows.cli.config import compose_node, plain
 from flows.errors import FlowsError
-from flows.training.fabric import TrainingInterrupted
+from flows.training.files import RunFileError
 from flows.training.loggers import flat
+from flows.training.memory import is_out_of_memory, memory_message
 from flows.training.settings import complete, no_setting
+from flows.training.signals import TrainingInterrupted
 
 ABBREVIATIONS = {"lr": "learning_rate"}  # what people call settings
 MISTAKE, FAILURE = 2, 1  # exit codes: settings or files are wrong; the computation failed
@@ -72,7 +74,8 @@ def readable_errors(
     except TrainingInterrupted as stop:
         command = resume_command(stop) if job is None else sweep_command(stop.checkpoint.parents[2])
         who = "Stopped" if job is None else f"{job} stopped"
-        report(f"\n{who} after step {stop.step}; everything is saved. Resume with\n\n    {command}\n")
+        kept = "everything is saved" if not stop.lost else f"{stop.lost} later steps are lost"
+        report(f"\n{who} after step {stop.step}; {kept}. Resume with\n\n    {command}\n")
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
         report("\nInterrupted.")
@@ -123,8 +126,12 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         text = str(error).partition("\nConfig search path")[0].strip()
         return text.replace("\n\n", "; ").replace(":\n\t", ": ").replace("\n\t", ", "), MISTAKE  # lists in one line
+    if isinstance(error, RunFileError):
+        return str(error), FAILURE
     if isinstance(error, FlowsError):
         return str(error), MISTAKE if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else FAILURE
+    if is_out_of_memory(error):
+        return f"{memory_message(error)}; choose a smaller batch_size, or a smaller model", FAILURE
     return None, FAILURE
 
 

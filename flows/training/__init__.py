@@ -2,11 +2,13 @@
 
 from flows.training.callbacks import Reporting
 from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
-from flows.training.fabric import Hardware, TrainingInterrupted
+from flows.training.events import TensorBoardLogger
+from flows.training.fabric import Hardware
 from flows.training.files import OutputFolderError
-from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, TensorBoardLogger, read_metrics
+from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, read_metrics
 from flows.training.loop import NonFiniteLossError
 from flows.training.runs import build_dataset, build_flow, load_flow
+from flows.training.signals import TrainingInterrupted
 from flows.training.stage import Optimization, Stage
 from flows.training.state import ExponentialMovingAverage, Run
 from flows.training.trainer import Summary, Trainer

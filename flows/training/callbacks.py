@@ -3,54 +3,81 @@
 A callback is any object with some of these methods; each gets the `Run` first:
 
     on_run_start(run)
+    on_save(run)                                 a stage begins, or a run goes on from elsewhere
     on_optimizer_step(run)                       the weights have moved
     on_validation_start(run)
     on_validation_end(run, evaluation, is_best)  evaluation is None where the weights could not be solved
     on_step_end(run)                             validation included
     on_expensive_solve(run, statistics)          of a training step
-    on_failure(run)                              a step failed; the run stands before it
+    on_failure(run)                              something failed; the run stands behind its last whole step
     on_log(run, metrics)                         numbers, figures and texts, by name
     on_test_start(run), on_test_end(run, report) report is None where the test failed
     on_summary(run, summary)
     on_run_end(run)                              however it ends
 
 One with `state_dict()` and `load_state_dict(state)` is part of the checkpoints. The global random numbers are restored
-after each call.
+after each call. A resumed run calls again what came after its checkpoint: where that was written within a step,
+`on_validation_end` and `on_step_end` of this step.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import statistics as stats
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import yaml
+
 from flows.arguments import checked
-from flows.checks import whole_number
-from flows.errors import FlowsError
+from flows.checks import check_number, whole_number
+from flows.errors import FlowsError, InvalidTypeError
 from flows.evaluation import Evaluation, Report
 from flows.solvers import Attempt, SolverStatistics
 from flows.solvers.statistics import shortest
 from flows.training.checkpoint import save_checkpoint
-from flows.training.files import CONFIG, FOLDER, METRICS
+from flows.training.events import EVENTS_OF_RUNS, TensorBoardLogger, keep_events
+from flows.training.fabric import on_first_process
+from flows.training.files import FOLDER, METRICS, PLOTS, write_figure
 from flows.training.loggers import (
     HParams,
     JSONLinesLogger,
     Logger,
     ProgressBar,
-    TensorBoardLogger,
     flat,
     read_metrics,
 )
 from flows.training.loop import step_metrics
+from flows.training.memory import memory_errors
 from flows.training.state import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from flows.training.trainer import Summary
+
+HOOKS = (
+    "on_run_start",
+    "on_save",
+    "on_optimizer_step",
+    "on_validation_start",
+    "on_validation_end",
+    "on_step_end",
+    "on_expensive_solve",
+    "on_failure",
+    "on_log",
+    "on_test_start",
+    "on_test_end",
+    "on_summary",
+    "on_run_end",
+)
+LOG = logging.getLogger("flows")
 
 WINDOW = 20  # solves whose median is typical
 FIRST_MEDIAN = 5  # solves whose median stands for it at the beginning
@@ -69,18 +96,21 @@ class Reporting:
         validate_every: validating 10,000 points takes as long as a few hundred steps of flow matching.
         plot_every: None: no pictures at all.
         checkpoint_every: of `checkpoints/last.pt`.
+        checkpoint_minutes: write it also when the last one is so many minutes old; None: by steps alone.
         progress_bar: show one on the terminal.
         loggers: beside TensorBoard, `metrics.jsonl` and the progress bar.
         callbacks: of your own, see `flows.training.callbacks`.
 
     Raises:
         ValueError: a number is negative.
+        TypeError: a callback or a logger has none of the methods that are called.
     """
 
     log_every: int = 20
     validate_every: int = 2000
     plot_every: int | None = 2000
     checkpoint_every: int = 1000
+    checkpoint_minutes: float | None = 10.0
     progress_bar: bool = True
     loggers: Sequence[Logger] = ()
     callbacks: Sequence[Any] = ()
@@ -90,11 +120,23 @@ class Reporting:
             value = getattr(self, name)
             if not (value is None and name == "plot_every"):
                 whole_number(name, value, 0, otherwise="0: only at the end of a stage")
+        if self.checkpoint_minutes is not None:
+            check_number("checkpoint_minutes", self.checkpoint_minutes, above=0, otherwise="None: by steps alone")
+        for callback in self.callbacks:
+            if isinstance(callback, type) or not any(callable(getattr(callback, hook, None)) for hook in HOOKS):
+                raise InvalidTypeError(
+                    f"callbacks must be objects with a method such as on_step_end(run), got {callback!r}; see "
+                    "flows.training.callbacks"
+                )
+        for logger in self.loggers:
+            if isinstance(logger, type) or not callable(getattr(logger, "log", None)):
+                raise InvalidTypeError(f"loggers must be objects with log(metrics, step) and close(), got {logger!r}")
 
     def standard_callbacks(self) -> list[Any]:
         """Return new callbacks that do all this, with the user's own at the end."""
         pictures = [] if self.plot_every is None else [Pictures()]
-        return [EvaluationWarning(), MetricLogging(), Checkpoints(), *pictures, *self.callbacks]
+        # Checkpoints come last, so that they hold what the others have made of the same step.
+        return [EvaluationWarning(), MetricLogging(), *pictures, *self.callbacks, Checkpoints()]
 
 
 class EvaluationWatch:
@@ -175,19 +217,27 @@ class EvaluationWarning:
             run.warn(f"in validation, {warning}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it has seen of training."""
-        return self._training.state_dict()
+        """Return what it has seen."""
+        return {"training": self._training.state_dict(), "validation": self._validation.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the one that had this state."""
-        self._training.load_state_dict(state)
+        self._training.load_state_dict(state["training"])
+        self._validation.load_state_dict(state["validation"])
 
 
 class MetricLogging:
-    """Hands metrics to the loggers: TensorBoard, `metrics.jsonl`, the progress bar, the user's own."""
+    """Hands metrics to the loggers: TensorBoard, `metrics.jsonl`, the progress bar, the user's own.
+
+    Checkpoints know how many lines and events the files had. A resumed run cuts them to these, so that whatever it does
+    again is in them once.
+    """
 
     def __init__(self) -> None:
         self._loggers: list[Logger] = []
+        self._files: dict[str, TensorBoardLogger | JSONLinesLogger] = {}  # those of the run's folder
+        self._counts = {"events": 0, "metrics": 0}
+        self._resumed = False
         self._bar: ProgressBar | None = None
         self._last = (0.0, 0)  # training time without pauses, and step, of the last log
 
@@ -195,18 +245,29 @@ class MetricLogging:
         self._last = (time.perf_counter() - run.paused, run.position.step)
         if not run.fabric.is_global_zero:
             return
-        resume_step = run.position.step or None
+        resume_step = run.position.step if self._resumed else None
         if run.reporting.progress_bar:
             self._bar = ProgressBar({name: stage.steps for name, stage in run.stages.items()}, resume_step)
-        self._loggers = [
-            TensorBoardLogger(run.folder, resume_step),
-            JSONLinesLogger(run.folder / METRICS, resume_step),
-            *([] if self._bar is None else [self._bar]),
-            *run.reporting.loggers,
-        ]
+        with run.writing("what was logged before"):
+            kept = keep_events(run.folder, self._counts["events"])
+            metrics = JSONLinesLogger(run.folder / METRICS, resume_step, self._counts["metrics"])
+        events = TensorBoardLogger(run.folder, resume_step, EVENTS_OF_RUNS, kept)
+        self._files = {"events": events, "metrics": metrics}
+        self._loggers = [events, metrics, *([] if self._bar is None else [self._bar]), *run.reporting.loggers]
         if run.config and resume_step is None:
-            text = (run.folder / CONFIG).read_text(encoding="utf-8")
+            text = yaml.safe_dump(dict(run.config), sort_keys=False)
             run.log({"config": "".join(f"    {line}\n" for line in text.splitlines())})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the numbers of lines and events, which are on the disk then."""
+        for name, logger in self._files.items():
+            logger.file.sync()
+            self._counts[name] = logger.count
+        return dict(self._counts)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind so many lines and events."""
+        self._counts, self._resumed = {name: int(state[name]) for name in self._counts}, True
 
     def on_log(self, run: Run, metrics: Mapping[str, Any]) -> None:
         for logger in self._loggers:
@@ -255,9 +316,12 @@ class MetricLogging:
 class Checkpoints:
     """Saves `last.pt` to continue from, and `best.pt` with the lowest score of validation."""
 
+    def on_save(self, run: Run) -> None:
+        self._save(run, "last")
+
     def on_optimizer_step(self, run: Run) -> None:
         if run.stopping or any(run.due(what) for what in ("checkpoint", "validate", "plot")):
-            self._save(run, "last")  # before anything that may fail
+            self._save(run, "last")  # before validation and pictures, which may fail
 
     def on_validation_end(self, run: Run, evaluation: Evaluation | None, is_best: bool) -> None:
         if is_best:
@@ -269,19 +333,34 @@ class Checkpoints:
 
     def _save(self, run: Run, name: str) -> None:
         content = {"config": run.settings, **run.state.state_dict()}
-        if run.fabric.is_global_zero:
-            save_checkpoint(run.folder / FOLDER / f"{name}.pt", content)
-        run.fabric.barrier()
+
+        def write() -> None:
+            path = run.folder / FOLDER / f"{name}.pt"
+            with run.writing(path):
+                path.parent.mkdir(exist_ok=True)  # not its parents: a folder that was removed stays away
+                save_checkpoint(path, content)
+
+        on_first_process(run.fabric, write)
+        if name == "last":
+            run.is_saved()
 
 
 class Pictures:
     """Draws the averaged model and the steps of a solve into `plots/` and TensorBoard."""
 
     def __init__(self) -> None:
-        self._validation: SolverStatistics | None = None  # of the last one
+        self._solves: dict[str, SolverStatistics] = {}  # the last ones: in training, and in validation
+        self._fails = False
+
+    def on_optimizer_step(self, run: Run) -> None:
+        self._solves.pop("training", None)
+        if run.solves and run.due("plot"):
+            self._solves["training"] = run.solves[-1]
 
     def on_validation_end(self, run: Run, evaluation: Evaluation | None, is_best: bool) -> None:
-        self._validation = None if evaluation is None else evaluation.statistics
+        self._solves.pop("validation", None)
+        if evaluation is not None and evaluation.statistics is not None:
+            self._solves["validation"] = evaluation.statistics
 
     def on_step_end(self, run: Run) -> None:
         if run.due("plot") and not run.is_over:  # the best weights are drawn after the last step
@@ -305,7 +384,36 @@ class Pictures:
             ends = [*run.position.stage_starts[1:], run.position.step]
             steps = [end - start for start, end in zip(run.position.stage_starts, ends, strict=True)]
             entropy = getattr(run.dataset, "entropy", None)  # any data with a train_stream will do
-            self._save(run, {"curves": plots.curves(read_metrics(run.folder / METRICS), entropy, steps)}, "")
+            with self._forgiving(run.folder / METRICS):
+                curves = read_metrics(run.folder / METRICS)
+                self._save(run, {"curves": plots.curves(curves, entropy, steps)}, "")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps of the solves, which a resumed run draws without having solved them."""
+        return {
+            name: {
+                "nfe_forward": solve.nfe_forward,
+                "attempts": [list(attempt) for attempt in solve.attempts],
+                "observed": {
+                    name: [[t, float(value)] for t, value in values] for name, values in solve.observed.items()
+                },
+            }
+            for name, solve in self._solves.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Draw these solves."""
+        self._solves = {
+            name: SolverStatistics(
+                nfe_forward=solve["nfe_forward"],
+                attempts=[Attempt(*attempt) for attempt in solve["attempts"]],
+                observed={
+                    name: [(t, torch.tensor(value)) for t, value in values]
+                    for name, values in solve["observed"].items()
+                },
+            )
+            for name, solve in state.items()
+        }
 
     def _draw(self, run: Run, model: Any, suffix: str | None = None) -> None:
         from flows import plots  # slow to import
@@ -313,11 +421,13 @@ class Pictures:
         if not run.fabric.is_global_zero:
             return
         try:
-            figures = dict(run.evaluator.pictures(model))
+            with memory_errors("drawing"):
+                figures = dict(run.evaluator.pictures(model))
         except FlowsError as error:  # far from the data a field may be stiff, or samples infinite
             run.log({"plots/failed": str(error)})
             return
-        solve, purpose = (run.solves[-1], "training") if run.solves else (self._validation, "validation")
+        purpose = "training" if "training" in self._solves else "validation"
+        solve = self._solves.get(purpose)
         if solve is not None and solve.attempts:
             figures["solve"] = plots.steps(solve, purpose)
         self._show(run, figures, f"_{run.position.step:06d}" if suffix is None else suffix)
@@ -327,11 +437,22 @@ class Pictures:
         run.log({f"plots/{name}": figure for name, figure in figures.items()})
 
     def _save(self, run: Run, figures: Mapping[str, Figure], suffix: str) -> None:
-        folder = run.folder / "plots"
-        folder.mkdir(exist_ok=True)
+        folder = run.folder / PLOTS
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}{suffix}.png")
+            with self._forgiving(folder / f"{name}{suffix}.png"):
+                folder.mkdir(exist_ok=True)
+                write_figure(folder / f"{name}{suffix}.png", figure)
             figure.set_layout_engine("none")  # the layout is found; a logger that draws it again need not search
+
+    @contextlib.contextmanager
+    def _forgiving(self, path: Path) -> Iterator[None]:
+        """Warn once of a picture that cannot be written: it is not worth a run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._fails:
+                LOG.warning("%s cannot be written (%s); training goes on", path, error.strerror or error)
+            self._fails = True
 
 
 def _culprit(statistics: SolverStatistics) -> str:

@@ -1,21 +1,17 @@
-"""The machine that trains: Lightning Fabric, devices and precision, and signals that stop a run."""
+"""The machine that trains: Lightning Fabric, devices and precision."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from flows.arguments import checked
-from flows.errors import ComputationError, InvalidValueError, restored_error, sendable
+from flows.errors import ComputationError, InvalidValueError
 
 try:
     from lightning_fabric import Fabric
@@ -31,9 +27,7 @@ __all__ = [
     "Fabric",
     "FirstProcessError",
     "Hardware",
-    "StopSignals",
     "Strategy",
-    "TrainingInterrupted",
     "build_fabric",
     "deterministic_algorithms",
     "on_first_process",
@@ -132,64 +126,3 @@ def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:
     if failure is not None:
         raise FirstProcessError(f"process {fabric.global_rank} stops, since the first process failed: {failure}")
     return result
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Training was stopped by a signal after a whole step, and its state was saved.
-
-    Attributes:
-        checkpoint: the file that continues the run.
-        step: the number of steps done.
-        signal_number: SIGINT or SIGTERM.
-        packages: to pass as `trust=` when resuming, since the settings of the run call their classes.
-    """
-
-    def __init__(self, checkpoint: Path, step: int, signal_number: int, packages: Sequence[str] = ()) -> None:
-        super().__init__(f"training was stopped after step {step} and saved in {checkpoint}")
-        self.checkpoint = checkpoint
-        self.step = step
-        self.signal_number = signal_number
-        self.packages = tuple(packages)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return restored_error, (type(self), self.args, sendable(vars(self)))
-
-
-class StopSignals:
-    """While entered, turns the first SIGINT (Ctrl-C) or SIGTERM into a request to stop after this step.
-
-    A second signal interrupts at once, as does the first one after `no_more_steps`. Outside the main thread, where
-    Python allows no signal handlers, nothing changes.
-    """
-
-    def __init__(self) -> None:
-        self.requested: int | None = None  # the number of the signal
-        self._at_once = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def no_more_steps(self) -> None:
-        """Interrupt at once from now on, also for a signal that came before.
-
-        Raises:
-            KeyboardInterrupt: there is one.
-        """
-        self._at_once = True
-        if self.requested is not None:
-            raise KeyboardInterrupt
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        again = self.requested is not None
-        self.requested = number
-        if again or self._at_once:
-            raise KeyboardInterrupt

@@ -6,8 +6,10 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -18,14 +20,23 @@ from filelock import FileLock, Timeout
 from flows.errors import FileError
 
 FOLDER = "checkpoints"
+PLOTS = "plots"
 METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.yaml"
 RUN_FILES = (FOLDER, METRICS, SUMMARY)  # each shows that a run lives in a folder, unless it is empty
 RUNS = Path("runs")  # where runs live that were given no folder
+EVENTS, EVENTS_OF_RUNS = "events.out.tfevents.", ".run"  # begin, end the names of a run's files for TensorBoard
+BRANCHING = ".branching"  # lies in a folder while what an older run needs to go on there is copied
+STALE = 3600.0  # seconds after which a temporary file is a dead process's, wherever that ran
+_TEMPORARY = re.compile(r"\..+~(?P<host>[^~]*)~(?P<pid>\d+)~\d+\.tmp|\.(?:last|best)\.pt\.(?P<old_pid>\d+)\.tmp")
 _numbers = itertools.count()  # of the temporary files of this process
 
 
 class OutputFolderError(FileError):
     """A run cannot live in the folder that was asked for."""
+
+
+class RunFileError(FileError):
+    """A file of a run that is under way cannot be written or read; what was saved before is whole."""
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
@@ -42,19 +53,66 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         OSError: the file cannot be written; `path` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:40]}.{socket.gethostname()[:40]}.{os.getpid()}.{next(_numbers)}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
+        reason = _os_error(error)
+        if reason is None or reason is error:
+            raise
+        raise reason from error
     flush_folder(path.parent)
     return path
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` for a file of this process alone."""
+    host = socket.gethostname()[:40]
+    return path.with_name(f".{path.name[:40]}~{host}~{os.getpid()}~{next(_numbers)}.tmp")
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The failure of the disk behind `error`; torch raises a RuntimeError of its own after it."""
+    if not isinstance(error, Exception):  # an interruption
+        return None
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove the temporary files that killed processes left in these folders.
+
+    A file is left alone if its process may still live: one of that number runs on this machine, or it ran on another
+    machine and the file is younger than an hour. This process is known to write nothing there now.
+    """
+    for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
+        if (found := _TEMPORARY.fullmatch(path.name)) is None:
+            continue
+        with contextlib.suppress(OSError):
+            here = found["host"] in (None, socket.gethostname()[:40])  # None: of an older version
+            dead = here and not _lives(int(found["pid"] or found["old_pid"]))
+            if dead or time.time() - path.stat().st_mtime > STALE:
+                path.unlink()
+
+
+def _lives(pid: int) -> bool:
+    """Whether another process of this machine has that number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it belongs to another user
+        return True
+    return True
 
 
 def flush_folder(path: Path) -> None:
@@ -104,8 +162,14 @@ def claimed_folder(
         raise OutputFolderError(
             f"another process is training in the output folder {path}; wait for it, or choose another output_dir"
         ) from error
+    except OSError as error:
+        raise not_writable(path, error) from error
     with claim:
-        yield open_run_folder(path, resuming)  # looks again: another run may have come and gone
+        open_run_folder(path, resuming)  # looks again: another run may have come and gone
+        remove_leftovers(path, path / FOLDER, path / PLOTS)
+        if (path / BRANCHING).exists():
+            _undo_branch(path)
+        yield path
 
 
 def new_folder(parent: Path) -> Path:
@@ -121,8 +185,8 @@ def new_folder(parent: Path) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
-        except OSError as error:
-            raise OutputFolderError(f"the output folder {folder} cannot be written ({error.strerror})") from error
+        except (OSError, ValueError) as error:
+            raise not_writable(folder, error) from error
         return folder
     raise AssertionError("numbers do not end")
 
@@ -134,31 +198,47 @@ def open_run_folder(path: str | os.PathLike[str], resuming: bool = False) -> Pat
         OutputFolderError: it cannot be written, or holds another run and is not resumed.
     """
     path = Path(path)
-    taken = [] if resuming else [name for name in RUN_FILES if _has_content(path / name)]
+    try:
+        free = resuming or _is_half_branched(path)
+        taken = [] if free else [name for name in RUN_FILES if _has_content(path / name)]
+    except (OSError, ValueError) as error:
+        raise not_writable(path, error) from error
     if taken:
         raise OutputFolderError(
             f"the output folder {path} holds another run already ({', '.join(taken)}): continue that one with "
             f"resume={path}, or choose another output_dir; nothing is overwritten"
         )
-    probe = path / f".write-test-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(path / "write-test")
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise OutputFolderError(
-            f"the output folder {path} cannot be written ({error.strerror}); choose another output_dir"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise not_writable(path, error) from error
     return path
 
 
+def not_writable(path: Path, error: Exception) -> OutputFolderError:
+    """Return the error to raise where a run cannot begin in a folder."""
+    reason = getattr(error, "strerror", None) or error
+    return OutputFolderError(f"the output folder {path} cannot be written ({reason}); choose another output_dir")
+
+
 def _has_content(path: Path) -> bool:
-    return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
+    """Whether more lies there than a process that was killed at its start leaves behind."""
+    if path.is_dir():
+        return any(_TEMPORARY.fullmatch(entry.name) is None for entry in path.iterdir())
+    return path.is_file() and path.stat().st_size > 0
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib whole or not at all, in the format of the name's ending."""
+    atomic_write(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
 
 
 def write_result(path: str | os.PathLike[str], text: str) -> Path:
@@ -167,14 +247,35 @@ def write_result(path: str | os.PathLike[str], text: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-    except OSError as error:
-        raise OutputFolderError(f"{path} cannot be written ({error.strerror}); choose another output") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputFolderError(f"{path} cannot be written ({reason}); choose another output") from error
     return path
 
 
 def branch_run(source: Path, folder: Path) -> None:
-    """Copy what a run needs to continue in another folder."""
-    for name in (Path(FOLDER) / "best.pt", Path(METRICS)):
+    """Copy what a run needs to continue in another folder; `end_branch` follows once its state is saved there."""
+    write_text(folder / BRANCHING, f"{source}\n")
+    events = [path.relative_to(source) for path in source.glob(f"{EVENTS}*{EVENTS_OF_RUNS}")]
+    for name in (Path(FOLDER) / "best.pt", Path(METRICS), *events):
         if (source / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
+            with (source / name).open("rb") as content:
+                atomic_write(folder / name, lambda file, content=content: shutil.copyfileobj(content, file))
+
+
+def end_branch(folder: Path) -> None:
+    """Make the copies of `branch_run` those of a run of its own."""
+    (folder / BRANCHING).unlink(missing_ok=True)
+
+
+def _is_half_branched(folder: Path) -> bool:
+    """Whether a process was killed in here after `branch_run`, before it had saved a state of its own."""
+    return (folder / BRANCHING).exists() and not (folder / FOLDER / "last.pt").exists()
+
+
+def _undo_branch(folder: Path) -> None:
+    if _is_half_branched(folder):
+        for name in (Path(FOLDER) / "best.pt", Path(METRICS)):
+            (folder / name).unlink(missing_ok=True)
+    end_branch(folder)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from flows.arguments import checked
+from flows.training.appended import AppendedFile
+from flows.training.files import write_text
+from flows.training.streams import UnbreakableStream
 
 Metric = float | Tensor
 BAR_LABELS = {
@@ -84,78 +84,44 @@ class Logger(Protocol):
 
 
 @checked
-class TensorBoardLogger:
-    """Writes TensorBoard events: numbers as scalars, figures as images, strings as text.
-
-    Args:
-        directory: the folder of the run.
-        resume_step: the step that a resumed run starts from; later events, written before it was stopped, are hidden.
-    """
-
-    def __init__(self, directory: str | os.PathLike[str], resume_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # not needed unless asked for
-
-        purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
-
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, Figure):
-                self._writer.add_image(name, _pixels(value), step, dataformats="HWC")
-            elif isinstance(value, str):
-                self._writer.add_text(name, value, step)
-            elif isinstance(value, HParams):
-                self._log_hparams(value, step)
-            else:
-                self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def _log_hparams(self, value: HParams, step: int) -> None:
-        """Write the summaries into this run's own event file, so that a run is one row of the table."""
-        from torch.utils.tensorboard.summary import hparams
-
-        settings = {
-            key: setting if isinstance(setting, (bool, int, float, str)) else str(setting)
-            for key, setting in value.settings.items()
-        }
-        results = {key: result for key, result in value.results.items() if result is not None}
-        writer: Any = self._writer.file_writer  # None only once it is closed
-        for summary in hparams(settings, results):
-            writer.add_summary(summary)
-        for name, result in results.items():
-            self._writer.add_scalar(name, result, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-@checked
 class JSONLinesLogger:
     """Appends one JSON object a call, `{"step": 20, "train/loss": 1.4, ...}`; only numbers are kept.
 
-    `pandas.read_json(path, lines=True)` reads the file. A number that is not finite is written as null.
+    `pandas.read_json(path, lines=True)` reads the file. A number that is not finite is written as null. A disk that
+    fails delays lines and never ends the run, see `AppendedFile`.
 
     Args:
         path: the file.
         resume_step: drop the lines of later steps, which the resumed run will write again.
+        resume_count: keep so many lines. Where there are fewer, `resume_step` decides.
+
+    Attributes:
+        count: of the lines.
     """
 
-    def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], resume_step: int | None = None, resume_count: int | None = None
+    ) -> None:
         path = Path(path)
+        self.count = 0
         if resume_step is not None and path.exists():
-            kept = [row for row in _rows(path) if row["step"] <= resume_step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+            if resume_count is not None and _cut(path, resume_count):
+                self.count = resume_count
+            else:
+                rows = [json.dumps(row) + "\n" for row in _rows(path) if row["step"] <= resume_step]
+                write_text(path, "".join(rows))
+                self.count = len(rows)
+        self.file = AppendedFile(path)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         row = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
         if row:
             finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
-            self._file.flush()
+            self.count += 1
+            self.file.write((json.dumps({"step": step, **finite}) + "\n").encode())
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
 @checked
@@ -172,7 +138,10 @@ class ProgressBar:
         self._counts_steps = None not in stages.values()
         counted = {"total": sum(steps or 0 for steps in stages.values()), "initial": resume_step or 0, "unit": "step"}
         self._bar = tqdm(
-            **(counted if self._counts_steps else {"total": 100, "unit": "%"}), dynamic_ncols=True, mininterval=0.2
+            **(counted if self._counts_steps else {"total": 100, "unit": "%"}),
+            dynamic_ncols=True,
+            mininterval=0.2,
+            file=UnbreakableStream(sys.stderr),  # type: ignore[arg-type]
         )
         self._warnings = contextlib.ExitStack()
         self._warnings.enter_context(warnings_above_bars())
@@ -223,7 +192,8 @@ def warnings_above_bars() -> Iterator[None]:
 
 class _AboveBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"{record.levelname.capitalize()}: {record.getMessage()}", file=sys.stderr)
+        stream: Any = UnbreakableStream(sys.stderr)
+        tqdm.write(f"{record.levelname.capitalize()}: {record.getMessage()}", file=stream)
 
 
 @checked
@@ -246,17 +216,25 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines; a run that was killed may have left half a line at the end."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """Read the whole lines of a metrics file; damaged ones, and half a line at the end, are passed over."""
+    rows, lines = [], path.read_bytes().splitlines()
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
-def _pixels(figure: Figure) -> np.ndarray:  # (height, width, 3), bytes
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+def _cut(path: Path, count: int) -> bool:
+    """Keep the first `count` lines; returns whether there were so many."""
+    size = 0
+    with path.open("rb") as file:
+        for _ in range(count):
+            line = file.readline()
+            if not line.endswith(b"\n"):
+                return False
+            size += len(line)
+    if path.stat().st_size > size:
+        os.truncate(path, size)
+    return True

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from flows.datasets import Batch
-from flows.errors import FlowsError, InvalidValueError
+from flows.errors import ComputationError, FlowsError, InvalidValueError
 from flows.evaluation import Evaluation
 from flows.objectives import LossOutput, Objective
 from flows.solvers import SolverError, SolverStatistics
-from flows.training.fabric import StopSignals, TrainingInterrupted, on_first_process
-from flows.training.files import FOLDER
+from flows.training.fabric import on_first_process
+from flows.training.files import FOLDER, RunFileError
 from flows.training.loggers import Metric
+from flows.training.memory import MemoryLimitError, is_out_of_memory, memory_errors, memory_message
+from flows.training.signals import StopSignals, TrainingInterrupted
 from flows.training.stage import Optimization, Stage
 from flows.training.state import Run
 
@@ -147,8 +149,8 @@ class Loop:
     """Takes the steps of a stage, validates between them, and stops on a signal.
 
     Callbacks hear of everything that happens: `on_optimizer_step` when the weights have moved, `on_validation_end`
-    when the evaluator has judged them, `on_step_end` when all of a step is done, and `on_failure` when a step failed,
-    with the state that it started from.
+    when the evaluator has judged them, `on_step_end` when all of a step is done, and `on_failure`, with the state after
+    the last whole step, when something failed.
 
     Args:
         run: whose model is trained.
@@ -178,25 +180,52 @@ class Loop:
         self.step.begin(stage)
         started = time.perf_counter() - position.seconds
         run.stage_is_over = stage.done(position.step_in_stage, position.seconds_in_stage) >= 1
-        if position.step_in_stage and position.validated != position.step and run.due("validate"):
-            self._validate(stage)  # the process that came here first died before it could
+        if position.step_in_stage == 0:
+            run.call("on_save")
+        else:
+            self._look(stage)  # the process that came here first died before it could
         while not run.stage_is_over:
             stopping = self._take_step(stage)
             position.seconds = time.perf_counter() - started
-            run.call("on_optimizer_step")
-            if run.due("validate"):
+            with self._saving_after_failures():
+                run.call("on_optimizer_step")
+            if stopping:  # who sent the signal may not wait for more; a resumed run looks at this step first
+                raise self.interrupted()
+            with self._saving_after_failures():
+                self._look(stage)
+            position.seconds = time.perf_counter() - started
+
+    def interrupted(self) -> KeyboardInterrupt:
+        """Return what to raise when a signal stops the run."""
+        step, saved = self.run.position.step, self.run.saved
+        if self.stop.requested is None or saved is None:
+            return KeyboardInterrupt()
+        return TrainingInterrupted(self.last, saved, self.stop.requested, self.packages, step - saved)
+
+    def _look(self, stage: Stage) -> None:
+        """Validate, draw, and whatever else comes after a step; a signal ends it at once if this step is saved."""
+        run, position = self.run, self.state.position
+        at_once = run.saved == position.step and self.fabric.world_size == 1
+        with self.stop.at_once() if at_once else contextlib.nullcontext():
+            if run.due("validate") and position.validated != position.step:
                 self._validate(stage)
             run.call("on_step_end")
-            position.seconds = time.perf_counter() - started
-            if stopping:
-                raise self.interrupted(stopping)
 
-    def interrupted(self, signal_number: int) -> TrainingInterrupted:
-        """Return what to raise when a signal stops the run after the last state was saved."""
-        return TrainingInterrupted(self.last, self.state.position.step, signal_number, self.packages)
+    @contextlib.contextmanager
+    def _saving_after_failures(self) -> Iterator[None]:
+        """While entered, save the state if anything fails, be it a callback of the user's."""
+        try:
+            yield
+        except RunFileError:
+            raise
+        except Exception:
+            if self.fabric.world_size == 1 and self.run.saved != self.state.position.step:
+                with contextlib.suppress(Exception):  # what went wrong first is what to tell
+                    self.run.call("on_failure")
+            raise
 
-    def _take_step(self, stage: Stage) -> int:
-        """Move the weights once; return the signal that stops the run, 0 if none."""
+    def _take_step(self, stage: Stage) -> bool:
+        """Move the weights once; return whether a signal stops the run after this step."""
         run, state, step, position = self.run, self.state, self.step, self.state.position
         begun = time.perf_counter()
         factor = stage.learning_rate_factor(position.step_in_stage, position.seconds_in_stage)
@@ -204,22 +233,26 @@ class Loop:
         position.step += 1
         try:
             value, norm = step.gradient()
-        except SolverError as error:
-            if not state.is_finite():  # they followed a gradient that nobody looked at
+        except Exception as error:
+            if isinstance(error, SolverError) and not state.is_finite():  # they followed a gradient that nobody saw
                 raise self._diverged("the weights are not finite", stage) from error
             self._save_before()
-            raise error.retold(self._where("training", error, stage)) from error
+            if isinstance(error, SolverError):
+                raise error.retold(self._where("training", error, stage)) from error
+            if is_out_of_memory(error):
+                cure = "; choose a smaller batch_size, with optimization.accumulate_batches for the same gradient"
+                raise MemoryLimitError(self._where("training", memory_message(error), stage) + cure) from error
+            raise
         elapsed = self._elapsed(stage, begun)
         run.stage_is_over = stage.done(position.step_in_stage, position.seconds_in_stage + elapsed) >= 1
-        stopping = self._agree(self.stop.requested)
-        run.stopping = bool(stopping)
+        run.stopping, run.overdue = self._agree()
         looks = run.stopping or any(run.due(what) for what in ("log", "validate", "plot", "checkpoint"))
         if self.checks_every_step or looks:
             self._check_finite(value, norm, stage)
         step.follow(factor)
         state.means.add(step.loss.metrics() | {"gradient_norm": norm})
         position.seconds_in_stage += elapsed if stage.steps is None else time.perf_counter() - begun
-        return stopping
+        return run.stopping
 
     def _elapsed(self, stage: Stage, begun: float) -> float:
         """Return the seconds since `begun`; in a stage that ends by time all processes agree on them."""
@@ -247,7 +280,8 @@ class Loop:
         except FlowsError as error:
             message = self._where("validation", error, stage)
             if not isinstance(error, SolverError):
-                raise InvalidValueError(message) from error
+                kind = ComputationError if isinstance(error, ComputationError) else InvalidValueError
+                raise kind(message) from error
             if self.step.optimization.on_solver_error == "raise":
                 raise error.retold(message) from error
             run.warn(f"these weights were not compared with the best: {message}")
@@ -259,7 +293,8 @@ class Loop:
         training = average.training
         average.eval()
         try:
-            found = self.run.evaluator.validate(average.module)
+            with memory_errors("validation", "choose a smaller evaluation.batch_size"):
+                found = self.run.evaluator.validate(average.module)
         finally:
             average.train(training)
         if not abs(found.score) < float("inf"):
@@ -277,15 +312,24 @@ class Loop:
             return
         position = self.state.position
         self.state.position = replace(position, step=position.step - 1, step_in_stage=position.step_in_stage - 1)
-        self.run.call("on_failure")
+        with contextlib.suppress(Exception):  # what went wrong first is what to tell
+            self.run.call("on_failure")
         self.state.position = position
 
-    def _agree(self, signal_number: int | None) -> int:
-        """Return the signal that some process has received, 0 if none: all stop after the same step."""
+    def _agree(self) -> tuple[bool, bool]:
+        """Return whether to stop because of a signal, and whether to save because minutes are over.
+
+        All processes do the same after the same step: what one of them has noticed.
+        """
+        minutes, stop = self.run.reporting.checkpoint_minutes, self.stop
+        overdue = minutes is not None and self.run.unsaved_seconds >= 60 * minutes
         if self.fabric.world_size == 1:
-            return signal_number or 0
-        received = torch.tensor(float(signal_number or 0), device=self.fabric.device)
-        return int(self.fabric.all_reduce(received, reduce_op="max"))  # type: ignore[arg-type]
+            return stop.requested is not None, overdue
+        noticed = torch.tensor([float(stop.requested or 0), float(overdue)], device=self.fabric.device)
+        number, late = self.fabric.all_reduce(noticed, reduce_op="max").tolist()  # type: ignore[union-attr]
+        if number and stop.requested is None:
+            stop.requested = int(number)
+        return bool(number), bool(late)
 
     def _check_finite(self, loss: Tensor, gradient_norm: Tensor, stage: Stage) -> None:
         if bool(loss.isfinite() & gradient_norm.isfinite()):
@@ -302,7 +346,7 @@ class Loop:
             f"{self.step.optimization.gradient_clip}), or tighter solver tolerances"
         )
 
-    def _where(self, what: str, error: Exception, stage: Stage) -> str:
+    def _where(self, what: str, error: object, stage: Stage) -> str:
         return f"{what} stopped {self._place(stage)}: {error}"
 
     def _place(self, stage: Stage) -> str:
@@ -313,17 +357,6 @@ class Loop:
         total = "" if stage.steps is None else f" of {stage.steps}"
         in_stage = f"step {position.step_in_stage}{total} in the stage {position.stage}"
         return f"{exactly} step {position.step} ({in_stage}{saved})"
-
-    def finish(self) -> None:
-        """Let signals interrupt at once from now on.
-
-        Raises:
-            TrainingInterrupted: one has come before.
-        """
-        try:
-            self.stop.no_more_steps()
-        except KeyboardInterrupt:
-            raise self.interrupted(self.stop.requested or signal.SIGINT) from None
 
 
 def step_metrics(statistics: SolverStatistics) -> Mapping[str, float]:

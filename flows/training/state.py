@@ -21,11 +21,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from flows.arguments import checked
 from flows.checks import check_number
 from flows.datasets import Dataset, NoData
+from flows.errors import FlowsError
 from flows.evaluation import Evaluator, seeded
 from flows.solvers import SolverStatistics
 from flows.solvers.problem import all_finite
 from flows.training.checkpoint import CheckpointError, describe
 from flows.training.fabric import Fabric
+from flows.training.files import FOLDER, RunFileError
 from flows.training.loggers import MetricMeans
 from flows.training.stage import Optimization, Stage
 
@@ -282,6 +284,8 @@ class Run:
         stage_is_over: whether the last step was the last of its stage.
         stopping: whether the run ends after this step because of a signal.
         paused: seconds so far that callbacks and validation took.
+        saved: the step of `checkpoints/last.pt`; None: nothing was saved yet.
+        overdue: whether `Reporting.checkpoint_minutes` are over.
     """
 
     def __init__(
@@ -310,6 +314,9 @@ class Run:
         self.stage_is_over = False
         self.stopping = False
         self.paused = 0.0
+        self.saved: int | None = None
+        self.overdue = False
+        self._saved_at = time.monotonic()
         self._is_aside = False
 
     @property
@@ -336,7 +343,8 @@ class Run:
     def due(self, what: str) -> bool:
         """Return whether to `"log"`, `"validate"`, `"plot"` or `"checkpoint"` after this step."""
         every = getattr(self.reporting, f"{what}_every")
-        return self.stage_is_over or bool(every and self.position.step % every == 0)
+        late = what == "checkpoint" and self.overdue
+        return self.stage_is_over or late or bool(every and self.position.step % every == 0)
 
     def call(self, hook: str, *arguments: Any) -> None:
         """Call the method of that name of every callback that has one, as `method(run, *arguments)`."""
@@ -346,6 +354,42 @@ class Run:
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Send numbers, figures and texts to all loggers."""
         self.call("on_log", metrics)
+
+    def is_saved(self) -> None:
+        """Note that `last.pt` holds the state as it is now."""
+        self.saved, self._saved_at, self.overdue = self.position.step, time.monotonic(), False
+
+    @property
+    def unsaved_seconds(self) -> float:
+        """The age of what is saved."""
+        return time.monotonic() - self._saved_at
+
+    @contextlib.contextmanager
+    def writing(self, what: object) -> Iterator[None]:
+        """While entered, a failure of the disk ends the run in a message that says what was kept.
+
+        Raises:
+            RunFileError: `what` cannot be written or read.
+        """
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, FlowsError):
+                raise
+            reason = error.strerror or error
+            if not self.folder.is_dir():
+                raise RunFileError(
+                    f"{what} cannot be written: the folder of the run, {self.folder}, is gone ({reason}); the run "
+                    "stops, and nothing of it is left there"
+                ) from error
+            last = self.folder / FOLDER / "last.pt"
+            kept = "nothing of the run is saved"
+            if self.saved is not None and last.exists():
+                kept = (
+                    f"the state after step {self.saved} is whole in {last}; mend the cause and continue with "
+                    f"resume={self.folder}"
+                )
+            raise RunFileError(f"{what} cannot be written at step {self.position.step} ({reason}); {kept}") from error
 
     def warn(self, text: str) -> None:
         """Tell the person who watches: through `logging`, and in TensorBoard."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,23 +24,29 @@ from flows.naming import in_words
 from flows.objectives import Objective
 from flows.solvers import SolverError
 from flows.training.callbacks import Reporting
-from flows.training.checkpoint import RUN, check_content, describe, find_checkpoint, load_checkpoint
+from flows.training.checkpoint import RUN, CheckpointError, check_content, describe, find_checkpoint, load_checkpoint
 from flows.training.compile import compiled, stages_to_compile
 from flows.training.continuing import AUTO, discard_unsaved, saved_state, was_killed_early
-from flows.training.fabric import Hardware, StopSignals, build_fabric, deterministic_algorithms, on_first_process
+from flows.training.fabric import Hardware, build_fabric, deterministic_algorithms, on_first_process
 from flows.training.files import (
     CONFIG,
     FOLDER,
     SUMMARY,
+    RunFileError,
     branch_run,
     claimed_folder,
+    end_branch,
+    not_writable,
     own_run_folder,
     to_json,
     write_text,
 )
 from flows.training.loop import Loop, LossModule, OptimizerStep
+from flows.training.memory import memory_errors
+from flows.training.signals import StopSignals, TrainingInterrupted
 from flows.training.stage import Optimization, Stage
 from flows.training.state import Position, Run, RunState
+from flows.training.streams import unbreakable_streams
 from flows.training.trusted import foreign_packages
 
 
@@ -172,7 +177,7 @@ class Trainer:
         if resume == AUTO:
             resume = saved_state(output_dir)
             self._starts_over = resume is None and output_dir is not None and was_killed_early(output_dir)
-        resumed = None if resume is None else find_checkpoint(resume, prefer="last")
+        self._resumed = resumed = None if resume is None else find_checkpoint(resume, prefer="last")
         self._checkpoint = None if resumed is None else load_checkpoint(resumed)
         if resumed is not None and self._checkpoint is not None:
             check_content(self._checkpoint, resumed, RUN)
@@ -187,12 +192,13 @@ class Trainer:
 
         Raises:
             OutputFolderError: the folder cannot be written, or another run lives in it.
-            TrainingInterrupted: SIGINT or SIGTERM came; the step was finished and `last.pt` written.
+            RunFileError: a checkpoint or the summary cannot be written; the checkpoints before are whole.
+            TrainingInterrupted: a signal came; the step was finished and `last.pt` written.
             NonFiniteLossError: the loss or its gradient is NaN or infinite.
             SolverError: a batch cannot be solved, see `Optimization.on_solver_error`.
         """
         self.fabric.launch()
-        with contextlib.ExitStack() as claim:
+        with unbreakable_streams(), contextlib.ExitStack() as claim:
             self.folder = on_first_process(self.fabric, lambda: self._open_folder(claim))
             if self.hardware.deterministic:
                 claim.enter_context(deterministic_algorithms())
@@ -210,12 +216,19 @@ class Trainer:
         if source is not None and not in_place:
             best, own = source / FOLDER / "best.pt", (self._checkpoint or {}).get("run")
             if not best.exists() or load_checkpoint(best).get("run") == own:
-                branch_run(source, folder)
+                self._write(folder, lambda: branch_run(source, folder))
         if self.config is not None:
             if "output_dir" in self.config:
                 self.config["output_dir"] = str(folder)
-            write_text(folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
+            text = yaml.safe_dump(self.config, sort_keys=False)
+            self._write(folder, lambda: write_text(folder / CONFIG, text))
         return folder
+
+    def _write(self, folder: Path, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise not_writable(folder, error) from error
 
     def _new_state(self) -> RunState:
         return RunState(self.fabric, self.model, self.dataset, self.optimization, self.seed, self._callbacks)
@@ -233,25 +246,36 @@ class Trainer:
             position = state.position
         self._started = time.perf_counter() - position.seconds  # as if a resumed run had never stopped
         with StopSignals() as stop:
-            run.call("on_run_start")
+            loop = Loop(run, OptimizerStep(run, loss, module, self.optimization), stop, foreign_packages(self.config))
             try:
-                step = OptimizerStep(run, loss, module, self.optimization)
-                loop = Loop(run, step, stop, foreign_packages(self.config))
+                self._keep_start(run)
+                run.call("on_run_start")
                 self._train(run, loop)
-                loop.finish()
-                try:
+                with stop.at_once():
                     return self._test(run)
-                except KeyboardInterrupt:
-                    raise loop.interrupted(stop.requested or signal.SIGINT) from None
+            except TrainingInterrupted:
+                raise
+            except KeyboardInterrupt:
+                raise loop.interrupted() from None
             finally:
                 run.call("on_run_end")
+
+    def _keep_start(self, run: Run) -> None:
+        """Let `last.pt` of this folder be what a resumed run goes on from, before any other file is changed."""
+        if self._resumed is None:
+            return
+        if self._resumed.resolve() == (self.folder / FOLDER / "last.pt").resolve():
+            run.is_saved()
+        else:
+            run.call("on_save")
+            on_first_process(self.fabric, lambda: end_branch(self.folder))
 
     def _train(self, run: Run, loop: Loop) -> None:
         names, state = list(self.stages), run.state
         for notice in self._notices:
             run.warn(notice)
         first = names.index(state.position.stage or names[0])
-        if state.position.stage == names[-1] and run.done >= 1:
+        if state.position.stage == names[-1] and run.done >= 1 and state.position.validated == state.position.step:
             run.warn(
                 "nothing is left to train, so the best weights are only tested again; to train on, resume with "
                 f"more steps: objective.{names[-1]}.steps=..."
@@ -273,14 +297,21 @@ class Trainer:
     def _best_weights(self, state: RunState) -> dict[str, Any]:
         if state.position.best_step is None:  # nothing was validated
             return copy.deepcopy(state.ema.module.state_dict())
-        return load_checkpoint(self.folder / FOLDER / "best.pt")["ema"]
+        try:
+            return load_checkpoint(self.folder / FOLDER / "best.pt")["ema"]
+        except CheckpointError as error:
+            raise RunFileError(
+                f"the best weights cannot be tested: {error}. Training is done, and the last weights are in "
+                f"{self.folder / FOLDER / 'last.pt'}: resume={self.folder} tests these"
+            ) from error
 
     def _summarise(self, run: Run) -> Summary:
         report = failure = None
         run.call("on_test_start")
         started = time.perf_counter()
         try:
-            report = self.evaluator.test(self.model)
+            with memory_errors("the test", "choose a smaller evaluation.batch_size"):
+                report = self.evaluator.test(self.model)
         except FlowsError as error:  # the run is done, and what it has found is kept
             failure = error
             run.log({"test/failed": str(error)})
@@ -299,7 +330,8 @@ class Trainer:
             output_dir=str(self.folder),
         )
         run.call("on_summary", summary)
-        write_text(self.folder / SUMMARY, to_json(summary.as_dict()))
+        with run.writing(self.folder / SUMMARY):
+            write_text(self.folder / SUMMARY, to_json(summary.as_dict()))
         if failure is not None:
             message = (
                 f"training is done, but its test stopped: {failure}. The weights are in {self.folder / FOLDER}, the "
