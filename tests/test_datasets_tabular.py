@@ -98,7 +98,7 @@ def test_columns_are_chosen_by_name_and_position(suffix, tmp_path):
         Tabular(path, columns=["d"])
     with pytest.raises(ValueError, match="at least one column and none twice, got \\['a', 1\\]"):
         Tabular(path, columns=["a", 1])
-    with pytest.raises(InvalidTypeError, match=r"columns must be a list, got 'a'; write \[a\]"):
+    with pytest.raises(InvalidTypeError, match=r"columns must be a list .*, got 'a'; write \['a'\]"):
         Tabular(path, columns="a")
 
 
@@ -109,7 +109,7 @@ def test_csv_dialects(tmp_path):
     dataset = Tabular(path, delimiter=";")
     assert dataset.columns == ["height, cm", "b", "c"]
     np.testing.assert_array_equal(all_rows(dataset), sort(VALUES))
-    with pytest.raises(ValueError, match=r"has no ',' in its first line but ';'; set delimiter=';'"):
+    with pytest.raises(ValueError, match=r"has no ',' in its first line but ';'; set delimiter=semicolon"):
         Tabular(write(tmp_path / "other.csv", csv(VALUES, "", ";")))
 
 
@@ -189,13 +189,13 @@ def test_only_regular_files_are_opened(tmp_path):
     for path in ("a" * 5000 + ".csv", "null\0.csv"):
         with pytest.raises(FileError, match=r"cannot open|no data file"):
             Tabular(path)
-    with pytest.raises(InvalidTypeError, match="path must be the path of a data file, got 5"):
+    with pytest.raises(InvalidTypeError, match=r"path must be a text or a pathlib.Path, got 5"):
         Tabular(5)
 
 
-@pytest.mark.parametrize("delimiter", ["", ",,", "\n", 5, None])
+@pytest.mark.parametrize("delimiter", ["", ",,", "\n", "t", ".", "tabulator"])
 def test_delimiters_are_single_characters(delimiter, tmp_path):
-    with pytest.raises(InvalidValueError, match="delimiter must be a single character, such as ',' or ';', got"):
+    with pytest.raises(InvalidValueError, match=r"delimiter must be a single character .* tab, pipe, space, got"):
         Tabular(write(tmp_path / "table.csv", csv(VALUES)), delimiter=delimiter)
 
 
@@ -521,7 +521,7 @@ def test_dequantised_columns(tmp_path, caplog):
     assert torch.equal(again.reference(), dataset.reference())
     with pytest.raises(InvalidValueError, match=r"column '0' has no rounding unit: .* leave it out"):
         Tabular(path, dequantise_columns=[0])
-    with pytest.raises(InvalidTypeError, match="columns must be a list"):
+    with pytest.raises(InvalidValueError, match="dequantise_columns must be 'auto', a list"):
         Tabular(path, dequantise_columns="all")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,8 @@ from flows.cli.arguments import refuse
 from flows.cli.config import plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.datasets import Energy
-from flows.errors import InvalidValueError
+from flows.datasets.recognition import caution_about_outliers, recognised
+from flows.errors import DataWarning, InvalidValueError
 from flows.evaluation import DensityEvaluator, EnergyEvaluator, aligned
 from flows.training.files import run_folder, to_json, write_result
 from flows.training.runs import build_dataset, load_run, place
@@ -43,7 +45,7 @@ def evaluate(composed: DictConfig) -> float:
         outliers = settings["outliers"] or None
         run = load_run(settings["checkpoint"], settings["trust"])
         config = with_changes(run.config, {part: settings.get(part) for part in PARTS})
-        dataset = build_dataset(config)
+        dataset, data = recognised(run.data, build_dataset(config, of_run=True), settings["part"])
         flow = place(run.flow, settings["device"], settings["dtype"])
         flow.divergence, flow.solver = (instantiate(config[name], name) for name in ("divergence", "solver"))
         divergence = (config.get("evaluation") or {}).get("divergence", "auto")
@@ -58,6 +60,8 @@ def evaluate(composed: DictConfig) -> float:
         if isinstance(outliers, str) and outliers != "shuffled":
             raise InvalidValueError(f"outliers must be shuffled, or a data set: data@outliers=NAME; got {outliers!r}")
         other = None if outliers in (None, "shuffled") else instantiate(outliers, "outliers")
+        if other is not None and (message := caution_about_outliers(run.data, other, settings["part"])):
+            warnings.warn(message, DataWarning, stacklevel=1)
         density = DensityEvaluator(dataset, num_draws=settings["num_draws"], **options)
         if isinstance(dataset, Energy):
             report = EnergyEvaluator(dataset, **options).test(flow)
@@ -73,7 +77,11 @@ def evaluate(composed: DictConfig) -> float:
             **report.metrics,
             "evaluated_with": report.evaluated_with,
             **{part: config[part] for part in PARTS},
+            "data_differ_from_run": list(data.differences),
         }
+        if data.differences and data.hashes:
+            content["points_trained_on"], _ = data.trained_on(settings["part"])
+            rows.append(("caution", data.trained_on_in_words(settings["part"])))
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
         output = Path(settings["output"] or default)
         if outliers is not None and likelihood is not None:

@@ -23,10 +23,11 @@ from flows.training.settings import complete, instantiate, no_setting
 from flows.training.stage import Stage
 from flows.training.trusted import check_trusted, foreign_packages
 
-# A resumed run may be watched differently, run on other devices, or last longer. Anything else would make it another.
+# A resumed run may be watched differently, run on other devices, or last longer, and its data may lie elsewhere: they
+# are recognised by their content. Anything else would make it another.
 CHANGEABLE_ON_RESUME = re.compile(
     r"hardware\.(?!precision$)\w+|reporting\.\w+|evaluation\.[\w.]+|optimization\.(on|max)_solver_errors?"
-    r"|objective\.\w+\.(steps|seconds)"
+    r"|objective\.\w+\.(steps|seconds)|data\.(path|columns|delimiter|header)"
 )
 
 
@@ -56,8 +57,8 @@ def resumed_config(
     if fixed:
         raise InvalidValueError(
             f"a resumed run keeps the settings that it was started with; {', '.join(fixed)} cannot change, only the "
-            "steps of a stage and how it is run and watched (hardware.devices, reporting.log_every, ...) can. "
-            "Leave it out, or start a new run"
+            "steps of a stage and how it is run and watched (hardware.devices, reporting.log_every, data.path, "
+            "...) can. Leave it out, or start a new run"
         )
     for key, value in given.items():
         if key not in RESUME_SETTINGS:

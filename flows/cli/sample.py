@@ -15,6 +15,7 @@ from flows import plots
 from flows.cli.config import plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.datasets import Dataset
+from flows.datasets.recognition import recognised
 from flows.errors import FlowsError
 from flows.samples import chosen_context, comparable_points, draw_samples, samples_file, save_samples
 from flows.training.files import run_folder
@@ -46,16 +47,16 @@ def sample(composed: DictConfig) -> None:
         output = output or run_folder(run.checkpoint) / "samples" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.npy"
         dataset, unknown = None, ""
         if settings["plot"] or output.suffix == ".csv" or settings.get("data"):
-            dataset, unknown = readable_dataset(config, chosen=bool(settings.get("data")))
+            dataset, unknown = readable_dataset(config, run, chosen=bool(settings.get("data")))
         context = sampling_contexts(
             run,
-            lambda: build_dataset(config) if dataset is None else dataset,
+            lambda: recognised(run.data, build_dataset(config, of_run=True))[0] if dataset is None else dataset,
             settings["num_samples"],
             settings["class"],
             settings["context"],
         )
         samples = draw_samples(flow, settings["num_samples"], settings["batch_size"], generator, context)
-        columns = None if dataset is None else dataset.columns
+        columns = run.data.get("columns") if dataset is None else dataset.columns
         save_samples(output, samples, columns, flow.transform.num_levels)
         print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}")
         if settings["plot"]:
@@ -90,13 +91,13 @@ def sampling_contexts(
     return None if run.context_shape is None else dataset().contexts(num_samples)
 
 
-def readable_dataset(config: Mapping[str, Any], chosen: bool = False) -> tuple[Dataset | None, str]:
+def readable_dataset(config: Mapping[str, Any], run: LoadedRun, chosen: bool = False) -> tuple[Dataset | None, str]:
     """The data to compare samples with, or `None` and the reason why they cannot be read.
 
     If the user has `chosen` them, errors are raised.
     """
     try:
-        dataset = build_dataset(config)
+        dataset, _ = recognised(run.data, build_dataset(config, of_run=True))
     except FlowsError as error:
         if chosen:
             raise

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets.batches import Batch, BatchStream, convert_batch
+from flows.datasets.fingerprint import fingerprint_of_rows
 from flows.errors import InvalidValueError
 
 
@@ -32,6 +35,7 @@ class Dataset(ABC):
         num_levels: number L of levels if the data are whole numbers 0, ..., L − 1. A flow must dequantise them.
             Default: None, continuous data.
         columns: names of the features of a table. Default: None, no names.
+        split_settings: plain values that decide the split, and what else training data depend on. Default: none.
         has_samples: whether there are points; an energy may have none. Default: True.
         has_log_prob: whether `log_prob` is known. Default: whether the class overrides it.
         num_validation, num_test: sizes of the fixed splits.
@@ -44,9 +48,11 @@ class Dataset(ABC):
     num_classes: int | None = None
     num_levels: int | None = None
     columns: Sequence[str] | None = None
+    split_settings: Mapping[str, Any] = MappingProxyType({})
     has_samples: bool = True
     num_validation: int
     num_test: int
+    _fingerprint: dict[str, Any] | None = None
 
     @abstractmethod
     def train_stream(
@@ -129,6 +135,40 @@ class Dataset(ABC):
             "columns": None if self.columns is None else list(self.columns),
         }
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what identifies data and split, for checkpoints: plain values and tensors. It is computed once."""
+        if self._fingerprint is None:
+            self._fingerprint = self.new_fingerprint()
+        return self._fingerprint
+
+    def new_fingerprint(self) -> dict[str, Any]:
+        """Compute `fingerprint()`. Override this for data that are no fixed rows."""
+        if not self.has_samples:
+            return {"kind": "unknown"}
+        rows = self.rows_for_hashing()
+        return fingerprint_of_rows(rows, self.columns, self.split_settings, self.labels_for_hashing(), self._fixed_rows)
+
+    def rows_for_hashing(self) -> dict[str, np.ndarray]:
+        """Return the examples of each split, (n, k), without noise: by default `reference()` and `held_out(...)`."""
+        held = {split: self.held_out(split).x for split in ("validation", "test")}
+        return {split: as_rows(x) for split, x in {"train": self.reference(), **held}.items()}
+
+    def labels_for_hashing(self) -> dict[str, np.ndarray] | None:
+        """Return the class or context of each example of each split, or None if flows do not depend on them.
+
+        The default is the contexts of `held_out(...)`; those of training points are unknown.
+        """
+        if self.context_shape is None:
+            return None
+        held = {split: self.held_out(split).context for split in ("validation", "test")}
+        known = {split: as_rows(context) for split, context in held.items() if context is not None}
+        return {"train": np.zeros((len(self.reference()), 1)), **known}
+
+    @property
+    def _fixed_rows(self) -> bool:
+        """Whether `rows_for_hashing` returns all training rows in their order, not just `reference()`."""
+        return type(self).rows_for_hashing is not Dataset.rows_for_hashing
+
     def _in_batches(
         self,
         split: Literal["validation", "test"],
@@ -140,6 +180,12 @@ class Dataset(ABC):
         found = self.held_out(split)
         starts = range(0, len(found), batch_size)
         return (convert_batch(found[start : start + batch_size], device, dtype, self.name) for start in starts)
+
+
+def as_rows(x: Tensor) -> np.ndarray:
+    """Return points (n, *event) as rows (n, k) of an array: floating-point numbers in float64, others as they are."""
+    flat = x.detach().cpu().flatten(1)
+    return (flat.double() if flat.is_floating_point() else flat).numpy()
 
 
 @checked

@@ -6,8 +6,9 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from flows.arguments import checked
 from flows.checks import as_shape, fits_in_memory, whole_number
 from flows.datasets.base import Dataset
 from flows.datasets.batches import Batch, BatchStream, convert, convert_batch
+from flows.datasets.fingerprint import fingerprint_of_draws
 from flows.errors import InvalidTypeError, InvalidValueError
 
 # Large, so that nobody uses the same seed for training.
@@ -22,7 +24,9 @@ SEEDS = {
     "validation": 0x5EED_0001_7A11_DA7E,
     "test": 0x5EED_0002_07E5_7AB1,
     "reference": 0x5EED_0003_4EF4_ECE5,
+    "probe": 0x5EED_0007_9A0B_E000,
 }
+NUM_PROBES = 32  # draws that tell one density from another
 
 
 @checked
@@ -104,6 +108,19 @@ class Density(Dataset):
 
     def reference(self) -> Tensor:
         return convert(self._fixed("reference", self.num_reference).x, None, None, self.name)
+
+    def new_fingerprint(self) -> dict[str, Any]:
+        return fingerprint_of_draws(self, self._probe())
+
+    def _probe(self) -> np.ndarray | None:
+        """Return a few draws, (n, k), that tell the density; None if equal generators give unequal draws."""
+        with torch.random.fork_rng(devices=[]):
+            first, second = (self.draw(NUM_PROBES, torch.Generator().manual_seed(SEEDS["probe"])) for _ in range(2))
+        one, other = (
+            torch.cat([part.double().flatten(1) for part in (batch.x, batch.context) if part is not None], 1).numpy()
+            for batch in (first, second)
+        )
+        return one if np.array_equal(one, other) else None
 
     def _fixed(self, purpose: str, n: int) -> Batch:
         if purpose not in self._drawn:

@@ -16,7 +16,7 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.checks import check_number, whole_number
 from flows.datasets.batches import Batch, BatchStream
-from flows.datasets.density import Density, check_points
+from flows.datasets.density import NUM_PROBES, SEEDS, Density, check_points
 from flows.errors import InvalidValueError
 
 Values = TypeVar("Values", Tensor, np.ndarray)
@@ -49,6 +49,16 @@ class Energy(Density):
                 f"log Z of {self.name!r} is unknown; use log_density(x), which is log_prob(x) + log Z"
             )
         return self.log_density(x) - self.log_z
+
+    def _probe(self) -> np.ndarray | None:
+        """Return log densities of fixed points; None if they cannot be had on the CPU."""
+        generator = torch.Generator().manual_seed(SEEDS["probe"])
+        points = torch.randn(NUM_PROBES, *self.event_shape, generator=generator, dtype=torch.float64)
+        try:
+            with torch.no_grad():
+                return self.log_density(points.to(torch.get_default_dtype())).double().cpu().numpy()
+        except RuntimeError:
+            return None
 
     @property
     def has_samples(self) -> bool:

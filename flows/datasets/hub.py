@@ -130,6 +130,8 @@ class HubImages(Images):
         if conditional:
             reader.check_labels()
         super().__init__({"train": train, **parts}, num_levels, reader.num_classes, name, conditional, flip, where)
+        self.split_settings |= {f"{part}_fraction": missing.get(part) for part in fractions}
+        self.split_settings |= {"split_seed": split_seed, **{f"{part}_split": split for part, split in wanted.items()}}
 
 
 def _checked_size(size: object) -> tuple[int, int] | None:

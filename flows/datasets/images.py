@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flows.arguments import checked
 from flows.checks import whole_number
-from flows.datasets.base import Dataset, one_hot
+from flows.datasets.base import Dataset, as_rows, one_hot
 from flows.datasets.batches import Batch, EpochStream, convert
 from flows.datasets.splits import random_split
 from flows.errors import InvalidValueError
@@ -95,7 +96,9 @@ class Images(Dataset):
             raise InvalidValueError(f"parts must be train, validation and test, got {', '.join(parts) or 'none'}")
         self.num_levels = whole_number("num_levels", num_levels, 2, MAX_LEVELS, "most pictures have 256")
         self.name = name
+        self.source = source
         self.flip = flip
+        self.split_settings: dict[str, Any] = {"flip": flip}
         self.event_shape = tuple(parts["train"].images.shape[1:])
         self._parts = {
             split: LabelledImages(
@@ -112,6 +115,14 @@ class Images(Dataset):
     def labels(self, split: str) -> Tensor | None:
         """Return the classes (n,) of the "train", "validation" or "test" images, if known."""
         return self._parts[split].labels
+
+    def rows_for_hashing(self) -> dict[str, np.ndarray]:
+        return {split: as_rows(found.images) for split, found in self._parts.items()}
+
+    def labels_for_hashing(self) -> dict[str, np.ndarray] | None:
+        if self.num_classes is None:
+            return None
+        return {split: found.labels.numpy() for split, found in self._parts.items() if found.labels is not None}
 
     def train_stream(
         self,
@@ -198,6 +209,8 @@ class Digits(Images):
         images = LabelledImages(torch.from_numpy(pixels).byte().view(-1, 1, 8, 8), torch.from_numpy(labels).long())
         parts = images.split(validation_fraction, test_fraction, split_seed, "digits")
         super().__init__(parts, 17, 10, "digits", conditional, source="digits")
+        fractions = {"validation_fraction": validation_fraction, "test_fraction": test_fraction}
+        self.split_settings |= {**fractions, "split_seed": split_seed}
 
 
 def _contexts(labels: Tensor | None, num_classes: int | None, dtype: torch.dtype | None = None) -> Tensor | None:

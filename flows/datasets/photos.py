@@ -59,6 +59,8 @@ class PhotoPatches(Images):
             for part, indices in split.items()
         }
         super().__init__(parts, 256, name="photo_patches", flip=flip, source="photo_patches")
+        self.split_settings |= {"region": region, "stride": stride, "split_seed": split_seed}
+        self.split_settings |= {f"{part}_fraction": fraction for part, fraction in fractions.items()}
 
 
 def _photographs(region: int) -> list[Tensor]:  # (3, H, W) each

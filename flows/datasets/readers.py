@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,8 @@ Columns = Sequence[str | int] | None  # by name or position; None: all
 
 MISSING_WORDS = {"", "?", "na", "n/a", "nan", "null", "none"}  # in lower case
 INDEX_NAME = re.compile(r"|unnamed: \d+(\.\d+|_level_\d+)*|__index_level_\d+__|level_\d+|index", re.IGNORECASE)
+WORDS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " "}  # easier to type than the characters
+DELIMITERS = {**WORDS, "\\t": "\t"}
 HEADER_SAMPLE = 1000  # rows below the first line that are read to tell whether it holds names
 MIN_ROWS_TO_ASK = 10  # shorter files get no warning about a first line that may hold names
 YEARS = range(1800, 2201)
@@ -60,6 +63,61 @@ def read_table(
         raise error if isinstance(error, FileError) else FileError(f"cannot read {path}: {error}") from error
 
 
+def read_groups(
+    path: str | Path,
+    group_column: str | int,
+    columns: Columns = None,
+    delimiter: str = ",",
+    header: bool | None = None,
+) -> tuple[list[int], list[str]]:
+    """Read the column that says which rows belong together; it may hold words.
+
+    Returns:
+        The positions of the columns that are features, and the group of each row as text.
+
+    Raises:
+        FileError, InvalidTypeError, InvalidValueError: see `read_table`; or there is no such column, it is also a
+            feature, or one of its entries is empty.
+    """
+    path = existing_path("path", path, "data file")
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        delimiter = checked_delimiter(delimiter)
+        top = _top(path, delimiter)
+        names, first = _names(top, header, path)
+        index = _leading_index(names, top[int(first) :])
+        place = _place(group_column, names, path)
+        rows = islice(_csv_rows(path, delimiter), int(first), None)
+        groups = [row[place] if place < len(row) else "" for row in rows]
+    elif suffix == ".parquet":
+        file = _open_parquet(path)
+        names, index = file.schema_arrow.names, _parquet_index(file.schema_arrow.names, file.schema_arrow.metadata)
+        place = _place(group_column, names, path)
+        found = file.read().column(place).to_pylist()
+        groups = ["" if group is None else str(group) for group in found]
+    else:
+        values, names = read_table(path)
+        index, place = [], _place(group_column, names, path)
+        groups = [repr(value) for value in values[:, place].tolist()]
+    empty = next((row for row, group in enumerate(groups, start=1) if group.strip().lower() in MISSING_WORDS), None)
+    if empty is not None:
+        raise InvalidValueError(
+            f"{path}: row {empty} (the first data row is row 1) has no group in column {names[place]!r}; fill it in"
+        )
+    if columns is None:
+        return [i for i in _chosen(None, names, index, path) if i != place], groups
+    chosen = choose_columns(columns, names, path)
+    if place in chosen:
+        raise InvalidValueError(f"the group column {names[place]!r} is no feature; leave it out of columns")
+    return chosen, groups
+
+
+def _place(group_column: str | int, names: Sequence[str], path: Path) -> int:
+    if isinstance(group_column, bool) or not isinstance(group_column, str | int):
+        raise InvalidTypeError(f"group_column must be the name or position of a column, got {group_column!r}")
+    return choose_columns([group_column], names, path)[0]
+
+
 def read_csv(
     path: Path, columns: Columns = None, delimiter: str = ",", header: bool | None = None
 ) -> tuple[np.ndarray, list[str]]:
@@ -75,21 +133,9 @@ def read_csv(
 
     An index that pandas wrote is left out, unless `columns` asks for it.
     """
-    if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '\r\n"':
-        raise InvalidValueError(f"delimiter must be a single character, such as ',' or ';', got {delimiter!r}")
-    if header not in (None, True, False):
-        raise InvalidTypeError(f"header must be true, false or null, got {header!r}")
-    top = list(islice(_csv_rows(path, delimiter), HEADER_SAMPLE))
-    if not top:
-        raise InvalidValueError(f"{path} is empty; expected one row of numbers a line")
-    if len(top[0]) == 1 and any(mark in top[0][0] for mark in ",;\t"):
-        mark = next(mark for mark in ",;\t" if mark in top[0][0])
-        raise InvalidValueError(f"{path} has no {delimiter!r} in its first line but {mark!r}; set delimiter={mark!r}")
-    if header is None:
-        header = _is_header(top[0], top[1:], path)
-    names = [field.strip() for field in top[0]] if header else [str(i) for i in range(len(top[0]))]
-    if len(top) == 1 and header:
-        raise InvalidValueError(f"{path} has a line of names and no row of numbers below it")
+    delimiter = checked_delimiter(delimiter)
+    top = _top(path, delimiter)
+    names, header = _names(top, header, path)
     chosen = _chosen(columns, names, _leading_index(names, top[1:] if header else top), path)
     every = len(chosen) == len(names)
     rows = islice(_csv_rows(path, delimiter), int(header), None)
@@ -119,6 +165,43 @@ def read_csv(
     return values, _distinct([names[i] for i in chosen], path)
 
 
+def checked_delimiter(delimiter: object) -> str:
+    """Return the character that a delimiter means: itself, or one with a name such as "tab".
+
+    Raises:
+        InvalidValueError: it is no single character, or one that numbers are written with.
+    """
+    found = DELIMITERS.get(delimiter.lower(), delimiter) if isinstance(delimiter, str) else delimiter
+    if not isinstance(found, str) or len(found) != 1 or found in '\r\n"\0' or found.isalnum() or found in "+-._":
+        raise InvalidValueError(
+            f"delimiter must be a single character that numbers lack, or one of the words {', '.join(WORDS)}, got "
+            f"{delimiter!r}"
+        )
+    return found
+
+
+def _top(path: Path, delimiter: str) -> list[list[str]]:
+    """Return the first rows of a text file; check that it is one and has that delimiter."""
+    top = list(islice(_csv_rows(path, delimiter), HEADER_SAMPLE))
+    if not top:
+        raise InvalidValueError(f"{path} is empty; expected one row of numbers a line")
+    marks = [mark for mark in WORDS.values() if mark != delimiter and mark in top[0][0]]
+    if len(top[0]) == 1 and marks and (marks[0] != " " or len(top[0][0].split()) == len(top[-1][0].split()) > 1):
+        word = next(word for word, mark in WORDS.items() if mark == marks[0])
+        raise InvalidValueError(f"{path} has no {delimiter!r} in its first line but {marks[0]!r}; set delimiter={word}")
+    return top
+
+
+def _names(top: Sequence[Sequence[str]], header: bool | None, path: Path) -> tuple[list[str], bool]:
+    """Return the names of the columns, and whether they stand in the first line."""
+    if header not in (None, True, False):
+        raise InvalidTypeError(f"header must be true, false or null, got {header!r}")
+    first = _is_header(top[0], top[1:], path) if header is None else bool(header)
+    if len(top) == 1 and first:
+        raise InvalidValueError(f"{path} has a line of names and no row of numbers below it")
+    return [field.strip() for field in top[0]] if first else [str(i) for i in range(len(top[0]))], first
+
+
 def read_npy(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]]:
     """Read an array saved by `numpy.save`; positions are the names of the columns."""
     try:
@@ -141,13 +224,10 @@ def read_npy(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]
 
 def read_parquet(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]]:
     """Read a Parquet file; nulls become NaN. Needs pyarrow."""
+    file = _open_parquet(path)
+    import pyarrow as pa
+
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingPackageError(f"reading {path} needs pyarrow: pip install pyarrow, or convert to .csv") from error
-    try:
-        file = pq.ParquetFile(path)
         schema = file.schema_arrow
         unique = len(set(schema.names)) == len(schema.names)
         chosen = _chosen(columns, schema.names, _parquet_index(schema.names, schema.metadata), path)
@@ -169,6 +249,18 @@ def read_parquet(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[
         arrays.append(column.cast(pa.float64(), safe=False).to_numpy())
     values = np.stack(arrays, 1) if len(table) else np.empty((0, len(names)))
     return values, _distinct(names, path)
+
+
+def _open_parquet(path: Path) -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingPackageError(f"reading {path} needs pyarrow: pip install pyarrow, or convert to .csv") from error
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise FileError(f"{path} is not a whole Parquet file ({error})") from error
 
 
 READERS: dict[str, Callable[..., tuple[np.ndarray, list[str]]]] = {

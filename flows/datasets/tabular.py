@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from flows.arguments import checked
+from flows.checks import whole_number
 from flows.datasets.base import Dataset
 from flows.datasets.batches import Batch, EpochStream, convert
 from flows.datasets.diagnosis import find_ties, rounding_unit, warnings_about
-from flows.datasets.readers import choose_columns, read_table
-from flows.datasets.splits import random_split
+from flows.datasets.fingerprint import content_keys, word_keys
+from flows.datasets.readers import choose_columns, read_groups, read_table
+from flows.datasets.splits import content_split, group_split, random_split
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
 
 LOGGER = logging.getLogger("flows")
@@ -46,6 +49,11 @@ class Table(Dataset):
     u ~ U(0, 1): anew for every training batch, once for validation and test rows. The density p is then that of the
     noisy columns, and E log p(x + δ(u − ½)) + log δ <= log P(x) for the probability P of a rounded value.
 
+    By default the split shuffles positions: appending a row, or another order of the rows, gives other splits.
+    `split_by="content"` decides by the numbers in a row alone, so that a training row stays one whatever rows come and
+    go, and copies stay together; the sizes then only come close to the fractions. With `groups`, rows of a group stay
+    in one split.
+
     Args:
         values: finite numbers (rows, columns): a tensor, an array, a data frame or nested lists.
         columns: names of the columns. Default: those of a data frame, otherwise "0", "1", ...
@@ -56,6 +64,8 @@ class Table(Dataset):
         dequantise_columns: columns to add noise to, by name or position; "auto" for all that repeat rounded values.
             Default: none.
         quiet: leave out the warnings about values.
+        split_by: "position" or "content".
+        groups: the group of each row, as numbers or words. Default: each row is its own.
 
     Attributes:
         units: rounding unit of each column that noise is added to, otherwise 0.
@@ -92,9 +102,11 @@ class Table(Dataset):
         source: str = "the table",
         dequantise_columns: Literal["auto"] | Sequence[str | int] | None = None,
         quiet: bool = False,
+        split_by: Literal["position", "content"] = "position",
+        groups: ArrayLike | None = None,
     ):
         table = _as_table(values, source)
-        self.name = name
+        self.name, self.source = name, source
         if columns is None:
             columns = [str(name) for name in getattr(values, "columns", range(table.shape[1]))]
         self.columns = list(columns)
@@ -106,7 +118,11 @@ class Table(Dataset):
         _check_finite(table, self.columns, source)
         self.event_shape = (table.shape[1],)
         fractions = {"test": test_fraction, "validation": validation_fraction}
-        self.split = random_split(len(table), fractions, split_seed, source, "rows")
+        self.split = _split(table.numpy(), fractions, split_seed, source, split_by, groups)
+        self.split_settings = {
+            **{f"{split}_fraction": float(fraction) for split, fraction in fractions.items()},
+            **{"split_seed": int(split_seed), "split_by": split_by, "groups": groups is not None},
+        }
         self.num_validation, self.num_test = len(self.split["validation"]), len(self.split["test"])
         self._parts = {split: table[rows] for split, rows in self.split.items()}
         _check_varies(self._parts["train"], self.columns, source)
@@ -115,8 +131,24 @@ class Table(Dataset):
             rows = {split: indices.numpy() for split, indices in self.split.items()}
             for message in warnings_about(table.numpy(), rows, self.columns, (self.units == 0).tolist(), source):
                 warnings.warn(message, DataWarning, stacklevel=2)
-        for split in ("validation", "test"):
-            self._parts[split] = self._with_noise(split)
+        if self.units.any():
+            noisy = {name: unit for name, unit in zip(self.columns, self.units.tolist(), strict=True) if unit}
+            self.split_settings["noise"] = noisy
+        self._held_out = {split: self._with_noise(split) for split in ("validation", "test")}
+
+    def rows_for_hashing(self) -> dict[str, np.ndarray]:
+        return {split: rows.numpy() for split, rows in self._parts.items()}
+
+    def reordered(self, columns: Sequence[int]) -> Table:
+        """Return the same table with its columns in another order."""
+        order = list(columns)
+        new = copy.copy(self)
+        new._fingerprint = None
+        new.columns = [self.columns[i] for i in order]
+        new.units = self.units[order]
+        new._parts = {split: rows[:, order] for split, rows in self._parts.items()}
+        new._held_out = {split: rows[:, order] for split, rows in self._held_out.items()}
+        return new
 
     def train_stream(
         self,
@@ -130,7 +162,7 @@ class Table(Dataset):
         return TableStream(self.name, self._parts["train"], self.units, batch_size, generator, device, dtype)
 
     def held_out(self, split: Literal["validation", "test"]) -> Batch:
-        return Batch(self._parts[split])
+        return Batch(self._held_out[split])
 
     def reference(self) -> Tensor:
         """Return all training rows (n, columns) in float64, with noise where it is added."""
@@ -163,7 +195,9 @@ class Tabular(Table):
         validation_fraction, test_fraction, split_seed: see `Table`.
         delimiter: separator of the values in a .csv file.
         header: whether the first line of a .csv file holds names. Default: find out.
-        dequantise_columns: see `Table`.
+        dequantise_columns, split_by: see `Table`.
+        group_column: a column, by name or position, that says which rows belong together, such as a patient or a day.
+            They stay in one split, and the column is no feature. It may hold words. Default: none.
 
     Raises:
         FileError: the file does not exist or cannot be read.
@@ -181,10 +215,17 @@ class Tabular(Table):
         delimiter: str = ",",
         header: bool | None = None,
         dequantise_columns: Literal["auto"] | Sequence[str | int] | None = None,
+        split_by: Literal["position", "content"] = "position",
+        group_column: str | int | None = None,
     ):
+        groups = None
+        if group_column is not None:
+            columns, groups = read_groups(path, group_column, columns, delimiter, header)
         values, names = read_table(path, columns, delimiter=delimiter, header=header)
         fractions = (validation_fraction, test_fraction, split_seed)
-        super().__init__(values, names, name, *fractions, str(path), dequantise_columns)
+        super().__init__(
+            values, names, name, *fractions, str(path), dequantise_columns, split_by=split_by, groups=groups
+        )
         self.path = Path(path)
 
 
@@ -250,6 +291,28 @@ class TableStream(EpochStream):
             x = _dequantised(self._rows[chosen], self._units, self.generator)
             return Batch(convert(x, self.device, self.dtype, self.dataset))
         return Batch(self._rows[chosen.to(self.device)])
+
+
+def _split(
+    table: np.ndarray,
+    fractions: Mapping[str, float],
+    seed: int,
+    source: str,
+    split_by: Literal["position", "content"],
+    groups: ArrayLike | None,
+) -> dict[str, Tensor]:
+    if split_by not in ("position", "content"):
+        raise InvalidValueError(f"split_by must be 'position' or 'content', got {split_by!r}")
+    if groups is None:
+        if split_by == "position":
+            return random_split(len(table), fractions, seed, source, "rows")
+        return content_split(content_keys(table, whole_number("split_seed", seed, 0)), fractions, seed, source, "rows")
+    words = np.asarray(groups)
+    if words.shape != (len(table),):
+        raise InvalidValueError(f"groups must have one entry for each of {len(table)} rows, got shape {words.shape}")
+    if split_by == "position":
+        return group_split(words, fractions, seed, source, "rows")
+    return content_split(word_keys(words, whole_number("split_seed", seed, 0)), fractions, seed, source, "rows")
 
 
 def _exact(device: torch.device | str | None, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -41,6 +41,12 @@ def describe(dataset: Any) -> dict[str, Any]:
     return {"name": getattr(dataset, "name", type(dataset).__name__), **own()}
 
 
+def fingerprint_entry(dataset: Any) -> dict[str, Any]:
+    """Return the entry of a checkpoint by which `flows.datasets.recognition` tells the data of the run from others."""
+    own = getattr(dataset, "fingerprint", None)  # data of the user's own may do without
+    return {} if own is None else {"fingerprint": own()}
+
+
 @checked
 def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
     """Write `content` so that `path` holds either the old checkpoint or the whole new one.

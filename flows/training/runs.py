@@ -15,7 +15,7 @@ import yaml
 from flows.arguments import checked
 from flows.checks import check_seed
 from flows.datasets import Dataset
-from flows.errors import InvalidValueError
+from flows.errors import FileError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.objectives.checks import check_levels
 from flows.training import checkpoint as files
@@ -41,6 +41,7 @@ class LoadedRun:
     step: int
     context_shape: tuple[int, ...] | None  # of the training data
     num_classes: int | None  # None: the contexts are no classes
+    data: Mapping[str, Any]  # what identifies the training data, for `flows.datasets.recognition`
 
 
 @checked
@@ -85,7 +86,7 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"no flow can be built from the settings in {file}: {error}") from error
     _fill(flow, content, file)
-    return LoadedRun(flow.eval(), config, file, content["position"]["step"], shape, data.get("num_classes"))
+    return LoadedRun(flow.eval(), config, file, content["position"]["step"], shape, data.get("num_classes"), data)
 
 
 def checkpoint_config(
@@ -115,9 +116,19 @@ def checkpoint_config(
 
 
 @checked
-def build_dataset(config: Mapping[str, Any]) -> Dataset:
-    """Build the data that `config["data"]` describes."""
-    return instantiate(_part(config, "data"), "data")
+def build_dataset(config: Mapping[str, Any], of_run: bool = False) -> Dataset:
+    """Build the data that `config["data"]` describes.
+
+    Args:
+        config: settings.
+        of_run: whether they are those of a run from before, whose files may have moved. The error then says so.
+    """
+    try:
+        return instantiate(_part(config, "data"), "data")
+    except SettingsError as error:
+        if of_run and isinstance(error.__cause__, FileError):
+            raise SettingsError(f"{error}. If the data of the run have moved, say where: data.path=...") from error
+        raise
 
 
 @checked
@@ -184,7 +195,7 @@ def build_trainer(
     check_seed(seed)
     stages = _checked_stages(_part(config, "objective"))
     torch.manual_seed(seed)
-    dataset = build_dataset(config) if dataset is None else dataset
+    dataset = build_dataset(config, resume is not None) if dataset is None else dataset
     chosen = {} if "optimizer" not in config else {"optimizer": _build_optimizer(config["optimizer"])}
     optimization = instantiate(_options(config, "optimization", "Optimization"), "optimization", **chosen)
     hardware = instantiate(_options(config, "hardware", "Hardware"), "hardware")

@@ -25,7 +25,7 @@ from flows.errors import FlowsError
 from flows.evaluation import Evaluator, seeded
 from flows.solvers import SolverStatistics
 from flows.solvers.problem import all_finite
-from flows.training.checkpoint import CheckpointError, describe
+from flows.training.checkpoint import CheckpointError, describe, fingerprint_entry
 from flows.training.fabric import Fabric
 from flows.training.files import FOLDER, RunFileError
 from flows.training.loggers import MetricMeans
@@ -230,7 +230,7 @@ class RunState:
             torch.distributed.all_gather_object(ranks, own)
         return {
             "run": self.run,
-            "data": describe(self.dataset),
+            "data": describe(self.dataset) | fingerprint_entry(self.dataset),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
             "ema_updates": int(self.ema.n_averaged),

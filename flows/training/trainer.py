@@ -18,6 +18,7 @@ from torch import nn
 from flows.arguments import checked
 from flows.checks import check_seed
 from flows.datasets import Dataset
+from flows.datasets.recognition import refuse_other_data
 from flows.errors import ComputationError, FlowsError, InvalidTypeError, InvalidValueError
 from flows.evaluation import Evaluator, Report, aligned, default_evaluator
 from flows.naming import in_words
@@ -181,6 +182,8 @@ class Trainer:
         self._checkpoint = None if resumed is None else load_checkpoint(resumed)
         if resumed is not None and self._checkpoint is not None:
             check_content(self._checkpoint, resumed, RUN)
+            if describe(dataset)["name"] == self._checkpoint["data"].get("name"):  # otherwise said by `RunState.resume`
+                refuse_other_data(self._checkpoint["data"], dataset)
         self._resumed_folder = None if resumed is None else own_run_folder(resumed)
         self._output_dir = self._resumed_folder if output_dir is None else Path(output_dir)
 

@@ -1,0 +1,319 @@
+"""Recognises the data of a run: what differs from its fingerprint, and which points it was trained on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flows.datasets.base import Dataset
+from flows.datasets.fingerprint import SPLITS, column_digests, digest, hash_rows, label_digest
+from flows.errors import DataWarning, FlowsError, InvalidValueError
+
+TOLERANCE = 1e-4  # of the spread of drawn points; other machines round otherwise
+MAX_NAMES = 5  # in a message
+
+
+SHAPES = {"context_shape": "shape of contexts", "num_classes": "number of classes", "num_levels": "number of levels"}
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of the columns in a run and now."""
+
+    old: list[str]
+    new: list[str]
+
+    @property
+    def old_are_positions(self) -> bool:
+        return self.old == [str(i) for i in range(len(self.old))]
+
+    @property
+    def new_are_positions(self) -> bool:
+        return self.new == [str(i) for i in range(len(self.new))]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How data differ from those of a run.
+
+    Attributes:
+        differences: what differs, in words; empty if data and split are the same.
+        unequal: what else would keep a run from going on bit for bit, such as another order of the rows.
+        columns: positions of the columns in the order of the run, if they come in another order.
+        hashes: hashes of the rows of each split; empty for data that are drawn afresh.
+        trained: hashes of training rows of the run, rising.
+        share: of the distinct training rows of the run whose hashes are in `trained`.
+    """
+
+    differences: Sequence[str] = ()
+    unequal: Sequence[str] = ()
+    columns: Sequence[int] | None = None
+    hashes: Mapping[str, NDArray[np.uint64]] = field(default_factory=dict)
+    trained: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    share: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """All differences as one phrase."""
+        return "; ".join(self.differences)
+
+    def trained_on(self, part: str) -> tuple[int, int]:
+        """Return how many points of a part are training points of the run, and how many points it has.
+
+        The number is estimated from a sample if the run has very many training points.
+        """
+        found = self.hashes.get(part, np.empty(0, np.uint64))
+        if self.share < 1 and len(self.trained):
+            sampled = found[found <= self.trained[-1]]  # the smallest hashes are a random sample
+            known = float(np.isin(sampled, self.trained).mean()) if len(sampled) else 0.0
+            return round(known * len(found)), len(found)
+        return int(np.isin(found, self.trained).sum()), len(found)
+
+    def trained_on_in_words(self, part: str) -> str:
+        """Say it, such as "12 of 100 test points are training points of the run"."""
+        count, total = self.trained_on(part)
+        about = "about " if self.share < 1 and count else ""
+        are = "is a training point" if total == 1 else "are training points"
+        return f"{about}{count:,} of {total:,} {part} points {are} of the run"
+
+
+def compare(stored: Mapping[str, Any] | None, dataset: Dataset) -> Comparison:
+    """Compare data with what a checkpoint says about those of its run.
+
+    Args:
+        stored: the entry `data` of a checkpoint. Without a fingerprint in it, only the shape is compared.
+        dataset: the data.
+    """
+    try:
+        return _compared(stored or {}, dataset)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, FlowsError):
+            raise
+        raise InvalidValueError(
+            f"the fingerprint of the data in the checkpoint is damaged ({type(error).__name__}: {error}); use another "
+            "checkpoint of the run"
+        ) from error
+
+
+def _compared(stored: Mapping[str, Any], dataset: Dataset) -> Comparison:
+    if not isinstance(dataset, Dataset):
+        return Comparison()  # data of the user's own, which only have a name
+    names = _Names(list(stored.get("columns") or []), list(getattr(dataset, "columns", None) or []))
+    shape = [None if given is None else list(given) for given in (stored.get("event_shape"), dataset.event_shape)]
+    if shape[0] is not None and shape[1] is not None and shape[0] != shape[1]:
+        return Comparison([_about_shape(shape[0], shape[1], names)])
+    differences = []
+    for key, what in SHAPES.items():
+        now = getattr(dataset, key, None)
+        now = list(now) if isinstance(now, tuple) else now
+        if key in stored and now != stored[key]:
+            differences.append(f"the {what} is {_shown(now)}, {_shown(stored[key])} in the run")
+    old = stored.get("fingerprint")
+    if not isinstance(old, Mapping):
+        return Comparison(differences)
+    new = dataset.fingerprint()
+    if new["kind"] != old.get("kind"):
+        return Comparison([*differences, "they are of another kind"])
+    found = KINDS[new["kind"]](old, new, dataset, names)
+    return replace(found, differences=[*differences, *found.differences])
+
+
+def recognised(
+    stored: Mapping[str, Any] | None,
+    dataset: Dataset,
+    part: Literal["validation", "test"] | None = None,  # that is evaluated; None: none
+) -> tuple[Dataset, Comparison]:
+    """Return the data with their columns in the order of a run, and warn of all that differs.
+
+    Raises:
+        InvalidValueError: the data have other columns, or points of another shape.
+    """
+    found = compare(stored, dataset)
+    shape = (stored or {}).get("event_shape")
+    if shape is not None and list(shape) != list(dataset.event_shape):
+        raise InvalidValueError(f"these are not the data of the run: {found.text}")
+    name = getattr(dataset, "source", None) or dataset.name
+    if found.columns is not None and hasattr(dataset, "reordered"):
+        dataset = dataset.reordered(found.columns)  # type: ignore[attr-defined]
+        warnings.warn(
+            f"{name}: the columns come in another order than in the run, and were put into its order: "
+            f"{_list(dataset.columns or [])}",
+            DataWarning,
+            stacklevel=3,
+        )
+        found = compare(stored, dataset)
+    trained = found.trained_on(part)[0] if part and found.differences else 0
+    if found.differences:
+        known = f"; {found.trained_on_in_words(part)}" if part and found.hashes else ""
+        caution = ", so the figures reward memory and say little about new points" if trained else ""
+        warnings.warn(
+            f"{name}: data or split differ from those of the run: {found.text}{known}{caution}",
+            DataWarning,
+            stacklevel=3,
+        )
+    return dataset, found
+
+
+def caution_about_outliers(stored: Mapping[str, Any] | None, outliers: Dataset, part: str) -> str | None:
+    """Return a warning if outliers are training points of the run."""
+    if list((stored or {}).get("event_shape") or ()) != list(outliers.event_shape):
+        return None
+    found = compare(stored, outliers)
+    if not found.trained_on(part)[0]:
+        return None
+    return f"outliers: {found.trained_on_in_words(part)}, so they are no outliers"
+
+
+def refuse_other_data(stored: Mapping[str, Any] | None, dataset: Dataset) -> None:
+    """Refuse to go on with other data, or another split, than those of a run.
+
+    Raises:
+        InvalidValueError: names all that differs.
+    """
+    found = compare(stored, dataset)
+    differences = list(found.differences)
+    if found.columns is not None:
+        order = [list(dataset.columns or [])[i] for i in found.columns]
+        differences.insert(0, f"the columns come in another order; set columns=[{','.join(order)}]")
+    differences += [] if found.differences else found.unequal
+    if differences:
+        raise InvalidValueError(
+            f"the run was started on other data or another split: {'; '.join(differences)}. Resume with the data and "
+            "the split that it was started with, or start a new run"
+        )
+
+
+def _compare_rows(old: Mapping[str, Any], new: Mapping[str, Any], dataset: Dataset, names: _Names) -> Comparison:
+    rows, labels = dataset.rows_for_hashing(), dataset.labels_for_hashing()
+    units, differences = old["units"], []
+    order, columns = _match_columns(old, new, names, differences)
+    hashes = {split: hash_rows(rows[split], units, order) for split in SPLITS}
+    every = np.concatenate([hashes[split] for split in SPLITS])
+    trained = old["trained"].numpy().view(np.uint64)
+    fixed = old["fixed"] and new["fixed"]
+    parts = SPLITS if fixed else SPLITS[1:]
+    same_parts = all(digest(hashes[split]) == old["parts"][split] for split in parts)
+    same_rows = same_parts or (fixed and digest(every) == old["digest"])
+    settings = _about_settings(old["settings"], new["settings"])
+    if not same_rows:
+        digests = None if units is None else column_digests(rows, units, order)
+        differences.append(_about_rows(every, trained, old, digests, names.old))
+    if not same_parts:
+        known = "split_seed" in old["settings"] and "split_seed" in new["settings"]
+        cause = ", as the rows come in another order" if known else ""
+        differences += settings or [f"the split is another one{cause}"] * same_rows
+    elif labels is not None and old["labels"] not in (None, label_digest(hashes, labels)):
+        differences.append("the classes are numbered otherwise, or examples have other classes")
+    noise = _about_settings({"noise": old["settings"].get("noise")}, {"noise": new["settings"].get("noise")})
+    differences += noise if same_parts else []
+    unequal = [text for text in settings if same_parts and text not in noise]
+    if same_parts and any(digest(hashes[split], in_order=True) != old["order"][split] for split in parts):
+        unequal.append("the same rows come in another order")
+    share = len(trained) / max(1, old["trained_distinct"])
+    return Comparison(differences, unequal, columns, hashes, trained, share)
+
+
+def _match_columns(
+    old: Mapping[str, Any], new: Mapping[str, Any], names: _Names, differences: list[str]
+) -> tuple[list[int] | None, list[int] | None]:
+    """Return the columns in the order of the run: to hash them, and to put right; None for the order that they have."""
+    if old["columns"] is None or not names.old:
+        return None, None
+    by_name = None
+    if names.old != names.new and sorted(names.old) == sorted(names.new):
+        by_name = [names.new.index(name) for name in names.old]
+    stored, found = list(old["columns"]), list(new["columns"])
+    if [found[i] for i in by_name or range(len(found))] == stored:
+        if by_name is None and names.old != names.new and not (names.old_are_positions or names.new_are_positions):
+            pairs = zip(names.old, names.new, strict=True)
+            differences.append(f"columns were renamed: {_list(f'{a!r} is now {b!r}' for a, b in pairs if a != b)}")
+        return by_name, by_name
+    if sorted(stored) != sorted(found) or len(set(stored)) < len(stored):
+        return by_name, by_name
+    moved = [found.index(column) for column in stored]
+    pairs = [(names.new[j], names.old[i]) for i, j in enumerate(moved) if names.new[j] != names.old[i]]
+    if names.new_are_positions or names.old_are_positions:
+        return moved, moved
+    where = _list(f"{a!r} holds what was {b!r}" for a, b in pairs)
+    differences.append(f"the values of columns were exchanged or their names were: {where}")
+    return moved, None
+
+
+def _compare_draws(old: Mapping[str, Any], new: Mapping[str, Any], dataset: Dataset, names: _Names) -> Comparison:
+    differences = _about_settings(old["settings"], new["settings"])
+    probes = [probe.double().numpy() for probe in (old["probe"], new["probe"]) if probe is not None]
+    if not differences and old["dtype"] == new["dtype"] and len(probes) == 2:
+        a, b = probes
+        spread = float(np.std(a)) or 1.0
+        if a.shape != b.shape or not np.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * spread, equal_nan=True):
+            differences.append(f"{dataset.name} is another density than in the run")
+    return Comparison(differences, _about_settings(old["sizes"], new["sizes"]))
+
+
+def _compare_unknown(old: Mapping[str, Any], new: Mapping[str, Any], dataset: Dataset, names: _Names) -> Comparison:
+    return Comparison()
+
+
+KINDS = {"rows": _compare_rows, "draws": _compare_draws, "unknown": _compare_unknown}
+
+
+def _about_shape(old: list[int], new: list[int], names: _Names) -> str:
+    added = [name for name in names.new if name not in names.old]
+    missing = [name for name in names.old if name not in names.new]
+    if not names.old or not names.new or not (added or missing):
+        return f"their points have the shape {tuple(new)}, those of the run {tuple(old)}"
+    parts = [f"{_list(map(repr, added))} added"] * bool(added) + [f"{_list(map(repr, missing))} missing"] * bool(
+        missing
+    )
+    cure = "" if missing else f"; set columns=[{','.join(names.old)}]"
+    return f"they have {new[0]} columns, those of the run {old[0]} ({', '.join(parts)}){cure}"
+
+
+def _about_rows(
+    every: NDArray[np.uint64],
+    trained: NDArray[np.uint64],
+    old: Mapping[str, Any],
+    digests: list[str] | None,
+    names: Sequence[str],
+) -> str:
+    before, now = sum(old["rows"].values()), len(every)
+    counts = f"{now:,} rows, {before:,} in the run" if now != before else f"{now:,} rows, as in the run"
+    known = float(np.isin(trained, every).mean()) if len(trained) else 0.0
+    if known == 1 and now != before:
+        what = "row was" if abs(now - before) == 1 else "rows were"
+        return f"{abs(now - before):,} {what} {'added' if now > before else 'removed'} ({counts})"
+    changed = []
+    if digests is not None and now == before:
+        changed = [name for name, a, b in zip(names, old["columns"], digests, strict=True) if a != b]
+    where = f" in the column{'s' if len(changed) > 1 else ''} {_list(map(repr, changed))}" if changed else ""
+    if known == 0 and (not where or len(changed) == len(names)):
+        return f"these are other rows, no training row of the run is among them ({counts})"
+    missing = round((1 - known) * old["trained_distinct"])
+    about = "about " if len(trained) < old["trained_distinct"] else ""
+    return (
+        f"values changed{where}, or rows: {about}{missing:,} of {old['trained_distinct']:,} training rows of the run "
+        f"are missing ({counts})"
+    )
+
+
+def _about_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} is {_shown(new.get(name))}, {_shown(old.get(name))} in the run"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _shown(value: object) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _list(items: Iterable[str]) -> str:
+    every = list(items)
+    return ", ".join(every[:MAX_NAMES]) + (f" and {len(every) - MAX_NAMES} more" if len(every) > MAX_NAMES else "")
