@@ -9,6 +9,7 @@ import collections.abc
 import contextlib
 import functools
 import inspect
+import math
 import os
 import reprlib
 import sys
@@ -21,7 +22,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from flows.errors import InvalidTypeError, InvalidValueError
+from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
 from flows.naming import concrete_subclasses, in_words
 
 T = TypeVar("T")
@@ -38,6 +39,8 @@ NAMES = {
 PLURALS = {int: "whole numbers", float: "numbers", str: "texts", Tensor: "tensors"}
 LISTS = (tuple, list, collections.abc.Sequence)
 MAPPINGS = (dict, collections.abc.Mapping)
+TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "out of memory")  # in the words of torch
+MAX_WHOLE = 2**63 - 1  # the largest whole number that torch takes
 MAX_CHOICES = 12  # that a message lists
 MAX_SHOWN = 200  # characters of a value in a message
 
@@ -74,6 +77,23 @@ def checked(target: Any = None, *, own: Collection[str] | Literal["all"] = ()) -
     return target
 
 
+class CheckedMethods:
+    """Base of families whose methods check their arguments as `checked` does, in every subclass.
+
+    Class arguments:
+        checks: names of the methods.
+    """
+
+    _checks: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, checks: Sequence[str] = (), **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._checks = (*cls._checks, *checks)
+        for name in cls._checks:
+            if inspect.isfunction(vars(cls).get(name)):
+                setattr(cls, name, checked(vars(cls)[name]))
+
+
 def is_checked(target: Any) -> bool:
     """Whether calls of a function or class are checked."""
     function = vars(target).get("__init__") if inspect.isclass(target) else target
@@ -96,6 +116,19 @@ def _with_check(
     def call(*args: Any, **kwargs: Any) -> Any:
         door.check(args, kwargs)
         return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def construct(*args: Any, **kwargs: Any) -> None:
+        door.check(args, kwargs)
+        try:
+            function(*args, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(error, FlowsError) and any(words in str(error) for words in TOO_LARGE):
+                raise InvalidValueError(door.too_large(args, kwargs)) from error
+            raise
+
+    if owner is not None:
+        call = construct
 
     call.__door__ = door  # type: ignore[attr-defined]
     return call
@@ -156,8 +189,20 @@ class _Door:
                     f"{self.name} needs {name}{_described(self.hints.get(name))}; it takes {self._taken()}"
                 )
 
+    def too_large(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        given = dict(zip(self.positional, args[1:], strict=False)) | dict(kwargs)
+        shown = ", ".join(f"{name}={show(value)}" for name, value in given.items())
+        return f"{self.name}({shown}) would not fit into memory; choose smaller numbers"
+
     def _check(self, name: str, value: Any, shown: str | None = None) -> None:
-        hint = self.hints.get(name, Any)
+        hint = self.hints.get(name)
+        if hint is None:  # its own business
+            return
+        for number in value if type(value) in (list, tuple) else (value,):
+            too_large = isinstance(number, int) and abs(number) > MAX_WHOLE
+            if too_large or (isinstance(number, float) and math.isnan(number)):
+                limit = "below 2^63" if too_large else "and not NaN"
+                raise InvalidValueError(f"{shown or name} must be {describe(hint)} {limit}, got {show(value)}")
         if not allows(hint, value):
             kind = InvalidValueError if _is_unknown_choice(hint, value) else InvalidTypeError
             raise kind(refusal(shown or name, value, hint))
@@ -185,7 +230,7 @@ def allows(hint: Any, value: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(allows(one, value) for one in arguments)
     if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in arguments)
+        return any(type(value) is type(one) and value == one for one in arguments)
     if hint in (None, type(None)):
         return value is None
     if hint in (int, float):
@@ -251,12 +296,13 @@ def show(value: Any) -> str:
     """What came, in a few words."""
     if inspect.isclass(value):
         return f"the class {value.__name__}"
-    if inspect.isroutine(value):
+    if inspect.isroutine(value) and hasattr(value, "__name__"):
         return f"the function {value.__name__}"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    if hasattr(value, "shape") and hasattr(value, "dtype") and getattr(value, "shape", ()) != ():
-        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
+    shape = getattr(value, "shape", ())
+    if shape != () and hasattr(value, "dtype"):
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
     if value is None or isinstance(value, str | bytes | int | float | complex):
         text = repr(value)
     elif isinstance(value, list | tuple | dict | set | frozenset | range):
@@ -264,6 +310,39 @@ def show(value: Any) -> str:
     else:
         return f"a {type(value).__name__} object"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def check_takes(name: str, function: Any, *arguments: str) -> None:
+    """Require a function, and no class, that can be called with these arguments by place.
+
+    Raises:
+        InvalidTypeError: it cannot.
+    """
+    call = f"{name}({', '.join(arguments)})"
+    if not callable(function) or inspect.isclass(function):
+        raise InvalidTypeError(f"{name} must be a function, called as {call}, got {show(function)}")
+    _check_call(name, function, call, arguments, {})
+
+
+def check_keywords(name: str, function: Any, *keywords: str) -> None:
+    """Require a function or class that can be called with these arguments by name.
+
+    Raises:
+        InvalidTypeError: it cannot.
+    """
+    call = f"{name}({', '.join(f'{keyword}=...' for keyword in keywords)})"
+    _check_call(name, function, call, (), dict.fromkeys(keywords))
+
+
+def _check_call(name: str, function: Any, call: str, args: Sequence[str], kwargs: Mapping[str, None]) -> None:
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # written in C
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InvalidTypeError(f"{name} is called as {call}, which {show(function)} does not take: {error}") from None
 
 
 def public_path(kind: type) -> str:

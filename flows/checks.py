@@ -10,6 +10,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from flows.errors import FileError, InvalidTypeError, InvalidValueError
 
 MAX_SEED = 2**63 - 1  # the largest that torch takes
@@ -86,6 +89,32 @@ def as_shape(name: str, value: Any, at_least: int = 1) -> tuple[int, ...]:
     if min(sizes, default=at_least) < at_least or math.prod(sizes) > MAX_SIZE:
         raise InvalidValueError(f"{expected} and < 2^63 in all, got {sizes}")
     return sizes
+
+
+def check_points(
+    name: str, x: Tensor, event_shape: Sequence[int] | None = None, *, at_least: int = 0, batched: bool = True
+) -> None:
+    """Require points: a dense tensor of real floating-point numbers, (n, *event).
+
+    Args:
+        name: the argument's name in the message.
+        event_shape: shape of one point. Default: any.
+        at_least: the smallest n.
+        batched: whether there is exactly one batch dimension; otherwise any number of them.
+
+    Raises:
+        InvalidValueError: it is something else.
+    """
+    if not x.is_floating_point():
+        raise InvalidValueError(f"{name} must hold floating-point numbers, got {x.dtype}; write {name}.double()")
+    if x.is_meta or x.layout != torch.strided:
+        raise InvalidValueError(f"{name} must be a dense tensor with numbers, got {x.layout} on the device {x.device}")
+    event = None if event_shape is None else tuple(event_shape)
+    own = tuple(x.shape[1:] if batched else x.shape[max(0, x.ndim - len(event or ())) :])
+    if (batched and (x.ndim == 0 or len(x) < at_least)) or (event is not None and own != event):
+        shape = ", ".join(["n" if batched else "*batch", *(["*event"] if event is None else map(str, event))])
+        least = f" with n >= {at_least}" if at_least else ""
+        raise InvalidValueError(f"{name} must hold points of shape ({shape}){least}, got {tuple(x.shape)}")
 
 
 def check_seed(seed: Any) -> None:

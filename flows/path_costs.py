@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flows.arguments import checked
+from flows.arguments import CheckedMethods, checked
 from flows.divergence import FieldSample
 from flows.divergence.probes import Rademacher
 from flows.errors import InvalidTypeError, InvalidValueError
@@ -24,7 +24,7 @@ from flows.vector_field import BoundField
 
 @checked
 @dataclass(frozen=True)
-class PathCost(ABC):
+class PathCost(CheckedMethods, ABC, checks=("draw_directions",)):
     """A rate c(t, x) >= 0 for each example.
 
     To add one: subclass it with `name` and `rate`, and give it to an objective as one of its

@@ -175,7 +175,7 @@ def test_errors_say_what_came_and_what_to_do():
         ConcatSquashMLP((2,), ())
     with pytest.raises(ValueError, match=r"unknown Activation 'relu6'; expected one of .*silu.*tanh"):
         MLP((2,), (4,), "relu6")
-    with pytest.raises(ValueError, match="sine_frequency must be > 0, or None for no sine layer, got -1"):
+    with pytest.raises(ValueError, match="sine_frequency must be a finite number > 0, got -1; None"):
         MLP((2,), (4,), sine_frequency=-1)
     with pytest.raises(ValueError, match=r"event_shape must hold positive sizes, such as \(2,\), got \(\)"):
         MLP((), (4,))

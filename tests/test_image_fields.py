@@ -243,7 +243,7 @@ def test_flow_matching_refuses_a_multiscale_flow():
         (lambda: UNet((1, 8, 8), 7), r"num_heads must divide the channels of the attention levels, \[14\], got 4"),
         (lambda: small_multiscale((8, 8)), r"event_shape must be \(channels, height, width\).*got \(8, 8\)"),
         (lambda: small_multiscale((1, 6, 6), 3), "sides must be divisible by 4, got 6 x 6; take fewer scales"),
-        (lambda: small_multiscale(num_scales=0), "num_scales must be >= 1, got 0"),
+        (lambda: small_multiscale(num_scales=0), "num_scales must be a whole number >= 1 and <= 4, got 0"),
     ],
 )
 def test_errors_say_what_came_and_what_to_do(make, message):

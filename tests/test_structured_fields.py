@@ -268,7 +268,7 @@ def test_conv_net_starts_near_the_identity_and_is_gated_by_time_and_class():
         (lambda: Potential((2,), width=0), "width and num_layers must be >= 1 and rank >= 0, got width 0"),
         (lambda: Planar((2,), 0), "num_units must be >= 1, got 0"),
         (lambda: EquivariantKernel((6,)), r"\(particles, dimensions\) with at least two particles.*got \(6,\)"),
-        (lambda: EquivariantKernel((4, 3), softening=0), "max_distance and softening > 0; got 32, 6.0 and 0"),
+        (lambda: EquivariantKernel((4, 3), softening=0), "softening must be a finite number > 0, got 0"),
         (lambda: PeriodicConv((5,)), r"\(channels, \*lattice\) with a lattice of one to three.*got \(5,\)"),
         (lambda: PeriodicConv((1, 5), 0), "num_channels must be >= 1, got 0"),
         (lambda: PeriodicConv((1, 8), 4, 2), "kernel_size must be odd and positive, or a pair of such, got 2"),

@@ -434,7 +434,7 @@ def test_bad_settings():
         Dequantise(1)
     with pytest.raises(ValueError, match=r"variational noise needs images .* got \(7,\); for other data use Uniform"):
         VariationalNoise((7,), 4)
-    with pytest.raises(ValueError, match="num_layers must be a whole number >= 1, got 0"):
+    with pytest.raises(ValueError, match="num_layers must be a whole number >= 1 and <= 1000, got 0"):
         VariationalNoise(SHAPE, 4, num_layers=0)
     with pytest.raises(ValueError, match="per must be 'entry' or 'channel', got 'pixel'"):
         Standardise(SHAPE, per="pixel")

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flows.arguments import checked
+from flows.arguments import CheckedMethods, checked
 from flows.checks import as_shape
 
 
 @checked
-class Base(nn.Module, ABC):
+class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob")):
     """A distribution over points of one event shape.
 
     It follows `.to(device, dtype)` like any module, and draws on its device and in its dtype.

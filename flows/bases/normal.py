@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flows.arguments import checked
 from flows.bases.base import Base
+from flows.checks import as_shape, check_points
 from flows.errors import InvalidTypeError
 
 
@@ -17,19 +18,18 @@ from flows.errors import InvalidTypeError
 class Normal(Base):
     """N(0, I)."""
 
-    @checked
-    def sample(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, shape: int | Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Draw points of shape (*shape, *event); with a generator on its device, then moved."""
         device = self.device if generator is None else generator.device
-        size = (*shape, *self.event_shape)
+        size = (*as_shape("shape", shape, at_least=0), *self.event_shape)
         return torch.randn(size, generator=generator, dtype=self.dtype, device=device).to(self.device)
 
-    @checked
     def log_prob(
         self,
         z: Tensor,  # (*batch, *event)
     ) -> Tensor:  # (*batch)
         """log N(z; 0, I) in nats."""
+        check_points("z", z, self.event_shape, batched=False)
         squares = z.square().flatten(z.ndim - len(self.event_shape)).sum(-1)
         return -0.5 * (squares + math.prod(self.event_shape) * math.log(2 * math.pi))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -11,14 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flows.arguments import checked
-from flows.checks import whole_number
+from flows.arguments import CheckedMethods, checked
+from flows.checks import fits_in_memory, whole_number
 from flows.datasets.batches import Batch, BatchStream, convert_batch
 from flows.datasets.fingerprint import fingerprint_of_rows
 from flows.errors import InvalidValueError
 
+METHODS = (  # whose arguments are checked, in every data set
+    "train_stream",
+    "held_out",
+    "validation_batches",
+    "test_batches",
+    "contexts",
+    "sample",
+    "sample_context",
+    "sample_given",
+    "draw",
+    "log_prob",
+    "log_density",
+)
 
-class Dataset(ABC):
+
+class Dataset(CheckedMethods, ABC, checks=METHODS):
     """Examples of one shape in three splits: training, validation, test.
 
     Subclasses set `name`, `event_shape`, `num_validation` and `num_test`, and implement `train_stream`, `held_out`
@@ -40,6 +56,13 @@ class Dataset(ABC):
         has_log_prob: whether `log_prob` is known. Default: whether the class overrides it.
         num_validation, num_test: sizes of the fixed splits.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let every data set check the number of points that it is asked for."""
+        for name in ("sample", "sample_context", "draw"):
+            if name in vars(cls):
+                setattr(cls, name, _of_count(vars(cls)[name]))
+        super().__init_subclass__(**options)
 
     name: str
     event_shape: tuple[int, ...]
@@ -186,6 +209,19 @@ def as_rows(x: Tensor) -> np.ndarray:
     """Return points (n, *event) as rows (n, k) of an array: floating-point numbers in float64, others as they are."""
     flat = x.detach().cpu().flatten(1)
     return (flat.double() if flat.is_floating_point() else flat).numpy()
+
+
+def _of_count(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method with a check of its first argument, the number of points."""
+
+    @functools.wraps(method)
+    def counted(self: Dataset, n: int, *arguments: Any, **named: Any) -> Any:
+        whole_number("n", n, 0)
+        size = math.prod(getattr(self, "event_shape", ()))
+        fits_in_memory(f"n: {n:,} points", n * size * torch.get_default_dtype().itemsize)
+        return method(self, n, *arguments, **named)
+
+    return counted
 
 
 @checked

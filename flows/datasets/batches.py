@@ -23,6 +23,14 @@ class Batch:
     x: Tensor  # (batch, *event)
     context: Tensor | None = None  # (batch, *context), floating point; the density of x is conditional on it
 
+    def __post_init__(self) -> None:
+        if self.x.ndim == 0 or (self.context is not None and self.context.shape[:1] != self.x.shape[:1]):
+            found = None if self.context is None else tuple(self.context.shape)
+            raise InvalidValueError(
+                "x must be (batch, *event) and context (batch, *context) with one context an example, got shapes "
+                f"{tuple(self.x.shape)} and {found}"
+            )
+
     def __len__(self) -> int:
         return len(self.x)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flows import checks
 from flows.arguments import checked
 from flows.checks import as_shape, fits_in_memory, whole_number
 from flows.datasets.base import Dataset
@@ -178,9 +179,6 @@ def checked_shape(points: object, n: int, shape: tuple[int, ...], call: str, nam
 
 
 def check_points(x: Tensor, *shape: int) -> Tensor:
-    """Return x, or raise `InvalidValueError` if it is not (*batch, *shape). Default shape: (2,)."""
-    shape = shape or (2,)
-    if tuple(x.shape[-len(shape) :]) != shape:
-        expected = ", ".join(map(str, shape))
-        raise InvalidValueError(f"log_prob expects points of shape (*batch, {expected}), got {tuple(x.shape)}")
+    """Return x, or raise `InvalidValueError` if it does not hold points (*batch, *shape). Default shape: (2,)."""
+    checks.check_points("x", x, shape or (2,), batched=False)
     return x

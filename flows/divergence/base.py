@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flows.errors import InvalidValueError
+from flows.arguments import CheckedMethods
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.vector_field import BoundField
 
 
@@ -31,7 +32,7 @@ class FieldSample:
         return self.estimates.mean(0)
 
 
-class DivergenceEstimator(ABC):
+class DivergenceEstimator(CheckedMethods, ABC, checks=("draw_probes", "with_budget")):
     """Estimates div v(x) = tr ∂v/∂x beside the value of a vector field v.
 
     An estimator is a frozen set of options. `bind(field)` puts it to work on one field for one solve: the bound
@@ -54,6 +55,11 @@ class DivergenceEstimator(ABC):
 
     def bind(self, field: BoundField) -> DivergenceEstimator:
         """The estimator at work on `field`; an estimator that stands for others returns the one it chooses."""
+        if not isinstance(field, BoundField):
+            raise InvalidTypeError(
+                f"{type(self).__name__} binds a flows.divergence.BoundField, got {type(field).__name__}; write "
+                ".bind(flows.fields.bind(field)) for a field, or .bind(flow.bind()) for a flow"
+            )
         bound = copy.copy(self)
         object.__setattr__(bound, "_field", field)  # options are frozen
         return bound

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.arguments import checked
+from flows.arguments import check_takes, checked
 from flows.divergence.base import DivergenceEstimator
 from flows.divergence.exact import Exact
 from flows.errors import InvalidValueError
+from flows.naming import by_name
 from flows.vector_field import BoundField
 
 
@@ -20,7 +21,7 @@ def divergence(
     f: Callable[[Tensor], Tensor],
     x: Tensor,  # (*batch, *event)
     event_ndim: int = 1,
-    estimator: DivergenceEstimator | None = None,
+    estimator: DivergenceEstimator | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (*batch)
     r"""div f(x) = Σᵢ ∂fᵢ/∂xᵢ of a function that maps each point of a batch to a vector of the same shape.
@@ -40,12 +41,15 @@ def divergence(
             `decode(h)` and `bottleneck_width`, on points `(B, *event)`, suits `Analytic` and `Bottleneck`.
         x: the points.
         event_ndim: how many trailing dimensions of `x` make one point.
-        estimator: defaults to `Exact`.
+        estimator: an estimator or its lower-case name. Default: `Exact()`.
         generator: source of the probes of a stochastic estimator.
 
     Raises:
         ValueError: `event_ndim` does not fit `x`, or `f` returns another shape.
     """
+    check_takes("f", f, "x")
+    if x.layout != torch.strided:
+        raise InvalidValueError(f"x must be a dense tensor, got {x.layout}; write x.to_dense()")
     if not 1 <= event_ndim <= x.ndim:
         raise InvalidValueError(
             f"event_ndim must be between 1 and x.ndim = {x.ndim}, got {event_ndim}; it counts the trailing "
@@ -54,7 +58,8 @@ def divergence(
     if not x.is_floating_point():
         raise InvalidValueError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
     batch_shape, event_shape = x.shape[: x.ndim - event_ndim], x.shape[x.ndim - event_ndim :]
-    bound = (Exact() if estimator is None else estimator).bind(_TimelessField(f, x.shape, event_ndim))
+    chosen = Exact() if estimator is None else by_name(DivergenceEstimator, estimator)
+    bound = chosen.bind(_TimelessField(f, x.shape, event_ndim))
     points = x.reshape(-1, *event_shape)
     sample = bound(x.new_zeros(()), points, bound.draw_probes(points, generator))
     return sample.divergence.reshape(batch_shape)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.arguments import checked
+from flows.arguments import CheckedMethods, checked
 from flows.errors import InvalidValueError
 
 
-class ProbeFamily(ABC):
+class ProbeFamily(CheckedMethods, ABC, checks=("draw", "variance", "spread_factor")):
     """Draws K probes a sample, such that mean_k ε_kᵀ J ε_k is unbiased.
 
     To add one: subclass it; `Hutchinson(probes=...)` takes an instance or the lower-case class name.

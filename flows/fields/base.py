@@ -30,7 +30,7 @@ class Field(nn.Module, ABC):
     periodic: bool = False  # whether the grid wraps around
     divergence_cost: int = 0  # Jacobian products that value_and_divergence costs as much as
 
-    def __init__(self, event_shape: int | Sequence[int], context_shape: Sequence[int] | None) -> None:
+    def __init__(self, event_shape: int | Sequence[int], context_shape: int | Sequence[int] | None) -> None:
         super().__init__()
         self.event_shape = as_shape("event_shape", event_shape)
         self.context_shape = None if context_shape is None else as_shape("context_shape", context_shape)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.arguments import checked
+from flows.checks import check_number, whole_number
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.fields.modulation import Modulation
@@ -61,11 +62,9 @@ class EquivariantKernel(Field):
                 f"event_shape must be (particles, dimensions) with at least two particles, such as (13, 3), "
                 f"got {self.event_shape}"
             )
-        if num_kernels < 2 or max_distance <= 0 or softening <= 0:
-            raise InvalidValueError(
-                "num_kernels must be >= 2, max_distance and softening > 0; got "
-                f"{num_kernels}, {max_distance} and {softening}"
-            )
+        check_number("max_distance", max_distance, above=0)
+        check_number("softening", softening, above=0)
+        whole_number("num_kernels", num_kernels, 2)
         self.softening = softening
         self.centres = nn.Parameter(torch.linspace(0, max_distance, num_kernels))
         self.log_widths = nn.Parameter((self.centres[1] - self.centres[0]).log().detach().repeat(num_kernels))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.arguments import checked
+from flows.checks import check_number
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.vector_field import BoundField, bind
@@ -36,6 +37,7 @@ class Guided(Field):
             )
         super().__init__(view.event_shape, view.context_shape)
         self.conditional = field
+        check_number("weight", weight)
         self.weight = weight
         self.receptive_radius = view.receptive_radius
         self.periodic = view.periodic

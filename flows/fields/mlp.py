@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.arguments import checked
-from flows.errors import InvalidValueError
+from flows.checks import check_number
 from flows.fields.activations import Activation, Sine
 from flows.fields.modulation import Modulation
 from flows.fields.perceptron import Linearised, Perceptron
@@ -61,8 +61,7 @@ class MLP(Perceptron):
         shared = by_name(Activation, activation)
         self.activations = nn.ModuleList([shared] * len(self.hidden))
         if sine_frequency is not None:
-            if sine_frequency <= 0:
-                raise InvalidValueError(f"sine_frequency must be > 0, or None for no sine layer, got {sine_frequency}")
+            check_number("sine_frequency", sine_frequency, above=0, otherwise="None: no sine layer")
             self.activations[0] = Sine()
             nn.init.normal_(layers[0].weight, std=sine_frequency / math.sqrt(dimension))
             nn.init.uniform_(layers[0].bias, -math.pi, math.pi)

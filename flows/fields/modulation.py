@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flows.arguments import checked
-from flows.checks import as_shape
+from flows.checks import as_shape, whole_number
 from flows.fields.time import SinusoidalTime
 
 
@@ -36,7 +36,8 @@ class Modulation(nn.Module):
         width: int = 32,
     ) -> None:
         super().__init__()
-        self.sizes = list(sizes)
+        self.sizes = [whole_number("sizes", size) for size in sizes]
+        width = whole_number("width", width)
         self.time = SinusoidalTime(num_frequencies)
         num_context = 0 if context_shape is None else math.prod(as_shape("context_shape", context_shape))
         self.embed = nn.Linear(self.time.num_features + num_context, width)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flows.arguments import checked
-from flows.errors import InvalidValueError
+from flows.arguments import check_keywords, checked, show
+from flows.checks import whole_number
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.fields.base import Field
 from flows.vector_field import bind
 
@@ -59,8 +60,8 @@ class Multiscale(Field):
             raise InvalidValueError(
                 f"event_shape must be (channels, height, width), such as (1, 8, 8), got {self.event_shape}"
             )
-        if num_scales < 1:
-            raise InvalidValueError(f"num_scales must be >= 1, got {num_scales}")
+        check_keywords("field", field, "event_shape", "context_shape")
+        whole_number("num_scales", num_scales, at_most=max(self.event_shape[1:]))
         channels, height, width = self.event_shape
         factor = 2 ** (num_scales - 1)
         if height % factor or width % factor:
@@ -75,7 +76,10 @@ class Multiscale(Field):
             if scale < num_scales - 1:
                 shapes.append((channels, height, width))
                 channels = channels // 2
-        self.stages = nn.ModuleList(field(event_shape=shape, context_shape=self.context_shape) for shape in shapes)
+        stages = [field(event_shape=shape, context_shape=self.context_shape) for shape in shapes]
+        if not all(isinstance(stage, nn.Module) for stage in stages):
+            raise InvalidTypeError(f"field must make torch.nn.Modules, got {show(stages[0])}")
+        self.stages = nn.ModuleList(stages)
         views = [bind(stage, event_shape=shape) for stage, shape in zip(self.stages, shapes, strict=True)]
         radii = [view.receptive_radius for view in views if view.receptive_radius is not None]
         if len(radii) == len(views):

@@ -63,7 +63,7 @@ class PeriodicConv(Field):
             )
         if num_channels < 1:
             raise InvalidValueError(f"num_channels must be >= 1, got {num_channels}")
-        kernels = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        kernels = (kernel_size, kernel_size) if not isinstance(kernel_size, Sequence) else tuple(kernel_size)
         if len(kernels) != 2 or min(kernels) < 1 or any(size % 2 == 0 for size in kernels):
             raise InvalidValueError(f"kernel_size must be odd and positive, or a pair of such, got {kernel_size}")
         if max(kernels) > min(lattice):

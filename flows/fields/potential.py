@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flows.arguments import checked
+from flows.checks import whole_number
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.fields.time import SinusoidalTime
+
+MAX_LAYERS = 1000
 
 
 @checked
@@ -58,6 +61,7 @@ class Potential(Field):
         context_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(event_shape, context_shape)
+        whole_number("num_layers", num_layers, at_most=MAX_LAYERS)
         if width < 1 or num_layers < 1 or rank < 0:
             raise InvalidValueError(
                 f"width and num_layers must be >= 1 and rank >= 0, got width {width}, num_layers {num_layers} and "

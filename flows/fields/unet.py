@@ -14,9 +14,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from flows.arguments import checked
+from flows.checks import whole_number
 from flows.errors import InvalidValueError
 from flows.fields.base import Field
 from flows.fields.modulation import Modulation
+
+MAX_BLOCKS = 1000  # of one level; more would take minutes to build
 
 
 @checked
@@ -74,6 +77,8 @@ class UNet(Field):
                 f"channels and num_blocks must be >= 1 and multipliers hold a number >= 1 a level, got {channels}, "
                 f"{num_blocks} and {list(multipliers)}"
             )
+        whole_number("num_blocks", num_blocks, at_most=MAX_BLOCKS)
+        whole_number("num_heads", num_heads)
         depth = len(multipliers)
         smallest = min(self.event_shape[1:])
         if smallest < 2 ** (depth - 1):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from flows.arguments import CheckedMethods
 from flows.datasets import Batch, Dataset
 from flows.divergence import DivergenceEstimator
 from flows.models.cnf import CNF
@@ -27,7 +28,7 @@ class LossOutput:
     statistics: SolverStatistics | None = None  # of the solve, if there was one; complete after backward
 
 
-class Objective(ABC):
+class Objective(CheckedMethods, ABC, checks=("__call__", "check", "divergence")):
     """What a training step minimises.
 
     The model may be any module that the objective knows how to call. To add one: subclass it, and add a yaml with a

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flows.arguments import CheckedMethods, checked
 from flows.checks import check_number
 from flows.objectives.contexts import groups_of
 
 MIN_BATCH_TO_WARN = 16  # in smaller batches, class labels may all differ by chance
 
 
-class Coupling(ABC):
+class Coupling(CheckedMethods, ABC, checks=("pair", "couple")):
     """Pairs the noise of a batch with its data; both keep their own distribution.
 
     To add one, subclass this and implement `pair`. Settings may then name it by its lower-case name.
@@ -62,6 +63,7 @@ class Coupling(ABC):
         return coupled
 
 
+@checked
 @dataclass(frozen=True)
 class Independent(Coupling):
     """No pairing: noise and data stay as they were drawn."""
@@ -79,6 +81,7 @@ class Independent(Coupling):
         return noise
 
 
+@checked
 @dataclass(frozen=True)
 class OptimalTransport(Coupling):
     """The assignment with the least total squared distance in the batch.
@@ -95,6 +98,7 @@ class OptimalTransport(Coupling):
         return torch.from_numpy(index).to(data.device)
 
 
+@checked
 @dataclass(frozen=True)
 class Sinkhorn(Coupling):
     """A draw from the entropic optimal transport plan of the batch.

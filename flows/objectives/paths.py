@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from flows.arguments import checked
+from flows.arguments import CheckedMethods, checked
 from flows.checks import check_number
 
 
@@ -25,7 +25,7 @@ class Coefficients(NamedTuple):
 
 @checked
 @dataclass(frozen=True)
-class ProbabilityPath(ABC):
+class ProbabilityPath(CheckedMethods, ABC, checks=("coefficients",)):
     """A path x_t = a(t) x₁ + b(t) x₀ from noise x₀ to data x₁.
 
     Its velocity is a′(t) x₁ + b′(t) x₀. To add one, subclass this and implement `coefficients`. a/b must rise strictly
@@ -39,6 +39,7 @@ class ProbabilityPath(ABC):
         """Return a, b, a′ and b′ at times t."""
 
 
+@checked
 @dataclass(frozen=True)
 class Linear(ProbabilityPath):
     """Straight lines: a = t, b = 1 − (1 − sigma_min) t.
@@ -64,6 +65,7 @@ class Linear(ProbabilityPath):
         return Coefficients(t, 1 - rate * t, torch.ones_like(t), torch.full_like(t, -rate))
 
 
+@checked
 @dataclass(frozen=True)
 class Cosine(ProbabilityPath):
     """The trigonometric interpolant: a = sin(πt/2), b = cos(πt/2), so a² + b² = 1.
@@ -77,6 +79,7 @@ class Cosine(ProbabilityPath):
         return Coefficients(sin, cos, half_turn * cos, -half_turn * sin)
 
 
+@checked
 @dataclass(frozen=True)
 class VariancePreserving(ProbabilityPath):
     """The path of a variance-preserving diffusion.

@@ -28,6 +28,7 @@ from flows.plots.metrics import contact_sheet, curves
 from flows.plots.paths import evolution, trajectories
 from flows.plots.plane import density, scatter
 from flows.plots.solve import steps
+from flows.plots.style import points_to_plot
 
 __all__ = [
     "class_densities",
@@ -97,7 +98,8 @@ def samples(
     names: Sequence[str] | None = None,  # of the features
 ) -> Figure:
     """Plot samples beside data: images, points in the plane, or four features in pairs."""
-    drawn, data = drawn.cpu(), None if data is None else data.cpu()
+    drawn = points_to_plot("drawn", drawn, *[None] * max(1, drawn.ndim - 1))
+    data = None if data is None else points_to_plot("data", data, *drawn.shape[1:])
     if is_image(drawn.shape[1:]):
         return image_samples(drawn, data)
     drawn, data = drawn.flatten(1), None if data is None else data.flatten(1)

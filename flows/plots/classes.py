@@ -8,10 +8,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flows.arguments import checked
+from flows.checks import whole_number
 from flows.datasets import Dataset, one_hot
 from flows.models.cnf import CNF
 from flows.plots.plane import histogram, note_estimator, square
-from flows.plots.style import DATA, DENSITY, FLOW, tidy
+from flows.plots.style import DATA, DENSITY, FLOW, check_classes, check_in_the_plane, tidy
 
 MAX_CLASSES = 8  # the first classes are shown
 
@@ -21,6 +22,8 @@ def class_samples(
     flow: CNF, dataset: Dataset, num_points: int = 2000, generator: torch.Generator | None = None
 ) -> Figure:
     """Plot the data of each class above samples of the flow given that class."""
+    check_in_the_plane(flow, "class_samples")
+    whole_number("num_points", num_points)
     points, classes, low, high = _by_class(dataset)
     figure, panels = _panels(len(classes))
     for label, (context, axes) in enumerate(zip(classes, panels.T, strict=True)):
@@ -45,6 +48,8 @@ def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96, *, evalua
         resolution: pixels along each side; the flow is evaluated at resolution² points for each class.
         evaluated_with: name of the divergence estimator, shown in small type. Default: not shown.
     """
+    check_in_the_plane(flow, "class_densities")
+    whole_number("resolution", resolution, 2, 4096)
     points, classes, low, high = _by_class(dataset)
     sides = [torch.linspace(low[i], high[i], 2 * resolution + 1)[1::2] for i in (0, 1)]  # centres of pixels
     grid = torch.cartesian_prod(*sides)
@@ -70,8 +75,9 @@ def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96, *, evalua
 
 def _by_class(dataset: Dataset) -> tuple[list[Tensor], Tensor, list[float], list[float]]:
     """Return validation points (n, 2) of each class, the contexts, and two corners of a square around all."""
+    check_classes(dataset, "this plot")
     batch = next(iter(dataset.validation_batches(dataset.num_validation)))
-    assert dataset.num_classes is not None, "this plot needs classes"
+    assert dataset.num_classes is not None  # as checked
     assert batch.context is not None, f"{dataset.name} states classes but has no contexts"
     classes = one_hot(torch.arange(min(dataset.num_classes, MAX_CLASSES)), dataset.num_classes)
     points = [batch.x[batch.context[:, label] > 0.5] for label in range(len(classes))]

@@ -10,14 +10,19 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flows.arguments import checked
-from flows.plots.style import DATA, FLOW, quantiles, tidy
+from flows.checks import whole_number
+from flows.plots.style import DATA, FLOW, check_names, points_to_plot, quantiles, tidy
 
 
 @checked
 def pairs(drawn: Tensor, data: Tensor | None, names: Sequence[str] | None = None, num_features: int = 4) -> Figure:
     """Plot the first features in pairs, with histograms on the diagonal."""
+    whole_number("num_features", num_features)
+    drawn = points_to_plot("drawn", drawn, None)
+    data = None if data is None else points_to_plot("data", data, drawn.shape[1])
     size = min(num_features, drawn.shape[1])
     names = [f"feature {i}" for i in range(size)] if names is None else names
+    check_names(names, size)
     shown = [(drawn, FLOW, "flow samples")] if data is None else [(data, DATA, "data"), (drawn, FLOW, "flow samples")]
     count = min(2000, *(len(points) for points, _, _ in shown))
     ranges = [_range(shown[0][0][:, i]) for i in range(size)]

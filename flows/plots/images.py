@@ -14,11 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from flows.arguments import checked
+from flows.checks import whole_number
 from flows.datasets import Dataset
+from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.plots.paths import draw_paths
-from flows.plots.style import quantiles
+from flows.plots.style import check_classes, points_to_plot, quantiles
 
+ANY_IMAGE = (None, None, None)
 NUM_SAMPLES, NUM_UNSEEN = 64, 1000  # samples drawn; validation images to compare with
 GAP, WIDTH, DPI = 0.94, 0.62, 120  # shade of the gaps; inches an image; dots per inch
 
@@ -26,6 +29,12 @@ GAP, WIDTH, DPI = 0.94, 0.62, 120  # shade of the gaps; inches an image; dots pe
 def is_image(event_shape: Sequence[int]) -> bool:
     """Return whether points of this shape are images: (1, H, W) or (3, H, W)."""
     return len(event_shape) == 3 and event_shape[0] in (1, 3)
+
+
+def _image_shape(flow: CNF) -> tuple[int, ...]:
+    if not is_image(flow.event_shape):
+        raise InvalidValueError(f"this plot is for images, (1, H, W) or (3, H, W), got a flow of {flow.event_shape}")
+    return flow.event_shape
 
 
 def shades(data: Tensor) -> tuple[float, float]:
@@ -84,6 +93,9 @@ def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None
 @checked
 def image_samples(drawn: Tensor, data: Tensor | None, num_images: int = NUM_SAMPLES) -> Figure:
     """Plot images of the data, if any, beside samples, in the shades of the data."""
+    whole_number("num_images", num_images)
+    drawn = points_to_plot("drawn", drawn, *ANY_IMAGE)
+    data = None if data is None else points_to_plot("data", data, *drawn.shape[1:])
     black, white = shades(drawn if data is None else data)
     panels = {} if data is None else {"data": grid(data[:num_images])}
     panels["flow samples"] = grid(drawn[:num_images])
@@ -113,6 +125,8 @@ def image_trajectories(
     generator: torch.Generator | None = None,
 ) -> Figure:
     """Plot paths from noise to images: one row a path, one column a time."""
+    data = points_to_plot("data", data, *_image_shape(flow))
+    whole_number("num_paths", num_paths)
     context = None if context is None else context[:num_paths]
     paths = draw_paths(flow, num_paths, torch.tensor(times), generator, context)  # (T, n, C, H, W)
     return _strips(paths.transpose(0, 1), data, columns=[f"t = {t:g}" for t in times])
@@ -131,6 +145,10 @@ def neighbours(
     Distances are Euclidean, in data space. Samples of a flow that has memorised its training images are much closer to
     them than unseen images are. The title shows both medians.
     """
+    drawn = points_to_plot("drawn", drawn, *ANY_IMAGE)
+    data, unseen = (points_to_plot(n, p, *drawn.shape[1:]) for n, p in (("data", data), ("unseen", unseen)))
+    whole_number("num_rows", num_rows)
+    whole_number("num_neighbours", num_neighbours)
     distances, nearest = _nearest(drawn, data, num_neighbours)
     typical, _ = _nearest(unseen, data, 1)
     rows = torch.cat([drawn[:num_rows].unsqueeze(1).to(data), data[nearest[:num_rows]]], 1)
@@ -148,7 +166,11 @@ def image_classes(
     flow: CNF, dataset: Dataset, num_each: int = 10, most: int = 10, generator: torch.Generator | None = None
 ) -> Figure:
     """Plot samples of each class, one row a class, all from the same noise."""
-    assert dataset.num_classes is not None, "this plot needs classes"
+    _image_shape(flow)
+    check_classes(dataset, "image_classes")
+    assert dataset.num_classes is not None  # as checked
+    whole_number("num_each", num_each)
+    whole_number("most", most)
     classes = min(dataset.num_classes, most)
     context = torch.eye(dataset.num_classes)[:classes].to(flow.device, flow.dtype)
     with torch.no_grad():
@@ -170,6 +192,9 @@ def interpolations(
 
     Both ends of a row are images of the data. With classes, both have the same class.
     """
+    _image_shape(flow)
+    whole_number("num_rows", num_rows)
+    whole_number("num_columns", num_columns, 2)
     start, end, context = _pairs_of_images(dataset, num_rows)
     start, end = start.to(flow.device, flow.dtype), end.to(flow.device, flow.dtype)
     context = None if context is None else context.to(flow.device, flow.dtype)

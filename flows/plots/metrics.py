@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from flows.arguments import checked
+from flows.checks import existing_path
+from flows.errors import FileError, InvalidValueError
 from flows.plots.style import DATA, FLOW, MUTED, tidy
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # (step, value) pairs of each metric
@@ -69,10 +71,20 @@ def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] 
     return figure
 
 
+def _read(path: str | os.PathLike[str]) -> np.ndarray:
+    found = existing_path("pictures", path, "picture")
+    try:
+        return imread(found)
+    except (OSError, SyntaxError, ValueError) as error:  # a damaged PNG raises any of these
+        raise FileError(f"{found} cannot be read as a picture ({error}); make it again, or leave it out") from error
+
+
 @checked
 def contact_sheet(pictures: Mapping[str, str | os.PathLike[str]]) -> Figure:
     """Show image files with their titles, two in a row."""
-    images = {title: imread(Path(path)) for title, path in pictures.items()}
+    if not pictures:
+        raise InvalidValueError("pictures must name at least one image file, got none")
+    images = {title: _read(path) for title, path in pictures.items()}
     rows = -(-len(images) // SHEET_COLUMNS)
     tallest = max(image.shape[0] / image.shape[1] for image in images.values())
     size = (SHEET_COLUMNS * SHEET_WIDTH, rows * (SHEET_WIDTH * tallest + 0.35))

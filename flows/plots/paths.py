@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flows.arguments import checked
+from flows.checks import whole_number
 from flows.models.cnf import CNF
 from flows.plots.plane import histogram, label_plane, square
-from flows.plots.style import DENSITY, FLOW, MUTED, TIME, tidy
+from flows.plots.style import DENSITY, FLOW, MUTED, TIME, check_in_the_plane, points_to_plot, tidy
 
 
 def draw_paths(
@@ -36,6 +37,10 @@ def trajectories(
     flow: CNF, data: Tensor, num_paths: int = 250, num_times: int = 41, generator: torch.Generator | None = None
 ) -> Figure:
     """Plot paths from the base (t = 0) to the data (t = 1), in data space."""
+    check_in_the_plane(flow, "trajectories")
+    whole_number("num_paths", num_paths)
+    whole_number("num_times", num_times, 2)
+    data = points_to_plot("data", data, 2)
     paths = draw_paths(flow, num_paths, torch.linspace(0, 1, num_times), generator)  # (T, n, 2)
     low, high = square(torch.cat([data.cpu(), paths.flatten(0, 1).to(data)]), quantile=0.002)
     figure = Figure(figsize=(6.2, 5.2), dpi=120, layout="compressed")
@@ -65,6 +70,9 @@ def evolution(
     generator: torch.Generator | None = None,
 ) -> Figure:
     """Plot histograms of flow samples at several times from base to data."""
+    check_in_the_plane(flow, "evolution")
+    whole_number("num_points", num_points)
+    data = points_to_plot("data", data, 2)
     states = draw_paths(flow, num_points, torch.tensor(times), generator)
     low, high = square(data.cpu())
     figure = Figure(figsize=(2.5 * len(times), 2.9), dpi=120, layout="compressed")

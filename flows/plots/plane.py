@@ -11,9 +11,20 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flows.arguments import checked
+from flows.checks import whole_number
 from flows.datasets import Dataset
 from flows.models.cnf import CNF
-from flows.plots.style import DATA, DENSITY, FLOW, MUTED, quantiles, tidy
+from flows.plots.style import (
+    DATA,
+    DENSITY,
+    FLOW,
+    MUTED,
+    check_in_the_plane,
+    check_names,
+    points_to_plot,
+    quantiles,
+    tidy,
+)
 
 
 @checked
@@ -26,7 +37,9 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_wit
         resolution: pixels along each side; the flow is evaluated at resolution² points.
         evaluated_with: name of the divergence estimator, shown in small type. Default: not shown.
     """
-    reference = dataset.reference()
+    check_in_the_plane(flow, "density")
+    whole_number("resolution", resolution, 2, 4096)
+    reference = points_to_plot("the data", dataset.reference(), 2)
     low, high = square(reference)
     extent = (low[0], high[0], low[1], high[1])
     axes_of_grid = [torch.linspace(low[i], high[i], 2 * resolution + 1)[1::2] for i in (0, 1)]  # centres of pixels
@@ -60,6 +73,9 @@ def scatter(
     names: Sequence[str] | None = None,  # of the features
 ) -> Figure:
     """Plot samples of the flow beside points of the data, if there are any."""
+    drawn = points_to_plot("drawn", drawn, 2)
+    data = None if data is None else points_to_plot("data", data, 2)
+    check_names(names, 2)
     shown = [("flow samples", drawn, FLOW)] if data is None else [("data", data, DATA), ("flow samples", drawn, FLOW)]
     low, high = square(shown[0][1])
     figure = Figure(figsize=(4.5 * len(shown), 4.8), dpi=120, layout="compressed")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from flows.arguments import checked
+from flows.arguments import CheckedMethods, checked
+from flows.checks import check_points
 from flows.errors import InvalidValueError
 
 MAX_OFFSET = 64.0  # |mean|/sd up to which float32 holds points with five digits of their sd
 
 
-class Transform(nn.Module, ABC):
+class Transform(CheckedMethods, nn.Module, ABC, checks=("forward", "inverse", "check", "fit")):
     """A map y = T(x) from data space to flow space.
 
     log p(x) = log p_flow(y) + log_det. For a bijection, log_det = log|det ∂y/∂x|.
@@ -25,12 +29,21 @@ class Transform(nn.Module, ABC):
     Attributes:
         term: name of log_det among the terms of the log-density.
         num_levels: number L of levels if the transform makes whole numbers 0, ..., L − 1 continuous. Default: None.
+        event_shape: shape of a point. Default: None, any.
         exact_buffers: names of buffers that stay in float64 when the module is moved to another dtype.
     """
 
     term: str = "scaling"
     num_levels: int | None = None
+    event_shape: tuple[int, ...] | None = None
     exact_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let the methods of every transform check the points that they are given."""
+        for name in ("forward", "inverse", "check", "fit"):
+            if name in vars(cls):
+                setattr(cls, name, _of_points(vars(cls)[name]))
+        super().__init_subclass__(**options)
 
     def _apply(self, fn, recurse: bool = True):
         exact = {name: self._buffers[name] for name in self.exact_buffers}
@@ -77,6 +90,20 @@ class Transform(nn.Module, ABC):
     ) -> Transform:
         """Fit the transform to training data and return it. Default: nothing to fit."""
         return self
+
+
+def _of_points(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method with a check of its first argument, the points."""
+    name = list(inspect.signature(method).parameters)[1]
+    fits = method.__name__ == "fit"  # which says itself what it needs
+
+    @functools.wraps(method)
+    def checked_method(self: Transform, *arguments: Any, **named: Any) -> Any:
+        x = arguments[0] if arguments else named[name]
+        check_points(f"{name} of {type(self).__name__}", x, None if fits else self.event_shape)
+        return method(self, *arguments, **named)
+
+    return checked_method
 
 
 def in_data_units(

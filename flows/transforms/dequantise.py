@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from flows.arguments import checked
+from flows.arguments import CheckedMethods, checked
 from flows.checks import check_number, whole_number
 from flows.errors import InvalidValueError
 from flows.transforms.base import Transform
@@ -16,7 +16,7 @@ from flows.transforms.base import Transform
 MAX_LEVELS = 2**24  # float32 holds all whole numbers up to here
 
 
-class DequantisationNoise(nn.Module, ABC):
+class DequantisationNoise(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob")):
     """A density q(u | x) on the unit cube for the noise of an example x.
 
     To add one, subclass it and name it in a yaml of `conf/transform`.

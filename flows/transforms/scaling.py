@@ -64,7 +64,8 @@ class Standardise(Transform):
         if per not in ("entry", "channel"):
             raise InvalidValueError(f"per must be 'entry' or 'channel', got {per!r}")
         self.per = per
-        self.register_buffer("mean", torch.zeros(as_shape("event_shape", event_shape), dtype=torch.float64))
+        self.event_shape = as_shape("event_shape", event_shape)
+        self.register_buffer("mean", torch.zeros(self.event_shape, dtype=torch.float64))
         self.register_buffer("sd", torch.ones_like(self.mean))
 
     def fit(self, points: Tensor) -> Standardise:

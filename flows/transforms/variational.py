@@ -49,8 +49,8 @@ class VariationalNoise(DequantisationNoise):
                 f"variational noise needs images of shape (channels, height, width), got {event_shape}; for "
                 "other data use UniformNoise()"
             )
-        for name, value in (("hidden", hidden), ("num_layers", num_layers)):
-            whole_number(name, value)
+        whole_number("hidden", hidden)
+        whole_number("num_layers", num_layers, at_most=1000)
         self.num_levels = checked_levels(num_levels)
         indices = torch.meshgrid(*[torch.arange(size) for size in event_shape], indexing="ij")
         parity = torch.stack(indices).sum(0) % 2
