@@ -10,8 +10,9 @@ from torch import nn
 
 import flows
 from flows import ODESolver
-from flows.datasets import Gaussian, Table
-from flows.evaluation import DensityEvaluator
+from flows.datasets import Energy, Gaussian, Table
+from flows.evaluation import DensityEvaluator, EnergyEvaluator, importance_weights
+from flows.models.importance import WeightSums
 from flows.models.mass import Mass, box, mass
 from flows.models.resolution import bound_fault, solver_fault
 from flows.training import Stage
@@ -128,8 +129,11 @@ def sharp(width):
     return flows.CNF(flows.fields.Linear((2,), matrix), solver=ODESolver(rtol=1e-6, atol=1e-6))
 
 
-@pytest.mark.parametrize("width", [1.0, 1e-1, 1e-2, 1e-3, 1e-5])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("width", "seed"),
+    [(1.0, 0), (1e-2, 0), (1e-3, 1)]
+    + [pytest.param(width, seed, marks=pytest.mark.slow) for width in (1e-1, 1e-3, 1e-4, 1e-5) for seed in (0, 2, 3)],
+)
 def test_a_sharp_density_gives_no_false_alarm(width, seed):
     """Also where the data lie elsewhere, the box cuts the density, or cells are wider than it."""
     flow, generator = sharp(width), torch.Generator().manual_seed(seed)
@@ -214,3 +218,95 @@ def test_weights_that_are_resolved_later_become_the_best(tmp_path):
     summary = trainer.fit()
     assert summary.position.best_step == 6
     assert summary.metrics["unresolved"] is None
+
+
+class Known(Energy):
+    """exp(log_z) times a normal density, without a sampler."""
+
+    name = "known"
+
+    def __init__(self, covariance, log_z=1.5, number=4000):
+        super().__init__(number, number, 100, (len(covariance),))
+        self.normal = torch.distributions.MultivariateNormal(torch.zeros(len(covariance)), covariance)
+        self.log_z = self.stated = log_z
+
+    def log_density(self, x):
+        return self.normal.log_prob(x) + self.stated
+
+
+def probed(noise, num_probes, dimension=10, sign=None):
+    """A flow that samples its energy exactly, and the energy; log q has probe noise of this standard error."""
+    matrix = torch.randn(dimension, dimension, generator=torch.Generator().manual_seed(3))
+    matrix = (matrix + matrix.T).fill_diagonal_(0.0)
+    matrix = matrix if sign is None else sign * matrix.abs()
+    matrix *= noise * math.sqrt(num_probes / 2) / matrix.norm()  # 2 ‖A‖² is the variance of one probe
+    half = torch.linalg.matrix_exp(matrix)
+    estimator = flows.divergence.Hutchinson(num_probes)
+    flow = flows.CNF(flows.fields.Linear((dimension,), matrix), estimator, ODESolver("rk4", step_size=0.1))
+    return flow, Known(half @ half.T)
+
+
+@pytest.mark.parametrize("sign", [None, 1.0, -1.0])  # the noise is symmetric, skewed to the right, to the left
+@pytest.mark.parametrize(("noise", "num_probes"), [(0.2, 2), (0.4, 2), (0.4, 4)])
+def test_log_z_is_corrected_for_the_noise_of_probes(noise, num_probes, sign):
+    flow, energy = probed(noise, num_probes, sign=sign)
+    found = importance_weights(flow, energy, 20_000, 20_000, torch.Generator().manual_seed(1))
+    assert found.probe_error == pytest.approx(noise, rel=0.1)
+    raw = found.log_z + found.probe_bias
+    assert raw - energy.log_z > 0.75 * noise**2 / 2
+    assert abs(found.log_z - energy.log_z) < 4 * found.log_z_se
+    assert abs(found.log_z - energy.log_z) < 0.35 * found.probe_bias
+    assert found.effective_sample_size > 1 - 0.5 * noise**2  # it is 1 without noise, exp(−noise²) with it
+    assert found.unresolved_weights is None
+    assert any(name == "probe bias" for name, _ in found.table())
+    assert found.metrics()["log_z_probe_bias"] == found.probe_bias
+
+
+@pytest.mark.parametrize(("noise", "num_probes"), [(0.7, 2), (3.0, 2), (0.3, 1)])
+def test_log_z_is_refused_where_the_noise_is_too_large_to_correct(noise, num_probes):
+    flow, energy = probed(noise, num_probes)
+    judge = EnergyEvaluator(energy, divergence=flow.divergence, progress_bar=False)
+    report = judge.test(flow)
+    assert report.metrics["log_z"] is report.metrics["effective_sample_size"] is None
+    assert dict(report.rows)["log Z"].startswith("unresolved")
+    assert "take an exact divergence" in report.unresolved
+    assert report.metrics["free_energy"] == pytest.approx(-energy.log_z, abs=5 * report.metrics["free_energy_se"])
+    evaluation = judge.validate(flow)
+    assert evaluation.unresolved is None  # the free energy is not biased
+    assert "log_z" not in evaluation.metrics
+
+
+def test_exact_weights_are_left_as_they_are():
+    log_weight = torch.randn(1000)
+    sums = WeightSums.of(log_weight, torch.zeros(1000), 1)
+    assert sums.log_z == pytest.approx(float(log_weight.exp().mean().log()))
+    assert sums.probe_bias == 0
+    flow, energy = probed(0.5, 2)
+    judge = EnergyEvaluator(energy, progress_bar=False)  # exact, since ten products are affordable
+    report = judge.test(flow)
+    assert report.unresolved is None
+    assert report.metrics["log_z"] == pytest.approx(energy.log_z, abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [HIDDEN[name] for name in ("euler", "loose", "forced")])
+def test_samples_of_a_coarse_solve_are_unresolved(settings):
+    flow = stiff(ODESolver(**settings))
+    energy = Known(math.exp(2 * RATE) * torch.eye(2), number=500)
+    judge = EnergyEvaluator(energy, progress_bar=False, solver_error_points=0)
+    report, evaluation = judge.test(flow), judge.validate(flow)
+    figures = ("free_energy", "log_z", "effective_sample_size", "reverse_kl")
+    assert [report.metrics[name] for name in figures] == [None] * 4
+    assert "solver" in report.unresolved
+    assert "solver" in evaluation.unresolved
+    assert not set(figures) & evaluation.metrics.keys()
+    assert dict(report.rows)["free energy"].startswith("unresolved")
+
+
+def test_a_free_energy_below_the_known_log_z_is_unresolved():
+    energy = Known(math.exp(0.2) * torch.eye(2))
+    energy.log_z -= 0.5  # of a density that has more
+    flow = flows.CNF(flows.fields.Linear((2,), 0.1 * torch.eye(2)))
+    report = EnergyEvaluator(energy, progress_bar=False).test(flow)
+    assert "reverse KL" in report.unresolved
+    assert report.metrics["reverse_kl"] is None
+    assert report.metrics["reverse_kl_unresolved"] < -0.4

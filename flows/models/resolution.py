@@ -34,27 +34,34 @@ def solver_fault(solver_error: float | None, standard_error: float, solver: ODES
 def bound_fault(
     name: str, excess: float, standard_error: float, num_points: int, solver: ODESolver, exact: bool = True
 ) -> str | None:
-    """Say what is wrong if a figure lies more than four standard errors below the least possible.
-
-    With few points Student's t replaces the normal distribution: two points may agree by chance.
+    """Say what is wrong if a figure that cannot be negative lies more than four standard errors below zero.
 
     Args:
-        name: of the excess, such as "gap".
-        excess: of the figure over its bound.
-        standard_error: of the excess; NaN where it is unknown.
+        name: of the figure, such as "gap".
+        excess: its value.
+        standard_error: of it; NaN where it is unknown.
         num_points: of which the standard error was computed.
         solver: of the figure.
         exact: whether the divergence was, which the advice depends on.
     """
-    if math.isnan(standard_error) or not -excess > max(DEFICIT * standard_error, ROUNDING):
+    if not below_zero(excess, standard_error, num_points):
         return None
-    if num_points < FEW_POINTS:
-        from scipy.special import ndtr, stdtrit  # slow to import
-
-        if not -excess > -float(stdtrit(num_points - 1, ndtr(-DEFICIT))) * standard_error:
-            return None
     cause = remedy(solver) if exact else f"{remedy(solver)}, or take an exact divergence"
     return f"the {name} of {excess:.4f} ± {standard_error:.4f} nats is impossible, it cannot be negative; {cause}"
+
+
+def below_zero(value: float, standard_error: float, num_points: int) -> bool:
+    """Return whether a value lies more than four standard errors below zero.
+
+    With few points Student's t replaces the normal distribution: two points may agree by chance.
+    """
+    if math.isnan(standard_error) or not -value > max(DEFICIT * standard_error, ROUNDING):
+        return False
+    if num_points >= FEW_POINTS:
+        return True
+    from scipy.special import ndtr, stdtrit  # slow to import
+
+    return -value > -float(stdtrit(num_points - 1, ndtr(-DEFICIT))) * standard_error
 
 
 def remedy(solver: ODESolver) -> str:
