@@ -390,7 +390,7 @@ def test_methods_without_checkpoints_say_what_to_choose():
         with pytest.raises(ValueError, match=f"'{method}' cannot start again from a checkpoint, .*'dopri5' or 'rk4'"):
             build(method, gradient="checkpoint")
     times = torch.tensor([0.0, 1.0], requires_grad=True)
-    with pytest.raises(ValueError, match="times that require gradients would get none; scale time inside"):
+    with pytest.raises(ValueError, match=r"times that require gradients would get none; .*NeuralODE"):
         ODESolver().solve(lambda t, s: s, (torch.ones(1, 1),), times)
     with pytest.raises(ValueError, match=r"method 'dopri5' takes no further options, got {'first_step': 1}"):
         ODESolver(options={"first_step": 1})

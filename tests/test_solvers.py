@@ -166,7 +166,10 @@ def test_settings_that_cannot_be_meant_are_refused(settings, message):
         (("start", "end"), "times must be a sequence of numbers, got"),
         (1.0, "times must be a sequence of finite numbers, got 1.0"),
         ((1.0,), "times must be at least two"),
-        (((0.0, 1.0),), "times must be a sequence of finite numbers"),
+        ((((0.0, 1.0),),), "times must be a sequence of finite numbers"),
+        (((0.0, 1.0), (0.0, 1.0)), "need a row for each of 1 samples, got 2"),
+        (((0.0, 1.0, 0.5),), r"each row of times must be strictly increasing, .* got \[0.0, 1.0, 0.5\] in row 0"),
+        (((0.0, math.nan),), r"times must be finite numbers, got \[0.0, nan\] in row 0"),
     ],
 )
 def test_times_that_are_none_are_refused(times, message):

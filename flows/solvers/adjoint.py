@@ -14,11 +14,13 @@ from flows.solvers.task import Task
 
 
 def solve_with_adjoint(task: Task, state: State, parameters: tuple[Tensor, ...]) -> State:
-    """The states at all times, with gradients from a second solve backwards in time.
+    """The states at all outputs, with gradients from a second solve backwards in time.
 
     With a = ∂L/∂y the second solve is −da/dt = aᵀ ∂f/∂y and dL/dθ = −∫ aᵀ ∂f/∂θ dt. It solves for y again, and starts
     from the stored state at each of the times. a is scaled by its size at the start, so that the tolerances mean the
-    same for the sum and for the mean over a batch. [Chen et al. 2018, arXiv:1806.07366]
+    same for the sum and for the mean over a batch. Samples with times of their own go back from output to output
+    together: each runs through its own interval while a common time goes from 1 to 0.
+    [Chen et al. 2018, arXiv:1806.07366]
 
     Raises:
         InvalidValueError: the dynamics draw from torch's global generators, as dropout does. The second solve would be
@@ -41,7 +43,7 @@ class _Adjoint(torch.autograd.Function):
                 "eval() on the field"
             )
         ctx.task, ctx.count = task, count
-        ctx.save_for_backward(*tensors[count:], *states)
+        ctx.save_for_backward(*tensors[count:], *tensors[:count], *states)
         ctx.set_materialize_grads(False)
         return states
 
@@ -49,20 +51,19 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("adjoint")
         task, count = ctx.task, ctx.count
-        parameters = ctx.saved_tensors[:-count]
-        states = ctx.saved_tensors[-count:]
-        given = [
-            torch.zeros_like(s) if gradient is None else gradient for s, gradient in zip(states, gradients, strict=True)
-        ]
+        parameters = ctx.saved_tensors[: -2 * count]
+        start, joined = ctx.saved_tensors[-2 * count : -count], ctx.saved_tensors[-count:]
+        states = task.outputs.arrange(start, joined)
+        given = task.outputs.spread(gradients, states)
         adjoint = tuple(g[-1] for g in given)
         totals = tuple(torch.zeros_like(parameter) for parameter in parameters)
-        for i in range(len(task.times) - 1, 0, -1):
+        for i in range(task.outputs.size - 1, 0, -1):
             y = tuple(s[i] for s in states)
             scale = _size(adjoint)
-            start = (*y, *(a / scale for a in adjoint), *(torch.zeros_like(parameter) for parameter in parameters))
-            function = _AdjointDynamics(task.backward_function(y), parameters, start)
+            augmented = (*y, *(a / scale for a in adjoint), *(torch.zeros_like(parameter) for parameter in parameters))
+            function, times = task.between(y, i)
             with task.precision():
-                end = task.integrate_adjoint(function, start, task.times[i], task.times[i - 1])
+                end = task.integrate_adjoint(_AdjointDynamics(function, parameters, augmented), augmented, *times)
             adjoint = tuple(scale * a + g[i - 1] for a, g in zip(end[count : 2 * count], given, strict=True))
             totals = tuple(total + scale * more for total, more in zip(totals, end[2 * count :], strict=True))
         return None, None, *adjoint, *totals

@@ -94,22 +94,27 @@ class ErrorNorm:
     per_sample: bool = False
 
     @torch.no_grad()
-    def __call__(self, error: State, before: State, after: State) -> tuple[list[float], list[int]]:
-        """For each component, the weighted error over tolerance and the index of the worst sample."""
+    def __call__(
+        self, error: State, before: State, after: State, moving_share: float = 1.0
+    ) -> tuple[list[float], list[int]]:
+        """For each component, the weighted error over tolerance and the index of the worst sample.
+
+        The mean is over the samples that move; those that have ended have no error.
+        """
         rows = []
         for name, weight, e, a, b in zip(self.names, self.weights, error, before, after, strict=False):
             tolerance = torch.maximum(a.abs(), b.abs()).mul_(self.rtol).add_(self.atol)
             batch_first = name.removeprefix(ADJOINT) == self.names[0]
             rows.append(mean_by_sample((weight * e / tolerance).square(), self.batch_size, batch_first))
         squares = torch.stack(rows)  # (C, B)
-        ratios = (squares.amax(1) if self.per_sample else squares.mean(1)).sqrt()
+        ratios = (squares.amax(1) if self.per_sample else squares.mean(1) / moving_share).sqrt()
         worst = squares.argmax(1)
         exact = torch.promote_types(ratios.dtype, torch.float32)  # bfloat16 cannot represent 257
         ratios, worst = torch.stack([ratios.to(exact), worst.to(exact)]).tolist()  # waits for the device once
         return ratios, [int(index) for index in worst]
 
-    def worst(self, error: State, before: State, after: State) -> tuple[float, str, int]:
+    def worst(self, error: State, before: State, after: State, moving_share: float = 1.0) -> tuple[float, str, int]:
         """The largest error over tolerance with its component and sample. NaN counts as the largest."""
-        ratios, samples = self(error, before, after)
+        ratios, samples = self(error, before, after, moving_share)
         i = max(range(len(ratios)), key=lambda i: math.inf if math.isnan(ratios[i]) else ratios[i])
         return ratios[i], self.names[i], samples[i]

@@ -12,9 +12,10 @@ import torch
 from flows.solvers import errors
 from flows.solvers.control import ErrorNorm
 from flows.solvers.multistep import integrate_by_torchdiffeq
+from flows.solvers.outputs import Outputs
 from flows.solvers.problem import RightHandSide, State, all_finite
-from flows.solvers.runge_kutta import Step, states_within
-from flows.solvers.stepping import StepLimits, StepLog, adaptive_steps, fixed_steps, times_in
+from flows.solvers.runge_kutta import Step
+from flows.solvers.stepping import StepLimits, StepLog, adaptive_steps, fixed_steps
 from flows.solvers.tableaux import RK4, RUNGE_KUTTA, RungeKutta
 
 
@@ -42,27 +43,34 @@ class Integrator:
         return RUNGE_KUTTA.get(self.method)
 
     def integrate(
-        self, function: RightHandSide, state: State, times: Sequence[float], log: StepLog
-    ) -> State:  # each component (T, *component)
-        """The states at all times. Autograd records them where it is on."""
+        self, function: RightHandSide, state: State, outputs: Outputs, log: StepLog
+    ) -> State:  # each component (outputs, *component)
+        """The states at all outputs, in their order. Autograd records them where it is on."""
         method = self.tableau
         if method is None:
-            return integrate_by_torchdiffeq(
-                self.method, function, state, times, self.norm, self.step_size, self.limits, self.options, log
+            at, pick = outputs.grid()
+            states = integrate_by_torchdiffeq(
+                self.method, function, state, at, self.norm, self.step_size, self.limits, self.options, log
             )
-        states = [state]
-        for step in self.steps(method, function, state, times, log):
-            states += states_within(method, step, times_in(step, times, len(states)))
-        return tuple(torch.stack(component) for component in zip(*states, strict=True))
+            return pick(states)
+        pieces: list[State] = []
+        position = 0
+        for step in self.steps(method, function, state, outputs, log):
+            count = outputs.count(step.t1, position)
+            pieces += outputs.within(method, step, position, count)
+            position += count
+        return outputs.join(pieces)
 
     def steps(
-        self, method: RungeKutta, function: RightHandSide, state: State, times: Sequence[float], log: StepLog
+        self, method: RungeKutta, function: RightHandSide, state: State, outputs: Outputs, log: StepLog
     ) -> Iterator[Step]:
         """The accepted steps of a Runge-Kutta method."""
         if method.is_adaptive:
-            return adaptive_steps(method, function, state, times[0], times[-1], self.norm, self.limits, log)
+            return adaptive_steps(method, function, state, outputs.start, outputs.end, self.norm, self.limits, log)
         assert self.step_size is not None
-        return fixed_steps(method, function, state, times, self.step_size, log)
+        interpolates = not outputs.stops
+        times = outputs.stops or outputs.span
+        return fixed_steps(method, function, state, times, self.step_size, log, interpolates)
 
     def check_finite(
         self,

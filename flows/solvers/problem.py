@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections.abc import Callable
 
@@ -17,6 +18,29 @@ State = tuple[Tensor, ...]
 Dynamics = Callable[[Tensor, State], State]  # (t, state) -> time derivative of each component
 
 
+class RowEnds:
+    """Where each sample of a solve ends.
+
+    Args:
+        times: (B,).
+        sign: 1 where time runs forwards, −1 where it runs backwards.
+    """
+
+    def __init__(self, times: Tensor, sign: float) -> None:
+        self._times = sign * times
+        self._sign = sign
+        self._sorted = sorted(self._times.tolist())
+        self.size = len(self._sorted)
+
+    def count(self, t0: float) -> int:
+        """The number of samples that end after `t0`."""
+        return self.size - bisect.bisect_right(self._sorted, self._sign * t0)
+
+    def moving(self, t0: float) -> Tensor | None:
+        """Which samples end after `t0`, (B,); `None` if all do."""
+        return None if self.count(t0) == self.size else self._times > self._sign * t0
+
+
 class RightHandSide:
     """Dynamics that count their evaluations and return derivatives in the dtype of the state.
 
@@ -24,13 +48,16 @@ class RightHandSide:
         dynamics: as passed to `flows.ODESolver.solve`.
         like: a state with the shapes, dtype and device to expect.
         count: called once per evaluation.
+        ends: where each sample ends, if they end apart. A sample that has ended does not move.
     """
 
-    def __init__(self, dynamics: Dynamics, like: State, count: Callable[[], None]) -> None:
+    def __init__(self, dynamics: Dynamics, like: State, count: Callable[[], None], ends: RowEnds | None = None) -> None:
         self.dynamics = dynamics
         self.shapes = [tuple(component.shape) for component in like]
         self.dtype, self.device = like[0].dtype, like[0].device
         self.count = count
+        self.ends = ends
+        self.moving: Tensor | None = None  # (B,), which samples move in this step; None: all
 
     def __call__(self, t: float | Tensor, state: State) -> State:
         self.count()
@@ -40,7 +67,27 @@ class RightHandSide:
         shapes = [tuple(derivative.shape) for derivative in derivatives]
         if shapes != self.shapes:
             raise InvalidValueError(f"the dynamics must return derivatives of shapes {self.shapes}, got {shapes}")
-        return tuple(derivative.to(self.dtype) for derivative in derivatives)
+        return self.stop(tuple(derivative.to(self.dtype) for derivative in derivatives))
+
+    def in_step(self, t0: float) -> RightHandSide:
+        """The same function for a step from `t0`, in which only those samples move that end later."""
+        if self.ends is None:
+            return self
+        step = copy.copy(self)
+        step.moving = self.ends.moving(t0)
+        return step
+
+    def moving_share(self, t0: float) -> float:
+        """The share of samples that move in a step from `t0`."""
+        return 1.0 if self.ends is None else self.ends.count(t0) / self.ends.size
+
+    def stop(self, derivatives: State) -> State:
+        """The derivatives, 0 for samples that do not move in this step."""
+        if self.moving is None:
+            return derivatives
+        first = self.moving.view(-1, *[1] * (derivatives[0].ndim - 1))
+        masks = (first, *[self.moving] * (len(derivatives) - 1))
+        return tuple(d.where(mask, torch.zeros_like(d)) for d, mask in zip(derivatives, masks, strict=True))
 
     def fresh(self) -> RightHandSide:
         """The same function for a new graph, without tensors that the dynamics cached in earlier evaluations."""
@@ -78,6 +125,14 @@ def mean_by_sample(
     if component.ndim > 0 and component.shape[-1] == batch_size:
         return component if component.ndim == 1 else component.reshape(-1, batch_size).mean(0)
     return component.mean().expand(batch_size)
+
+
+def rows_of(
+    state: State,
+    rows: Tensor,  # (N,)
+) -> State:  # each component (N, *rest)
+    """The state of some samples. The batch comes first in the first component, and last in the others."""
+    return (state[0][rows], *(component[..., rows].movedim(-1, 0) for component in state[1:]))
 
 
 def all_finite(*components: Tensor) -> bool:

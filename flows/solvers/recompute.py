@@ -19,8 +19,7 @@ from flows.solvers.replay import (
     same_random_state,
     set_random_state,
 )
-from flows.solvers.runge_kutta import states_within, take_step
-from flows.solvers.stepping import times_in
+from flows.solvers.runge_kutta import take_step
 from flows.solvers.tableaux import RungeKutta
 from flows.solvers.task import Task
 
@@ -29,7 +28,7 @@ MIN_SEGMENT_EVALUATIONS = 6  # shorter segments would save little memory and los
 
 
 def solve_with_checkpoints(task: Task, method: RungeKutta, state: State, parameters: tuple[Tensor, ...]) -> State:
-    """The states at all times; the backward pass solves one segment after another again, on the same steps.
+    """The states at all outputs; the backward pass solves one segment after another again, on the same steps.
 
     The forward pass keeps no graph. With n steps there are at most √(32 n) checkpoints (a state and its slope), and a
     segment has at most √(n/8) steps, or as many as six evaluations make. Only one segment has a graph at a time. The
@@ -52,7 +51,7 @@ class _Checkpoint:
 class _RecordedStep:
     t0: float
     t1: float
-    first_output: int  # index of the first output time in the step
+    first_output: int  # index of the first output in the step
     num_outputs: int
     random: tuple[Tensor, ...]  # the states of the generators at its start
 
@@ -66,6 +65,7 @@ class _Record:
         self.steps: list[_RecordedStep] = []
         self.checkpoints: list[_Checkpoint] = []
         self.segment = math.ceil(MIN_SEGMENT_EVALUATIONS / method.evaluations)  # steps between checkpoints
+        self.interpolates = not task.outputs.stops  # also between the ends of fixed steps
         self.draws = False  # whether the dynamics draw random numbers
         self.random: tuple[Tensor, ...] = ()  # the states of the generators at the start
         self._random: tuple[Tensor, ...] = ()
@@ -73,19 +73,21 @@ class _Record:
     def run(self, state: State) -> State:
         """Solve, and record what `segments` needs."""
         task, method, device = self.task, self.method, state[0].device
-        states = [state]
+        outputs, found = task.outputs, 0
+        pieces: list[State] = []
         self.random = self._random = random_state(device)
         slope = None
         log = task.forward_log(begin=lambda: self._note_random(device))
-        for step in task.forward.steps(method, task.forward_function(state), state, task.times, log):
-            inside = times_in(step, task.times, len(states))
+        for step in task.forward.steps(method, task.forward_function(state), state, outputs, log):
+            inside = outputs.count(step.t1, found)
             self._keep(step.start, slope)
-            self.steps.append(_RecordedStep(step.t0, step.t1, len(states), len(inside), self._random))
-            states += states_within(method, step, inside)
+            self.steps.append(_RecordedStep(step.t0, step.t1, found, inside, self._random))
+            pieces += outputs.within(method, step, found, inside)
+            found += inside
             slope = step.next_slope
         self._note_random(device)
         self.draws = self._random is not self.random
-        return tuple(torch.stack(component) for component in zip(*states, strict=True))
+        return outputs.join(pieces)
 
     def segments(self) -> Iterator[tuple[_Checkpoint, list[_RecordedStep]]]:
         """Each checkpoint with the steps up to the next one, the last first."""
@@ -134,8 +136,7 @@ class _Checkpointed(torch.autograd.Function):
                 products = graph.products(parameters, gradients, adjoint, slope_adjoint)
                 adjoint, slope_adjoint = products[:count], products[count : 2 * count]
                 totals = [_sum(total, more) for total, more in zip(totals, products[2 * count :], strict=True)]
-        start = [_sum(a, None if g is None else g[0]) for a, g in zip(adjoint, gradients, strict=True)]
-        return None, None, *start, *totals
+        return None, None, *adjoint, *totals
 
 
 class _Segment:
@@ -146,28 +147,30 @@ class _Segment:
     ) -> None:
         task, method = record.task, record.method
         function = task.backward_function(checkpoint.state)
-        self.outputs: list[tuple[int, State]] = []  # index among the times, and the state there
+        self.outputs: list[tuple[int | slice, State]] = []  # where among the outputs, and the states there
         with torch.enable_grad():
             state = self.state = _leaves(checkpoint.state)
             slope = self.slope = None if checkpoint.slope is None else _leaves(checkpoint.slope)
-            if slope is None and method.is_adaptive:
+            if slope is None and (method.is_adaptive or record.interpolates):
                 if record.draws:
                     set_random_state(record.random, device)
                 slope = function(steps[0].t0, state)
             for step in steps:
                 if record.draws:
                     set_random_state(step.random, device)
-                taken = take_step(method, function, step.t0, step.t1, state, slope)
-                inside = range(step.first_output, step.first_output + step.num_outputs)
-                found = states_within(method, taken, [task.times[i] for i in inside])
-                self.outputs += zip(inside, found, strict=True)
+                moving = function.in_step(step.t0)
+                slope = None if slope is None else moving.stop(slope)
+                taken = take_step(method, moving, step.t0, step.t1, state, slope, record.interpolates)
+                inside = step.first_output, step.num_outputs
+                found = task.outputs.within(method, taken, *inside)
+                self.outputs += zip(task.outputs.indices(*inside), found, strict=True)
                 state, slope = taken.end, taken.next_slope
         self.end, self.end_slope = state, slope
 
     def products(
         self,
         parameters: tuple[Tensor, ...],
-        gradients: tuple[Tensor | None, ...],  # of the outputs, a tensor (T, *component) each
+        gradients: tuple[Tensor | None, ...],  # of the outputs, a tensor (outputs, *component) each
         adjoint: list[Tensor | None],  # of the end
         slope_adjoint: list[Tensor | None],
     ) -> list[Tensor | None]:

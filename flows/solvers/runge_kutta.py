@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flows.solvers.problem import State
+from flows.solvers.problem import State, rows_of
 from flows.solvers.tableaux import RungeKutta
 
 Function = Callable[[float, State], State]  # (t, state) -> derivatives
@@ -23,11 +23,17 @@ class Step:
     start: State
     end: State
     slopes: tuple[State, ...]  # the stages k_1, ..., k_s
-    next_slope: State | None  # f(t1, end), the first stage of the next step; None in a fixed-step method
+    next_slope: State | None  # f(t1, end), the first stage of the next step; None where nobody needs it
 
 
 def take_step(
-    method: RungeKutta, function: Function, t0: float, t1: float, start: State, slope: State | None = None
+    method: RungeKutta,
+    function: Function,
+    t0: float,
+    t1: float,
+    start: State,
+    slope: State | None = None,
+    with_next_slope: bool = False,
 ) -> Step:
     """Take one differentiable step.
 
@@ -37,6 +43,7 @@ def take_step(
         t0, t1: start and end of the step.
         start: the state at t0.
         slope: f(t0, start), if it is already known.
+        with_next_slope: whether a fixed step gets its `next_slope` too, for interpolation.
     """
     dt = t1 - t0
     slopes = [function(t0, start) if slope is None else slope]
@@ -49,7 +56,7 @@ def take_step(
         next_slope = slopes[-1]
     else:
         end = advance(start, slopes, method.weights, dt)
-        if method.is_adaptive:
+        if method.is_adaptive or with_next_slope:
             next_slope = function(t1, end)
     return Step(t0, t1, start, end, tuple(slopes), next_slope)
 
@@ -58,11 +65,6 @@ def error_estimate(method: RungeKutta, step: Step) -> State:
     """dt Σ_i (b_i − b̂_i) k_i, a constant for autograd."""
     with torch.no_grad():
         return combination(step.slopes, method.error, step.t1 - step.t0)
-
-
-def states_within(method: RungeKutta, step: Step, times: Iterable[float]) -> list[State]:
-    """The states at some times within the step: its end as it is, the others by interpolation."""
-    return [step.end if t == step.t1 else interpolate(method, step, t) for t in times]
 
 
 def interpolate(method: RungeKutta, step: Step, t: float) -> State:
@@ -74,16 +76,44 @@ def interpolate(method: RungeKutta, step: Step, t: float) -> State:
     assert step.next_slope is not None, "fixed steps end at each output time"
     dt, x = step.t1 - step.t0, (t - step.t0) / (step.t1 - step.t0)
     ends = list(zip(step.start, step.end, step.slopes[0], step.next_slope, strict=True))
-    cubic = tuple(_hermite(x, y0, y1, dt * k0, dt * k1) for y0, y1, k0, k1 in ends)
-    if method.middle is None:
+    middle = None if method.middle is None else advance(step.start, step.slopes, method.middle, dt)
+    return tuple(_polynomial(x, dt, *ends[i], None if middle is None else middle[i]) for i in range(len(ends)))
+
+
+def interpolate_rows(
+    method: RungeKutta,
+    step: Step,
+    rows: Tensor,  # (N,), indices of samples
+    times: Tensor,  # (N,), within the step
+) -> State:  # each component (N, *rest)
+    """`interpolate` at one time for each of some samples, with the memory of these samples only."""
+    assert step.next_slope is not None, "interpolation needs the slope at the end"
+    dt = step.t1 - step.t0
+    ends = [rows_of(values, rows) for values in (step.start, step.end, step.slopes[0], step.next_slope)]
+    middle = None
+    if method.middle is not None:
+        middle = advance(ends[0], [rows_of(slope, rows) for slope in step.slopes], method.middle, dt)
+    states = []
+    for i, end in enumerate(ends[1]):
+        x = ((times - step.t0) / dt).to(end).view(-1, *[1] * (end.ndim - 1))
+        y0, y1, slope0, slope1 = (values[i] for values in ends)
+        y = _polynomial(x, dt, y0, y1, slope0, slope1, None if middle is None else middle[i])
+        states.append(torch.where(x == 1, end, y))  # without the rounding of the polynomial
+    return tuple(states)
+
+
+def _polynomial(
+    x: float | Tensor, dt: float, y0: Tensor, y1: Tensor, slope0: Tensor, slope1: Tensor, middle: Tensor | None
+) -> Tensor:
+    """The interpolating polynomial at the share `x` of a step of length `dt`."""
+    cubic = _hermite(x, y0, y1, dt * slope0, dt * slope1)
+    if middle is None:
         return cubic
     bump = 16 * (x * (1 - x)) ** 2  # 1 in the middle; value and slope are 0 at the ends
-    centre = (_hermite(0.5, y0, y1, dt * k0, dt * k1) for y0, y1, k0, k1 in ends)
-    middle = advance(step.start, step.slopes, method.middle, dt)
-    return tuple(y + bump * (m - c) for y, m, c in zip(cubic, middle, centre, strict=True))
+    return cubic + bump * (middle - _hermite(0.5, y0, y1, dt * slope0, dt * slope1))
 
 
-def _hermite(x: float, y0: Tensor, y1: Tensor, slope0: Tensor, slope1: Tensor) -> Tensor:
+def _hermite(x: float | Tensor, y0: Tensor, y1: Tensor, slope0: Tensor, slope1: Tensor) -> Tensor:
     """The cubic with these values and slopes at 0 and 1."""
     left, right = (1 - x) ** 2, x**2
     return left * (1 + 2 * x) * y0 + right * (3 - 2 * x) * y1 + left * x * slope0 - right * (1 - x) * slope1

@@ -16,13 +16,14 @@ from flows.solvers.adjoint import solve_with_adjoint
 from flows.solvers.control import ErrorControl, ErrorNorm
 from flows.solvers.integrator import Integrator
 from flows.solvers.multistep import ADAMS, SCIPY, check_options
+from flows.solvers.outputs import Outputs
 from flows.solvers.problem import ADJOINT, PARAMETERS, Dynamics, State, batch_size_of, component_names
 from flows.solvers.recompute import solve_with_checkpoints
 from flows.solvers.replay import Precision
 from flows.solvers.statistics import Solution, SolverStatistics
 from flows.solvers.stepping import StepLimits
 from flows.solvers.tableaux import RUNGE_KUTTA
-from flows.solvers.task import Task, checked_state, checked_times
+from flows.solvers.task import Task, checked_outputs, checked_state
 
 METHODS = (*RUNGE_KUTTA, *ADAMS, SCIPY)
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
@@ -189,11 +190,13 @@ class ODESolver:
         state: State,
         times: Tensor | Sequence[float],
         parameters: Sequence[Tensor] = (),
+        counts: Tensor | None = None,
     ) -> Solution:
-        """Integrate `dynamics` from `state` at `times[0]` through all `times`.
+        """Integrate `dynamics` from `state` at the first time through all `times`.
 
         Times in between do not change the steps of an adaptive method, which interpolates. The last step ends at the
-        last time.
+        last time. With times of shape (B, T), each sample has its own, and takes the memory of its own. One solve
+        serves all of them. A sample no longer moves after the step that covers its last time.
 
         Dynamics may have three more attributes:
 
@@ -205,9 +208,13 @@ class ODESolver:
         Args:
             dynamics: the right-hand side; returns a tuple of derivatives shaped like `state`.
             state: components of one dtype and device. The first is (B, *event), the others are (*, B).
-            times: (T,), at least two, strictly increasing or strictly decreasing.
+            times: (T,), at least two, strictly increasing or strictly decreasing; or (B, T), such a row for each
+                sample, all in the same direction from the same first time. With (B, T), `gradient="adjoint"` calls the
+                dynamics with times of shape (B,), and Adams methods and scipy keep the states of all samples at all
+                times.
             parameters: all tensors besides the state that `dynamics` depends on and that need a gradient. Needed by
                 `gradient="adjoint"` and `"checkpoint"`.
+            counts: (B,), how many of the times of each row count. The states at the others repeat the last that counts.
 
         Raises:
             SolverError: the step size underflows, `max_steps` is reached, or the state becomes non-finite.
@@ -216,26 +223,27 @@ class ODESolver:
         """
         state = checked_state(state)
         needed = tuple(parameter for parameter in parameters if parameter.requires_grad)
-        task = self._task(dynamics, state, checked_times(times), len(needed))
-        at = torch.tensor(task.times, dtype=state[0].dtype, device=state[0].device)
+        outputs = checked_outputs(times, state, counts)
+        task = self._task(dynamics, state, outputs, len(needed))
+        at = outputs.as_tensor().to(state[0])
         if state[0].numel() == 0:  # an empty batch
-            states = tuple(component.expand(len(task.times), *component.shape) for component in state)
+            states = tuple(component.expand(outputs.size, *component.shape) for component in state)
             return Solution(at, states, task.statistics)
         function = task.forward_function(state)
         if self.gradient == "backprop" or not torch.is_grad_enabled():
             if self.method == SCIPY and torch.is_grad_enabled():
                 raise InvalidValueError("scipy_solver cannot be differentiated through; set gradient='adjoint'")
-            states = task.forward.integrate(function, state, task.times, task.forward_log())
+            joined = task.forward.integrate(function, state, outputs, task.forward_log())
         elif self.gradient == "adjoint":
-            states = solve_with_adjoint(task, state, needed)
+            joined = solve_with_adjoint(task, state, needed)
         else:
-            states = solve_with_checkpoints(task, RUNGE_KUTTA[self.method], state, needed)
-        solution = Solution(at, states, task.statistics)
+            joined = solve_with_checkpoints(task, RUNGE_KUTTA[self.method], state, needed)
+        solution = Solution(at, outputs.arrange(state, joined), task.statistics)
         names = task.statistics.components
-        task.forward.check_finite(function, state, task.times, solution.end, names, "forward")
+        task.forward.check_finite(function, state, outputs.span, solution.end, names, "forward")
         return solution
 
-    def _task(self, dynamics: Dynamics, state: State, times: tuple[float, ...], num_parameters: int) -> Task:
+    def _task(self, dynamics: Dynamics, state: State, outputs: Outputs, num_parameters: int) -> Task:
         names, size = component_names(dynamics, state), batch_size_of(state)
         weights = self.error_control.weights(dynamics, names)
         norm = ErrorNorm(names, weights, self.rtol, self.atol, size, self.error_control.per_sample)
@@ -243,7 +251,7 @@ class ODESolver:
             self.max_steps,
             self.min_step,
             float("inf") if self.max_step is None else self.max_step,
-            abs(times[-1] - times[0]) / 2,  # the error estimate of a single step over everything is unreliable
+            abs(outputs.end - outputs.start) / 2,  # the error estimate of a single step over everything is unreliable
         )
         forward = Integrator(self.method, norm, limits, self.step_size, self.options)
         counted = 0 if self.adjoint_seminorm else num_parameters
@@ -255,4 +263,4 @@ class ODESolver:
             atol=self.atol if self.adjoint_atol is None else self.adjoint_atol,
         )
         backward = replace(forward, norm=adjoint_norm)
-        return Task(dynamics, times, forward, backward, SolverStatistics(names), Precision(state[0].device))
+        return Task(dynamics, outputs, forward, backward, SolverStatistics(names), Precision(state[0].device))

@@ -88,7 +88,7 @@ class SolverStatistics:
 class Solution:
     """The states at the requested times, with the statistics of the solve."""
 
-    times: Tensor  # (T,)
+    times: Tensor  # (T,), or (B, T) with times of each sample's own
     states: State  # each component (T, *component)
     statistics: SolverStatistics
 

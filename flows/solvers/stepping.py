@@ -108,8 +108,10 @@ def adaptive_steps(
                 raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
             raise errors.underflow(log.direction, norm.rtol, norm.atol, t, sign * size, last)
         log.start()
-        step = take_step(method, function, t, target, state, slope)
-        ratio, component, sample = norm.worst(error_estimate(method, step), state, step.end)
+        moving = function.in_step(t)
+        slope = moving.stop(slope)
+        step = take_step(method, moving, t, target, state, slope)
+        ratio, component, sample = norm.worst(error_estimate(method, step), state, step.end, function.moving_share(t))
         shortest = size <= min_step * (1 + TIME_ROUNDING)
         accepted = ratio <= 1 or (shortest and math.isfinite(ratio))
         last = Attempt(t, target - t, accepted, ratio, component, sample)
@@ -127,15 +129,28 @@ def adaptive_steps(
 
 
 def fixed_steps(
-    method: RungeKutta, function: RightHandSide, state: State, times: Sequence[float], step_size: float, log: StepLog
+    method: RungeKutta,
+    function: RightHandSide,
+    state: State,
+    times: Sequence[float],
+    step_size: float,
+    log: StepLog,
+    with_next_slope: bool = False,
 ) -> Iterator[Step]:
-    """Equal steps of at most `step_size` from each of `times` to the next."""
+    """Equal steps of at most `step_size` from each of `times` to the next.
+
+    Args:
+        with_next_slope: whether each step has the slope at its end, for interpolation. It costs one evaluation in all,
+            because that slope is also the first one of the next step.
+    """
+    slope = None
     for t0, t1 in itertools.pairwise(grid(times, step_size)):
         log.start()
-        step = take_step(method, function, t0, t1, state)
+        moving = function.in_step(t0)
+        step = take_step(method, moving, t0, t1, state, None if slope is None else moving.stop(slope), with_next_slope)
         log.record(Attempt(t0, t1 - t0), step.slopes[0])
         yield step
-        state = step.end
+        state, slope = step.end, step.next_slope
 
 
 def grid(times: Sequence[float], step_size: float) -> list[float]:
@@ -155,15 +170,6 @@ def grid(times: Sequence[float], step_size: float) -> list[float]:
         steps = max(1, math.ceil(abs(end - start) / step_size - 1e-3))  # tolerates rounding of the times
         points += [start + (end - start) * i / steps for i in range(1, steps)] + [end]
     return points
-
-
-def times_in(step: Step, times: Sequence[float], position: int) -> Sequence[float]:
-    """The times from `position` on that lie in the step. The step's end counts, its start does not."""
-    sign = math.copysign(1.0, step.t1 - step.t0)
-    count = 0
-    while position + count < len(times) and sign * (step.t1 - times[position + count]) >= 0:
-        count += 1
-    return times[position : position + count]
 
 
 def _growth(ratio: float, order: int) -> float:
