@@ -9,7 +9,8 @@ from flows import bases, divergence, fields, path_costs, solvers, transforms
 from flows.errors import FlowsError
 from flows.models.cnf import CNF
 from flows.models.distribution import FlowDistribution
-from flows.models.results import LogProbEstimate, Sample, Transport
+from flows.models.neural_ode import NeuralODE
+from flows.models.results import LogProbEstimate, Sample, Trajectory, Transport
 from flows.solvers import ODESolver, Solution, SolverError, SolverStatistics
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ __all__ = [
     "FlowDistribution",
     "FlowsError",
     "LogProbEstimate",
+    "NeuralODE",
     "ODESolver",
     "Sample",
     "Solution",
     "SolverError",
     "SolverStatistics",
     "Trainer",
+    "Trajectory",
     "Transport",
     "bases",
     "compare",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from flows.arguments import checked
-from flows.divergence import DivergenceEstimator
+from flows.divergence import Auto, DivergenceEstimator, FieldSample
 from flows.errors import InvalidValueError
 from flows.path_costs import PathCost
 from flows.promises import without_gradients
@@ -55,11 +56,8 @@ class AugmentedDynamics:
     ) -> None:
         self.estimator = estimator
         self.probes = probes
-        self.costs = tuple(costs)
+        self.costs = checked_costs(costs)
         self.directions = directions
-        names = [cost.name for cost in self.costs]
-        if len(set(names)) < len(names):
-            raise InvalidValueError(f"each path cost can be given once, got {', '.join(names)}")
 
     @property
     def component_names(self) -> tuple[str, ...]:
@@ -102,20 +100,60 @@ class AugmentedDynamics:
 
 @checked
 class StateDynamics:
-    """d/dt x = v(t, x) alone, for sampling and trajectories without a density."""
+    """d/dt (x, c) = (v(t, x), rates), for samples and trajectories without a density.
 
-    component_names = ("state",)
+    Args:
+        field: bound to its context.
+        costs, directions: as for `AugmentedDynamics`.
+        starts: (B,), added to the times of each sample, so that samples with different starts are solved together.
+    """
 
-    def __init__(self, field: BoundField) -> None:
+    def __init__(
+        self,
+        field: BoundField,
+        costs: Sequence[PathCost] = (),
+        directions: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> None:
         self.field = field
+        self.costs = checked_costs(costs)
+        self.directions = directions
+        self.starts = starts
+        self.estimator = None if directions is None else Auto().bind(field)  # of the Jacobian's norm
+
+    @property
+    def component_names(self) -> tuple[str, ...]:
+        """The names of the components of the state."""
+        return "state", *(cost.name for cost in self.costs)
 
     def initial_state(self, x: Tensor) -> State:
-        """The points."""
-        return (x,)
+        """The points, with no costs yet."""
+        return x, *(x.new_zeros(len(x)) for _ in self.costs)
 
     def __call__(self, t: Tensor, state: State) -> State:
-        return (checked_value(self.field(t, state[0]), state[0]).to(state[0]),)
+        x = state[0]
+        if self.starts is not None:
+            t = self.starts + t
+        if self.estimator is None or self.directions is None:
+            sample = FieldSample(checked_value(self.field(t, x), x), x.new_zeros(0, len(x)))
+        else:
+            probes = self.estimator.draw_probes(x, torch.Generator(x.device).manual_seed(0))
+            sample = self.estimator.with_jacobian_norm(t, x, probes, self.directions)
+        rates = [cost.rate(self.field, t, x, sample) for cost in self.costs]
+        return tuple(derivative.to(x) for derivative in (sample.value, *rates))
+
+    def path_costs(self, components: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
+        """The costs by name, as integrals over |dt|, from the components at the end of a solve."""
+        return {cost.name: sign * component for cost, component in zip(self.costs, components, strict=True)}
 
     def fresh(self) -> StateDynamics:
         """The same dynamics without the tensors that the bound field keeps from earlier evaluations."""
-        return StateDynamics(self.field.fresh())
+        return StateDynamics(self.field.fresh(), self.costs, self.directions, self.starts)
+
+
+def checked_costs(costs: Sequence[PathCost]) -> tuple[PathCost, ...]:
+    """The costs, each of which must be there once."""
+    names = [cost.name for cost in costs]
+    if len(set(names)) < len(names):
+        raise InvalidValueError(f"each path cost can be given once, got {', '.join(names)}")
+    return tuple(costs)

@@ -179,8 +179,8 @@ def test_errors_say_what_came_and_what_to_do():
         MLP((2,), (4,), sine_frequency=-1)
     with pytest.raises(ValueError, match=r"event_shape must hold positive sizes, such as \(2,\), got \(\)"):
         MLP((), (4,))
-    with pytest.raises(ValueError, match="num_frequencies must be >= 1, got 0"):
-        SinusoidalTime(0)
+    with pytest.raises(ValueError, match="num_frequencies must be >= 0, got -1"):
+        SinusoidalTime(-1)
     with pytest.raises(ValueError, match=r"MLP is unconditional and got a context of shape \(3, 5\); build it with"):
         MLP((2,), (4,))(torch.zeros(()), x, torch.randn(3, 5))
     with pytest.raises(ValueError, match=r"MLP needs a context of shape \(B, \*\(5,\)\)"):

@@ -39,7 +39,8 @@ class MLP(Perceptron):
         sine_frequency: the first layer is sin(·) with weights drawn from N(0, sine_frequency²/d), so that its phases
             spread by about sine_frequency (default 6) over data of unit scale. It resolves sharp structure in low
             dimensions. `None`: the first layer has the same activation as the others.
-        num_frequencies: of the time features; see `SinusoidalTime`.
+        num_frequencies: of the time features, which suit times from 0 to 1; see `SinusoidalTime`. With 0 the field does
+            not depend on time.
         context_shape: shape of the context, `None` for an unconditional field.
     """
 

@@ -186,7 +186,7 @@ class CNF(nn.Module):
         y, terms = self.transform.account(points, generator)
         y, terms = self._in_own_dtype(y), {name: self._in_own_dtype(term) for name, term in terms.items()}
         estimator = self.divergence.bind(self.bind(context))
-        examine(self, estimator.field, y, estimator)
+        examine(self.base, estimator.field, y, estimator)
         probes = estimator.draw_probes(y, generator)
         dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, y, generator))
         tensors, times = self._differentiated(estimator.field, y, probes), (1.0, base_time)
@@ -222,7 +222,7 @@ class CNF(nn.Module):
         Differentiable where autograd records and the data are continuous."""
         z, context, full_shape = self._base_points(shape, context, generator)
         field = self.bind(context)
-        examine(self, field, z)
+        examine(self.base, field, z)
         dynamics = StateDynamics(field)
         solution = self.solver.solve(dynamics, dynamics.initial_state(z), (0.0, 1.0), self._differentiated(field, z))
         y = solution.end[0]
@@ -254,7 +254,7 @@ class CNF(nn.Module):
         """`sample_and_log_prob` with standard errors and path costs."""
         z, context, full_shape = self._base_points(shape, context, generator)
         estimator = self.divergence.bind(self.bind(context))
-        examine(self, estimator.field, z, estimator)
+        examine(self.base, estimator.field, z, estimator)
         probes = estimator.draw_probes(z, generator)
         dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, z, generator))
         tensors, times = self._differentiated(estimator.field, z, probes), (0.0, 1.0)
@@ -291,11 +291,11 @@ class CNF(nn.Module):
         bound, probes = self.bind(context), None
         if log_density:
             estimator = self.divergence.bind(bound)
-            examine(self, bound, points, estimator)
+            examine(self.base, bound, points, estimator)
             probes = estimator.draw_probes(points, generator)
             dynamics = AugmentedDynamics(estimator, probes)
         else:
-            examine(self, bound, points)
+            examine(self.base, bound, points)
             dynamics = StateDynamics(bound)
         state = dynamics.initial_state(points)
         solution = self.solver.solve(dynamics, state, times, self._differentiated(bound, points, probes))

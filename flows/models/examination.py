@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from flows.bases import Base
 from flows.divergence import Analytic, Bottleneck, DivergenceEstimator
 from flows.errors import FlowsError, InvalidValueError
 from flows.promises import captured_tensors, examine_derivatives, examine_values
@@ -14,12 +13,9 @@ from flows.promises.derivatives import NUM_POINTS
 from flows.promises.values import FEW, untouched
 from flows.vector_field import BoundField, bind
 
-if TYPE_CHECKING:
-    from flows.models.cnf import CNF
-
 
 def examine(
-    flow: CNF,
+    base: Base,  # draws a few more points
     field: BoundField,  # bound to the context of `x`
     x: Tensor,  # (B, *event), flow space
     estimator: DivergenceEstimator | None = None,  # bound to the field; None: no divergence is taken
@@ -31,7 +27,7 @@ def examine(
         FlowsError: it does not; the message names the promise and the cure.
     """
     for view in field.strangers:
-        _examine(flow, view, x, estimator)
+        _examine(base, view, x, estimator)
         refused = view.traits.refuses_times if matching else view.traits.refuses_solves
         if refused and matching:
             raise InvalidValueError(
@@ -43,7 +39,7 @@ def examine(
             raise InvalidValueError(refused)
 
 
-def _examine(flow: CNF, view: BoundField, x: Tensor, estimator: DivergenceEstimator | None) -> None:
+def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstimator | None) -> None:
     inner = getattr(estimator, "estimator", estimator)  # what a compiled one stands for
     second = torch.is_grad_enabled() and inner is not None
     mode = getattr(inner, "mode", None)
@@ -58,7 +54,7 @@ def _examine(flow: CNF, view: BoundField, x: Tensor, estimator: DivergenceEstima
             with torch.no_grad():
                 bind(view.field, context, view.event_shape)(x.new_full((), 0.4), x)  # gives its weights a shape
         generator = torch.Generator(x.device).manual_seed(0)
-        few = flow.base.sample((NUM_POINTS,), generator).to(x)
+        few = base.sample((NUM_POINTS,), generator).to(x)
         if "values" not in seen:
             examine_values(view.field, view.name, view.traits, x, few[:FEW], context)
             seen.add("values")

@@ -43,3 +43,16 @@ class Sample:
     standard_error: Tensor  # (*batch), of log_prob from the spread of the probes; 0 if exact, NaN with a single probe
     path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of the path costs that were asked for
     statistics: SolverStatistics
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """States along the solutions of an ODE, with their errors."""
+
+    times: Tensor  # (T,) or (*batch, T)
+    states: Tensor  # (*batch, T, *event)
+    solver_error: Tensor | None  # (*batch, T, *event), |states − states of a much tighter solve|, if asked for
+    nfe: int  # evaluations of the field for the states (not for their solver error)
+    statistics: SolverStatistics  # of the same solve; its backward count grows with the gradient
+    path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of the path costs that were asked for
+    mask: Tensor | None = None  # (*batch, T), False: no state was asked for, and the one before is repeated

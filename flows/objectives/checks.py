@@ -12,6 +12,7 @@ from torch import nn
 from flows.datasets import Dataset
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
+from flows.models.neural_ode import NeuralODE
 from flows.transforms import Transform
 
 MAX_POINTS = 10_000  # of a table that are looked at
@@ -51,12 +52,12 @@ def check_digits(flow: CNF, dataset: Dataset) -> None:
         )
 
 
-def check_contexts(flow: CNF, dataset: Dataset) -> None:
+def check_contexts(model: CNF | NeuralODE, dataset: Dataset) -> None:
     """Raise `InvalidValueError` unless the field takes the contexts of the data, or both have none.
 
     A field of the user's own that states no `context_shape` passes if its `forward` has a third argument.
     """
-    field, shape = flow.field, dataset.context_shape
+    field, shape = model.field, dataset.context_shape
     name, has = type(field).__name__, f"the data {dataset.name!r} has contexts of shape {shape}"
     if not hasattr(field, "context_shape"):
         parameters = inspect.signature(field.forward).parameters.values()

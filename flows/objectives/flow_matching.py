@@ -227,10 +227,10 @@ def _evaluate(
     """Return v, and div v (B,) if there is an estimator."""
     field = flow.bind(context)
     if estimator is None:
-        examine(flow, field, position, matching=True)
+        examine(flow.base, field, position, matching=True)
         return checked_value(field(t, position), position), None
     bound = estimator.bind(field)
-    examine(flow, field, position, bound, matching=True)
+    examine(flow.base, field, position, bound, matching=True)
     probes = bound.draw_probes(position, generator)  # some estimators are exact thanks to their probes
     sample = bound(t, position, probes)
     return sample.value, differentiable(sample.estimates, field).mean(0)

@@ -1,0 +1,284 @@
+"""A neural ODE: states at any times from an initial state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flows.arguments import checked
+from flows.bases import Normal
+from flows.checks import check_number
+from flows.dynamics import StateDynamics
+from flows.errors import InvalidValueError
+from flows.models.examination import examine, foreign_tensors
+from flows.models.results import Trajectory
+from flows.path_costs import PathCost, draw_directions
+from flows.solvers import ODESolver
+from flows.transforms import Identity, Transform
+from flows.vector_field import BoundField, bind
+
+
+@checked
+class NeuralODE(nn.Module):
+    """The solution of dy/dt = v(t, y) from an initial state, with y = transform(x).
+
+    By default y is the state x itself. A transform such as `Standardise` lets the field work on numbers of unit scale.
+    Times have any unit and any origin: the field sees them as they are given. A whole batch of initial states is solved
+    at once, also where each has times of its own. [Chen et al. 2018, arXiv:1806.07366]
+
+    ```python
+    import torch
+    import flows
+
+    ode = flows.NeuralODE(flows.fields.MLP(event_shape=(2,)))
+    path = ode.trajectory(torch.randn(5, 2), torch.linspace(0, 3, 20))
+    path.states.shape, path.solver_error.max()  # (5, 20, 2), and how far a much tighter solve is away
+    ```
+
+    Args:
+        field: a `flows.fields.Field`, or any module with `forward(t, x)` or `forward(t, x, context)`.
+        solver: settings of the solve; may be replaced at any time.
+        transform: from states to what the field sees; `Identity()` by default.
+        event_shape: shape of a state; needed if `field` does not state one.
+        noise: the first guess of the standard deviation of observations about the states, in the units of y. It
+            becomes a parameter, `log_noise`, with a value for each entry of a state, which an objective with a
+            likelihood fits. `None` (default): the model knows no noise.
+
+    Raises:
+        InvalidValueError: the event shape is missing or disagrees with the field's, or the noise is not > 0.
+    """
+
+    def __init__(
+        self,
+        field: nn.Module,
+        solver: ODESolver | None = None,
+        transform: Transform | None = None,
+        event_shape: int | Sequence[int] | None = None,
+        noise: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.event_shape = bind(field, event_shape=event_shape).event_shape
+        self.field = field
+        self.solver = ODESolver() if solver is None else solver
+        self.transform = Identity() if transform is None else transform
+        if self.transform.num_levels is not None:
+            raise InvalidValueError(f"{type(transform).__name__} adds noise to whole numbers; states take none")
+        weights = [p for p in field.parameters() if p.is_floating_point()]
+        self.log_noise: nn.Parameter | None = None
+        if noise is not None:
+            check_number("noise", noise, above=0)
+            like = weights[0] if weights else torch.empty(())
+            self.log_noise = nn.Parameter(
+                torch.full(self.event_shape, noise, dtype=like.dtype, device=like.device).log()
+            )
+
+    @property
+    def noise(self) -> Tensor | None:  # (*event)
+        """The standard deviation of observations of y; `None` if the model knows no noise."""
+        return None if self.log_noise is None else self.log_noise.exp()
+
+    def bind(
+        self,
+        context: Tensor | None = None,  # (B, *context)
+    ) -> BoundField:
+        """The field as one solve sees it."""
+        return bind(self.field, context, self.event_shape)
+
+    @checked
+    def forward(
+        self,
+        x0: Tensor,  # (*batch, *event)
+        times: Tensor | Sequence[float],  # (T,) or (*batch, T)
+        context: Tensor | None = None,  # (*batch, *context)
+        mask: Tensor | None = None,  # (*batch, T)
+    ) -> Tensor:  # (*batch, T, *event)
+        """The states of `trajectory`, without their solver error."""
+        return self.trajectory(x0, times, context, mask, solver_error=False).states
+
+    @checked
+    def trajectory(
+        self,
+        x0: Tensor,  # (*batch, *event)
+        times: Tensor | Sequence[float],  # (T,) or (*batch, T)
+        context: Tensor | None = None,  # (*batch, *context)
+        mask: Tensor | None = None,  # (*batch, T)
+        solver_error: bool = True,
+        path_costs: Sequence[PathCost] = (),
+        generator: torch.Generator | None = None,
+    ) -> Trajectory:
+        """Solve from `x0` at the first time, and return the states at all times.
+
+        All rows of the batch share one solve and its steps. Times of shape (*batch, T) give each row its own, which may
+        start and end anywhere. A state between two steps is interpolated, so that more times cost no evaluations; the
+        memory is that of the states. A row is not followed beyond the step that covers its last time.
+
+        The states can be differentiated with respect to `x0`, `context`, the parameters and the times. The derivative
+        with respect to a time is v(t, x) there, which takes one more evaluation of the field.
+
+        The solver error of a state is its distance, entry by entry, to a second solve by `ODESolver.tighter`, at
+        tolerances 100 times tighter (or steps a tenth as long). It costs more than the states themselves.
+
+        Args:
+            x0: the states at the first time of each row.
+            times: strictly increasing, or strictly decreasing to go back in time.
+            context: what a conditional field takes.
+            mask: which of the times count, for times of shape (*batch, T). Elsewhere the state before is repeated, and
+                the time may hold anything, NaN too. The first time that counts is that of `x0`.
+            solver_error: whether to solve again for it.
+            path_costs: have their integrals computed in the same solve.
+            generator: of the directions that some path costs draw.
+
+        Raises:
+            InvalidValueError: the times are not monotonic or not finite, or shapes do not fit.
+            SolverError: the solve cannot go on, because states explode in finite time for example; says when.
+        """
+        points, batch_shape = self._flatten(x0)
+        context = self._flatten_context(context, batch_shape)
+        points = self.transform(points)[0].to(self.dtype)
+        table = _Times(times, mask, batch_shape, points)
+        directions = draw_directions(path_costs, points, generator)
+        bound = self.bind(context)
+        examine(Normal(self.event_shape).to(points.device, points.dtype), bound, points)
+        dynamics = StateDynamics(bound, path_costs, directions, table.starts)
+        start = table.differentiable_start(bound, points)
+        extra = [*self.field.parameters(), *(tensor for tensor in (context, directions) if tensor is not None)]
+        if self.solver.gradient != "backprop" and torch.is_grad_enabled():
+            extra += foreign_tensors(bound, points, extra)
+        solution = self.solver.solve(dynamics, dynamics.initial_state(start), table.relative, extra, table.counts)
+        states = self._in_data_space(table.spread(table.differentiable_states(bound, solution.states[0])))
+        error = None
+        if solver_error:
+            with torch.no_grad():
+                again = StateDynamics(bound.fresh(), starts=table.starts)
+                reference = self.solver.tighter().solve(again, (points.detach(),), table.relative, counts=table.counts)
+                error = (states - self._in_data_space(table.spread(reference.states[0]))).abs()
+                error = error.reshape(*batch_shape, -1, *self.event_shape)
+        costs = dynamics.path_costs(solution.end[1:], table.sign)
+        return Trajectory(
+            times=table.given,
+            states=states.reshape(*batch_shape, -1, *self.event_shape),
+            solver_error=error,
+            nfe=solution.statistics.nfe_forward,
+            statistics=solution.statistics,
+            path_costs={name: cost.reshape(batch_shape) for name, cost in costs.items()},
+            mask=mask,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what the field sees: that of its parameters."""
+        found = (p.dtype for p in self.field.parameters() if p.is_floating_point())
+        return next(found, torch.get_default_dtype())
+
+    def _in_data_space(self, states: Tensor) -> Tensor:  # (B, T, *event)
+        return self.transform.inverse(states.flatten(0, 1))[0].reshape(states.shape)
+
+    def _flatten(self, x0: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Initial states (B, *event) and the batch shape."""
+        ndim = len(self.event_shape)
+        batch_shape = tuple(x0.shape[: max(x0.ndim - ndim, 0)])
+        if tuple(x0.shape[len(batch_shape) :]) != self.event_shape:
+            expected = ", ".join(["*batch", *map(str, self.event_shape)])
+            raise InvalidValueError(f"expected initial states of shape ({expected}), got {tuple(x0.shape)}")
+        bad = (~x0.isfinite()).reshape(-1, *self.event_shape).flatten(1).any(1).nonzero()
+        if len(bad):
+            raise InvalidValueError(
+                f"{len(bad)} initial states hold NaN or infinite values, the first at index {bad[0].item()}; a state "
+                "with missing values cannot be solved from"
+            )
+        return x0.reshape(-1, *self.event_shape), batch_shape
+
+    def _flatten_context(self, context: Tensor | None, batch_shape: tuple[int, ...]) -> Tensor | None:
+        if context is None:
+            return None
+        if tuple(context.shape[: len(batch_shape)]) != batch_shape:
+            raise InvalidValueError(
+                f"expected a context for each of the initial states, of shape {(*batch_shape, '*context')}, got "
+                f"{tuple(context.shape)}"
+            )
+        return context.reshape(-1, *context.shape[len(batch_shape) :])
+
+
+class _Times:
+    """The times of a batch: as given, and as the solver takes them.
+
+    Rows that start apart are shifted to start at 0 together. Times that count are moved to the front of their row.
+    """
+
+    def __init__(
+        self, times: Tensor | Sequence[float], mask: Tensor | None, batch_shape: tuple[int, ...], points: Tensor
+    ) -> None:
+        try:
+            given = torch.as_tensor(times)
+        except (TypeError, ValueError, RuntimeError):
+            raise InvalidValueError(f"times must be a tensor or a sequence of numbers, got {times!r}") from None
+        self.given = given
+        values = given.detach().to("cpu", torch.float64)
+        self.counts = self.starts = self.front = self.order = None
+        if given.ndim == 1 and mask is None:
+            self.relative = values
+            self.seconds = given.to(points)[:, None].expand(-1, len(points))
+            self.sign = -1 if values[-1] < values[0] else 1
+            return
+        if given.ndim == 1:
+            given, values = (tensor.expand(*batch_shape, len(tensor)) for tensor in (given, values))
+        if tuple(given.shape[:-1]) != batch_shape:
+            raise InvalidValueError(
+                f"times must have the shape (T,) or {(*batch_shape, 'T')}, a row for each initial state, got "
+                f"{tuple(given.shape)}"
+            )
+        rows = values.reshape(len(points), -1)
+        if mask is not None:
+            rows = self._compact(rows, mask, tuple(given.shape))
+        self.relative = rows
+        if len(rows) and not bool((rows[:, 0] == rows[0, 0]).all()):
+            self.starts = rows[:, 0].to(points)
+            self.relative = rows - rows[:, :1]
+        self.sign = -1 if len(rows) and rows[:, -1].sum() < rows[:, 0].sum() else 1
+        flat = given.reshape(len(points), -1)
+        self.seconds = (flat if self.front is None else flat.gather(1, self.front.to(flat.device))).to(points).T
+
+    def _compact(self, rows: Tensor, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise InvalidValueError(
+                f"the mask must be a bool tensor of shape {shape}, like the times, got {mask.dtype} of shape "
+                f"{tuple(mask.shape)}"
+            )
+        kept = mask.detach().to("cpu").reshape(rows.shape)
+        self.counts = kept.sum(1)
+        if bool((self.counts == 0).any()):
+            row = int((self.counts == 0).nonzero()[0])
+            raise InvalidValueError(f"the mask leaves no time in row {row}; drop the row, or keep its first time")
+        # The times that count first, in their order; after them the last one again.
+        front = (~kept).to(torch.int8).argsort(dim=1, stable=True)
+        self.front = front.gather(1, torch.arange(rows.shape[1]).clamp(max=self.counts[:, None] - 1))
+        self.order = (kept.cumsum(1) - 1).clamp(min=0)  # (B, T): which of the compact times each time shows
+        return rows.gather(1, self.front)
+
+    def differentiable_start(self, field: BoundField, x0: Tensor) -> Tensor:
+        """`x0` with the derivative −v(t, x0) to the first time, where the times require gradients."""
+        if not (self.given.requires_grad and torch.is_grad_enabled()):
+            return x0
+        return x0 - self._change(field, 0, x0)
+
+    def differentiable_states(self, field: BoundField, states: Tensor) -> Tensor:
+        """The states (T, B, *event) with the derivative v(t, x) to their times, where the times require gradients."""
+        if not (self.given.requires_grad and torch.is_grad_enabled()):
+            return states
+        later = [states[j] + self._change(field, j, states[j]) for j in range(1, len(states))]
+        return torch.stack([states[0] + self._change(field, 0, states[0]), *later])
+
+    def _change(self, field: BoundField, j: int, states: Tensor) -> Tensor:
+        """0, with the derivative v(t, x) to the time."""
+        t = self.seconds[j]
+        return field(t.detach(), states) * (t - t.detach()).view(-1, *[1] * (states.ndim - 1))
+
+    def spread(self, states: Tensor) -> Tensor:
+        """States (T, B, *event) of the solver as states (B, T, *event) at the given times."""
+        states = states.movedim(0, 1)
+        if self.order is None:
+            return states
+        rows = torch.arange(len(states), device=states.device)[:, None]
+        return states[rows, self.order.to(states.device)]
