@@ -19,7 +19,8 @@ from test_checkpoint import assert_same_state
 
 import flows
 from flows import errors
-from flows.cli.errors import explain, quoted_override, readable_errors
+from flows.cli.errors import explain, readable_errors
+from flows.cli.grammar import quoted_override
 from flows.cli.jobs import fixed_keys, job_name, swept_settings
 from flows.cli.sweeps import sweep_table
 from flows.datasets.readers import read_table

@@ -16,6 +16,7 @@ from torch import Tensor
 from flows.checks import check_number, whole_number
 from flows.cli.config import instances, plain_settings, run_with_hydra
 from flows.cli.errors import readable_errors
+from flows.cli.grammar import readable_arguments
 from flows.compare import advise, as_dict, as_text, error_against_cost
 from flows.compare import compare as compare_estimators
 from flows.datasets import Dataset
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; `arguments` are those of the command line by default."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with readable_errors("compare_estimators", arguments):
+        arguments = readable_arguments(arguments)
         run_with_hydra(compare, "compare_estimators", arguments)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flows.checks import check_seed
 from flows.cli.arguments import OPEN_PARTS, check_added, check_choices, config_folder
+from flows.cli.grammar import quoted
 from flows.errors import ComputationError, FlowsError, InvalidValueError
 from flows.training.annotations import check_type
 from flows.training.loggers import warnings_above_bars
@@ -77,7 +80,8 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
     run_task.__module__, run_task.__qualname__ = task.__module__, task.__qualname__
     decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)
     try:
-        with warnings_above_bars(), _command_line([process[0], *arguments]):
+        with warnings_above_bars(), warnings.catch_warnings(), _command_line([process[0], *arguments]):
+            warnings.filterwarnings("error", "provider=hydra.searchpath")  # a folder that is not there
             decorate(run_task)()
     except (HydraException, OmegaConfBaseException):
         raise  # has a message for people
@@ -90,7 +94,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
                 f"the sweep cannot go on, since its sweeper or launcher fails: {type(error).__name__}: {reason}; the "
                 "jobs that were done are in its folder"
             ) from error
-        if started or not isinstance(error, (AttributeError, LookupError, OSError, TypeError, ValueError)):
+        if started:
             raise
         raise InvalidValueError(f"these settings cannot be composed: {' '.join(arguments)} ({error})") from error
 
@@ -158,6 +162,17 @@ def plain_settings(composed: DictConfig) -> dict[str, Any]:
         MissingMandatoryValue: a setting without a default is not given.
     """
     settings = plain(composed, resolve=True, throw_on_missing=True)
+    check_program_settings(settings)
+    return settings
+
+
+def check_program_settings(settings: Mapping[str, Any]) -> None:
+    """Check those of the settings that belong to the program itself.
+
+    Raises:
+        SettingsError: a setting of `PROGRAM_SETTINGS` has another type.
+        InvalidValueError: a path or a seed cannot be one.
+    """
     for name, kind in PROGRAM_SETTINGS.items():
         if name in settings:
             check_type(name, settings[name], kind)
@@ -165,7 +180,6 @@ def plain_settings(composed: DictConfig) -> dict[str, Any]:
         check_path(name, settings.get(name))
     if "seed" in settings:
         check_seed(settings["seed"])
-    return settings
 
 
 def check_path(name: str, path: Any) -> None:
@@ -174,9 +188,19 @@ def check_path(name: str, path: Any) -> None:
     Raises:
         InvalidValueError: it cannot be a path.
     """
+    if not isinstance(path, str):
+        return
+    if not path.strip():
+        raise InvalidValueError(f"{name} is empty; give a path, or leave {name}=... out")
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", path):
+        local = (
+            f"write {name}={quoted('/' + scheme[2].lstrip('/'))}"
+            if scheme[1] == "file"
+            else ("use a folder of this machine, such as one where that store is mounted, and copy the files later")
+        )
+        raise InvalidValueError(f"{name} must be a path of a file system, got the address {path}; {local}")
     try:
-        if isinstance(path, str):
-            Path(path).exists()
+        Path(path).exists()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InvalidValueError(f"{name} cannot be a path ({reason}): {path!r}") from error

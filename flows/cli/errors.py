@@ -19,6 +19,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from flows.cli.arguments import config_folder
 from flows.cli.config import compose_node, plain
+from flows.cli.grammar import quoted_override
+from flows.cli.terminal import any_encoding
 from flows.errors import FlowsError
 from flows.training.files import RunFileError
 from flows.training.loggers import flat
@@ -27,6 +29,15 @@ from flows.training.settings import complete, no_setting
 from flows.training.signals import TrainingInterrupted
 
 ABBREVIATIONS = {"lr": "learning_rate"}  # what people call settings
+PLAINLY = {  # what Hydra says, and what it means for the command line
+    r"Could not delete from config. '(.*?)' does not exist.": r"~\1 removes nothing: no yaml sets \1; to change a "
+    r"default of a class write \1=...",
+    r"Could not delete from config. The value of '(.*?)' is (.*) and not (.*)\.": r"~\1=\3 removes nothing: \1 is \2; "
+    r"write ~\1",
+    r"Could not append to config. An item is already at '(.*?)'": r"+\1=... adds a setting, but \1 is there already; "
+    r"write \1=...",
+    r"Could not override '(.*?)'. No match in the defaults list.": r"there is no group \1 to choose from",
+}
 MISTAKE, FAILURE = 2, 1  # exit codes: settings or files are wrong; the computation failed
 
 
@@ -69,6 +80,7 @@ def readable_errors(
     """
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report
+    any_encoding()
     try:
         yield
     except TrainingInterrupted as stop:
@@ -114,18 +126,18 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}=... must be given, it has no default", MISTAKE
     if isinstance(error, OverrideParseException):
-        if "=" not in str(error.override).strip("="):
-            return f"{error.override} is no setting; write setting=value, without spaces, such as data=moons", MISTAKE
-        lines = [line for line in error.message.splitlines() if "input" in line]
-        reason = f" ({lines[0].partition(' expecting ')[0]})" if lines else ""
-        key = str(error.override).partition("=")[0]
-        text = f"{error.override} cannot be read as setting=value{reason}"
-        return f"{text}; put a value with special characters in quotes: \"{key}='...'\"", MISTAKE
+        return _unreadable(error), MISTAKE
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).partition(chr(10))[0]}", MISTAKE
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         text = str(error).partition("\nConfig search path")[0].strip()
-        return text.replace("\n\n", "; ").replace(":\n\t", ": ").replace("\n\t", ", "), MISTAKE  # lists in one line
+        for pattern, plainly in PLAINLY.items():
+            if found := re.match(pattern, text):
+                return found.expand(plainly), MISTAKE
+        if text.startswith("Error merging override") and error.__cause__ is not None:
+            text += f": {str(error.__cause__).partition(chr(10))[0]}"
+        text = text.replace("\n\n", "; ").replace(":\n\t", ": ").replace("\n\t", ", ")  # lists in one line
+        return re.sub(r"\s*\n\s*", "; ", text), MISTAKE
     if isinstance(error, RunFileError):
         return str(error), FAILURE
     if isinstance(error, FlowsError):
@@ -135,20 +147,26 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
     return None, FAILURE
 
 
+def _unreadable(error: OverrideParseException) -> str:
+    """The message for an argument that is no setting=value."""
+    key, equals, text = str(error.override).partition("=")
+    if not (equals and key.strip()):
+        return f"{error.override} is no setting; write setting=value, without spaces, such as data=moons"
+    if not re.fullmatch(r"[+~]*[A-Za-z_][\w./@:+-]*", key, re.ASCII):
+        return f"there is no setting {key}: names of settings are letters, digits, underscores and dots"
+    lines = [line for line in error.message.splitlines() if "input" in line]
+    reason = f" ({lines[0].partition(' expecting ')[0]})" if lines else ""
+    advice = "put a value with special characters in quotes"
+    if text[:1] in "[{(":
+        advice = "a list is written [1,2] and a mapping {a: 1}, with all brackets closed, and text in quotes"
+    return f"{error.override} cannot be read as setting=value{reason}; {advice}: {quoted_override(key, text)}"
+
+
 def _own_cause(error: BaseException | None) -> FlowsError | None:
     """The error by which one of our own resolvers refuses a setting."""
     while error is not None and not isinstance(error, FlowsError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def quoted_override(key: str, value: object) -> str:
-    """`key=value` as one argument for a shell and Hydra, quoted where either needs it."""
-    text = str(value)
-    if not re.fullmatch(r"[A-Za-z0-9/_.:+%-]+", text):
-        escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
-        return shlex.quote(f"{key}='{escaped}'")
-    return f"{key}={text}"
 
 
 def resume_command(stop: TrainingInterrupted) -> str:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from flows.cli.arguments import refuse
 from flows.cli.config import plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
+from flows.cli.grammar import readable_arguments
 from flows.datasets import Energy
 from flows.datasets.recognition import caution_about_outliers, recognised
 from flows.errors import DataWarning, InvalidValueError
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; `arguments` are those of the command line by default."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with readable_errors("evaluate", arguments):
+        arguments = readable_arguments(arguments)
         refuse(
             arguments,
             {

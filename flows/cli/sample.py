@@ -14,6 +14,7 @@ from torch import Tensor
 from flows import plots
 from flows.cli.config import plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
+from flows.cli.grammar import readable_arguments
 from flows.datasets import Dataset
 from flows.datasets.recognition import recognised
 from flows.errors import FlowsError
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; `arguments` are those of the command line by default."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with readable_errors("sample", arguments):
+        arguments = readable_arguments(arguments)
         run_with_hydra(sample, "sample", arguments)
 
 

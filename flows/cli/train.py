@@ -10,10 +10,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from flows.cli.config import check_path, plain_settings, run_with_hydra
+from flows.cli.config import check_program_settings, plain_settings, run_with_hydra
 from flows.cli.errors import readable_errors
+from flows.cli.grammar import readable_arguments
 from flows.cli.jobs import current_job, recorded_job
-from flows.cli.resuming import find_run, resumed_config
+from flows.cli.resuming import RESUME_SETTINGS, find_run, resumed_config
 from flows.cli.sweeps import sweep_table, sweeping
 from flows.training.continuing import AUTO
 from flows.training.loggers import flat
@@ -23,8 +24,10 @@ from flows.training.runs import build_trainer
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; `arguments` are those of the command line by default."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with readable_errors("train", arguments), sweeping(arguments):
-        run_with_hydra(train, "train", arguments)
+    with readable_errors("train", arguments):
+        arguments = readable_arguments(arguments)
+        with sweeping(arguments):
+            run_with_hydra(train, "train", arguments)
 
 
 def train(composed: DictConfig) -> float | None:
@@ -59,8 +62,7 @@ def chosen_settings(composed: DictConfig) -> tuple[dict[str, Any], Path | str | 
     """Plain settings, and the checkpoint of the run that they continue, if one was given."""
     context = HydraConfig.get()
     if composed.resume not in (None, AUTO):
-        for name in ("resume", "output_dir"):
-            check_path(name, composed[name])
+        check_program_settings({name: composed[name] for name in RESUME_SETTINGS if name in composed})
         return resumed_config(composed.resume, context.overrides.task, composed.trust)
     config = plain_settings(composed)
     if current_job() is not None:

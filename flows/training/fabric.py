@@ -12,6 +12,7 @@ import torch
 
 from flows.arguments import checked
 from flows.errors import ComputationError, InvalidValueError
+from flows.training.processes import check_processes
 
 try:
     from lightning_fabric import Fabric
@@ -77,6 +78,7 @@ def build_fabric(hardware: Hardware, callbacks: Sequence[Any] = ()) -> Fabric:
             f"precision {precision} scales the loss and skips steps whose gradients overflow, so that neither "
             "diverging nor resuming could be told apart from it; use bf16-mixed, which needs no scaling"
         )
+    check_processes(hardware.accelerator, hardware.devices)
     where: dict[str, Any] = {name: getattr(hardware, name) for name in ("accelerator", "devices", "strategy")}
     try:
         if precision == "auto":

@@ -44,6 +44,7 @@ from flows.training.files import (
 )
 from flows.training.loop import Loop, LossModule, OptimizerStep
 from flows.training.memory import memory_errors
+from flows.training.processes import launch
 from flows.training.signals import StopSignals, TrainingInterrupted
 from flows.training.stage import Optimization, Stage
 from flows.training.state import Position, Run, RunState
@@ -200,7 +201,7 @@ class Trainer:
             NonFiniteLossError: the loss or its gradient is NaN or infinite.
             SolverError: a batch cannot be solved, see `Optimization.on_solver_error`.
         """
-        self.fabric.launch()
+        launch(self.fabric)
         with unbreakable_streams(), contextlib.ExitStack() as claim:
             self.folder = on_first_process(self.fabric, lambda: self._open_folder(claim))
             if self.hardware.deterministic:
