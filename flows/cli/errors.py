@@ -27,6 +27,7 @@ from flows.training.loggers import flat
 from flows.training.memory import is_out_of_memory, memory_message
 from flows.training.settings import complete, no_setting
 from flows.training.signals import TrainingInterrupted
+from flows.training.streams import unbreakable_streams
 
 ABBREVIATIONS = {"lr": "learning_rate"}  # what people call settings
 PLAINLY = {  # what Hydra says, and what it means for the command line
@@ -36,6 +37,8 @@ PLAINLY = {  # what Hydra says, and what it means for the command line
     r"write ~\1",
     r"Could not append to config. An item is already at '(.*?)'": r"+\1=... adds a setting, but \1 is there already; "
     r"write \1=...",
+    r"(?s)Ambiguous value for argument '([^=]*)=(.*?)'\n.*": r"\1=\2 is unclear: write \1=[\2] for a list, "
+    r"\"\1='\2'\" for text, or add -m to sweep over the values",
     r"Could not override '(.*?)'. No match in the defaults list.": r"there is no group \1 to choose from",
 }
 MISTAKE, FAILURE = 2, 1  # exit codes: settings or files are wrong; the computation failed
@@ -82,7 +85,8 @@ def readable_errors(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report
     any_encoding()
     try:
-        yield
+        with contextlib.nullcontext() if program is None else unbreakable_streams():
+            yield
     except TrainingInterrupted as stop:
         command = resume_command(stop) if job is None else sweep_command(stop.checkpoint.parents[2])
         who = "Stopped" if job is None else f"{job} stopped"
@@ -221,4 +225,5 @@ def _groups_without_default(program: str) -> list[str]:
 
 def report(text: str) -> None:
     """Tell the person at the terminal."""
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(text, file=sys.stderr, flush=True)

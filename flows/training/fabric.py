@@ -87,7 +87,11 @@ def build_fabric(hardware: Hardware, callbacks: Sequence[Any] = ()) -> Fabric:
             precision = "bf16-mixed" if half else "32-true"
         return Fabric(**where, precision=precision, callbacks=list(callbacks))  # type: ignore[arg-type]
     except Exception as error:  # of many types, some of them Lightning's own
-        raise InvalidValueError(f"this hardware cannot be used: {error}") from error
+        given = ", ".join(f"{name}={value!r}" for name, value in where.items())
+        reason = str(error).partition(". ")[0].removesuffix(".")  # the rest is advice for programmers
+        raise InvalidValueError(
+            f"this hardware cannot be used: {reason}; asked for were {given} and precision={hardware.precision!r}"
+        ) from error
 
 
 @contextlib.contextmanager

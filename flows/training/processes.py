@@ -23,13 +23,20 @@ def check_processes(accelerator: Any, devices: Any) -> None:
     number = _number(devices)
     _check_launcher(number)
     gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
+    if accelerator == "cpu" or (accelerator == "auto" and not gpu and devices != "auto"):
+        which = not isinstance(devices, int | str) or (isinstance(devices, str) and "," in devices)
+        if number is None or which:
+            raise InvalidValueError(
+                f"hardware.devices must be the number of processes on a CPU, 1 or more, got {devices!r}; which "
+                "ones can be chosen among GPUs alone"
+            )
     if number is None or not (gpu or accelerator in ("auto", "cpu")):
         return
     has, kind = (torch.cuda.device_count(), "GPU") if gpu else (os.cpu_count() or 1, "processor core")
     if number > has:
+        advice = f"choose hardware.devices={has} or fewer" if has else "choose hardware.accelerator=cpu"
         raise InvalidValueError(
-            f"devices={devices} asks for {number:,} processes, each on a device of its own, and this machine has {has} "
-            f"{kind}{'' if has == 1 else 's'}; choose hardware.devices={max(has, 1)} or fewer"
+            f"devices={devices} asks for {number:,} {kind}s, one for each process, and this machine has {has}; {advice}"
         )
 
 
