@@ -81,16 +81,20 @@ def refuse(arguments: Sequence[str], parts: Mapping[str, str]) -> None:
 
 
 def check_added(arguments: Sequence[str], name: str) -> None:
-    """Check that settings added with `+` belong to the program `name`, which would ignore any other.
+    """Check that settings added with `+` belong to the program `name`, and that none of its own is removed with `~`.
 
     Raises:
-        SettingsError: there is no such setting or group.
+        SettingsError: there is no such setting or group, or the program needs it.
     """
     content = OmegaConf.load(config_folder() / f"{name}.yaml")
     assert isinstance(content, DictConfig)
     groups = {str(group) for entry in content.defaults if isinstance(entry, DictConfig) for group in entry}
     known = {str(key) for key in content if key != "defaults"} | set(OPEN_PARTS[name]) | {"hydra"}
     known |= {re.split(r"[./@ ]", group.removeprefix("override "))[0] for group in groups}
+    for argument in arguments:
+        removed = re.split(r"[./@=]", argument)[0].removeprefix("~")
+        if argument.startswith("~") and removed in content and removed != "hydra":
+            raise SettingsError(f"{argument} would remove a setting that the program needs; set {removed}=... instead")
     overrides = [argument for argument in arguments if argument.startswith("+") and "=" in argument]
     for override in OverridesParser.create().parse_overrides(overrides):
         top = re.split(r"[./@]", str(override.key_or_group))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from flows.cli.grammar import readable_arguments
 from flows.compare import advise, as_dict, as_text, error_against_cost
 from flows.compare import compare as compare_estimators
 from flows.datasets import Dataset
-from flows.errors import InvalidValueError
+from flows.errors import FlowsError, InvalidValueError
 from flows.evaluation import part_batches
 from flows.models.cnf import CNF
 from flows.training import TensorBoardLogger
@@ -49,8 +50,8 @@ def compare(composed: DictConfig) -> None:
         compared = compared_flow(settings, HydraConfig.get().overrides.task)
         given = settings["output_dir"]
         folder = new_folder(compared.folder / "comparisons") if given is None else open_run_folder(given)
-        points, context = compared.points(settings["part"], settings["points"])
         try:
+            points, context = compared.points(settings["part"], settings["points"])
             comparison = compare_estimators(
                 compared.flow,
                 points,
@@ -60,7 +61,9 @@ def compare(composed: DictConfig) -> None:
                 progress=settings["progress_bar"],
                 **settings["measure"],
             )
-        except InvalidValueError as error:
+        except FlowsError as error:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # unless there is something in it
             if str(error).partition(" ")[0] not in settings["measure"]:
                 raise
             raise SettingsError(f"measure.{error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 import sys
 import textwrap
@@ -25,7 +26,8 @@ from flows.checks import check_seed
 from flows.cli.arguments import OPEN_PARTS, check_added, check_choices, config_folder
 from flows.cli.grammar import quoted
 from flows.errors import ComputationError, FlowsError, InvalidValueError
-from flows.training.annotations import check_type
+from flows.training.annotations import SettingsError, check_type
+from flows.training.files import OutputFolderError
 from flows.training.loggers import warnings_above_bars
 from flows.training.settings import complete, instantiate
 
@@ -176,6 +178,8 @@ def check_program_settings(settings: Mapping[str, Any]) -> None:
     for name, kind in PROGRAM_SETTINGS.items():
         if name in settings:
             check_type(name, settings[name], kind)
+            if isinstance(settings[name], str) and not settings[name].strip():
+                raise SettingsError(f"{name} is empty; give a value, or leave {name}=... out")
     for name in PATHS:
         check_path(name, settings.get(name))
     if "seed" in settings:
@@ -190,8 +194,6 @@ def check_path(name: str, path: Any) -> None:
     """
     if not isinstance(path, str):
         return
-    if not path.strip():
-        raise InvalidValueError(f"{name} is empty; give a path, or leave {name}=... out")
     if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", path):
         local = (
             f"write {name}={quoted('/' + scheme[2].lstrip('/'))}"
@@ -204,6 +206,25 @@ def check_path(name: str, path: Any) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InvalidValueError(f"{name} cannot be a path ({reason}): {path!r}") from error
+
+
+def check_output(path: str | None, *suffixes: str) -> None:
+    """Refuse a file that cannot be written, before anything is computed for it.
+
+    Raises:
+        InvalidValueError: it has another ending than those.
+        OutputFolderError: a folder or another file is in its place.
+    """
+    if path is None:
+        return
+    file = Path(path)
+    if file.is_dir():
+        raise OutputFolderError(f"output={path} is a folder; give a file that ends in {' or '.join(suffixes)}")
+    if file.suffix not in suffixes:
+        raise InvalidValueError(f"output must end in {' or '.join(suffixes)}, got {path!r}")
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise OutputFolderError(f"output={path} cannot be written: {above} is no folder that can be; choose another")
 
 
 def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,6 +265,8 @@ def instances(
     variants = {} if variants is None else variants
     valid = [*choices, *variants]
     names = valid if names is None else [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise InvalidValueError(f"choose at least one {group} of {', '.join(valid)}; got an empty list")
     found = {}
     for name in names:
         if name not in valid:

@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from flows.cli.arguments import refuse
-from flows.cli.config import plain_settings, run_with_hydra, with_changes
+from flows.cli.config import check_output, plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
 from flows.datasets import Energy
@@ -44,6 +44,7 @@ def evaluate(composed: DictConfig) -> float:
     """Evaluate with the composed settings; returns the NLL, or the free energy of an energy without samples."""
     with readable_errors():
         settings = plain_settings(composed)
+        check_output(settings["output"], ".json")
         outliers = settings["outliers"] or None
         run = load_run(settings["checkpoint"], settings["trust"])
         config = with_changes(run.config, {part: settings.get(part) for part in PARTS})

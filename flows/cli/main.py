@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -40,5 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"flows {flows.__version__}")
     else:
-        print(f"Error: there is no program {first!r}; flows has {', '.join(PROGRAMS)}\n\n{USAGE}", file=sys.stderr)
+        close = difflib.get_close_matches(first.lower(), PROGRAMS, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else f": write flows train {first}" if "=" in first else ""
+        print(
+            f"Error: there is no program {first!r}{meant}; flows has {', '.join(PROGRAMS)}; see flows --help",
+            file=sys.stderr,
+        )
         sys.exit(2)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from flows import plots
-from flows.cli.config import plain_settings, run_with_hydra, with_changes
+from flows.cli.config import check_output, plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
 from flows.datasets import Dataset
@@ -36,6 +36,7 @@ def sample(composed: DictConfig) -> None:
     """Sample with the composed settings."""
     with readable_errors():
         settings = plain_settings(composed)
+        check_output(settings["output"], ".npy", ".csv")
         output = None if settings["output"] is None else samples_file(settings["output"])
         run = load_run(settings["checkpoint"], settings["trust"])
         config = with_changes(run.config, {part: settings.get(part) for part in ("data", "solver")})

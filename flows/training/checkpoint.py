@@ -143,6 +143,8 @@ def find_checkpoint(
         return path
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}: there is no such file or folder")
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}: it is a device or a pipe, and neither a file nor a folder")
     other = "last" if prefer == "best" else "best"
     for folder in (path / FOLDER, path):
         for name in (prefer, other):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from typing import Any
@@ -59,7 +60,7 @@ def _end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1.0)
-        os._exit(1)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
     if os.getppid() == parent or os.getppid() == 1:  # anyone else has inherited the variable by accident
         threading.Thread(target=watch, name="end with the parent", daemon=True).start()
