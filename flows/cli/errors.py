@@ -38,7 +38,7 @@ PLAINLY = {  # what Hydra says, and what it means for the command line
     r"Could not append to config. An item is already at '(.*?)'": r"+\1=... adds a setting, but \1 is there already; "
     r"write \1=...",
     r"(?s)Ambiguous value for argument '([^=]*)=(.*?)'\n.*": r"\1=\2 is unclear: write \1=[\2] for a list, "
-    r"\"\1='\2'\" for text, or add -m to sweep over the values",
+    "\"\\1='\\2'\" for text, or add -m to sweep over the values",
     r"Could not override '(.*?)'. No match in the defaults list.": r"there is no group \1 to choose from",
 }
 MISTAKE, FAILURE = 2, 1  # exit codes: settings or files are wrong; the computation failed
