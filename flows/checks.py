@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import stat
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -138,7 +140,7 @@ def fits_in_memory(what: str, num_bytes: int) -> None:
 def existing_path(name: str, path: object, expected: str, folder: bool = False) -> Path:
     """Return `path` if it is a regular file, or a folder where allowed.
 
-    Devices and pipes are refused: reading one may never end.
+    Devices, pipes and sockets are refused: reading one may never end.
 
     Args:
         name: the argument's name in the message.
@@ -152,16 +154,33 @@ def existing_path(name: str, path: object, expected: str, folder: bool = False) 
     if not isinstance(path, str | os.PathLike):
         raise InvalidTypeError(f"{name} must be the path of a {expected}, got {path!r}")
     found = Path(path)
+    if not str(path):
+        raise FileError(f"{name} is empty; give the path of a {expected}")
+    if "\0" in str(path):
+        raise FileError(f"{name}: {str(path)!r} holds a null character; give the path of a {expected}")
     try:
         if found.is_file() or (folder and found.is_dir()):
             return found
         exists, is_folder = found.exists(), found.is_dir()
-    except (OSError, ValueError) as error:  # a name too long, a null character, a folder that may not be entered
+        is_link = found.is_symlink()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a name too long, a null character, a folder that may not be entered
         raise FileError(f"{name}: cannot open {str(found)!r} ({error}); give the path of a {expected}") from error
     if is_folder:
         raise FileError(f"{found} is a folder; {name} must be the path of a {expected}")
     if exists:
-        raise FileError(f"{found} is no regular file but a device or a pipe; {name} must be the path of a {expected}")
+        mode = found.stat().st_mode
+        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        raise FileError(f"{found} is no regular file but a {kind}; {name} must be the path of a {expected}")
+    if is_link:
+        raise FileError(f"{found} is a broken link to {os.readlink(found)}; {name} must be the path of a {expected}")
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE):
+        raise FileError(f"{path} is an address, which is not opened; download the {expected}, and give its path")
+    if str(path).startswith("~"):
+        raise FileError(f"no {expected} at {found}: ~ is not replaced by a home folder here; write the whole path")
     raise FileError(f"no {expected} at {found}; a relative path starts at {Path.cwd()}")
 
 

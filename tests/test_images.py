@@ -588,7 +588,7 @@ def test_bad_places_and_settings(tmp_path):
         HubImages(path=tmp_path, mode="CMYK")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(FileError, match="is no regular file but a device or a pipe"):
+        with pytest.raises(FileError, match=r"is no regular file but a (device|pipe)"):
             HubImages(path=path)
     with pytest.raises(InvalidTypeError, match=r"size must be \[height, width\] in pixels, .* got 32"):
         HubImages(path=tmp_path, size=32)

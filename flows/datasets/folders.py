@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ SPLITS = {
 }
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 BEGINS_WITH_SPLIT = re.compile(rf"({'|'.join(SPLIT_OF)})([^a-z]|$)", re.IGNORECASE)
+MAX_NAMED = 5  # in a message
 IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # beside all names that begin with a dot
 
 
@@ -43,7 +44,7 @@ def find_pictures(folder: Path) -> Found | None:
     folder stands beside them, or if there are at least two of them. Sub-folders of a split are classes. A
     `DataWarning` counts the files that are not used.
     """
-    every = sorted(_files(folder))
+    every, strange, empty = _files(folder)
     pictures = [file for file in every if file.suffix.lower() in PICTURES]
     if not pictures:
         return None
@@ -71,9 +72,12 @@ def find_pictures(folder: Path) -> Found | None:
     }
     if level is None and len(set(labels.values())) < 2:
         by_split = {split: [None] * len(found) for split, found in files.items()}  # one folder is no class
+    unused += [(1, f"no regular file ({file.name})") for file in strange[:MAX_NAMED]]
+    if len(strange) > MAX_NAMED:
+        unused.append((len(strange) - MAX_NAMED, "no regular files"))
     kinds = Counter(file.suffix.lower() or "no suffix" for file in others)
     unused += [(count, f"no pictures ({kind})") for kind, count in sorted(kinds.items())]
-    _tell(folder, "pictures", len(every), len(places), unused)
+    _tell(folder, "pictures", len(every) + len(strange), len(places), unused, empty if any(labels.values()) else ())
     _tell_names(folder, level, files)
     return Found(files, by_split)
 
@@ -83,7 +87,7 @@ def find_tables(folder: Path) -> Found | None:
 
     A file belongs to the split whose word begins its name or is the name of a folder around it.
     """
-    every = sorted(_files(folder))
+    every, _, _ = _files(folder)
     tables = [file for file in every if file.suffix.lower() == ".parquet"]
     if not tables:
         return None
@@ -102,9 +106,14 @@ def find_tables(folder: Path) -> Found | None:
     return Found(found, {})
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield all regular files below a folder, through links too; hidden ones are skipped."""
+def _files(folder: Path) -> tuple[list[Path], list[Path], list[str]]:
+    """Find all files below a folder, through links too; hidden ones are skipped.
+
+    Returns:
+        Regular files, others such as pipes and broken links, and empty folders.
+    """
     seen: set[str] = set()
+    files, strange, empty = [], [], []
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a link in a circle
@@ -112,7 +121,12 @@ def _files(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _hidden(name))
-        yield from (Path(place, name) for name in names if not _hidden(name) and Path(place, name).is_file())
+        here = [Path(place, name) for name in names if not _hidden(name)]
+        files += [file for file in here if file.is_file()]
+        strange += [file for file in here if not file.is_file()]
+        if not here and not folders:
+            empty.append(str(Path(place).relative_to(folder)))
+    return sorted(files), sorted(strange), empty
 
 
 def _hidden(name: str) -> bool:
@@ -146,7 +160,12 @@ def _split_of_table(place: Path) -> str | None:
     return folder or (SPLIT_OF[start[1].lower()] if start else None)
 
 
-def _tell(folder: Path, what: str, found: int, used: int, unused: Sequence[tuple[int, str]]) -> None:
+def _tell(
+    folder: Path, what: str, found: int, used: int, unused: Sequence[tuple[int, str]], empty: Sequence[str] = ()
+) -> None:
+    if empty:
+        named = ", ".join(empty[:MAX_NAMED])
+        warnings.warn(f"{folder}: empty folders are no classes: {named}", DataWarning, stacklevel=6)
     if unused:
         reasons = ", ".join(f"{count:,} {reason}" for count, reason in unused)
         warnings.warn(

@@ -162,6 +162,7 @@ class _Reader:
         self.image, self.label = image, label
         self.num_classes: int | None = None
         self._unlabelled: dict[str, int] = {}  # images without a class, by split
+        self._losses: dict[str, list[str]] = {}  # what is lost, and of which pictures
         self._first: tuple[str, str, tuple[int, int]] | None = None  # name, mode and size of the first picture
 
     def __call__(self, split: datasets.Dataset, part: str) -> LabelledImages:
@@ -183,10 +184,18 @@ class _Reader:
                 images = np.empty((len(split), *pixels.shape), dtype=np.uint8)
             images[row] = pixels
         assert images is not None
+        self._tell_losses(part)
         given = [] if label is None else [value for value in split[label][:] if value is not None and value >= 0]
         self._unlabelled[part] = 0 if label is None else len(split) - len(given)
         labels = None if label is None or self._unlabelled[part] else torch.tensor(given, dtype=torch.long)
         return LabelledImages(torch.from_numpy(images), labels)
+
+    def _tell_losses(self, part: str) -> None:
+        """Warn of what pictures hold and the data do not."""
+        for loss, names in self._losses.items():
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            warnings.warn(f"{self.where}, split {part!r}: {names[0]}{more} {loss}", DataWarning, stacklevel=4)
+        self._losses.clear()
 
     def check_labels(self) -> None:
         """Raise `InvalidValueError` if an image has no class although others do."""
@@ -235,12 +244,18 @@ class _Reader:
         try:
             with Image.open(source) as file:
                 picture = file
+                if getattr(file, "is_animated", False):
+                    frames = f"has {getattr(file, 'n_frames', 'several')} frames, of which the first is used"
+                    self._losses.setdefault(frames, []).append(name)
                 ImageOps.exif_transpose(picture, in_place=True)
                 picture.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise FileError(f"{name} cannot be read as a picture ({error}); repair or remove it") from error
         self._check(picture, name)
         if self.mode is not None:
+            if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+                loss = f"has transparent parts, which {self.mode} shows in the colours stored below; fill them first"
+                self._losses.setdefault(loss, []).append(name)
             picture = picture.convert(self.mode)
         if self.size is not None:
             height, width = self.size

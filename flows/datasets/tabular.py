@@ -20,8 +20,9 @@ from flows.datasets.base import Dataset
 from flows.datasets.batches import Batch, EpochStream, convert
 from flows.datasets.diagnosis import find_ties, rounding_unit, warnings_about
 from flows.datasets.fingerprint import content_keys, word_keys
-from flows.datasets.readers import choose_columns, read_groups, read_table
+from flows.datasets.readers import read_groups, read_table
 from flows.datasets.splits import content_split, group_split, random_split
+from flows.datasets.table_columns import choose_columns
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
 
 LOGGER = logging.getLogger("flows")
@@ -184,7 +185,7 @@ class Table(Dataset):
 
 @checked
 class Tabular(Table):
-    """A table of numbers from a .csv, .npy or .parquet file.
+    """A table of numbers from a .csv, .npy, .npz or .parquet file.
 
     Parquet files need pyarrow.
 
