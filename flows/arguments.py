@@ -212,7 +212,11 @@ class _Door:
         return by_place if len(self.named) == number else f"at most {by_place} by place"
 
     def _taken(self) -> str:
-        return ", ".join(n if n in self.required else f"{n}=" for n in self.parameters) or "nothing"
+        return ", ".join(self._written(name) for name in self.parameters) or "nothing"
+
+    def _written(self, name: str) -> str:
+        stars = "*" * (name == self.rest) or "**" * (name == self.extra)
+        return f"{stars}{name}" if stars or name in self.required else f"{name}="
 
     def _unknown(self, name: str) -> str:
         import difflib
@@ -302,13 +306,13 @@ def show(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     shape = getattr(value, "shape", ())
     if shape != () and hasattr(value, "dtype"):
-        return f"a {type(value).__name__} of shape {tuple(shape)}"
+        return f"an array ({type(value).__name__}) of shape {tuple(shape)}"
     if value is None or isinstance(value, str | bytes | int | float | complex):
         text = repr(value)
     elif isinstance(value, list | tuple | dict | set | frozenset | range):
         text = reprlib.repr(value)
     else:
-        return f"a {type(value).__name__} object"
+        return f"an object of class {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
@@ -416,7 +420,7 @@ def _cures(name: str, value: Any, hint: Any) -> Iterator[str]:
             yield f"write torch.Generator().manual_seed({value})"
         if kind is int and isinstance(value, float) and value.is_integer():
             yield f"write {int(value)}"
-        if kind in LISTS and isinstance(value, Iterable) and not isinstance(value, str | Mapping | nn.Module):
+        if kind in LISTS and isinstance(value, Iterable) and not isinstance(value, Sequence | Mapping | nn.Module):
             yield f"write {name}.tolist()" if hasattr(value, "tolist") else f"write list({name})"
         if kind in LISTS and arguments and allows(arguments[0], value):
             yield f"write [{show(value)}]" if isinstance(value, str | int | float) else f"write [{name}]"

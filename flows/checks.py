@@ -108,7 +108,8 @@ def check_points(
         InvalidValueError: it is something else.
     """
     if not x.is_floating_point():
-        raise InvalidValueError(f"{name} must hold floating-point numbers, got {x.dtype}; write {name}.double()")
+        argument = name.split()[0]
+        raise InvalidValueError(f"{name} must hold floating-point numbers, got {x.dtype}; write {argument}.double()")
     if x.is_meta or x.layout != torch.strided:
         raise InvalidValueError(f"{name} must be a dense tensor with numbers, got {x.layout} on the device {x.device}")
     event = None if event_shape is None else tuple(event_shape)

@@ -412,5 +412,5 @@ def test_a_flow_may_start_elsewhere():
         flows.objectives.FlowMatching()(flow, flows.datasets.Batch(x))
     with pytest.raises(ValueError, match=r"the base's event_shape is \(3,\), and the field's is \(2,\)"):
         CNF(Linear((2,)), base=Wide((3,)))
-    with pytest.raises(TypeError, match=r"base must be a flows.bases.Base or None, got a Standardise"):
+    with pytest.raises(TypeError, match=r"base must be a flows.bases.Base or None, got an object of class Standardise"):
         CNF(Linear((2,)), base=Standardise((2,)))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from flows.arguments import checked
+from flows.arguments import checked, refusal
 from flows.checks import as_shape
-from flows.errors import InvalidValueError
+from flows.errors import InvalidTypeError, InvalidValueError
 
 if TYPE_CHECKING:
     from flows.models.cnf import CNF
@@ -35,6 +35,10 @@ class FlowDistribution(Distribution):
     def __init__(
         self, flow: CNF, context: Tensor | None = None, batch_shape: int | Sequence[int] | None = None
     ) -> None:
+        from flows.models.cnf import CNF  # which builds on this module
+
+        if not isinstance(flow, CNF):
+            raise InvalidTypeError(refusal("flow", flow, CNF))
         self.flow = flow
         self.context = context
         if batch_shape is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flows.arguments import checked
 from flows.checks import check_number
-from flows.errors import InvalidValueError
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.solvers.adjoint import solve_with_adjoint
 from flows.solvers.control import ErrorControl, ErrorNorm
 from flows.solvers.integrator import Integrator
@@ -221,6 +221,8 @@ class ODESolver:
             InvalidValueError: the times are not such a sequence, or require gradients; or the dtype cannot resolve
                 `max_step`.
         """
+        if not callable(dynamics):
+            raise InvalidTypeError(f"dynamics must be a function of (t, state), got {dynamics!r}")
         state = checked_state(state)
         needed = tuple(parameter for parameter in parameters if parameter.requires_grad)
         outputs = checked_outputs(times, state, counts)
