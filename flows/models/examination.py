@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from flows.bases import Base
 from flows.divergence import Analytic, Bottleneck, DivergenceEstimator
-from flows.errors import FlowsError, InvalidValueError
+from flows.errors import InvalidValueError
 from flows.promises import captured_tensors, examine_derivatives, examine_values
 from flows.promises.derivatives import NUM_POINTS
 from flows.promises.values import FEW, untouched
@@ -58,6 +60,8 @@ def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstim
         if "values" not in seen:
             examine_values(view.field, view.name, view.traits, x, few[:FEW], context)
             seen.add("values")
+            stated: list[Tensor] = [*view.field.parameters()] if isinstance(view.field, nn.Module) else []
+            foreign_tensors(bind(view.field, context, view.event_shape), x, stated, strict=False)
         if inner is None or view.traits.refuses_solves:
             return
         if not view.traits.takes_any_batch:
@@ -74,43 +78,47 @@ def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstim
         seen.add(question)
 
 
-def foreign_tensors(field: BoundField, x: Tensor, known: list[Tensor]) -> list[Tensor]:
+def foreign_tensors(
+    field: BoundField,
+    x: Tensor,  # (B, *event)
+    known: list[Tensor],
+    strict: bool = True,
+) -> list[Tensor]:
     """The tensors that need gradients and are used by a stranger's field without being its parameters.
 
-    One evaluation of one point.
+    Two evaluations of one point.
+
+    Args:
+        field: bound to the context of the points.
+        x: the points.
+        known: the parameters and what else has been stated.
+        strict: whether a tensor that is nowhere to be found is an error.
 
     Raises:
-        InvalidValueError: there are such, and they cannot be found.
+        InvalidValueError: there are such, and they cannot be found; or the field keeps tensors between evaluations.
     """
     found: list[Tensor] = []
     for view in field.strangers:
-        if x.numel() == 0 or _is_transformed():
-            continue
-        for size in (1, len(x)):
+        for size in (1, len(x)) if x.numel() and not _is_transformed() else ():
             points = x.detach()[:size].clone().requires_grad_()
             context = None if view.context is None else view.context.detach()[:size].clone()
             if context is not None and context.is_floating_point():
                 context.requires_grad_()
-            few = bind(view.field, context, view.event_shape)
             inputs = [points] if context is None else [points, context]
+            evaluate = partial(_outputs, view, context, points)
             try:
                 with untouched(view.field, x.device):
-                    more = captured_tensors(
-                        lambda few=few, points=points: _outputs(few, points),
-                        view.field,
-                        view.name,
-                        [*known, *inputs],
-                    )
-            except FlowsError:
+                    found += captured_tensors(evaluate, view.field, view.name, [*known, *inputs], strict)
+                break
+            except InvalidValueError:
                 raise
             except Exception:  # a field that takes no other number of points; or the solve itself will fail
                 continue
-            found += more
-            break
     return found
 
 
-def _outputs(field: BoundField, x: Tensor) -> list[Tensor]:
+def _outputs(view: BoundField, context: Tensor | None, x: Tensor) -> list[Tensor]:
+    field = bind(view.field, context, view.event_shape)  # which keeps no tensors from another evaluation
     t = x.new_full((), 0.4)
     outputs = [field(t, x)]
     if field.value_and_divergence is not None:

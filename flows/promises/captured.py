@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,29 +14,34 @@ MAX_DEPTH = 4  # of containers within attributes
 
 
 def captured_tensors(
-    evaluate: Any,  # () -> outputs that carry a graph
+    evaluate: Callable[[], Sequence[Any]],  # returns outputs that carry a graph
     field: Any,
     name: str,
-    known: list[Tensor],
+    known: Sequence[Tensor],
+    strict: bool = True,
 ) -> list[Tensor]:
     """The tensors with gradients that an evaluation uses, beside the known ones.
 
     The graph of one evaluation ends in leaves, which are found as they are, and in tensors that were computed before,
     such as the code of an encoder. These are looked for among the attributes of the field's modules and in the closures
-    of their functions.
+    of their functions. An evaluation before that one shows what the field caches.
+
+    Args:
+        evaluate: evaluates the field.
+        field, name: the module and its name.
+        known: parameters, points and context.
+        strict: whether a tensor that is nowhere to be found is an error.
 
     Raises:
-        InvalidValueError: such a tensor is nowhere to be found.
+        InvalidValueError: there is such a tensor, or the field uses a tensor that an earlier evaluation computed.
     """
     with torch.enable_grad():
-        marker = torch.zeros((), requires_grad=True).clone().grad_fn
-        assert marker is not None
-        born = marker._sequence_nr()
-        held = {}
-        for where, tensor in _held(field):
-            if tensor.grad_fn is not None:
-                held.setdefault((tensor.grad_fn, tensor.output_nr), (where, tensor))
+        born = _now()
+        held = {(tensor.grad_fn, tensor.output_nr): tensor for tensor in _held(field) if tensor.grad_fn is not None}
+        first = evaluate()
+        again = _now()
         outputs = evaluate()
+        del first
     ids = {id(tensor) for tensor in known}
     found: list[Tensor] = []
     seen: set[tuple[Any, int]] = set()
@@ -57,15 +62,21 @@ def captured_tensors(
             if id(leaf) not in ids:
                 ids.add(id(leaf))
                 found.append(leaf)
+        elif born <= node._sequence_nr() < again:
+            raise InvalidValueError(
+                f"the field {name} keeps a tensor of an earlier evaluation (by {type(node).__name__}) and uses it "
+                "again, so that it would miss later changes of the parameters and their gradients; compute it anew in "
+                "each forward"
+            )
         elif node._sequence_nr() < born:
-            if edge not in held:
+            tensor = held.get(edge)
+            if tensor is None and strict:
                 raise InvalidValueError(
                     f"the field {name} uses a tensor that was computed before the solve (by {type(node).__name__}) and "
                     "is found neither among its parameters nor among its attributes, so that its gradient would be "
                     "lost; pass it as context, keep it as an attribute of the field, or use gradient='backprop'"
                 )
-            tensor = held[edge][1]
-            if id(tensor) not in ids:
+            if tensor is not None and id(tensor) not in ids:
                 ids.add(id(tensor))
                 found.append(tensor)
         else:
@@ -73,41 +84,49 @@ def captured_tensors(
     return found
 
 
-def _held(field: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors with gradients in attributes and closures, with their names."""
-    modules = field.named_modules() if isinstance(field, nn.Module) else [("", field)]
-    for path, module in modules:
-        own = dict(getattr(module, "__dict__", {}))
-        functions = [type(module).forward] if isinstance(module, nn.Module) else [module]
-        for key, value in own.items():
-            if key not in ("_parameters", "_modules"):
-                yield from _within(f"{path}.{key}".strip("."), value, 0)
-        for function in functions:
-            yield from _within(path, function, 0)
+def _now() -> int:
+    """The number of the next node of autograd's graphs."""
+    node = torch.zeros((), requires_grad=True).clone().grad_fn
+    assert node is not None
+    return node._sequence_nr()
 
 
-def _within(where: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _held(field: Any) -> Iterator[Tensor]:
+    """Tensors with gradients in attributes and closures."""
+    for module in field.modules() if isinstance(field, nn.Module) else ():
+        yield from _within(_unregistered(module), 0)
+        yield from _within(type(module).forward, 0)
+    if not isinstance(field, nn.Module):
+        yield from _within(field, 0)
+
+
+def _unregistered(module: nn.Module) -> list[Any]:
+    return [value for key, value in module.__dict__.items() if key not in ("_parameters", "_modules")]
+
+
+def _within(value: Any, depth: int) -> Iterator[Tensor]:
+    inner: Iterable[Any] = ()
     if isinstance(value, Tensor):
         if value.requires_grad:
-            yield where, value
-    elif depth >= MAX_DEPTH:
-        return
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _within(f"{where}.{key}", inner, depth + 1)
-    elif isinstance(value, list | tuple | set):
-        for i, inner in enumerate(value):
-            yield from _within(f"{where}[{i}]", inner, depth + 1)
-    elif isinstance(value, nn.Module):
-        for _, module in value.named_modules():
-            for key, inner in module.__dict__.items():
-                if key not in ("_parameters", "_modules"):
-                    yield from _within(f"{where}.{key}", inner, depth + 1)
-    elif getattr(value, "__closure__", None):
-        for cell in value.__closure__:
-            try:
-                yield from _within(f"{where} (closure)", cell.cell_contents, depth + 1)
-            except ValueError:  # an empty cell
-                continue
-    elif hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in ("torch", "builtins"):
-        yield from _within(where, dict(value.__dict__), depth + 1)
+            yield value
+    elif depth < MAX_DEPTH:
+        if isinstance(value, dict):
+            inner = value.values()
+        elif isinstance(value, list | tuple | set):
+            inner = value
+        elif isinstance(value, nn.Module):
+            inner = [part for module in value.modules() for part in _unregistered(module)]
+        elif getattr(value, "__closure__", None):
+            inner = [cell.cell_contents for cell in value.__closure__ if _is_filled(cell)]
+        elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in ("torch", "builtins"):
+            inner = value.__dict__.values()
+    for part in list(inner):
+        yield from _within(part, depth + 1)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 (raises)
+    except ValueError:
+        return False
+    return True

@@ -90,7 +90,13 @@ def examine_derivatives(
         try:
             slope = _second_product(product, evaluate, t, x, directions, weights, field)
         except RuntimeError as error:
-            return str(explained(error, name))
+            known = explained(error, name)
+            if known is not error:
+                return str(known)
+            return (
+                f"the divergence of the field {name} cannot be differentiated ({str(error).strip().splitlines()[0]}), "
+                "which training by likelihood needs; flow matching with divergence_weight=0 does not"
+            )
         bend = _differences(lambda y: _constant(product, evaluate, t, y, directions, weights), x, directions)
         return _missing(name, "derivative", slope, bend[0], forward) if _contradicts(slope, bend, x) else ""
 

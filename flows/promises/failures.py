@@ -35,6 +35,8 @@ KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
     (("forward ad",), f"this operation has no forward mode; {_REVERSE}"),
     (("forward mode ad", "jvp"), f"an autograd.Function in the field has no jvp; {_REVERSE}"),
     (("functorch transforms", "setup_context"), f"an autograd.Function in the field is of the old style; {_REVERSE}"),
+    (("a different number of tensors was saved",), "torch.utils.checkpoint in the field does not go with forward-mode "
+        f"products; {_REVERSE}, or leave the checkpoint out"),
     (("functorch transform",), f"torch.func cannot follow the field through its forward mode; {_REVERSE}"),
     (("mutate a captured tensor",), f"the field writes into a buffer, which forward mode does not allow; {_REVERSE}"),
     (("vmap",), "products with the Jacobian are batched by vmap, which the field does not allow: use chunk_size=1 for "
