@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from flows.errors import ComputationError, InvalidValueError
+from flows.promises import raise_explained
 from flows.vector_field import VectorField, checked_value
 
 Mode = Literal["reverse", "forward"]
@@ -86,8 +87,9 @@ def linearise(
         RuntimeError: reverse mode under `torch.inference_mode()`.
     """
     size = products_per_call(mode, chunk_size)
+    name = getattr(field, "name", getattr(field, "__name__", type(field).__name__))
     if mode == "forward":
-        return _forward(lambda y: check(field(t, y), y), x, size)
+        return _forward(lambda y: check(field(t, y), y), x, size, name)
     if torch.is_inference_mode_enabled():
         raise ComputationError(
             "reverse-mode products need autograd, which torch.inference_mode() forbids; use torch.no_grad(), "
@@ -106,15 +108,18 @@ def linearise(
 
     def vjp(directions: Tensor) -> Tensor:
         batched = len(directions) > 1
-        (product,) = torch.autograd.grad(
-            value,
-            x,
-            grad_outputs=directions if batched else directions[0],
-            create_graph=differentiable and torch.is_grad_enabled(),
-            retain_graph=True,
-            is_grads_batched=batched,
-            allow_unused=True,
-        )
+        try:
+            (product,) = torch.autograd.grad(
+                value,
+                x,
+                grad_outputs=directions if batched else directions[0],
+                create_graph=differentiable and torch.is_grad_enabled(),
+                retain_graph=True,
+                is_grads_batched=batched,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            raise_explained(error, name)
         if product is None:
             raise InvalidValueError(_UNTRACEABLE)
         return product if batched else product.unsqueeze(0)
@@ -122,7 +127,7 @@ def linearise(
     return (value if differentiable else value.detach()), products
 
 
-def _forward(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int) -> tuple[Tensor, Products]:
+def _forward(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int, name: str) -> tuple[Tensor, Products]:
     x = x.contiguous()  # forward-mode differentiation refuses expanded tensors
     value = function(x)
 
@@ -130,8 +135,11 @@ def _forward(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int) -
         return torch.func.jvp(function, (x,), (direction,))[1]
 
     def products(directions: Tensor) -> Tensor:
-        if chunk_size == 1 or len(directions) == 1:
-            return torch.stack([jvp(direction.contiguous()) for direction in directions])
-        return torch.func.vmap(jvp, chunk_size=chunk_size)(directions)
+        try:
+            if chunk_size == 1 or len(directions) == 1:
+                return torch.stack([jvp(direction.contiguous()) for direction in directions])
+            return torch.func.vmap(jvp, chunk_size=chunk_size)(directions)
+        except RuntimeError as error:
+            raise_explained(error, name)
 
     return value, products

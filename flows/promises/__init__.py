@@ -11,7 +11,7 @@ promise.
 from flows.promises.captured import captured_tensors
 from flows.promises.derivatives import examine_derivatives
 from flows.promises.evaluation import Evaluation
-from flows.promises.failures import explained, without_gradients
+from flows.promises.failures import explained, raise_explained, without_gradients
 from flows.promises.traits import Traits, traits_of
 from flows.promises.values import examine_values
 
@@ -22,6 +22,7 @@ __all__ = [
     "examine_derivatives",
     "examine_values",
     "explained",
+    "raise_explained",
     "traits_of",
     "without_gradients",
 ]

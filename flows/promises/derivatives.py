@@ -104,6 +104,8 @@ def examine_derivatives(
 def _missing(name: str, what: str, found: Tensor, expected: Tensor, forward: bool) -> str:
     worst = int((found - expected).abs().argmax())
     other = ", or use mode='reverse' for the divergence estimator" if forward else ""
+    if forward and what == "derivative":
+        other += ": the forward mode of torch's LayerNorm and InstanceNorm cannot be differentiated once more"
     return (
         f"autograd misses a part of the field {name}: in one direction its {what} changes by {expected[worst]:.4g} a "
         f"unit, and the derivative by autograd is {found[worst]:.4g}, so that log-densities and their gradients would "

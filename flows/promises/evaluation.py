@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.errors import InvalidValueError
-from flows.promises.failures import explained
+from flows.promises.failures import raise_explained
 from flows.promises.traits import Traits
 
 CURE_OF_WRITING = "begin forward with `x = x.clone()`, or use operations that return a new tensor"
@@ -49,10 +49,7 @@ class Evaluation:
         try:
             value = self._with_frozen_buffers(function, given) if traits.frozen_buffers else function(*given)
         except RuntimeError as error:
-            known = explained(error, self.name)
-            if known is error:
-                raise
-            raise known from error
+            raise_explained(error, self.name)
         if not traits.copies_inputs and _writes(given) != counts:
             raise InvalidValueError(
                 f"the field {self.name} writes into its arguments, which spoils the solve and the caller's tensors; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
     (("scaled_dot_product",), _SECOND + _ATTENTION[0].upper() + _ATTENTION[1:] + _NO_CLOSED_FORM),
     (("forward ad", "cdist"), f"torch.cdist has no forward mode; {_CDIST}"),
     (("cdist",), _SECOND + _CDIST[0].upper() + _CDIST[1:] + _NO_CLOSED_FORM),
+    (("donated buffer",), "the backward pass of compiled code runs once, and a divergence takes several; leave the field "
+        "uncompiled, or use mode='forward' for the divergence estimator"),
     (("double backward",), _COMPILED),
     (("once_differentiable",), _SECOND + "Write the backward of the autograd.Function in differentiable operations"),
     (("forward ad",), f"this operation has no forward mode; {_REVERSE}"),
@@ -76,6 +78,14 @@ def explained(error: Exception, name: str) -> Exception:
             first = str(error).strip().splitlines()[0].split(". ")[0][:200]
             return ComputationError(f"the field {name} failed: {first}. The reason: {cure}")
     return error
+
+
+def raise_explained(error: Exception, name: str) -> NoReturn:
+    """Raise the failure with its cure if it is a known one, otherwise the error itself; see `explained`."""
+    known = explained(error, name)
+    if known is error:
+        raise error
+    raise known from error
 
 
 def without_gradients(tensor: Tensor, reason: str) -> Tensor:

@@ -16,6 +16,7 @@ from flows.models.cnf import CNF
 from flows.objectives import Objective
 from flows.objectives.base import active_costs
 from flows.path_costs import draw_directions
+from flows.promises import raise_explained
 from flows.vector_field import BoundField
 
 WAY_OUT = "Use divergence.mode=forward, a field with a closed form and divergence=analytic, or hardware.compile=false"
@@ -41,7 +42,7 @@ def compiled(flow: nn.Module, objective: Any) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "double backward" not in str(error):
-            raise
+            raise_explained(error, type(flow.field).__name__)
         raise InvalidValueError(
             "hardware.compile=true does not go with this field or objective: something within an evaluation calls "
             f"autograd, such as a value_and_divergence or a path cost by torch.autograd.grad. {WAY_OUT}"
