@@ -187,6 +187,7 @@ def _compare_closed_form(closed_form: Evaluate, evaluate: Evaluate, t: Tensor, x
             f"value_and_divergence of the field {name} must return one divergence a point, of shape ({len(x)},), "
             f"got {got}"
         )
+    value, divergence = value.detach(), divergence.detach()
     loose = 1e-3 if x.dtype == torch.float32 else 1e-6 if x.dtype == torch.float64 else 0.1
     direct = _value(evaluate, t, x)
     if not is_velocity(value, x) or _apart(value, direct, loose):

@@ -22,6 +22,10 @@ _COMPILED = (
     "divergence_weight=0, or use a field with value_and_divergence(t, x)"
 )
 _CDIST = "write distances as `(x[:, None] - c).square().sum(-1)`, with a square root where you need it"
+_VMAP = (
+    "products with the Jacobian are batched by vmap, which this field does not allow: use chunk_size=1 for the divergence "
+    "estimator, or mode='reverse' with its default chunk_size"
+)
 _REVERSE = "use mode='reverse' for the divergence estimator"
 
 # What a message of torch must contain, in lower case, and what to do. The first that fits is used.
@@ -30,8 +34,8 @@ KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
     (("scaled_dot_product",), _SECOND + _ATTENTION[0].upper() + _ATTENTION[1:] + _NO_CLOSED_FORM),
     (("forward ad", "cdist"), f"torch.cdist has no forward mode; {_CDIST}"),
     (("cdist",), _SECOND + _CDIST[0].upper() + _CDIST[1:] + _NO_CLOSED_FORM),
-    (("donated buffer",), "the backward pass of compiled code runs once, and a divergence takes several; leave the field "
-        "uncompiled, or use mode='forward' for the divergence estimator"),
+    (("donated buffer",), "the backward pass of compiled code runs once, and a divergence takes several; leave the "
+        "field uncompiled, or use mode='forward' for the divergence estimator"),
     (("double backward",), _COMPILED),
     (("once_differentiable",), _SECOND + "Write the backward of the autograd.Function in differentiable operations"),
     (("forward ad",), f"this operation has no forward mode; {_REVERSE}"),
@@ -41,8 +45,8 @@ KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
         f"products; {_REVERSE}, or leave the checkpoint out"),
     (("functorch transform",), f"torch.func cannot follow the field through its forward mode; {_REVERSE}"),
     (("mutate a captured tensor",), f"the field writes into a buffer, which forward mode does not allow; {_REVERSE}"),
-    (("vmap",), "products with the Jacobian are batched by vmap, which the field does not allow: use chunk_size=1 for "
-        "the divergence estimator, or mode='reverse' with its default chunk_size"),
+    (("batching rule",), _VMAP),
+    (("vmap",), _VMAP),
     (("c++ compiler",), "torch.compile needs a C++ compiler and finds none; install one (such as g++), or leave "
         "hardware.compile=false and the field uncompiled"),
     (("cppcompileerror",), "torch.compile could not build its C++ code; install the compiler's and Python's header "

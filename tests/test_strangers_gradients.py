@@ -1,0 +1,369 @@
+"""Gradients through strangers' fields: tensors that they hold, buffers that they change, operations that lack some."""
+
+import pytest
+import torch
+from strange_fields import Clean
+from torch import nn
+
+import flows
+from flows import CNF, ODESolver
+from flows.datasets import Batch
+from flows.divergence import Exact, Hutchinson
+from flows.objectives import FlowMatching
+from flows.promises import traits_of
+
+
+class Held(Clean):
+    """A field with a tensor that is none of its parameters; `seed` is the leaf behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["encoder"] = nn.Linear(3, 2)  # no submodule
+
+    def prepare(self):
+        """Compute anew what is held."""
+
+    @property
+    def seeds(self):
+        return list(self.encoder.parameters())
+
+    def code(self, size=()):
+        return self.encoder(torch.ones(*size, 3)).tanh()
+
+
+class Attribute(Held):
+    def prepare(self):
+        self.scale = torch.tensor([0.3, 0.7], requires_grad=True)
+
+    @property
+    def seeds(self):
+        return [self.scale]
+
+    def forward(self, t, x):
+        return self.velocity(t, x) * self.scale
+
+
+class LayersInAList(Held):
+    def prepare(self):
+        self.layers = [{"last": nn.Linear(2, 2)}]
+
+    @property
+    def seeds(self):
+        return list(self.layers[0]["last"].parameters())
+
+    def forward(self, t, x):
+        return self.layers[0]["last"](self.velocity(t, x))
+
+
+class Code(Held):
+    def prepare(self):
+        self.held = self.code()
+
+    def forward(self, t, x):
+        return self.velocity(t, x) * self.held
+
+
+class CodeOfTheBatch(Code):
+    def prepare(self):
+        self.held = self.code((4,))
+
+
+class CodeInAClosure(Held):
+    def prepare(self):
+        code = self.code((4,))
+        self.scaled = lambda v: v * code
+
+    def forward(self, t, x):
+        return self.scaled(self.velocity(t, x))
+
+
+class HalvesOfACode(Held):
+    def prepare(self):
+        self.halves = self.code().repeat(2).chunk(2)
+
+    def forward(self, t, x):
+        return self.velocity(t, x) * self.halves[1] + self.halves[0]
+
+
+class GeneratedWeights(Held):
+    def prepare(self):
+        self.layer = nn.Linear(2, 2)
+        del self.layer.weight
+        self.layer.weight = self.code().outer(self.code())
+
+    def forward(self, t, x):
+        return self.layer(self.velocity(t, x))
+
+
+class SpectralNorm(Held):
+    """Its first layers change their own buffers in training."""
+
+    def prepare(self):
+        self.old = nn.utils.spectral_norm(nn.Linear(2, 2))
+        self.new = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
+
+    @property
+    def seeds(self):
+        return []
+
+    def forward(self, t, x):
+        return self.new(self.old(self.velocity(t, x)))
+
+
+class WeightNorm(SpectralNorm):
+    def prepare(self):
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            self.old = nn.utils.weight_norm(nn.Linear(2, 2))
+        self.new = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+
+
+def gradients(kind, gradient, estimator):
+    torch.manual_seed(0)
+    field = kind()
+    field.prepare()
+    flow = CNF(field, estimator, ODESolver("dopri5", rtol=1e-7, atol=1e-7, gradient=gradient))
+    upstream = nn.Linear(2, 2)
+    log_p = flow.log_prob(upstream(torch.randn(4, 2)), generator=torch.Generator().manual_seed(1))
+    wanted = [*field.parameters(), *field.seeds, *upstream.parameters()]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(log_p.mean(), wanted)])
+
+
+KINDS = [
+    Attribute, LayersInAList, Code, CodeOfTheBatch, CodeInAClosure, HalvesOfACode, GeneratedWeights, SpectralNorm,
+    WeightNorm,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("estimator", [Exact(), Hutchinson(mode="forward")], ids=["reverse", "forward"])
+def test_all_gradient_modes_reach_what_a_field_holds(kind, estimator):
+    if kind is SpectralNorm:  # forward mode refuses buffers that change
+        estimator = Exact()
+    expected = gradients(kind, "backprop", estimator)
+    assert expected.norm() > 0
+    torch.testing.assert_close(gradients(kind, "checkpoint", estimator), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(gradients(kind, "adjoint", estimator), expected, rtol=1e-3, atol=1e-4)
+
+
+ELSEWHERE = {}
+
+
+def test_a_tensor_that_is_nowhere_to_be_found_is_an_error():
+    ELSEWHERE["code"] = nn.Linear(3, 2)(torch.ones(3))
+
+    class Hidden(Clean):
+        def forward(self, t, x):
+            return self.velocity(t, x) * ELSEWHERE["code"]
+
+    x = torch.randn(4, 2)
+    assert CNF(Hidden()).log_prob(x).requires_grad
+    for gradient in ("checkpoint", "adjoint"):
+        flow = CNF(Hidden(), solver=ODESolver(gradient=gradient))
+        with pytest.raises(ValueError, match=r"computed before the solve .* pass it as context"):
+            flow.log_prob(x)
+
+
+def test_a_cache_of_parameters_is_refused():
+    class Caching(Clean):
+        product = None
+
+        def forward(self, t, x):
+            if self.product is None:
+                self.product = self.a.T @ self.b.T
+            return x @ self.product
+
+    with pytest.raises(ValueError, match=r"keeps a tensor of an earlier evaluation .* compute it anew"):
+        CNF(Caching()).log_prob(torch.randn(4, 2))
+
+
+def test_power_iterations_go_on_by_one_step_a_solve():
+    class Normed(Clean):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.utils.spectral_norm(nn.Linear(2, 2))
+
+        def forward(self, t, x):
+            return self.layer(self.velocity(t, x))
+
+    field, x = Normed(), torch.randn(4, 2)
+    flow = CNF(field, solver=ODESolver("rk4", step_size=0.25))
+    before = field.layer.weight_u.clone()
+    first = flow.log_prob(x)
+    after = field.layer.weight_u.clone()
+    assert not torch.equal(before, after)
+    one_step = nn.functional.normalize(
+        field.layer.weight_orig @ nn.functional.normalize(field.layer.weight_orig.T @ before, dim=0), dim=0
+    )
+    torch.testing.assert_close(after, one_step.detach())
+    for _ in range(40):
+        flow.log_prob(x)
+    settled = flow.log_prob(x)
+    torch.testing.assert_close(flow.log_prob(x), settled)
+    assert not torch.allclose(first, settled)
+    flow.eval()
+    torch.testing.assert_close(flow.log_prob(x), settled)
+
+
+def test_an_examination_leaves_no_trace():
+    class Diary(Clean):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2).eval()
+            self.register_buffer("calls", torch.zeros(()))
+            self.history, self.last = [], None
+
+        def forward(self, t, x):
+            self.calls += 1
+            self.history.append(1)
+            self.last = x.detach()
+            torch.rand(1)
+            return self.velocity(t, self.norm(x))
+
+    field, x = Diary(), torch.randn(4, 2)
+    state = torch.get_rng_state()
+    flows.models.cnf.examine(CNF(field), CNF(field).bind(), x)
+    assert traits_of(field).examined
+    assert torch.equal(torch.get_rng_state(), state)
+    assert field.calls == 0
+    assert field.history == []
+    assert field.last is None
+
+
+def test_fields_that_are_zero_at_the_start_are_seen_through():
+    class Asleep(Clean):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(2, 2)
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
+
+        def forward(self, t, x):
+            return self.last(self.velocity(t, x) - x.mean(0))
+
+    field = Asleep()
+    with pytest.raises(ValueError, match="mixes the samples"):
+        CNF(field).sample((3,))
+    assert not field.last.weight.any()
+
+
+# Operations without some derivative
+
+ATTENTION = "second derivative.*plain products"
+
+
+class Attention(nn.Module):
+    event_shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(1, 24), nn.Linear(8, 1)
+
+    def forward(self, t, x):
+        q, k, v = self.into(x[:, None, :, None]).chunk(3, -1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v)).flatten(1)
+
+
+class MultiheadAttention(Attention):
+    def __init__(self):
+        super().__init__()
+        self.into, self.attention = nn.Linear(1, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, t, x):
+        h = self.into(x.unsqueeze(-1))
+        return self.out(self.attention(h, h, h, need_weights=False)[0]).squeeze(-1)
+
+
+class Distances(nn.Module):
+    event_shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.centres, self.out = nn.Parameter(torch.randn(5, 2)), nn.Linear(5, 2)
+
+    def forward(self, t, x):
+        return self.out(torch.cdist(x, self.centres))
+
+
+class Normalised(Clean):
+    """The forward mode of layer normalisation has wrong derivatives in torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(5)
+
+    def velocity(self, t, x):
+        return self.norm((x @ self.a.T + t.reshape(-1, 1) * self.u).tanh()) @ self.b.T
+
+
+class ReentrantCheckpoint(Clean):
+    def forward(self, t, x):
+        return torch.utils.checkpoint.checkpoint(self.velocity, t, x, use_reentrant=True)
+
+
+class Scripted(nn.Module):
+    event_shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        with pytest.warns(DeprecationWarning, match="script"):
+            self.inner = torch.jit.script(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)))
+
+    def forward(self, t, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "estimator", "words"),
+    [
+        (Attention, Exact(), ATTENTION),
+        (MultiheadAttention, Exact(), ATTENTION),
+        (Attention, Exact(mode="forward"), "fused attention has no forward mode.*mode='reverse'.*plain products"),
+        (Distances, Exact(), "second derivative.*Write distances as"),
+        (Distances, Exact(mode="forward"), "cdist has no forward mode; write distances as"),
+        (Normalised, Exact(mode="forward"), "its derivative changes by .*mode='reverse'.*LayerNorm"),
+        (ReentrantCheckpoint, Exact(), "use_reentrant=False"),
+        (Scripted, Exact(mode="forward"), "torch.jit.*mode='reverse'"),
+    ],
+    ids=lambda value: getattr(value, "__name__", getattr(value, "mode", "")),
+)
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
+def test_operations_without_a_derivative_are_named_with_a_cure(kind, estimator, words, gradient):
+    flow = CNF(kind(), estimator, ODESolver("rk4", step_size=0.5, gradient=gradient))
+    with pytest.raises(flows.FlowsError, match=words):
+        flow.log_prob(torch.randn(4, 2)).mean().backward()
+
+
+@pytest.mark.parametrize("kind", [Attention, Distances, Normalised])
+def test_what_needs_no_second_derivative_works(kind):
+    flow, x = CNF(kind(), Exact(), ODESolver("rk4", step_size=0.5)), torch.randn(4, 2)
+    assert flow.log_prob(x).isfinite().all()
+    with torch.no_grad():
+        assert flow.sample((3,)).isfinite().all()
+    FlowMatching(divergence_weight=0)(flow, Batch(x)).loss.backward()
+
+
+class ByParts(Clean):
+    def forward(self, t, x):
+        return self.velocity(t, x) if float(x.sum()) < 1e9 else x
+
+
+def test_batched_products_that_vmap_refuses_name_the_way_out():
+    flow = CNF(ByParts(), Exact(chunk_size=2))
+    assert flow.log_prob(torch.randn(3, 2)).isfinite().all()
+
+    class Looped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * (2.0 if float(g.sum()) < 1e9 else 3.0)
+
+    class Branching(Clean):
+        def forward(self, t, x):
+            return Looped.apply(self.velocity(t, x))
+
+    flow = CNF(Branching(), Exact(chunk_size=2))
+    with pytest.raises(flows.FlowsError, match="chunk_size=1"):
+        flow.log_prob(torch.randn(3, 2))
