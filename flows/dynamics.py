@@ -18,13 +18,14 @@ from flows.vector_field import BoundField, checked_value
 
 def differentiable(
     estimates: Tensor,  # of the divergence
-    field: BoundField,
+    estimator: DivergenceEstimator,  # which took them
 ) -> Tensor:
     """The estimates, whose backward pass says so if the field's divergence cannot be differentiated."""
-    reasons = [view.traits.refuses_gradients for view in field.strangers]
-    if not any(reasons) or not estimates.requires_grad:
+    if not estimates.requires_grad:
         return estimates
-    return without_gradients(estimates, " ".join(reasons))
+    mode = str(getattr(estimator, "estimator", estimator).mode)
+    reasons = [view.traits.refuses_gradients.get(mode, "") for view in estimator.field.strangers]
+    return without_gradients(estimates, " ".join(reasons)) if any(reasons) else estimates
 
 
 @checked
@@ -78,7 +79,7 @@ class AugmentedDynamics:
         else:
             sample = self.estimator.with_jacobian_norm(t, x, self.probes, self.directions)
         rates = [cost.rate(self.estimator.field, t, x, sample) for cost in self.costs]
-        derivatives = (sample.value, -differentiable(sample.estimates, self.estimator.field), *rates)
+        derivatives = (sample.value, -differentiable(sample.estimates, self.estimator), *rates)
         # Autocast computes them in fewer digits.
         return tuple(derivative.to(x) for derivative in derivatives)
 

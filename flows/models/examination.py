@@ -72,9 +72,9 @@ def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstim
         closed = few_bound.value_and_divergence if isinstance(inner, Analytic) else None
         if isinstance(inner, Bottleneck):
             _check_pieces(few_bound, few)
-        view.traits.refuses_gradients = examine_derivatives(
-            few_bound, closed, view.field, view.name, few, mode == "forward", second
-        )
+        reason = examine_derivatives(few_bound, closed, view.field, view.name, few, mode == "forward", second)
+        if second:
+            view.traits.refuses_gradients[str(mode)] = reason
         seen.add(question)
 
 

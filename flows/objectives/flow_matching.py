@@ -233,4 +233,4 @@ def _evaluate(
     examine(flow.base, field, position, bound, matching=True)
     probes = bound.draw_probes(position, generator)  # some estimators are exact thanks to their probes
     sample = bound(t, position, probes)
-    return sample.value, differentiable(sample.estimates, field).mean(0)
+    return sample.value, differentiable(sample.estimates, bound).mean(0)

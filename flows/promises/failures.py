@@ -23,8 +23,8 @@ _COMPILED = (
 )
 _CDIST = "write distances as `(x[:, None] - c).square().sum(-1)`, with a square root where you need it"
 _VMAP = (
-    "products with the Jacobian are batched by vmap, which this field does not allow: use chunk_size=1 for the divergence "
-    "estimator, or mode='reverse' with its default chunk_size"
+    "products with the Jacobian are batched by vmap, which this field does not allow: use chunk_size=1 for the "
+    "divergence estimator, or mode='reverse' with its default chunk_size"
 )
 _REVERSE = "use mode='reverse' for the divergence estimator"
 

@@ -30,7 +30,7 @@ class Traits:
     frozen_buffers: tuple[str, ...] = ()  # those that an evaluation changes and depends on: fixed during a solve
     refuses_times: str = ""  # why the field cannot take one time per sample
     refuses_solves: str = ""  # why its values are no ODE
-    refuses_gradients: str = ""  # why its divergence cannot be differentiated
+    refuses_gradients: dict[str, str] = field(default_factory=dict)  # why not, by the mode of the divergence's products
     takes_any_batch: bool = True  # not only that of the caller, as with a tensor captured for it
     examined: set[str] = field(default_factory=set)  # what has been looked at
 
