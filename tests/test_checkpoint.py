@@ -327,7 +327,7 @@ def test_foreign_contents_are_explained(tmp_path):
     for changed, message in (
         ({"optimizer": {"state": {}, "param_groups": []}}, "its optimiser, metrics or random numbers do not fit"),
         ({"ema": {"a": 1}}, "not a whole checkpoint of a run: ema missing or not as written by flows"),
-        ({"position": {"step": 3}}, "stopped in the stage None"),
+        ({"position": {"step": 3}}, "its position must have best_score"),
     ):
         torch.save(content | changed, odd)
         with pytest.raises(CheckpointError, match=message):

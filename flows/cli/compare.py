@@ -28,6 +28,7 @@ from flows.training import TensorBoardLogger
 from flows.training.annotations import SettingsError
 from flows.training.files import RUNS, new_folder, open_run_folder, run_folder, to_json, write_result
 from flows.training.runs import build_dataset, build_flow, load_run, place
+from flows.training.trusted import may_download
 
 PARTS_OF_A_CHECKPOINT = ("field", "transform", "divergence", "solver")
 
@@ -125,5 +126,6 @@ def compared_flow(settings: Mapping[str, Any], overrides: Sequence[str]) -> Comp
             f"{changed[0]}=..., or leave out checkpoint=... for an untrained flow"
         )
     run = load_run(settings["checkpoint"], settings["trust"])
-    dataset = build_dataset(settings if "data" in parts else run.config)
+    chosen = settings if "data" in parts else None
+    dataset = build_dataset(chosen or run.config, network=chosen is not None or may_download(None, settings["trust"]))
     return ComparedFlow(place(run.flow, settings["device"], settings["dtype"]), dataset, run.checkpoint)

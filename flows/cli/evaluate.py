@@ -21,6 +21,7 @@ from flows.evaluation import DensityEvaluator, EnergyEvaluator, aligned
 from flows.training.files import run_folder, to_json, write_result
 from flows.training.runs import build_dataset, load_run, place
 from flows.training.settings import instantiate
+from flows.training.trusted import may_download
 
 PARTS = ("data", "divergence", "solver")  # as in training unless the settings change them
 
@@ -48,7 +49,8 @@ def evaluate(composed: DictConfig) -> float:
         outliers = settings["outliers"] or None
         run = load_run(settings["checkpoint"], settings["trust"])
         config = with_changes(run.config, {part: settings.get(part) for part in PARTS})
-        dataset, data = recognised(run.data, build_dataset(config, of_run=True), settings["part"])
+        network = may_download(settings.get("data"), settings["trust"])
+        dataset, data = recognised(run.data, build_dataset(config, True, network), settings["part"])
         flow = place(run.flow, settings["device"], settings["dtype"])
         flow.divergence, flow.solver = (instantiate(config[name], name) for name in ("divergence", "solver"))
         divergence = (config.get("evaluation") or {}).get("divergence", "auto")

@@ -22,6 +22,7 @@ from flows.samples import chosen_context, comparable_points, draw_samples, sampl
 from flows.training.files import run_folder
 from flows.training.runs import LoadedRun, build_dataset, load_run, place
 from flows.training.settings import instantiate
+from flows.training.trusted import may_download
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,12 +49,13 @@ def sample(composed: DictConfig) -> None:
                 print(f"Caution: {caveat}")
         generator = torch.Generator().manual_seed(settings["seed"])
         output = output or run_folder(run.checkpoint) / "samples" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.npy"
+        network = may_download(settings.get("data"), settings["trust"])
         dataset, unknown = None, ""
         if settings["plot"] or output.suffix == ".csv" or settings.get("data"):
-            dataset, unknown = readable_dataset(config, run, chosen=bool(settings.get("data")))
+            dataset, unknown = readable_dataset(config, run, network, bool(settings.get("data")))
         context = sampling_contexts(
             run,
-            lambda: recognised(run.data, build_dataset(config, of_run=True))[0] if dataset is None else dataset,
+            lambda: recognised(run.data, build_dataset(config, True, network))[0] if dataset is None else dataset,
             settings["num_samples"],
             settings["class"],
             settings["context"],
@@ -94,13 +96,15 @@ def sampling_contexts(
     return None if run.context_shape is None else dataset().contexts(num_samples)
 
 
-def readable_dataset(config: Mapping[str, Any], run: LoadedRun, chosen: bool = False) -> tuple[Dataset | None, str]:
+def readable_dataset(
+    config: Mapping[str, Any], run: LoadedRun, network: bool = False, chosen: bool = False
+) -> tuple[Dataset | None, str]:
     """The data to compare samples with, or `None` and the reason why they cannot be read.
 
-    If the user has `chosen` them, errors are raised.
+    If the user has `chosen` them, errors are raised. Only with `network` may they be downloaded.
     """
     try:
-        dataset, _ = recognised(run.data, build_dataset(config, of_run=True))
+        dataset, _ = recognised(run.data, build_dataset(config, True, network))
     except FlowsError as error:
         if chosen:
             raise

@@ -19,6 +19,7 @@ from flows.cli.sweeps import sweep_table, sweeping
 from flows.training.continuing import AUTO
 from flows.training.loggers import flat
 from flows.training.runs import build_trainer
+from flows.training.trusted import may_download
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +53,8 @@ def _train(composed: DictConfig) -> tuple[float | None, str | None]:
             print(f"all is done in {folder}:\n\n{sweep_table({folder.name: flat(found.summary)})}")
             return found.summary.get("validation_score"), found.summary.get("test_unresolved")
         checkpoint = found.checkpoint or AUTO
-    trainer = build_trainer(config, checkpoint)
+    from_file = composed.resume not in (None, AUTO)
+    trainer = build_trainer(config, checkpoint, network=not from_file or may_download(None, composed.trust))
     summary = trainer.fit()
     trainer.fabric.print(summary)  # once, however many processes train
     return summary.validation_score, summary.metrics.get("unresolved")

@@ -149,9 +149,19 @@ class EpochStream(BatchStream):
                 f"the saved position belongs to {state['rows']} training {self.unit}, but {self.dataset!r} now has "
                 f"{self.num_examples}; resume with the file and the split that the run was started with"
             )
+        order, position = state["permutation"], state["position"]
+        is_order = isinstance(order, Tensor) and order.dtype == torch.long and order.ndim == 1
+        if not is_order or len(order) not in (0, self.num_examples) or not _is_permutation(order):
+            raise InvalidValueError("the saved position is damaged: its order of the examples is none")
+        if type(position) is not int or not 0 <= position <= len(order):
+            raise InvalidValueError(f"the saved position is damaged: example {position!r} of {len(order)}")
         super().load_state_dict(state)
-        self._permutation = state["permutation"].cpu().clone()
-        self._position = state["position"]
+        self._permutation = order.cpu().clone()
+        self._position = position
+
+
+def _is_permutation(order: Tensor) -> bool:
+    return bool(torch.equal(order.cpu().sort().values, torch.arange(len(order))))
 
 
 def convert(points: Tensor, device: torch.device | str | None, dtype: torch.dtype | None, dataset: str) -> Tensor:

@@ -5,9 +5,11 @@ All are read with the library `datasets` of Hugging Face.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -292,6 +294,76 @@ class _Reader:
             )
 
 
+_offline: ContextVar[bool] = ContextVar("offline", default=False)
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """While entered, data are read without the network, and nothing is written beside them."""
+    token = _offline.set(True)
+    try:
+        yield
+    finally:
+        _offline.reset(token)
+
+
+@contextlib.contextmanager
+def _without_network() -> Iterator[None]:
+    """Tell the libraries of Hugging Face to stay offline, if that is wanted."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if _offline.get():
+        config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+def _require_cached(source: str) -> None:
+    """Raise `FileError` unless a data set of the hub has been downloaded before."""
+    from datasets import config
+
+    def words(name: str) -> str:
+        return name.lower().replace("_", "").replace("/", "")
+
+    cache = Path(config.HF_DATASETS_CACHE)
+    names = [entry.name for entry in cache.iterdir()] if cache.is_dir() else []
+    if words(source) not in map(words, names):
+        raise FileError(
+            f"the file asks for the data set {source[:100]!r} of the hub, which is not in the local cache ({cache}); "
+            "settings in a file open no network. Choose the data on the command line, data=..., or pass trust=[flows]"
+        )
+
+
+def _parquet(files: Mapping[str, list[str]]) -> Mapping[str, datasets.Dataset]:
+    import datasets
+
+    if not _offline.get():
+        return _by_split(datasets.load_dataset("parquet", data_files=dict(files)))
+    import pyarrow.parquet
+
+    return {  # the library would write a copy of them
+        split: datasets.concatenate_datasets(
+            [datasets.Dataset(pyarrow.parquet.ParquetFile(name).read()) for name in names]
+        )
+        for split, names in files.items()
+    }
+
+
+def _generic(path: Path) -> object:
+    import datasets
+
+    if _offline.get():
+        raise InvalidValueError(
+            f"{path} is no folder of pictures or Parquet files, and reading it would write a copy; choose the data on "
+            "the command line, data=..., or pass trust=[flows]"
+        )
+    return datasets.load_dataset(str(path))
+
+
 def _load(source: str | None, path: str | Path | None) -> Mapping[str, datasets.Dataset]:
     """Return the splits of a data set by name."""
     try:
@@ -300,6 +372,8 @@ def _load(source: str | None, path: str | Path | None) -> Mapping[str, datasets.
         raise MissingPackageError(
             f"reading {source or path} needs the library datasets of Hugging Face: pip install -e '.[images]'"
         ) from error
+    if _offline.get() and path is None:
+        _require_cached(str(source))
     if path is not None:
         return _load_path(existing_path("path", path, "folder or file of images", folder=True))
     if not isinstance(source, str) or not source:
@@ -308,7 +382,8 @@ def _load(source: str | None, path: str | Path | None) -> Mapping[str, datasets.
             "path=None"
         )
     try:
-        return _by_split(datasets.load_dataset(source))
+        with _without_network():
+            return _by_split(datasets.load_dataset(source))
     except Exception as error:  # the library raises many types, and all mean the same here
         from datasets import config
 
@@ -334,9 +409,9 @@ def _load_path(path: Path) -> Mapping[str, datasets.Dataset]:
             tables = find_tables(path)
             if tables is not None:
                 files = {split: [str(file) for file in found] for split, found in tables.files.items()}
-                return _by_split(datasets.load_dataset("parquet", data_files=files))
-            return _by_split(datasets.load_dataset(str(path)))
-        return _by_split(datasets.load_dataset("parquet", data_files=str(path)))
+                return _parquet(files)
+            return _by_split(_generic(path))
+        return _parquet({"train": [str(path)]})
     except (InvalidValueError, DataWarning):  # ours; the warning where warnings are errors
         raise
     except Exception as error:  # the library raises many types, and all mean the same here

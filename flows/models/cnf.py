@@ -19,6 +19,7 @@ from flows.errors import InvalidTypeError, InvalidValueError
 from flows.fields import Guided
 from flows.models.distribution import FlowDistribution
 from flows.models.examination import examine, foreign_tensors
+from flows.models.precision import keeping_complex, working_dtype
 from flows.models.results import LogProbEstimate, Sample, Transport
 from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
@@ -76,10 +77,13 @@ class CNF(nn.Module):
             raise InvalidValueError(
                 f"the base's event_shape is {self.base.event_shape}, and the field's is {self.event_shape}"
             )
-        weights = [weights for weights in field.parameters() if weights.dtype.is_floating_point]
-        if weights:  # noise for a field that was moved to a GPU or to float64; frozen parts may be in half precision
-            decisive = max(weights, key=lambda weights: (weights.requires_grad, weights.dtype.itemsize))
-            self.base.to(decisive.device, decisive.dtype)
+        weights = list(field.parameters())
+        if weights:  # noise for a field that was moved to a GPU or to float64
+            self.base.to(weights[0].device, working_dtype(field))
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move or convert all tensors; complex ones keep their imaginary parts."""
+        return super()._apply(keeping_complex(fn), recurse)
 
     @property
     def divergence(self) -> DivergenceEstimator:
@@ -373,7 +377,8 @@ class CNF(nn.Module):
         return batch_shape
 
     def _dtypes(self) -> set[torch.dtype]:
-        return {parameter.dtype for parameter in self.field.parameters() if parameter.is_floating_point()}
+        """The dtype of points; empty for a field without parameters, which takes any."""
+        return {working_dtype(self.field)} if next(self.field.parameters(), None) is not None else set()
 
     def _in_own_dtype(self, values: Tensor) -> Tensor:
         """Round float64 points to the flow's dtype, after a transform has had their digits."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,18 +76,12 @@ def mass(
         most: about the most points in one integral; it begins with a sixteenth of these without samples, and with a
             quarter of them otherwise.
     """
-    with torch.no_grad(), exactly(flow):
-        return _refined(flow, low, high, context, generator, samples, most)
-
-
-@contextlib.contextmanager
-def exactly(flow: CNF) -> Iterator[None]:
-    """Give the flow an exact divergence while entered: noise of log p would bias its exponential."""
     training = flow.divergence
     if not training.bind(flow.bind()).is_exact:
         flow.divergence = Auto()
     try:
-        yield
+        with torch.no_grad():
+            return _refined(flow, low, high, context, generator, samples, most)
     finally:
         flow.divergence = training
 

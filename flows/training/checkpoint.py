@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,11 @@ from flows.training.unpickling import ForeignObjectError
 
 FORMAT = "flows checkpoint"
 VERSION = 4  # of the arrangement, and of what fields make of the same weights
+MAX_EVENT = 2**28  # numbers in one point, more than any data have
+EXTRA = "_extra_state"  # the last word of the names of what get_extra_state has returned
 
 # What a checkpoint must hold: to use its model, and to continue its run.
-MODEL = {"data": dict, "ema": dict, "position": dict}
+MODEL = {"data": dict, "dtype": str, "ema": dict, "position": dict}
 RUN = MODEL | {
     "run": str,
     "model": dict,
@@ -112,12 +115,14 @@ def check_content(content: Mapping[str, Any], path: str | os.PathLike[str], kind
     """
     wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
     if not wrong:
-        sizes, weights, step = content["data"].get("event_shape"), content["ema"], content["position"].get("step")
-        if sizes is not None and not all(isinstance(size, int) and size > 0 for size in sizes):
+        data, weights, step = content["data"], content["ema"], content["position"].get("step")
+        if not all(_is_shape(data.get(name)) for name in ("event_shape", "context_shape")):
             wrong.append("data")
-        if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        if not all(isinstance(data.get(name), (int, type(None))) for name in ("num_classes", "num_levels")):
+            wrong.append("data")
+        if not all(isinstance(value, torch.Tensor) or str(name).endswith(EXTRA) for name, value in weights.items()):
             wrong.append("ema")
-        if not isinstance(step, int):
+        if type(step) is not int or step < 0:
             wrong.append("position")
     if wrong:
         raise CheckpointError(
@@ -127,6 +132,13 @@ def check_content(content: Mapping[str, Any], path: str | os.PathLike[str], kind
 
 
 @checked
+def _is_shape(sizes: Any) -> bool:
+    if sizes is None:
+        return True
+    whole = isinstance(sizes, (list, tuple)) and len(sizes) <= 16 and all(type(size) is int for size in sizes)
+    return whole and all(size > 0 for size in sizes) and math.prod(sizes) <= MAX_EVENT
+
+
 def find_checkpoint(
     path: str | os.PathLike[str],  # a checkpoint file or the folder of a run
     prefer: str = "best",  # "best" or "last", where both are there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,20 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from flows.arguments import checked
 from flows.checks import check_seed
 from flows.datasets import Dataset
+from flows.datasets.hub import offline
 from flows.errors import FileError, InvalidValueError
 from flows.models.cnf import CNF
+from flows.models.precision import working_dtype
 from flows.objectives.checks import check_levels
 from flows.training import checkpoint as files
 from flows.training.annotations import SettingsError
+from flows.training.blueprint import MisfitError, build_like
 from flows.training.checkpoint import CheckpointError, check_content, find_checkpoint, load_checkpoint
+from flows.training.fitting import dtype_named, load_weights
 from flows.training.settings import TARGET, complete, instantiate, parameter_names
+from flows.training.settings_text import read_settings
 from flows.training.stage import Stage
-from flows.training.trusted import check_trusted
+from flows.training.trusted import check_trusted, foreign_packages
 
 if TYPE_CHECKING:
     from flows.training.trainer import Trainer
@@ -66,9 +71,10 @@ def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: CNF
     """
     if flow is None:
         return load_run(path, trust).flow
-    content = load_checkpoint(find_checkpoint(path))
-    check_content(content, path, files.MODEL)
-    _fill(flow, content, path)
+    file = find_checkpoint(path)
+    content = load_checkpoint(file)
+    check_content(content, file, files.MODEL)
+    _fill(flow, content, file)
     return flow.eval()
 
 
@@ -79,11 +85,20 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
     config = checkpoint_config(content, file, trust)
     check_content(content, file, files.MODEL)
     data = content["data"]
+    shape = None if data.get("context_shape") is None else tuple(data["context_shape"])
     try:
-        shape = None if data.get("context_shape") is None else tuple(data["context_shape"])
-        levels = data.get("num_levels")
-        flow = build_flow(config, data["event_shape"], None, _dtype(content), context_shape=shape, num_levels=levels)
-    except (ValueError, TypeError, KeyError) as error:
+        dtype = dtype_named(content["dtype"])
+
+        def build() -> CNF:
+            levels = data.get("num_levels")
+            return build_flow(config, data["event_shape"], None, dtype, context_shape=shape, num_levels=levels)
+
+        with torch.random.fork_rng(devices=()):  # weights are drawn, to be replaced
+            foreign = foreign_packages({part: config[part] for part in MODEL})
+            flow = build() if foreign else build_like(build, content["ema"])
+    except MisfitError as error:
+        raise CheckpointError(f"the weights in {file} belong to another model than its settings: {error}") from error
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"no flow can be built from the settings in {file}: {error}") from error
     _fill(flow, content, file)
     return LoadedRun(flow.eval(), config, file, content["position"]["step"], shape, data.get("num_classes"), data)
@@ -104,10 +119,10 @@ def checkpoint_config(
             "yourself and call load_flow(path, flow=flow)"
         )
     try:
-        config = yaml.safe_load(content["config"])
-        check_trusted(config, trust)
-    except (yaml.YAMLError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"the settings in {path} are not valid yaml: {error}") from error
+        config = read_settings(content["config"])
+    except InvalidValueError as error:
+        raise CheckpointError(f"the settings in {path} are not valid: {error}") from error
+    check_trusted(config, trust)
     parts = config if isinstance(config, dict) else {}
     missing = [part for part in MODEL if not (isinstance(parts.get(part), dict) and TARGET in parts[part])]
     if missing:
@@ -116,15 +131,17 @@ def checkpoint_config(
 
 
 @checked
-def build_dataset(config: Mapping[str, Any], of_run: bool = False) -> Dataset:
+def build_dataset(config: Mapping[str, Any], of_run: bool = False, network: bool = True) -> Dataset:
     """Build the data that `config["data"]` describes.
 
     Args:
         config: settings.
         of_run: whether they are those of a run from before, whose files may have moved. The error then says so.
+        network: whether the data may be downloaded. Settings that come from a file should not.
     """
     try:
-        return instantiate(_part(config, "data"), "data")
+        with contextlib.nullcontext() if network else offline():
+            return instantiate(_part(config, "data"), "data")
     except SettingsError as error:
         if of_run and isinstance(error.__cause__, FileError):
             raise SettingsError(f"{error}. If the data of the run have moved, say where: data.path=...") from error
@@ -175,7 +192,10 @@ def build_flow(
 
 
 def build_trainer(
-    config: Mapping[str, Any], resume: str | os.PathLike[str] | None = None, dataset: Dataset | None = None
+    config: Mapping[str, Any],
+    resume: str | os.PathLike[str] | None = None,
+    dataset: Dataset | None = None,
+    network: bool = True,
 ) -> Trainer:
     """Build the trainer of a run from settings.
 
@@ -185,6 +205,7 @@ def build_trainer(
             six may be missing.
         resume: a checkpoint to continue from.
         dataset: data to use instead of `config["data"]`.
+        network: whether the data may be downloaded.
 
     Raises:
         SettingsError: names the setting that does not fit.
@@ -195,7 +216,7 @@ def build_trainer(
     check_seed(seed)
     stages = _checked_stages(_part(config, "objective"))
     torch.manual_seed(seed)
-    dataset = build_dataset(config, resume is not None) if dataset is None else dataset
+    dataset = build_dataset(config, resume is not None, network) if dataset is None else dataset
     chosen = {} if "optimizer" not in config else {"optimizer": _build_optimizer(config["optimizer"])}
     optimization = instantiate(_options(config, "optimization", "Optimization"), "optimization", **chosen)
     hardware = instantiate(_options(config, "hardware", "Hardware"), "hardware")
@@ -324,14 +345,10 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def _fill(flow: CNF, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    flow.to(_dtype(content))
     try:
-        flow.load_state_dict(content["ema"])
-    except RuntimeError as error:
+        dtype = dtype_named(content["dtype"])
+        if working_dtype(flow) != dtype:
+            flow.to(dtype)
+        load_weights(flow, content["ema"], also=dtype)
+    except InvalidValueError as error:
         raise CheckpointError(f"the weights in {path} belong to another model: {error}") from error
-
-
-def _dtype(content: Mapping[str, Any]) -> torch.dtype | None:
-    weights = [(name, value) for name, value in content["ema"].items() if value.is_floating_point()]
-    weights.sort(key=lambda named: named[0].startswith("transform."))  # which keep moments in float64
-    return weights[0][1].dtype if weights else None

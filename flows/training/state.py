@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import time
 import uuid
@@ -21,13 +22,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from flows.arguments import checked
 from flows.checks import check_number
 from flows.datasets import Dataset, NoData
-from flows.errors import FlowsError
+from flows.errors import FlowsError, InvalidValueError
 from flows.evaluation import Evaluator, seeded
+from flows.models.precision import working_dtype
 from flows.solvers import SolverStatistics
 from flows.solvers.problem import all_finite
 from flows.training.checkpoint import CheckpointError, describe, fingerprint_entry
 from flows.training.fabric import Fabric
 from flows.training.files import FOLDER, RunFileError
+from flows.training.fitting import check_means, check_optimizer, check_position, load_weights
 from flows.training.loggers import MetricMeans
 from flows.training.stage import Optimization, Stage
 
@@ -54,6 +57,14 @@ class ExponentialMovingAverage(AveragedModel):
         super().__init__(model, multi_avg_fn=self._average)
         self.decay = decay
         self.requires_grad_(False)
+        self._with_extra_state = [name for name, module in model.named_modules() if _keeps_extra_state(module)]
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the averages; buffers and extra states are copied."""
+        super().update_parameters(model)
+        for name in self._with_extra_state:
+            extra = model.get_submodule(name).get_extra_state()
+            self.module.get_submodule(name).set_extra_state(copy.deepcopy(extra))
 
     def _average(self, averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
         n = int(self.n_averaged)  # on the CPU, unlike the argument: reading it does not wait for the GPU
@@ -63,6 +74,10 @@ class ExponentialMovingAverage(AveragedModel):
     def restart(self) -> None:
         """Let the next update copy the weights, as at the start of a run."""
         self.n_averaged.zero_()
+
+
+def _keeps_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 @dataclass
@@ -149,9 +164,10 @@ class RunState:
                 damaged.
         """
         try:
-            position = Position(**checkpoint["position"])
-        except TypeError as error:
-            raise CheckpointError(f"the checkpoint cannot be resumed: it has no position of a run ({error})") from error
+            check_position(checkpoint["position"], Position)
+        except InvalidValueError as error:
+            raise CheckpointError(f"the checkpoint cannot be resumed: {error}") from error
+        position = Position(**checkpoint["position"])
         if position.stage is None or position.stage not in stages:
             raise CheckpointError(
                 f"the checkpoint stopped in the stage {position.stage!r}, this run has {', '.join(stages)}; "
@@ -168,11 +184,18 @@ class RunState:
             raise CheckpointError(
                 f"the run was started on the data {started!r} and is resumed on {own_data!r}; resume with the same"
             )
-        try:
-            self.model.load_state_dict(checkpoint["model"])
-            self.ema.module.load_state_dict(checkpoint["ema"])
-        except RuntimeError as error:
-            raise CheckpointError(f"the checkpoint belongs to another model: {error}") from error
+        started, own_dtype = checkpoint["dtype"], str(working_dtype(self.model)).removeprefix("torch.")
+        if started != own_dtype:
+            raise CheckpointError(
+                f"the run was started in {started} and is resumed in {own_dtype}; resume in the same precision"
+            )
+        for name, model in (("model", self.model), ("ema", self.ema.module)):
+            try:
+                load_weights(model, checkpoint[name])
+            except InvalidValueError as error:
+                raise CheckpointError(f"the checkpoint belongs to another model: {name}: {error}") from error
+        if checkpoint["ema_updates"] < 0:
+            raise CheckpointError(f"the checkpoint cannot be resumed: ema_updates={checkpoint['ema_updates']}")
         self.ema.n_averaged.fill_(checkpoint["ema_updates"])
         self.position = position
         self.run = checkpoint["run"]
@@ -182,7 +205,11 @@ class RunState:
         index = list(stages).index(position.stage)
         self._set_up(index, stages[position.stage])
         try:
+            stage = stages[position.stage]
+            build = stage.optimizer or self.optimization.optimizer
+            check_optimizer(checkpoint["optimizer"], self.optimizer, build, stage.peak_learning_rate)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            check_means(checkpoint["means"])
             self.means.load_state_dict(checkpoint["means"])
             own = ranks[self.fabric.global_rank]
             self._resume_randomness(own, index)
@@ -231,6 +258,7 @@ class RunState:
         return {
             "run": self.run,
             "data": describe(self.dataset) | fingerprint_entry(self.dataset),
+            "dtype": str(working_dtype(self.model)).removeprefix("torch."),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
             "ema_updates": int(self.ema.n_averaged),
@@ -260,7 +288,7 @@ class RunState:
             stage.examples,
             seeded(torch.Generator(), self._seed, "data", index, rank),
             self.fabric.device,
-            next(self.model.parameters()).dtype,
+            working_dtype(self.model),
         )
         seeded(self.generator, self._seed, "objective", index, rank)
 

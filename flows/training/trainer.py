@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from flows.arguments import checked
@@ -42,9 +41,11 @@ from flows.training.files import (
     to_json,
     write_text,
 )
+from flows.training.identity import check_devices, check_same_run, load_best, mark_folder
 from flows.training.loop import Loop, LossModule, OptimizerStep
 from flows.training.memory import memory_errors
 from flows.training.processes import launch
+from flows.training.settings_text import settings_text
 from flows.training.signals import StopSignals, TrainingInterrupted
 from flows.training.stage import Optimization, Stage
 from flows.training.state import Position, Run, RunState
@@ -183,10 +184,17 @@ class Trainer:
         self._checkpoint = None if resumed is None else load_checkpoint(resumed)
         if resumed is not None and self._checkpoint is not None:
             check_content(self._checkpoint, resumed, RUN)
+            check_devices(self._checkpoint, self.fabric.world_size)
             if describe(dataset)["name"] == self._checkpoint["data"].get("name"):  # otherwise said by `RunState.resume`
                 refuse_other_data(self._checkpoint["data"], dataset)
         self._resumed_folder = None if resumed is None else own_run_folder(resumed)
         self._output_dir = self._resumed_folder if output_dir is None else Path(output_dir)
+        if resumed is not None and self._checkpoint is not None and self._continues_in_place():
+            check_same_run(self._checkpoint, resumed)
+
+    def _continues_in_place(self) -> bool:
+        source, path = self._resumed_folder, self._output_dir
+        return source is not None and path is not None and source.resolve() == path.resolve()
 
     def fit(self) -> Summary:
         """Train through all stages, then test the best weights; afterwards `self.model` holds them.
@@ -212,19 +220,19 @@ class Trainer:
     def _open_folder(self, claim: contextlib.ExitStack) -> Path:
         """Make the folder, with the settings in it; it is nobody else's until `claim` ends."""
         source, path = self._resumed_folder, self._output_dir
-        in_place = source is not None and path is not None and source.resolve() == path.resolve()
+        in_place = self._continues_in_place()
         resuming = in_place or self._starts_over
         folder = claim.enter_context(claimed_folder(path, resuming, describe(self.dataset)["name"]))
         if self._starts_over:
             discard_unsaved(folder)
         if source is not None and not in_place:
-            best, own = source / FOLDER / "best.pt", (self._checkpoint or {}).get("run")
-            if not best.exists() or load_checkpoint(best).get("run") == own:
+            best, own = load_best(source, keep=True), (self._checkpoint or {}).get("run")
+            if (best is not None and best.get("run") == own) or not (source / FOLDER / "best.pt").exists():
                 self._write(folder, lambda: branch_run(source, folder))
         if self.config is not None:
             if "output_dir" in self.config:
                 self.config["output_dir"] = str(folder)
-            text = yaml.safe_dump(self.config, sort_keys=False)
+            text = settings_text(self.config)
             self._write(folder, lambda: write_text(folder / CONFIG, text))
         return folder
 
@@ -238,16 +246,17 @@ class Trainer:
         return RunState(self.fabric, self.model, self.dataset, self.optimization, self.seed, self._callbacks)
 
     def _fit(self) -> Summary:
-        settings = None if self.config is None else yaml.safe_dump(self.config, sort_keys=False)
+        settings = None if self.config is None else settings_text(self.config)
         loss = LossModule(self.model)
         module = self.fabric.setup_module(loss)  # before the average copies the weights
         state = self._new_state()
         position = state.position
         run = Run(self.fabric, state, self.stages, self.evaluator, self.reporting, self.folder, self.config, settings)
         if self._checkpoint is not None:
-            best = self.folder / FOLDER / "best.pt"
-            state.resume(self._checkpoint, self.stages, load_checkpoint(best) if best.exists() else None)
+            best = on_first_process(self.fabric, lambda: load_best(self.folder))
+            state.resume(self._checkpoint, self.stages, best)
             position = state.position
+        on_first_process(self.fabric, lambda: mark_folder(self.folder, state.run))
         self._started = time.perf_counter() - position.seconds  # as if a resumed run had never stopped
         with StopSignals() as stop:
             loop = Loop(run, OptimizerStep(run, loss, module, self.optimization), stop, foreign_packages(self.config))

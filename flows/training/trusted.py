@@ -1,17 +1,41 @@
-"""What the settings in a file may call, so that a stranger's file cannot run code."""
+"""What the settings in a file may ask for: classes that describe a model, in amounts that a model needs."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from flows.arguments import checked
-from flows.training.checkpoint import CheckpointError
+import torch
+from torch import nn
 
-# Settings from a file may call what these parts of the package define, and a few other classes by name.
-SAFE_PARTS = (
+from flows.bases import Base
+from flows.datasets import Dataset
+from flows.divergence import DivergenceEstimator, ProbeFamily
+from flows.evaluation import Evaluator
+from flows.fields import Activation, Field
+from flows.objectives import Coupling, Objective, ProbabilityPath
+from flows.path_costs import PathCost
+from flows.solvers import ErrorControl, ODESolver
+from flows.training.callbacks import Reporting
+from flows.training.checkpoint import CheckpointError
+from flows.training.fabric import Hardware
+from flows.training.stage import Optimization, Stage
+from flows.transforms import DequantisationNoise, Transform
+
+OPTIMIZERS = tuple(getattr(torch.optim, name) for name in ("Adam", "AdamW", "SGD", "RMSprop", "NAdam", "RAdam"))
+LAYERS = tuple(
+    getattr(nn, name) for name in ("ELU", "GELU", "Identity", "Mish", "ReLU", "Sigmoid", "SiLU", "Softplus", "Tanh")
+)
+SAFE_NAMES = {
+    *(f"torch.optim.{kind.__name__}" for kind in OPTIMIZERS),
+    *(f"torch.nn.{kind.__name__}" for kind in LAYERS),
+}
+SAFE_KEYS = {"_target_", "_partial_"}
+# Modules that may be imported to look for a class. Those of the programs do things when they are imported.
+MODULES = (
     "bases",
     "datasets",
     "divergence",
@@ -21,30 +45,54 @@ SAFE_PARTS = (
     "objectives",
     "path_costs",
     "solvers",
+    "training",
     "transforms",
 )
-SAFE_NAMES = {
-    *(f"flows.training.{name}" for name in ("Hardware", "Optimization", "Reporting", "Stage")),
-    *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RMSprop", "NAdam", "RAdam")),
-    *(
-        f"torch.nn.{name}"
-        for name in ("ELU", "GELU", "Identity", "Mish", "ReLU", "Sigmoid", "SiLU", "Softplus", "Tanh")
-    ),
-}
-SAFE_KEYS = {"_target_", "_partial_"}
+MAX_DEPTH = 40
+MAX_AMOUNT = 2_000_000  # of points, features, probes, ... that a file may ask for
+AMOUNTS_IN = ("base", "data", "divergence", "evaluation", "field", "objective", "solver", "transform")
+NO_AMOUNTS = ("seed", "steps", "seconds", "levels", "max_")  # in the names of numbers that cost nothing by themselves
+OWN = "flows"  # trust in this package itself lifts the limits of amounts, and opens the network to data
 
 
 class UntrustedConfigError(CheckpointError):
     """Settings from a file ask for something that might run code."""
 
 
-@checked
-def check_trusted(config: Any, trust: Sequence[str] = (), where: str = "") -> None:
-    """Check that building `config` runs no foreign code.
+@dataclass(frozen=True)
+class _Part:
+    """Which classes a part of the settings may name: itself, and in its arguments."""
 
-    A `_target_` must be a class or function that a part of this package *defines* (`flows.datasets.readers.os.system`
-    is none), one of a few classes of torch, or belong to a trusted package. Interpolations and other special keys are
-    refused.
+    kinds: tuple[type, ...]
+    inside: tuple[type, ...] = ()
+
+
+SOLVES = (DivergenceEstimator, ProbeFamily, ODESolver, ErrorControl)
+PARTS = {
+    "base": _Part((Base,), (Base,)),
+    "data": _Part((Dataset,), (Dataset,)),
+    "divergence": _Part((DivergenceEstimator,), (DivergenceEstimator, ProbeFamily)),
+    "evaluation": _Part((Evaluator,), SOLVES),
+    "field": _Part((Field,), (Field, Activation, *LAYERS)),
+    "hardware": _Part((Hardware,)),
+    "objective": _Part(
+        (Stage,),
+        (Objective, Coupling, ProbabilityPath, PathCost, *SOLVES, *OPTIMIZERS),
+    ),
+    "optimization": _Part((Optimization,), OPTIMIZERS),
+    "optimizer": _Part(OPTIMIZERS),
+    "reporting": _Part((Reporting,)),
+    "solver": _Part((ODESolver,), (ErrorControl,)),
+    "transform": _Part((Transform,), (Transform, DequantisationNoise, Field, Activation)),
+}
+
+
+def check_trusted(config: Any, trust: Sequence[str] = (), where: str = "") -> None:
+    """Check that building `config` runs no foreign code, and asks for no more than a model needs.
+
+    Each part, such as `field`, may only name classes of that part, which this package *defines*
+    (`flows.datasets.readers.os.system` is none), and those that its arguments may be. Trusted packages may be named
+    anywhere. Interpolations and other special keys are refused, and so are amounts beyond `MAX_AMOUNT`.
 
     Args:
         trust: names of packages whose classes and functions may be called.
@@ -53,26 +101,58 @@ def check_trusted(config: Any, trust: Sequence[str] = (), where: str = "") -> No
     Raises:
         UntrustedConfigError: names the place, and says how to allow the call.
     """
-    if isinstance(config, Mapping):
-        if "_target_" in config:
-            _check_target(config["_target_"], trust, where)
-        for key, value in config.items():
-            if not isinstance(key, str) or "${" in key:
-                raise UntrustedConfigError(f"the settings have the key {key!r} at {where or 'the top'}; refused")
-            if key.startswith("_") and key.endswith("_") and key not in SAFE_KEYS:
-                raise UntrustedConfigError(f"the settings use the special key {key} at {where or 'the top'}; refused")
-            check_trusted(value, trust, f"{where}.{key}" if where else key)
-    elif isinstance(config, (list, tuple)):
-        for i, value in enumerate(config):
-            check_trusted(value, trust, f"{where}[{i}]")
-    elif isinstance(config, str) and "${" in config:
-        raise UntrustedConfigError(f"the settings hold an interpolation at {where}: {config!r}; refused")
+    _check(config, tuple(trust), where, where.partition(".")[0].partition("[")[0], set(), 0)
+
+
+def may_download(chosen: Any, trust: Sequence[str]) -> bool:
+    """Whether data may be downloaded, where `chosen` are the user's own settings beside those in a file."""
+    return OWN in trust or (isinstance(chosen, Mapping) and not {"_target_", "source"}.isdisjoint(chosen))
 
 
 def foreign_packages(config: Any) -> list[str]:
     """The packages to pass as `trust=` when these settings are loaded from a file."""
     packages = {target.split(".")[0] for target in _targets(config) if target not in SAFE_NAMES}
-    return sorted(packages - {"flows"})
+    return sorted(packages - {OWN})
+
+
+def _check(config: Any, trust: tuple[str, ...], where: str, part: str, seen: set[int], depth: int) -> None:
+    if isinstance(config, (Mapping, list, tuple)):
+        if id(config) in seen:
+            return
+        seen.add(id(config))
+        if depth > MAX_DEPTH:
+            raise UntrustedConfigError(f"the settings are nested too deeply at {where[:200]}; refused")
+    if isinstance(config, Mapping):
+        if "_target_" in config:
+            _check_target(config["_target_"], trust, where, part)
+        if not isinstance(config.get("_partial_", False), bool):
+            raise UntrustedConfigError(f"the settings have _partial_={config['_partial_']!r} at {where}; refused")
+        for key, value in config.items():
+            if not isinstance(key, str) or "${" in key:
+                raise UntrustedConfigError(f"the settings have the key {key!r} at {where or 'the top'}; refused")
+            if key.startswith("_") and key.endswith("_") and key not in SAFE_KEYS:
+                raise UntrustedConfigError(f"the settings use the special key {key} at {where or 'the top'}; refused")
+            if not where:
+                part, seen = key, set()
+            _check(value, trust, f"{where}.{key}" if where else key, part, seen, depth + 1)
+    elif isinstance(config, (list, tuple)):
+        for i, value in enumerate(config):
+            _check(value, trust, f"{where}[{i}]", part, seen, depth + 1)
+    elif isinstance(config, str) and "${" in config:
+        raise UntrustedConfigError(f"the settings hold an interpolation at {where}: {config[:200]!r}; refused")
+    elif isinstance(config, (int, float)) and not isinstance(config, bool):
+        _check_amount(config, trust, where, part)
+
+
+def _check_amount(value: float, trust: Sequence[str], where: str, part: str) -> None:
+    last = where.rpartition(".")[2]
+    if part not in AMOUNTS_IN or any(word in last for word in NO_AMOUNTS):
+        return
+    if isinstance(value, int) and abs(value) > MAX_AMOUNT and OWN not in trust:
+        raise UntrustedConfigError(
+            f"the settings ask for {where}={value}, more than the {MAX_AMOUNT:,} that a file may ask for; if you know "
+            f"this file, pass trust=[{OWN}]"
+        )
 
 
 def _targets(config: Any) -> Iterator[str]:
@@ -85,32 +165,44 @@ def _targets(config: Any) -> Iterator[str]:
             yield from _targets(value)
 
 
-def _check_target(target: Any, trust: Sequence[str], where: str) -> None:
+def _check_target(target: Any, trust: Sequence[str], where: str, part: str) -> None:
     package = target.split(".")[0] if isinstance(target, str) else None
-    if package is not None and (package in trust or target in SAFE_NAMES):
+    if package is not None and package != OWN and package in trust:
         return
-    if package == "flows":
-        found = _find(target)
-        home = (getattr(found, "__module__", None) or "").split(".")
-        if (inspect.isclass(found) or inspect.isfunction(found)) and home[0] == "flows" and home[1:2][0] in SAFE_PARTS:
-            return
-    advice = f"; if you trust that package, pass trust=[{package}]" if package and package != "flows" else ""
+    is_outer = where == part or (part == "objective" and where.count(".") == 1 and "[" not in where)
+    allowed = PARTS.get(part, _Part(()))
+    kinds = allowed.kinds if is_outer else allowed.inside
+    found: Any = _find(target) if package == OWN else None
+    if isinstance(target, str) and target in SAFE_NAMES:
+        found = getattr(nn if target.startswith("torch.nn.") else torch.optim, target.rpartition(".")[2])
+    concrete = inspect.isclass(found) and not inspect.isabstract(found) and not found.__name__.startswith("_")
+    if concrete and issubclass(found, kinds or ()) and found.__module__.split(".")[0] in (OWN, "torch"):
+        return
+    names = ", ".join(dict.fromkeys(kind.__name__ for kind in kinds)) or "nothing at all"
+    advice = f"; if you trust that package, pass trust=[{package}]" if package and package != OWN else ""
     raise UntrustedConfigError(
-        f"the settings call {target!r} at {where or 'the top'}, which is no class or function of flows that "
-        f"describes a model, and might run anything{advice}"
+        f"the settings call {str(target)[:200]!r} at {where or 'the top'}, where a file may name classes of flows that "
+        f"describe such a part ({names}), and nothing else, since it might run anything{advice}"
     )
 
 
 def _find(target: str) -> Any:
     """The object with that import path; `None` if there is none. Only modules of this package are imported."""
-    found: Any = importlib.import_module("flows")
-    path = "flows"
-    for name in target.split(".")[1:]:
+    words = target.split(".")[1:]
+    if any(word.startswith("_") for word in words):
+        return None
+    found: Any = importlib.import_module(OWN)
+    path = OWN
+    for i, name in enumerate(words):
         path = f"{path}.{name}"
-        if not hasattr(found, name) and inspect.ismodule(found) and found.__name__ == path.rpartition(".")[0]:
+        if inspect.ismodule(found) and found.__name__ != path.rpartition(".")[0]:
+            return None  # a module that one of ours has imported
+        if i == 0 and name not in MODULES and not inspect.isclass(getattr(found, name, None)):
+            return None
+        if not hasattr(found, name) and inspect.ismodule(found):
             try:
                 importlib.import_module(path)
-            except ModuleNotFoundError:
+            except (ImportError, ValueError):
                 return None
         found = getattr(found, name, None)
     return found

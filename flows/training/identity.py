@@ -1,0 +1,108 @@
+"""Do the files in the folder of a run belong to that run, and are they whole?"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.errors import DataWarning
+from flows.training.checkpoint import MODEL, CheckpointError, check_content, load_checkpoint
+from flows.training.files import FOLDER, own_run_folder, write_text
+
+RUN_ID = ".run"  # in the folder of a run: the name of the run that lives there
+MAX_ID = 100  # characters
+
+
+def mark_folder(folder: Path, run: str) -> None:
+    """Write down which run lives in a folder."""
+    if _read_id(folder) != run:
+        with contextlib.suppress(OSError):  # without it only a foreign checkpoint goes unnoticed
+            write_text(folder / RUN_ID, f"{run}\n")
+
+
+def check_same_run(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Require that a checkpoint in the folder of a run was written by that run.
+
+    Raises:
+        CheckpointError: it was copied there from another one.
+    """
+    folder = own_run_folder(path)
+    own = None if folder is None else _read_id(folder)
+    if own is not None and own != checkpoint["run"]:
+        raise CheckpointError(
+            f"{path} was written by another run ({checkpoint['run'][:12]}) than the one that lives in {folder} "
+            f"({own[:12]}): it was copied there, and its metrics and best weights are not those beside it. Resume the "
+            "run that it came from, or move the file out of the folder and continue it with output_dir=..., a new one"
+        )
+
+
+def check_devices(checkpoint: Mapping[str, Any], world_size: int) -> None:
+    """Require as many processes as the run was started with, before any is launched.
+
+    Raises:
+        CheckpointError: there are more or fewer.
+    """
+    if len(checkpoint["ranks"]) != world_size:
+        raise CheckpointError(
+            f"the run was started on {len(checkpoint['ranks'])} device(s) and is resumed on {world_size}; "
+            "use the same number, since each draws data of its own"
+        )
+
+
+def load_best(folder: Path, keep: bool = False) -> dict[str, Any] | None:
+    """Read the best checkpoint of a run; None if there is none, or none that can be read.
+
+    A damaged one is set aside, with a warning, so that the run can go on.
+
+    Args:
+        folder: of the run.
+        keep: leave a damaged one where it is.
+    """
+    path = folder / FOLDER / "best.pt"
+    if not path.exists():
+        return None
+    try:
+        content = load_checkpoint(path)
+        check_content(content, path, MODEL)
+    except CheckpointError as error:
+        if keep:
+            warnings.warn(f"the best weights of the run before are not copied: {error}", DataWarning, stacklevel=2)
+        else:
+            set_aside(path, str(error))
+        return None
+    return content
+
+
+def set_aside(path: Path, reason: str) -> Path | None:
+    """Rename a damaged file, so that a new one can be written in its place, and warn.
+
+    Returns:
+        Its new path; None if it cannot be renamed.
+    """
+    for number in range(1, 1000):
+        new = path.with_name(f"{path.name}.damaged{'' if number == 1 else number}")
+        if not new.exists():
+            break
+    try:
+        os.replace(path, new)
+    except OSError:
+        new = None
+    kept = f"kept as {new.name}" if new is not None else "left where it is"
+    warnings.warn(
+        f"{path.name} is damaged, and {kept}; the run goes on without it: {reason}", DataWarning, stacklevel=3
+    )
+    return new
+
+
+def _read_id(folder: Path) -> str | None:
+    try:
+        with (folder / RUN_ID).open(encoding="utf-8") as file:
+            found = file.read(MAX_ID).strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found if re.fullmatch(r"\w+", found) else None
