@@ -462,6 +462,16 @@ class Sorts(Clean):
         return self.velocity(t, x.sort(0)[0])
 
 
+@strange(**solving("mixes the samples"), matching="^$", divergence_matching="^$")
+class NormalisesTheBatch(Clean):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, t, x):
+        return self.velocity(t, self.norm(x))
+
+
 # State and chance
 
 

@@ -8,7 +8,7 @@ from torch import nn
 import flows
 from flows import CNF, ODESolver
 from flows.datasets import Batch
-from flows.divergence import Exact, Hutchinson
+from flows.divergence import Exact, Hutchinson, Probing
 from flows.objectives import FlowMatching
 from flows.promises import traits_of
 
@@ -221,7 +221,8 @@ def test_an_examination_leaves_no_trace():
 
     field, x = Diary(), torch.randn(4, 2)
     state = torch.get_rng_state()
-    flows.models.cnf.examine(CNF(field), CNF(field).bind(), x)
+    flow = CNF(field)
+    flows.models.cnf.examine(flow.base, flow.bind(), x)
     assert traits_of(field).examined
     assert torch.equal(torch.get_rng_state(), state)
     assert field.calls == 0
@@ -333,10 +334,29 @@ def test_operations_without_a_derivative_are_named_with_a_cure(kind, estimator, 
     for _ in range(2):  # an evaluation in between forgets nothing
         with pytest.raises(flows.FlowsError, match=words):
             flow.log_prob(x).mean().backward()
-        with torch.no_grad():
-            flow.sample((2,))
-            if estimator.mode == "reverse" and kind is not ReentrantCheckpoint:
-                flow.log_prob(x)
+        if kind is not ReentrantCheckpoint:  # which torch warns about
+            with torch.no_grad():
+                flow.sample((2,))
+
+
+def test_a_stated_receptive_radius_is_checked():
+    class Far(nn.Module):
+        event_shape, receptive_radius = (1, 6, 6), 1
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+
+        def forward(self, t, x):
+            return self.layers(x)
+
+    x = torch.randn(2, 1, 6, 6)
+    with pytest.raises(ValueError, match=r"receptive_radius = 1, .* a site 2 sites away"):
+        CNF(Far(), Probing(2)).log_prob(x)
+    Far.receptive_radius = 2
+    exact, probed = (CNF(Far().requires_grad_(False), e) for e in (Exact(), Probing(3)))
+    probed.field.load_state_dict(exact.field.state_dict())
+    torch.testing.assert_close(probed.log_prob(x), exact.log_prob(x))
 
 
 @pytest.mark.parametrize("kind", [Attention, Distances, Normalised])

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from flows.bases import Base
-from flows.divergence import Analytic, Bottleneck, DivergenceEstimator
+from flows.divergence import Analytic, Bottleneck, DivergenceEstimator, Probing
 from flows.errors import InvalidValueError
 from flows.promises import captured_tensors, examine_derivatives, examine_values
-from flows.promises.derivatives import NUM_POINTS
-from flows.promises.values import FEW, untouched
+from flows.promises.derivatives import NUM_POINTS, check_receptive_radius
+from flows.promises.values import FEW, awake, untouched
 from flows.vector_field import BoundField, bind
 
 
@@ -72,6 +72,9 @@ def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstim
         closed = few_bound.value_and_divergence if isinstance(inner, Analytic) else None
         if isinstance(inner, Bottleneck):
             _check_pieces(few_bound, few)
+        if isinstance(inner, Probing) and few_bound.receptive_radius is not None:
+            with untouched(view.field, x.device), awake(view.field):
+                check_receptive_radius(few_bound, view.name, few_bound.receptive_radius, few_bound.periodic, few)
         reason = examine_derivatives(few_bound, closed, view.field, view.name, few, mode == "forward", second)
         if second:
             view.traits.refuses_gradients[str(mode)] = reason

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flows.errors import ComputationError, InvalidValueError
 from flows.promises.failures import explained
-from flows.promises.values import _awake, is_velocity, untouched
+from flows.promises.values import awake, is_velocity, untouched
 
 NUM_POINTS = 6
 MAX_DIMENSION = 64  # up to which a closed form is compared with the whole trace
@@ -46,7 +46,7 @@ def examine_derivatives(
         InvalidValueError: autograd misses a part of the field, or a closed form is another field's.
         ComputationError: torch has no derivative of an operation; the message says what to use instead.
     """
-    with untouched(field, x.device), _awake(field):
+    with untouched(field, x.device), awake(field):
         generator = torch.Generator().manual_seed(0)
         draw = lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)  # noqa: E731
         directions, weights = draw(), draw()
@@ -120,7 +120,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:  # (B,)
 
 def _value(evaluate: Evaluate, t: Tensor, x: Tensor) -> Tensor:
     with torch.enable_grad():  # as fields with derivatives inside need it
-        return evaluate(t, x.clone().requires_grad_().clone()).detach()
+        return evaluate(t, x.clone().requires_grad_().clone()).detach().clone()
 
 
 def _reverse_product(
@@ -213,6 +213,34 @@ def _compare_closed_form(closed_form: Evaluate, evaluate: Evaluate, t: Tensor, x
             f"value_and_divergence of the field {name} returns another divergence than the trace of its Jacobian: "
             f"{float(divergence[0]):.6g} where it is {float(trace[0]):.6g}; mend it, or set it to None"
         )
+
+
+def check_receptive_radius(evaluate: Evaluate, name: str, radius: int, periodic: bool, x: Tensor) -> None:
+    """Raise `InvalidValueError` if a velocity depends on sites of the grid beyond the radius that the field states."""
+    grid = x.shape[2:]
+    t = x.new_full((), 0.43)
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        value = evaluate(t, leaf.clone())
+        if not is_velocity(value, x) or not value.requires_grad:
+            return
+        for centre in ((0,) * len(grid), tuple(size // 2 for size in grid)):
+            (row,) = torch.autograd.grad(
+                value[(slice(None), slice(None), *centre)].sum(), leaf, retain_graph=True, allow_unused=True
+            )
+            if row is None:
+                continue
+            sites = row.abs().amax((0, 1)).nonzero()
+            distance = (sites - torch.tensor(centre, device=x.device)).abs()
+            if periodic:
+                distance = torch.minimum(distance, torch.tensor(grid, device=x.device) - distance)
+            farthest = int(distance.max()) if len(sites) else 0
+            if farthest > radius:
+                raise InvalidValueError(
+                    f"the field {name} states receptive_radius = {radius}, and its velocity at one site depends on a "
+                    f"site {farthest} sites away, so that Probing would miss a part of the divergence; state at least "
+                    f"{farthest}, or choose Exact() or Hutchinson()"
+                )
 
 
 def _apart(a: Tensor, b: Tensor, relative: float) -> bool:
