@@ -180,4 +180,8 @@ def checked_value(
         )
     if not value.is_floating_point():
         raise InvalidTypeError(f"a vector field must return real floating-point velocities, got {value.dtype}")
+    if value.device != x.device:
+        raise InvalidValueError(
+            f"a vector field must return velocities where its points are, on {x.device}, and got some on {value.device}"
+        )
     return value

@@ -200,6 +200,19 @@ class ReturnsABuffer(Clean):
         return self.out
 
 
+@strange(forward="mode='reverse'")
+class ReturnsBuffersInTurn(Clean):
+    def __init__(self):
+        super().__init__()
+        self.turn, self.outs = 0, {}
+
+    def forward(self, t, x):
+        v = self.velocity(t, x)
+        self.turn += 1
+        out = self.outs.setdefault((self.turn % 2, len(x)), torch.empty_like(v)).detach()
+        return out.copy_(v)
+
+
 @strange(log_prob="out=", forward="out=|mode='reverse'", divergence_matching="out=")
 class WritesOutWithoutGraph(Clean):
     def forward(self, t, x):
@@ -254,6 +267,12 @@ class ReturnsComplex(Clean):
 class ReturnsIntegers(Clean):
     def forward(self, t, x):
         return x.long()
+
+
+@strange(**everywhere("where its points are"))
+class ReturnsNothingButAShape(Clean):
+    def forward(self, t, x):
+        return self.velocity(t, x).to("meta")
 
 
 class Single(Clean):
