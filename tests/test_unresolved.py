@@ -9,7 +9,7 @@ from small_run import Memory, small_trainer
 from torch import nn
 
 import flows
-from flows import ODESolver
+from flows import ODESolver, plots
 from flows.datasets import Energy, Gaussian, Table
 from flows.evaluation import DensityEvaluator, EnergyEvaluator, importance_weights
 from flows.models.importance import WeightSums
@@ -310,3 +310,50 @@ def test_a_free_energy_below_the_known_log_z_is_unresolved():
     assert "reverse KL" in report.unresolved
     assert report.metrics["reverse_kl"] is None
     assert report.metrics["reverse_kl_unresolved"] < -0.4
+
+
+class Squashed(nn.Module):
+    """`Jump` under two contexts: it takes the second alone."""
+
+    event_shape, context_shape = (2,), (2,)
+
+    def forward(self, t, x, context):
+        return 0.4 * context[:, 1:] * torch.cat([x[:, :1].sign(), torch.zeros_like(x[:, 1:])], 1)
+
+
+def titles(figure):
+    return " ".join(axes.get_title() for axes in figure.axes)
+
+
+def test_pictures_of_densities_that_cannot_be_right_are_marked():
+    data, fine = normal(), ODESolver("rk4", step_size=0.1)
+    assert "unresolved: mass 1.3" in titles(plots.density(flows.CNF(Jump(0.4), solver=fine), data, 48))
+    coarse = stiff(ODESolver("euler", step_size=0.5), 3.0)
+    assert "unresolved: solver error" in titles(plots.density(coarse, normal(scale=math.exp(3.0)), 48))
+    for flow in (stiff(fine, 0.1), sharp(1e-3), stiff(fine, 3.0)):  # right, thinner than a pixel, cut by the picture
+        assert "unresolved" not in titles(plots.density(flow, data, 48))
+    noisy = flows.CNF(flows.fields.Linear((2,), torch.tensor([[0.0, 2.0], [2.0, 0.0]])), flows.divergence.Hutchinson())
+    assert "unresolved" not in titles(plots.density(noisy, data, 48))
+
+
+def test_only_the_class_whose_density_cannot_be_right_is_marked():
+    data = flows.datasets.MoonsByClass(num_validation=200, num_test=10, num_reference=200)
+    flow = flows.CNF(Squashed(), solver=ODESolver("rk4", step_size=0.1))
+    marks = [axes.get_title() for axes in plots.class_densities(flow, data, 32).axes]
+    assert ["unresolved" in mark for mark in marks] == [False, False, False, True]
+    assert "mass" in evaluator(data).test(flow).unresolved  # the worst of both classes
+
+
+def test_curves_count_unresolved_validations():
+    metrics = {"train/nll": [(1, 3.0), (2, 2.0)], "validation/nll_unresolved": [(1, -60.0), (2, -61.0)]}
+    assert "2 validations unresolved" in titles(plots.curves(metrics))
+
+
+def test_outliers_of_an_unresolved_likelihood_are_unresolved():
+    data = normal(scale=math.exp(RATE))
+    for solver, resolved in ((ODESolver(), True), (ODESolver("euler", step_size=0.25), False)):
+        flow, judge = stiff(solver), evaluator(data)
+        scores = judge.outliers(flow, judge.likelihood(flow))
+        assert (scores.unresolved is None) == resolved
+        assert ("unresolved" in dict(scores.table())["AUROC"]) != resolved
+        assert (scores.as_dict()["auroc_nll"] is None) != resolved

@@ -20,7 +20,7 @@ from flows.evaluation.evaluator import Evaluation, Evaluator, Report, known, see
 from flows.evaluation.likelihood import FIGURES, Likelihood, likelihood, part_batches
 from flows.evaluation.outliers import OutlierScores, outlier_scores
 from flows.models.cnf import CNF
-from flows.models.mass import Mass, box, has_mass, mass
+from flows.models.mass import Mass, box, exactly, has_mass, mass
 from flows.models.resolution import CHECKED_POINTS
 from flows.naming import by_name
 from flows.objectives.checks import check_contexts, check_levels
@@ -109,9 +109,10 @@ class FlowEvaluator(Evaluator):
         from flows import plots  # slow to import
 
         flow = as_flow(model)
-        with self.evaluating(flow):
-            generator = self.generator(flow, "plots")
-            return plots.figures(flow, self.dataset, generator, evaluated_with=self.evaluated_with(flow))
+        with self.evaluating(flow), exactly(flow) if has_mass(flow) else contextlib.nullcontext():
+            generator, bound = self.generator(flow, "plots"), flow.divergence.bind(flow.bind())
+            name = bound.description if bound.is_exact else self.evaluated_with(flow)
+            return plots.figures(flow, self.dataset, generator, evaluated_with=name)
 
     def generator(self, flow: CNF, purpose: str) -> torch.Generator:
         """Return a generator with the same numbers for the same purpose."""

@@ -12,9 +12,11 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
+from flows.evaluation.evaluator import set_apart
 from flows.evaluation.likelihood import Likelihood, likelihood, part_batches
 from flows.evaluation.metrics import AUROC
 from flows.models.cnf import CNF
+from flows.models.resolution import CHECKED_POINTS
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class OutlierScores:
     data_nll: Tensor  # (n,), nats
     outlier_nll: Tensor  # (m,)
     typical_nll: float  # the mean over the validation part
+    unresolved: str | None = None  # why the scores are no result, and what to change
 
     @property
     def likelihood(self) -> AUROC:
@@ -43,6 +46,11 @@ class OutlierScores:
     def table(self) -> list[tuple[str, str]]:
         """Names and values for a reader."""
         nll, count = self.outlier_nll.mean(), len(self.outlier_nll)
+        if self.unresolved is not None:
+            return [
+                ("outliers", f"{self.name}, NLL unresolved ({count:,} points)"),
+                ("AUROC", f"unresolved: {self.unresolved}"),
+            ]
         return [
             ("outliers", f"{self.name}, NLL {nll:.4f} nats ({count:,} points)"),
             ("AUROC", f"{self.likelihood} by NLL, {self.typicality} by its distance from the typical NLL"),
@@ -54,7 +62,8 @@ class OutlierScores:
         figures = {f"auroc_{key}": score.value for key, score in scores.items()}
         errors = {f"auroc_{key}_se": score.standard_error for key, score in scores.items()}
         known = {"outliers": self.name, "outlier_nll": float(self.outlier_nll.mean()), "typical_nll": self.typical_nll}
-        return {**known, **figures, **errors}
+        everything = {**known, **figures, **errors, "auroc_unresolved": self.unresolved}
+        return everything if self.unresolved is None else set_apart(everything, ["outlier_nll", *figures])
 
     def csv(self) -> str:
         """One line a point: its NLL, its distance from the typical NLL, and whether it is an outlier."""
@@ -95,9 +104,11 @@ def outlier_scores(
                     f"{getattr(outliers, what)} of {outliers.name!r}"
                 )
     known, num_known = part_batches(flow, dataset, "validation", batch_size)
-    typical = likelihood(flow, known, generator, 0, "validation", num_known, num_draws)
-    strange = likelihood(flow, batches, generator, 0, "outliers", num_points, num_draws)
-    return OutlierScores(name, data.values, strange.values, typical.nll)
+    typical = likelihood(flow, known, generator, CHECKED_POINTS, "validation", num_known, num_draws)
+    strange = likelihood(flow, batches, generator, CHECKED_POINTS, "outliers", num_points, num_draws)
+    faults = (data.unresolved(dataset.entropy), typical.unresolved(dataset.entropy), strange.unresolved())
+    unresolved = next((fault for fault in faults if fault is not None), None)
+    return OutlierScores(name, data.values, strange.values, typical.nll, unresolved)
 
 
 @checked

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,12 +77,18 @@ def mass(
         most: about the most points in one integral; it begins with a sixteenth of these without samples, and with a
             quarter of them otherwise.
     """
+    with torch.no_grad(), exactly(flow):
+        return _refined(flow, low, high, context, generator, samples, most)
+
+
+@contextlib.contextmanager
+def exactly(flow: CNF) -> Iterator[None]:
+    """Give the flow an exact divergence while entered: noise of log p would bias its exponential."""
     training = flow.divergence
     if not training.bind(flow.bind()).is_exact:
         flow.divergence = Auto()
     try:
-        with torch.no_grad():
-            return _refined(flow, low, high, context, generator, samples, most)
+        yield
     finally:
         flow.divergence = training
 

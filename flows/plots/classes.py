@@ -11,6 +11,8 @@ from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets import Dataset, one_hot
 from flows.models.cnf import CNF
+from flows.models.mass import exactly
+from flows.plots.doubt import doubt
 from flows.plots.plane import histogram, note_estimator, square
 from flows.plots.style import DATA, DENSITY, FLOW, check_classes, check_in_the_plane, tidy
 
@@ -42,7 +44,7 @@ def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96, *, evalua
     """Plot the density of each class above that of the flow given the class.
 
     Each class has its own colour scale. If the density of the data is unknown, a histogram of validation points
-    replaces it.
+    replaces it. A density that cannot be right has "unresolved" above it; see `density`.
 
     Args:
         resolution: pixels along each side; the flow is evaluated at resolution² points for each class.
@@ -55,8 +57,11 @@ def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96, *, evalua
     grid = torch.cartesian_prod(*sides)
     figure, panels = _panels(len(classes))
     for label, (context, axes) in enumerate(zip(classes, panels.T, strict=True)):
-        with torch.no_grad():
+        with torch.no_grad(), exactly(flow):
             modelled = flow.log_prob(grid.to(flow.device, flow.dtype), context.to(flow.device, flow.dtype)).exp().cpu()
+            total = float(modelled.double().mean()) * (high[0] - low[0]) * (high[1] - low[1])
+            if mark := doubt(flow, total, low, high, points[label], context):
+                axes[1].set_title(mark, fontsize=8)
         if dataset.has_log_prob:
             known = dataset.log_prob(grid, context).exp().reshape(resolution, resolution).T.numpy()
         else:

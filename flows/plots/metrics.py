@@ -24,7 +24,8 @@ def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] 
     """Plot losses, NLL and field evaluations over the steps of a run.
 
     The losses of flow matching and of the likelihood have panels of their own. Any other loss is shown if both are
-    missing. The band around the validation NLL is its standard error.
+    missing. The band around the validation NLL is its standard error. Unresolved validations are left out; the title
+    counts them.
 
     Args:
         metrics: of the whole run.
@@ -64,6 +65,8 @@ def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] 
             axes.axvline(end, color=MUTED, linestyle=":", linewidth=1)
         if title.startswith("NLL") and entropy is not None:
             axes.axhline(entropy, color=MUTED, linestyle="--", linewidth=1, label="entropy of the data")
+        if title.startswith("NLL") and (unresolved := len(metrics.get("validation/nll_unresolved", ()))):
+            title = f"{title}\n({unresolved} validation{'s' if unresolved > 1 else ''} unresolved)"
         axes.set(xlabel="step", title=title)
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.25)

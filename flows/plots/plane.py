@@ -14,6 +14,8 @@ from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets import Dataset
 from flows.models.cnf import CNF
+from flows.models.mass import exactly
+from flows.plots.doubt import doubt, marked
 from flows.plots.style import (
     DATA,
     DENSITY,
@@ -31,7 +33,9 @@ from flows.plots.style import (
 def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_with: str | None = None) -> Figure:
     """Plot the density of the data beside that of the flow, on one colour scale.
 
-    If the density of the data is unknown, a histogram of training points replaces it.
+    If the density of the data is unknown, a histogram of training points replaces it. A density that cannot be right,
+    by its solver error or its mass, has "unresolved" in its title. `Auto()` replaces a stochastic divergence, whose
+    noise would bias the exponential.
 
     Args:
         resolution: pixels along each side; the flow is evaluated at resolution² points.
@@ -44,9 +48,11 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_wit
     extent = (low[0], high[0], low[1], high[1])
     axes_of_grid = [torch.linspace(low[i], high[i], 2 * resolution + 1)[1::2] for i in (0, 1)]  # centres of pixels
     grid = torch.cartesian_prod(*axes_of_grid)
-    with torch.no_grad():
+    with torch.no_grad(), exactly(flow):
         points = grid.to(flow.device, torch.promote_types(grid.dtype, flow.dtype))
         modelled = flow.log_prob(points).exp().cpu().reshape(resolution, resolution).T.numpy()
+        total = float(modelled.astype(float).mean()) * (high[0] - low[0]) * (high[1] - low[1])
+        mark = doubt(flow, total, low, high, reference)
     if dataset.has_log_prob:
         title, known = "data density", dataset.log_prob(grid).exp().reshape(resolution, resolution).T.numpy()
     else:
@@ -54,7 +60,7 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_wit
     peak = max(float(np.quantile(known, 0.998)), float(np.quantile(modelled, 0.998)))
     figure = Figure(figsize=(9.6, 4.6), dpi=120, layout="compressed")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, name, values in zip(panels, (title, "flow density"), (known, modelled), strict=True):
+    for axes, name, values in zip(panels, (title, marked("flow density", mark)), (known, modelled), strict=True):
         image = axes.imshow(
             values, origin="lower", extent=extent, cmap=DENSITY, vmin=0, vmax=peak, interpolation="bilinear"
         )
