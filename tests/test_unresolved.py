@@ -357,3 +357,83 @@ def test_outliers_of_an_unresolved_likelihood_are_unresolved():
         assert (scores.unresolved is None) == resolved
         assert ("unresolved" in dict(scores.table())["AUROC"]) != resolved
         assert (scores.as_dict()["auroc_nll"] is None) != resolved
+
+
+class Layered(nn.Module):
+    """A field with one more layer in the middle."""
+
+    event_shape = (3,)
+
+    def __init__(self, layer):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), layer, nn.Linear(8, 3))
+
+    def forward(self, t, x):
+        return self.net(x)
+
+
+class Attending(nn.Module):
+    event_shape = (3,)
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1, batch_first=True, **settings)
+
+    def forward(self, t, x):
+        return self.attention(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0]
+
+
+UNSTEADY = {
+    "dropout": (lambda: Layered(nn.Dropout(0.1)), "field.net.2: Dropout is random in training mode"),
+    "alpha": (lambda: Layered(nn.AlphaDropout(0.1)), "field.net.2: AlphaDropout is random"),
+    "nested": (lambda: Layered(nn.Sequential(nn.Dropout1d(0.2))), "field.net.2.0: Dropout1d is random"),
+    "slope": (lambda: Layered(nn.RReLU()), "field.net.2: RReLU is random .* nn.LeakyReLU"),
+    "batch": (lambda: Layered(nn.BatchNorm1d(8)), "field.net.2: BatchNorm1d normalises .* nn.GroupNorm"),
+    "attention": (lambda: Attending(dropout=0.1), "field.attention: MultiheadAttention is random"),
+    "scripted": (lambda: torch.jit.script(Layered(nn.Dropout(0.1))), "field.net.2: Dropout is random"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize(("build", "message"), UNSTEADY.values(), ids=UNSTEADY)
+def test_layers_that_no_solve_can_go_through_are_refused_by_name(build, message):
+    """In training mode; evaluation is as it should be."""
+    flow = flows.CNF(build(), event_shape=3)
+    x = torch.randn(4, 3)
+    for solve in (
+        lambda: flow.log_prob(x),
+        lambda: flow.sample((4,)),
+        lambda: flow.draw((4,)),
+        lambda: flow.transport(x),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            solve()
+        assert "Call flow.eval()" in str(error.value)
+    assert flow.eval().log_prob(x).isfinite().all()
+    with pytest.raises(ValueError, match=message):
+        flow.train().log_prob(x)
+
+
+def test_layers_that_are_steady_pass():
+    for layer in (
+        nn.Dropout(0.0),
+        nn.LayerNorm(8),
+        nn.GroupNorm(2, 8),
+        nn.BatchNorm1d(8).eval(),
+        nn.Dropout(0.3).eval(),
+    ):
+        assert flows.CNF(Layered(layer)).log_prob(torch.randn(4, 3)).isfinite().all()
+    untracked = flows.CNF(Layered(nn.BatchNorm1d(8, track_running_stats=False))).eval()
+    with pytest.raises(ValueError, match=r"BatchNorm1d .* in every mode.* track_running_stats=True"):
+        untracked.log_prob(torch.randn(4, 3))
+
+
+def test_training_with_dropout_is_refused_before_it_begins_where_it_solves(tmp_path):
+    data = normal(3)
+    matching = {"matching": Stage(flows.objectives.FlowMatching(), steps=2, batch_size=8)}
+    flow = flows.CNF(Layered(nn.Dropout(0.1)))
+    summary = small_trainer(tmp_path / "matching", data, matching, flow).fit()  # solves in evaluation mode alone
+    assert summary.metrics["nll"] is not None
+    likely = {**matching, "likelihood": Stage(flows.objectives.MaximumLikelihood(), steps=2, batch_size=8)}
+    with pytest.raises(ValueError, match=r"field\.net\.2: Dropout is random in training mode"):
+        small_trainer(tmp_path / "both", data, likely, flow.train())

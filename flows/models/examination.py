@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flows.bases import Base
 from flows.divergence import Analytic, Bottleneck, DivergenceEstimator, Probing
 from flows.errors import InvalidValueError
+from flows.models.steady import check_steady
 from flows.promises import captured_tensors, examine_derivatives, examine_values
 from flows.promises.derivatives import NUM_POINTS, check_receptive_radius
 from flows.promises.values import FEW, awake, untouched
@@ -23,11 +24,13 @@ def examine(
     estimator: DivergenceEstimator | None = None,  # bound to the field; None: no divergence is taken
     matching: bool = False,  # one time per sample and no solve
 ) -> None:
-    """Find out at its first use whether a stranger's field suits a solve or matching.
+    """Find out at its first use whether a stranger's field suits a solve or matching, and at each solve its layers.
 
     Raises:
         FlowsError: it does not; the message names the promise and the cure.
     """
+    if not matching:
+        check_steady(field.field)
     for view in field.strangers:
         _examine(base, view, x, estimator)
         refused = view.traits.refuses_times if matching else view.traits.refuses_solves

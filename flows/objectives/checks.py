@@ -19,8 +19,8 @@ MAX_POINTS = 10_000  # of a table that are looked at
 MAX_LOST = 0.02  # of the distinct values of a column; among 10,000 points float32 loses 0.0002 by chance
 
 
-def check_flow(model: nn.Module, dataset: Dataset) -> None:
-    """Raise `InvalidTypeError` or `InvalidValueError` unless the model is a flow for these data."""
+def check_flow(model: nn.Module, dataset: Dataset) -> CNF:
+    """Return the model, or raise `InvalidTypeError` or `InvalidValueError` unless it is a flow for these data."""
     if not isinstance(model, CNF):
         raise InvalidTypeError(
             f"this objective trains a flows.CNF, got {type(model).__name__}; write a flows.objectives.Objective for it"
@@ -28,6 +28,7 @@ def check_flow(model: nn.Module, dataset: Dataset) -> None:
     check_contexts(model, dataset)
     check_levels(model.transform, dataset)
     check_digits(model, dataset)
+    return model
 
 
 def check_digits(flow: CNF, dataset: Dataset) -> None:

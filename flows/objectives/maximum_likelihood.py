@@ -14,6 +14,7 @@ from flows.arguments import checked
 from flows.checks import check_number
 from flows.datasets import Batch, Dataset
 from flows.models.cnf import CNF
+from flows.models.steady import check_steady
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
 from flows.objectives.checks import check_flow
 from flows.path_costs import PathCost
@@ -47,7 +48,7 @@ class MaximumLikelihood(Objective):
 
     def check(self, model: nn.Module, dataset: Dataset) -> None:
         super().check(model, dataset)
-        check_flow(model, dataset)
+        check_steady(check_flow(model, dataset).field)  # before hours of another stage are spent
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         regularizers = active_costs(self.regularizers)

@@ -14,6 +14,7 @@ from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.importance import effective_sample_size, log_density_of, log_weights, log_z
+from flows.models.steady import check_steady
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
 from flows.objectives.checks import check_flow
 from flows.path_costs import PathCost
@@ -64,7 +65,7 @@ class ReverseKL(Objective):
                 f"contexts of shape {dataset.context_shape}; choose data without, or an objective that takes points "
                 "from the data, such as objective=maximum_likelihood"
             )
-        check_flow(model, dataset)
+        check_steady(check_flow(model, dataset).field)  # before hours of another stage are spent
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         if self.exact and not flow.divergence.bind(flow.bind()).is_exact:
