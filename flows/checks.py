@@ -158,7 +158,9 @@ def existing_path(name: str, path: object, expected: str, folder: bool = False) 
     if not str(path):
         raise FileError(f"{name} is empty; give the path of a {expected}")
     if "\0" in str(path):
-        raise FileError(f"{name}: {str(path)!r} holds a null character; give the path of a {expected}")
+        raise FileError(
+            f"{name}: cannot open {str(path)!r}, which holds a null character; give the path of a {expected}"
+        )
     try:
         if found.is_file() or (folder and found.is_dir()):
             return found
