@@ -124,9 +124,9 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_missing_damaged_and_foreign_checkpoints_are_explained(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere: there is no such file or folder"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere; a relative path starts at"):
         find_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="the file does not exist"):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "missing.pt")
     (tmp_path / "empty_run").mkdir()
     (tmp_path / "empty_run" / "notes.txt").touch()

@@ -95,7 +95,7 @@ def test_a_new_yaml_is_compared_by_being_there(run, tmp_path):
             ["estimators=[exat]"],
             rf"'exat' is not a choice of divergence; there are {', '.join(CHOICES)}, .*did you mean exact\?",
         ),
-        (["checkpoint=nowhere"], "no checkpoint at nowhere: there is no such file or folder"),
+        (["checkpoint=nowhere"], "no checkpoint at nowhere; a relative path starts at"),
         (["measure.drws=3"], r"no setting measure.drws \(did you mean draws\?\); measure has times, budgets"),
         (
             ["+variants.x={probes: gaussian}"],

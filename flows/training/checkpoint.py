@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from flows.arguments import checked
-from flows.errors import InvalidValueError
+from flows.checks import existing_path
+from flows.errors import FileError, InvalidValueError
 from flows.training.archive import DamagedArchiveError, read_archive, write_archive
 from flows.training.files import FOLDER, atomic_write
 from flows.training.plain import check_plain, plain_content
@@ -77,9 +78,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, holds anything but data, or is not a checkpoint of
             this package and version.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: the file does not exist")
+    path = _existing(path)
     try:
         with path.open("rb") as file:
             content = read_archive(file)
@@ -131,6 +130,14 @@ def check_content(content: Mapping[str, Any], path: str | os.PathLike[str], kind
         )
 
 
+def _existing(path: str | os.PathLike[str], folder: bool = False) -> Path:
+    """Return the path of a checkpoint; see `existing_path`."""
+    try:
+        return existing_path("the checkpoint", path, "checkpoint", folder)
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
+
+
 @checked
 def _is_shape(sizes: Any) -> bool:
     if sizes is None:
@@ -150,13 +157,9 @@ def find_checkpoint(
     """
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"a checkpoint is a file, or the folder of a run; got {path!r}")
-    path = Path(path)
+    path = _existing(path, folder=True)
     if path.is_file():
         return path
-    if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}: there is no such file or folder")
-    if not path.is_dir():
-        raise CheckpointError(f"no checkpoint at {path}: it is a device or a pipe, and neither a file nor a folder")
     other = "last" if prefer == "best" else "best"
     for folder in (path / FOLDER, path):
         for name in (prefer, other):
