@@ -458,6 +458,19 @@ def test_duplicates_in_training_and_test_rows_are_counted():
     assert known > 0
 
 
+@pytest.mark.parametrize("copy", ["rounded", "float32", "noise"])
+@pytest.mark.parametrize("columns", [2, 3])
+def test_copies_up_to_rounding_are_counted(copy, columns):
+    rows = np.random.default_rng(5).normal(size=(1000, columns))
+    noise = 1e-7 * np.random.default_rng(6).normal(size=(100, columns))
+    copies = {"rounded": rows[:100].round(6), "float32": np.float32(rows[:100]), "noise": rows[:100] + noise}[copy]
+    with pytest.warns(DataWarning, match="of 110 test rows equal a training row up to rounding") as caught:
+        dataset = Table(np.r_[rows, copies])
+    train, (held_out,) = dataset.reference(), dataset.test_batches(1000)
+    known = int(((held_out.x[:, None] - train).abs().amax(-1) < 1e-5).any(-1).sum())
+    assert f"{known} of 110" in str(caught[0].message)
+
+
 @pytest.mark.parametrize("value", [1e30, -1e30, 1e6])
 def test_outliers_are_named(value):
     rows = NORMAL.copy()
@@ -475,6 +488,13 @@ def test_honest_tables_are_silent():
     Table(np.exp(3 * NORMAL))
     Table(1e6 + NORMAL)
     Table(np.c_[NORMAL, NORMAL[:, 0] * NORMAL[:, 1], NORMAL[:, 0] + 1e-3 * random.normal(size=2000)])
+    Table(
+        np.where(
+            random.random((5000, 1)) < 0.5, random.normal(size=(5000, 2)), 5 + 1e-3 * random.normal(size=(5000, 2))
+        )
+    )
+    Table(random.normal(size=(5000, 1)))
+    Table(np.cumsum(random.normal(size=(3000, 2)), 0))  # neighbours in time are close
     Table(random.normal(size=(30, 40)))  # fewer rows than columns
     BreastCancer()
 
