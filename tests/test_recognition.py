@@ -23,7 +23,7 @@ from flows.datasets import (
     Table,
     Tabular,
 )
-from flows.datasets.recognition import compare, recognised, refuse_other_data
+from flows.datasets.recognition import compare, recognised, refuse_other_data, without_noise
 from flows.errors import DataWarning, InvalidValueError
 from flows.training.checkpoint import describe, fingerprint_entry
 
@@ -169,6 +169,19 @@ def test_noise_is_part_of_the_data():
         with pytest.raises(InvalidValueError, match=r"noise is .* in the run"):
             refuse_other_data(stored(tables[1]), other)
     refuse_other_data(stored(tables[1]), tables[1])
+
+
+def test_samples_of_noisy_columns_are_rounded_to_the_values_of_the_data():
+    values = np.c_[np.arange(300) % 7 * 0.5 + 0.25, VALUES[:, 0]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        dataset = Table(values, columns=["a", "b"], dequantise_columns=["a"])
+    noisy = dataset.held_out("test").x
+    rounded, names = without_noise(stored(dataset), noisy)
+    assert names == ["a"]
+    assert torch.equal(rounded, dataset._parts["test"])
+    assert not torch.equal(noisy, rounded)
+    assert without_noise(stored(table()), noisy) == (noisy, [])
 
 
 def test_a_split_by_content_survives_appending_and_reordering():

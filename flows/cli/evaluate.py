@@ -86,7 +86,8 @@ def evaluate(composed: DictConfig) -> float:
         }
         if data.differences and data.hashes:
             content["points_trained_on"], _ = data.trained_on(settings["part"])
-            rows.append(("caution", data.trained_on_in_words(settings["part"])))
+            words = data.trained_on_in_words(settings["part"]) if content["points_trained_on"] else "see the warning"
+            rows.append(("caution", f"other data or another split than in the run: {words}"))
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
         output = Path(settings["output"] or default)
         if outliers is not None and likelihood is not None:

@@ -16,7 +16,7 @@ from flows.cli.config import check_output, plain_settings, run_with_hydra, with_
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
 from flows.datasets import Dataset
-from flows.datasets.recognition import recognised
+from flows.datasets.recognition import recognised, without_noise
 from flows.errors import FlowsError
 from flows.samples import chosen_context, comparable_points, draw_samples, samples_file, save_samples
 from flows.training.files import run_folder
@@ -61,9 +61,12 @@ def sample(composed: DictConfig) -> None:
             settings["context"],
         )
         samples = draw_samples(flow, settings["num_samples"], settings["batch_size"], generator, context)
+        samples, noisy = without_noise(run.data, samples)
         columns = run.data.get("columns") if dataset is None else dataset.columns
         save_samples(output, samples, columns, flow.transform.num_levels)
         print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}")
+        if noisy:
+            print(f"rounded to the values of the data, since noise was added to them in training: {', '.join(noisy)}")
         if settings["plot"]:
             picture = output.with_suffix(".png")
             points = None if dataset is None else comparable_points(dataset, context)

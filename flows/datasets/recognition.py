@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flows.datasets.base import Dataset
 from flows.datasets.fingerprint import SPLITS, column_digests, digest, hash_rows, label_digest
@@ -169,6 +170,26 @@ def caution_about_outliers(stored: Mapping[str, Any] | None, outliers: Dataset, 
     return f"outliers: {found.trained_on_in_words(part)}, so they are no outliers"
 
 
+def without_noise(stored: Mapping[str, Any] | None, samples: Tensor) -> tuple[Tensor, list[str]]:
+    """Round samples in the columns that noise was added to in training, to the values that the data can take.
+
+    Returns:
+        The samples (n, columns), and the names of these columns.
+    """
+    settings = ((stored or {}).get("fingerprint") or {}).get("settings") or {}
+    names, steps, starts = list((stored or {}).get("columns") or []), settings.get("noise"), settings.get("smallest")
+    if not steps or not starts or samples.shape[1:] != (len(names),):
+        return samples, []
+    if not all(name in names and name in starts and step > 0 for name, step in steps.items()):
+        raise InvalidValueError("the fingerprint of the data in the checkpoint is damaged; use another checkpoint")
+    rounded = samples.clone()
+    for name, step in steps.items():
+        column = names.index(name)
+        exact = samples[:, column].double()
+        rounded[:, column] = (starts[name] + step * ((exact - starts[name]) / step).round()).to(samples.dtype)
+    return rounded, list(steps)
+
+
 def refuse_other_data(stored: Mapping[str, Any] | None, dataset: Dataset) -> None:
     """Refuse to go on with other data, or another split, than those of a run.
 
@@ -199,7 +220,8 @@ def _compare_rows(old: Mapping[str, Any], new: Mapping[str, Any], dataset: Datas
     parts = SPLITS if fixed else SPLITS[1:]
     same_parts = all(digest(hashes[split]) == old["parts"][split] for split in parts)
     same_rows = same_parts or (fixed and digest(every) == old["digest"])
-    settings = _about_settings(old["settings"], new["settings"])
+    split = [{k: v for k, v in found["settings"].items() if k != "smallest"} for found in (old, new)]
+    settings = _about_settings(*split)
     if not same_rows:
         digests = None if units is None else column_digests(rows, units, order)
         differences.append(_about_rows(every, trained, old, digests, names.old))

@@ -133,8 +133,9 @@ class Table(Dataset):
             for message in warnings_about(table.numpy(), rows, self.columns, (self.units == 0).tolist(), source):
                 warnings.warn(message, DataWarning, stacklevel=2)
         if self.units.any():
-            noisy = {name: unit for name, unit in zip(self.columns, self.units.tolist(), strict=True) if unit}
-            self.split_settings["noise"] = noisy
+            steps = {name: unit for name, unit in zip(self.columns, self.units.tolist(), strict=True) if unit}
+            starts = {name: float(table[:, self.columns.index(name)].min()) for name in steps}
+            self.split_settings |= {"noise": steps, "smallest": starts}
         self._held_out = {split: self._with_noise(split) for split in ("validation", "test")}
 
     def rows_for_hashing(self) -> dict[str, np.ndarray]:
