@@ -11,6 +11,7 @@ from flows.datasets import Batch
 from flows.divergence import Exact, Hutchinson, Probing
 from flows.objectives import FlowMatching
 from flows.promises import traits_of
+from flows.training.state import ExponentialMovingAverage
 
 
 class Held(Clean):
@@ -143,6 +144,29 @@ def test_all_gradient_modes_reach_what_a_field_holds(kind, estimator):
     assert expected.norm() > 0
     torch.testing.assert_close(gradients(kind, "checkpoint", estimator), expected, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(gradients(kind, "adjoint", estimator), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_fields_with_computed_attributes_can_be_trained():
+    class Remembering(WeightNorm):
+        def forward(self, t, x):
+            self.latest = super().forward(t, x)
+            return self.latest
+
+    field = Remembering()
+    field.prepare()
+    flow = CNF(field, solver=ODESolver("rk4", step_size=0.5))
+    flow.log_prob(torch.randn(4, 2))  # leaves a graph in the attributes
+    before = field.old.weight_g.detach().clone()
+    average = ExponentialMovingAverage(flow, 0.9)
+    flow.log_prob(torch.randn(4, 2)).mean().backward()
+    torch.optim.SGD(field.parameters(), 0.1).step()
+    average.update_parameters(flow)
+    assert not torch.equal(field.old.weight_g, before)
+    x = torch.randn(4, 2)
+    torch.testing.assert_close(average.module.log_prob(x), flow.log_prob(x))
+    field.__dict__["notes"] = [field.latest]
+    with pytest.raises(ValueError, match="a list or a dict in it holds tensors that carry a graph"):
+        ExponentialMovingAverage(flow, 0.9)
 
 
 ELSEWHERE = {}

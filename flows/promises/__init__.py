@@ -8,7 +8,7 @@ be healed is written to the field's `Traits`, which every evaluation follows; th
 promise.
 """
 
-from flows.promises.captured import captured_tensors
+from flows.promises.captured import captured_tensors, copyable
 from flows.promises.derivatives import examine_derivatives
 from flows.promises.evaluation import Evaluation
 from flows.promises.failures import explained, raise_explained, without_gradients
@@ -19,6 +19,7 @@ __all__ = [
     "Evaluation",
     "Traits",
     "captured_tensors",
+    "copyable",
     "examine_derivatives",
     "examine_values",
     "explained",

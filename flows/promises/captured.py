@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +83,35 @@ def captured_tensors(
         else:
             stack.extend(node.next_functions)
     return found
+
+
+@contextmanager
+def copyable(model: nn.Module) -> Iterator[None]:
+    """Let `copy.deepcopy` copy modules whose attributes hold computed tensors, as old weight normalisation leaves them.
+
+    Raises:
+        InvalidValueError: there are such tensors in containers, which cannot be copied.
+    """
+    computed = [
+        (module.__dict__, key, value)
+        for module in model.modules()
+        for key, value in module.__dict__.items()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    ]
+    for own, key, value in computed:
+        own[key] = value.detach()
+    try:
+        yield
+    except RuntimeError as error:
+        if "deepcopy" not in str(error):
+            raise
+        raise InvalidValueError(
+            f"the model {type(model).__name__} cannot be copied, because a list or a dict in it holds tensors that "
+            "carry a graph; detach what is kept between calls, or compute it anew in each forward"
+        ) from error
+    finally:
+        for own, key, value in computed:
+            own[key] = value
 
 
 def _now() -> int:

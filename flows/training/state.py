@@ -25,6 +25,7 @@ from flows.datasets import Dataset, NoData
 from flows.errors import FlowsError, InvalidValueError
 from flows.evaluation import Evaluator, seeded
 from flows.models.precision import working_dtype
+from flows.promises import copyable
 from flows.solvers import SolverStatistics
 from flows.solvers.problem import all_finite
 from flows.training.checkpoint import CheckpointError, describe, fingerprint_entry
@@ -54,7 +55,8 @@ class ExponentialMovingAverage(AveragedModel):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         check_number("ema_decay", decay, at_least=0, below=1, otherwise="0 turns the averaging off")
-        super().__init__(model, multi_avg_fn=self._average)
+        with copyable(model):
+            super().__init__(model, multi_avg_fn=self._average)
         self.decay = decay
         self.requires_grad_(False)
         self._with_extra_state = [name for name, module in model.named_modules() if _keeps_extra_state(module)]
