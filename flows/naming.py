@@ -11,11 +11,14 @@ from flows.errors import InvalidTypeError, InvalidValueError
 T = TypeVar("T")
 
 
-def by_name(family: type[T], value: T | str) -> T:
+def by_name(family: type[T], value: T | str, argument: str = "") -> T:
     """Return `value`, or an instance of the subclass that it names.
 
     Names are the lower-case names of the subclasses that have been imported, with or without underscores between
     words, so a new subclass needs no registration.
+
+    Args:
+        argument: the name of the argument that has the value; the message begins with it. Default: it has none.
 
     Raises:
         ValueError: no subclass has that name; the message lists those that there are.
@@ -30,7 +33,8 @@ def by_name(family: type[T], value: T | str) -> T:
         name = value.lower().replace("_", "")
         if name in choices:
             return choices[name]()
-        raise InvalidValueError(f"unknown {family.__name__} {value!r}; expected one of {names}")
+        where = f"{argument}: " if argument else ""
+        raise InvalidValueError(f"{where}unknown {family.__name__} {value!r}; expected one of {names}")
     raise InvalidTypeError(f"expected a {family.__name__} or one of the names {names}, got {type(value).__name__}")
 
 

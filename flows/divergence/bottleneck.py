@@ -55,7 +55,7 @@ class Bottleneck(DivergenceEstimator):
                 f"num_probes must be >= 1, got {self.num_probes}; for no sampling noise set exact=True"
             )
         check_mode(self.mode, self.chunk_size)
-        object.__setattr__(self, "probes", by_name(ProbeFamily, self.probes))
+        object.__setattr__(self, "probes", by_name(ProbeFamily, self.probes, "probes"))
 
     def draw_probes(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:  # (K, B, H)
         if self.exact:

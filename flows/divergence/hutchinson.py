@@ -44,7 +44,7 @@ class Hutchinson(DivergenceEstimator):
                 f"num_probes must be >= 1, got {self.num_probes}; for no sampling noise use Exact()"
             )
         check_mode(self.mode, self.chunk_size)
-        object.__setattr__(self, "probes", by_name(ProbeFamily, self.probes))
+        object.__setattr__(self, "probes", by_name(ProbeFamily, self.probes, "probes"))
 
     def draw_probes(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self.family.draw(self.num_probes, x, generator)

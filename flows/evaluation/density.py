@@ -66,7 +66,7 @@ class FlowEvaluator(Evaluator):
 
     def __post_init__(self) -> None:
         if self.divergence != "auto":
-            object.__setattr__(self, "divergence", by_name(DivergenceEstimator, self.divergence))
+            object.__setattr__(self, "divergence", by_name(DivergenceEstimator, self.divergence, "divergence"))
         whole_number("batch_size", self.batch_size)
         if self.points is not None:
             whole_number("points", self.points, otherwise="None takes all")

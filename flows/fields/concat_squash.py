@@ -44,7 +44,7 @@ class ConcatSquashMLP(Perceptron):
         widths = (dimension, *hidden, dimension)
         condition = 1 + self.num_context_features
         self.layers = nn.ModuleList(_ConcatSquash(a, b, condition) for a, b in itertools.pairwise(widths))
-        self.activation = by_name(Activation, activation)
+        self.activation = by_name(Activation, activation, "activation")
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         condition = self._condition(t, context)

@@ -78,7 +78,7 @@ class ConvNet(Field):
                 parameter.zero_()
         self.receptive_radius = len(self.layers) * radius
         self.periodic = padding_mode == "circular"
-        self.activation = by_name(Activation, activation)
+        self.activation = by_name(Activation, activation, "activation")
         self.modulation = Modulation([*widths[1:], *widths[1:]], context_shape, num_frequencies)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -73,7 +73,7 @@ class Hollow(Field):
         self.gain = nn.Parameter(torch.randn(d, m))  # a
         self.mix = nn.Linear(m, m)  # M
         self.out = nn.Parameter(torch.randn(d, m) / math.sqrt(m))  # w
-        self.activation = by_name(Activation, activation)
+        self.activation = by_name(Activation, activation, "activation")
         self.num_layers = len(hidden)
         self.modulation = Modulation([*hidden, *hidden, m, m, m, d, d], context_shape, num_frequencies)
 

@@ -59,7 +59,7 @@ class MLP(Perceptron):
         layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
         self.layers = nn.ModuleList(layers)
         self.out = nn.Linear(widths[-1], dimension)
-        shared = by_name(Activation, activation)
+        shared = by_name(Activation, activation, "activation")
         self.activations = nn.ModuleList([shared] * len(self.hidden))
         if sine_frequency is not None:
             check_number("sine_frequency", sine_frequency, above=0, otherwise="None: no sine layer")

@@ -77,7 +77,7 @@ class PeriodicConv(Field):
             for (a, b), size in zip([(channels, num_channels), (num_channels, channels)], kernels, strict=True)
         ]
         self.receptive_radius = sum(size // 2 for size in kernels)  # in sites, along each axis
-        self.activation = by_name(Activation, activation)
+        self.activation = by_name(Activation, activation, "activation")
         self.modulation = Modulation([num_channels, num_channels, channels, channels], context_shape, num_frequencies)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:

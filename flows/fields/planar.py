@@ -52,7 +52,7 @@ class Planar(Field):
         self.weights = nn.Parameter(torch.randn(n, d) * (2 / math.sqrt(d)))  # w
         self.biases = nn.Parameter(2 * torch.rand(n) - 1)  # b
         self.hypernetwork = hypernetwork
-        self.activation = by_name(Activation, activation)
+        self.activation = by_name(Activation, activation, "activation")
         sizes = [n, n, n * d, n * d] if hypernetwork else [n]
         self.modulation = Modulation(sizes, context_shape, num_frequencies)
 

@@ -100,8 +100,8 @@ class FlowMatching(Objective):
     divergence_weight: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", by_name(ProbabilityPath, self.path))
-        object.__setattr__(self, "coupling", by_name(Coupling, self.coupling))
+        object.__setattr__(self, "path", by_name(ProbabilityPath, self.path, "path"))
+        object.__setattr__(self, "coupling", by_name(Coupling, self.coupling, "coupling"))
         if self.target not in ("auto", "sampled", "marginal"):
             raise InvalidValueError(f"target must be 'auto', 'sampled' or 'marginal', got {self.target!r}")
         independent = self._coupling.is_independent

@@ -19,8 +19,10 @@ from flows.datasets.hub import offline
 from flows.errors import FileError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.precision import working_dtype
+from flows.objectives import MaximumLikelihood
 from flows.objectives.checks import check_levels
 from flows.training import checkpoint as files
+from flows.training.amounts import check_batch, check_size, check_whole_numbers
 from flows.training.annotations import SettingsError
 from flows.training.blueprint import MisfitError, build_like
 from flows.training.checkpoint import CheckpointError, check_content, find_checkpoint, load_checkpoint
@@ -182,8 +184,11 @@ def build_flow(
             check_levels(transform, dataset)
             if dataset.has_samples:
                 transform.fit(dataset.reference())
+        given = _accepted(parts["field"], shapes | contexts)
+        if dataset is not None:  # else its weights are there already
+            _check_amounts(parts, given)
         return CNF(
-            instantiate(parts["field"], "field", **_accepted(parts["field"], shapes | contexts)),
+            instantiate(parts["field"], "field", **given),
             divergence=instantiate(parts["divergence"], "divergence"),
             solver=instantiate(parts["solver"], "solver"),
             transform=transform,
@@ -228,6 +233,10 @@ def build_trainer(
         shared = {"dataset": dataset, "seed": seed, "progress_bar": reporting.progress_bar}
         evaluator = instantiate(config["evaluation"], "evaluation", **_accepted(config["evaluation"], shared))
     built = {name: instantiate(stage, f"objective.{name}") for name, stage in stages.items()}
+    for name, stage in built.items():
+        solves = isinstance(stage.objective, MaximumLikelihood)
+        copies = getattr(flow.divergence, "num_probes", 1) if solves else 1
+        check_batch(f"objective.{name}.batch_size", stage.batch_size, dataset.event_shape, copies)
     return Trainer(
         flow,
         dataset,
@@ -276,6 +285,15 @@ def _checked_stages(objective: Any) -> Mapping[str, Any]:
                 f"has {chosen}. If an experiment or an override sets it, remove it with ~objective.{name}"
             )
     return objective
+
+
+def _check_amounts(parts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse parts of a flow that are larger than the machine; see `flows.training.amounts`."""
+    for part, config in parts.items():
+        check_whole_numbers(config, part)
+    path = parts["field"].get(TARGET) if isinstance(parts["field"], Mapping) else None
+    if str(path).startswith("flows."):  # others may do more than to make layers
+        check_size(lambda: instantiate(parts["field"], "field", **given), "field")
 
 
 def _build_optimizer(config: Any) -> Callable[..., Any]:
