@@ -98,7 +98,8 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
             ) from error
         if started:
             raise
-        raise InvalidValueError(f"these settings cannot be composed: {' '.join(arguments)} ({error})") from error
+        reason = type(error).__name__ if isinstance(error, AssertionError) else " ".join(str(error).split())
+        raise InvalidValueError(f"these settings cannot be composed: {' '.join(arguments)} ({reason})") from error
 
 
 def print_settings(composed: DictConfig) -> None:
