@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from test_scripts import TINY, without_config
+import yaml
+from test_scripts import ROOT, TINY, without_config
 
 import flows
 from flows.cli.sweeps import sweep_results, sweep_table
@@ -178,3 +182,48 @@ def test_errors_survive_being_sent_to_another_process(kind):
 def test_an_interruption_survives_it_too(tmp_path):
     stop = pickle.loads(pickle.dumps(TrainingInterrupted(tmp_path, 3, 15, ["mine"])))
     assert (stop.checkpoint, stop.step, stop.signal_number, stop.packages) == (tmp_path, 3, 15, ("mine",))
+
+
+def start(*arguments, cwd):
+    """Run `train` in a process of its own; returns its exit code and what it printed."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(ROOT / "scripts/train.py"), "-m", *arguments]
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_failed_job_takes_no_other_with_it(launcher, tmp_path):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    steps = [setting for setting in TINY if not setting.startswith("solver.step_size")]
+    sweep = [*steps, f"hydra/launcher={launcher}", "solver.step_size=-1,0.5", "output_dir=sweep"]
+    code, out, err = start(*sweep, cwd=tmp_path)
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert "Error in solver.step_size--1: solver.step_size of method 'rk4' must be" in err
+    assert " +- " in out  # of the good one
+    results = sweep_results(tmp_path / "sweep")
+    assert [(name, result["status"]) for name, result in results.items()] == [
+        ("solver.step_size-0.5", "done"),
+        ("solver.step_size--1", "failed"),
+    ]
+    assert "must be" in results["solver.step_size--1"]["error"]
+
+
+@pytest.mark.slow
+def test_a_failed_job_is_a_failed_trial_of_optuna(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    steps = [setting for setting in TINY if not setting.startswith("solver.step_size")]
+    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "output_dir=sweep"]
+    code, _, err = start(
+        *steps, *optuna, "hydra.sweeper.sampler.seed=1", "solver.step_size=choice(0.5,-1)", cwd=tmp_path
+    )
+    assert code in (0, 2), err
+    assert "Traceback" not in err
+    results = sweep_results(tmp_path / "sweep")
+    assert len(results) == 3
+    good = {name: result["validation_score"] for name, result in results.items() if result["status"] == "done"}
+    best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
+    assert best["best_value"] == min(good.values())

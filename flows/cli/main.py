@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments else "--help"
     if first in PROGRAMS:
-        importlib.import_module(f"flows.cli.{first}").main(arguments[1:])
+        try:
+            program = importlib.import_module(f"flows.cli.{first}")
+        except KeyboardInterrupt:  # what it imports takes a while
+            print("\nInterrupted.", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+        program.main(arguments[1:])
     elif first in ("--help", "-h"):
         print(USAGE)
     elif first in ("--version", "-V"):
