@@ -288,7 +288,7 @@ class Trainer:
         for notice in self._notices:
             run.warn(notice)
         first = names.index(state.position.stage or names[0])
-        if state.position.stage == names[-1] and run.done >= 1 and state.position.validated == state.position.step:
+        if state.position.stage == names[-1] and run.done >= 1 and (self.folder / SUMMARY).exists():
             run.warn(
                 "nothing is left to train, so the best weights are only tested again; to train on, resume with "
                 f"more steps: objective.{names[-1]}.steps=..."
