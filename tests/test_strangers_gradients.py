@@ -254,6 +254,16 @@ def test_an_examination_leaves_no_trace():
     assert field.last is None
 
 
+def test_fields_of_this_package_are_not_examined():
+    field = flows.fields.MLP((2,))
+    field.compile(backend="eager")  # changes nothing
+    assert traits_of(field).built_in
+    assert traits_of(flows.fields.UNet((1, 4, 4), channels=4, multipliers=(1,))).built_in
+    field.layers[0].register_forward_hook(lambda module, given, value: value)
+    assert not traits_of(field.eval()).built_in
+    assert not traits_of(flows.fields.Adapter(nn.Linear(2, 2), (2,), ("x",))).built_in
+
+
 def test_fields_that_are_zero_at_the_start_are_seen_through():
     class Asleep(Clean):
         def __init__(self):

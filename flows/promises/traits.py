@@ -63,5 +63,5 @@ def is_built_in(field: Any) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     kind, own = type(module), module.__dict__
     known = kind in PLAIN_LAYERS or (kind.__module__.startswith("flows.") and kind.__name__ != "Adapter")
-    changed = any(own.get(hooks) for hooks in HOOKS) or "forward" in own or own.get("_compiled_call_impl") is not None
+    changed = any(own.get(hooks) for hooks in HOOKS) or "forward" in own
     return known and not changed and not any(isinstance(value, Tensor) for value in own.values())
