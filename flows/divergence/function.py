@@ -29,12 +29,17 @@ def divergence(
     `f` is called on tensors of exactly the shape of `x` and must treat the points of a batch independently of each
     other. The result is differentiable where autograd records.
 
-    ``python
-    divergence(f, x)                                   # points (B, d)
-    divergence(f, x, event_ndim=2)                     # point sets (B, N, 3): one number a set
-    divergence(f, x, event_ndim=3)                     # images (B, C, H, W)
-    divergence(f, x, estimator=Hutchinson(num_probes=8))
-    ``
+    ```python
+    import torch
+
+    from flows.divergence import Hutchinson, divergence
+
+    x = torch.randn(5, 1, 4, 3)
+    divergence(torch.sin, x)                           # (5, 1, 4): the last dimension makes a point
+    divergence(torch.sin, x, event_ndim=2)             # (5, 1): point sets (4, 3)
+    divergence(torch.sin, x, event_ndim=3)             # (5,): images (1, 4, 3)
+    divergence(torch.sin, x, estimator=Hutchinson(num_probes=8))
+    ```
 
     Args:
         f: `(*batch, *event) -> (*batch, *event)`. An object with `value_and_divergence(x)`, or with `encode(x)`,

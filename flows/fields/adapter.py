@@ -20,10 +20,15 @@ class Adapter(Field):
     r"""Calls any `nn.Module` as a field, with its arguments in any order.
 
     ```python
+    from torch import nn
+
+    from flows.fields import Adapter
+
+    net = nn.Linear(2, 2)
+    Adapter(net, event_shape=(2,), arguments=("x",))                           # net(x), autonomous
     Adapter(net, event_shape=(2,), arguments=("x", "t"))                       # net(x, t)
-    Adapter(net, event_shape=(2,), arguments=("x_and_t",))                     # net(cat([x, t], -1))
-    Adapter(unet, event_shape=(3, 32, 32), arguments={"x": "sample", "t": "timestep"}, time="batch")
-    Adapter(net, event_shape=(2,), arguments=("x",))                           # autonomous
+    Adapter(nn.Linear(3, 2), event_shape=(2,), arguments=("x_and_t",))         # net(cat([x, t], -1))
+    Adapter(net, event_shape=(2,), arguments={"x": "sample", "t": "timestep"}, time="batch")  # a U-Net of diffusers
     ```
 
     Args:

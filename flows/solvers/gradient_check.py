@@ -91,7 +91,14 @@ def check_gradients(
 
     The gradient is that of −mean log p(x) + Σ weight · mean path cost:
 
-        print(flows.solvers.check_gradients(flow, x))
+    ```python
+    import torch
+
+    import flows
+
+    flow = flows.CNF(flows.fields.MLP(event_shape=(2,), hidden=(16, 16)))
+    print(flows.solvers.check_gradients(flow, torch.randn(16, 2)))
+    ```
 
     Four gradients are computed, whatever the solver's `gradient` is: backprop, adjoint, adjoint at adjoint tolerances
     100 times tighter, and backprop at tolerances 100 times tighter (for a fixed-step method: half the step size). All

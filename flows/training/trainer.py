@@ -116,7 +116,14 @@ class Trainer:
     `checkpoints/last.pt` continues the run bit for bit (on a GPU with `deterministic`), `checkpoints/best.pt` had the
     lowest validation score.
 
-        summary = flows.training.Trainer(flow, dataset, flows.objectives.FlowMatching(), steps=4000).fit()
+    ```python
+    import flows
+
+    flow = flows.CNF(flows.fields.MLP(event_shape=(2,)))
+    data = flows.datasets.Moons(num_validation=500, num_test=1000)
+    summary = flows.Trainer(flow, data, flows.objectives.FlowMatching(), steps=100).fit()  # take thousands of steps
+    print(summary)
+    ```
 
     Args:
         model: trained in place.
