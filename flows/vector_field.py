@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.arguments import checked
 from flows.checks import as_shape
@@ -30,6 +31,11 @@ class BoundField:
       that passes through a narrow layer.
     - `potential(t, x) -> (B,)`: Φ of a field v = −∇Φ.
     - `receptive_radius`: how many grid sites away, along any axis, a velocity can depend on x.
+
+    Whether it takes a context is the business of
+
+    - `context_shape`: shape of one context, `None` for an unconditional field. A field that does not state it takes a
+      context if its `forward` has a third argument, of any shape (`takes_context`).
 
     A field offers these under the same names; its functions take the context as one more argument at the end. It may
     also have
@@ -82,6 +88,23 @@ class BoundField:
     def strangers(self) -> list[BoundField]:
         """The views that evaluate fields which are not of this package; see `flows.promises`."""
         return [] if self._evaluation is None else [self]
+
+    @property
+    def takes_context(self) -> bool:
+        """Whether the field may be given a context."""
+        if self.context_shape is not None:
+            return True
+        if hasattr(self.field, "context_shape"):  # it states None
+            return False
+        try:
+            given = inspect.signature(
+                self.field.forward if isinstance(self.field, nn.Module) else self.field
+            ).parameters
+        except (TypeError, ValueError):  # written in C
+            return False
+        by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        many = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in given.values())
+        return many or sum(parameter.kind in by_place for parameter in given.values()) > 2
 
     @property
     def dimension(self) -> int:

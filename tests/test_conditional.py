@@ -207,8 +207,8 @@ def test_flow_and_data_must_agree_on_contexts(tmp_path):
 
     conditional, plain = MoonsByClass(), small_gaussian()
     cases = [
-        (Linear((2,)), conditional, "Linear is unconditional; choose a field that takes a context_shape"),
-        (Plain(), conditional, r"Plain takes none: its forward needs a third argument"),
+        (Linear((2,)), conditional, "Linear takes none; choose a field with a context_shape"),
+        (Plain(), conditional, r"Plain takes none; .* give your own a third argument"),
         (MLP((2,), (4,), context_shape=(3,)), conditional, r"was built for contexts of shape \(3,\)"),
         (MLP((2,), (4,), context_shape=(2,)), plain, "'gaussian' has none"),
     ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from typing import Any
 
 import torch
 from torch import nn
@@ -56,30 +54,21 @@ def check_digits(flow: CNF, dataset: Dataset) -> None:
 def check_contexts(model: CNF | NeuralODE, dataset: Dataset) -> None:
     """Raise `InvalidValueError` unless the field takes the contexts of the data, or both have none.
 
-    A field of the user's own that states no `context_shape` passes if its `forward` has a third argument.
+    What a field takes, `BoundField` says: by its `context_shape`, or by the third argument of its `forward`.
     """
-    field, shape = model.field, dataset.context_shape
-    name, has = type(field).__name__, f"the data {dataset.name!r} has contexts of shape {shape}"
-    if not hasattr(field, "context_shape"):
-        parameters = inspect.signature(field.forward).parameters.values()
-        takes_one = len(parameters) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
-        if shape is not None and not takes_one:
-            raise InvalidValueError(
-                f"{has}, and the field {name} takes none: its forward needs a third argument, forward(t, x, context)"
-            )
-        return
-    stated: Any = field.context_shape
-    if stated is None and shape is not None:
+    view, shape = model.bind(), dataset.context_shape
+    name, has = type(model.field).__name__, f"the data {dataset.name!r} has contexts of shape {shape}"
+    if shape is not None and not view.takes_context:
         raise InvalidValueError(
-            f"{has}, and the field {name} is unconditional; choose a field that takes a context_shape, such as MLP"
+            f"{has}, and the field {name} takes none; choose a field with a context_shape, such as MLP, or give your "
+            "own a third argument, forward(t, x, context)"
         )
-    if stated is None:
-        return
-    if shape is None:
+    stated = view.context_shape
+    if stated is not None and shape is None:
         raise InvalidValueError(
             f"the field {name} needs contexts of shape {stated}, and the data {dataset.name!r} has none"
         )
-    if tuple(stated) != tuple(shape):
+    if stated is not None and shape is not None and tuple(stated) != tuple(shape):
         raise InvalidValueError(f"{has}, and the field {name} was built for contexts of shape {tuple(stated)}")
 
 
