@@ -161,7 +161,8 @@ class _Door:
         found: dict[str, Any] = {}
         classes = [] if self.owner is None else [c for c in reversed(self.owner.__mro__) if c is not object]
         for place in (*classes, self.function):  # the fields of a dataclass are annotated where they are declared
-            scope = vars(sys.modules[place.__module__])
+            module = sys.modules.get(place.__module__)  # none for code that was executed from a text
+            scope = getattr(place, "__globals__", {}) if module is None else vars(module)
             for name, hint in vars(place).get("__annotations__", getattr(place, "__annotations__", {})).items():
                 if name in self.parameters and self.own != "all" and name not in self.own:
                     with contextlib.suppress(NameError):  # for type checkers alone, or of another module

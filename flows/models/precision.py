@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 
 def working_dtype(module: nn.Module) -> torch.dtype:
@@ -19,7 +20,8 @@ def working_dtype(module: nn.Module) -> torch.dtype:
     for parameter in module.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             kind = (parameter.requires_grad, parameter.is_floating_point(), real(parameter.dtype))
-            numbers[kind] = numbers.get(kind, 0) + parameter.numel()
+            size = 1 if isinstance(parameter, UninitializedParameter) else parameter.numel()  # of a lazy layer
+            numbers[kind] = numbers.get(kind, 0) + size
     if not numbers:
         return torch.get_default_dtype()
     return max(numbers, key=lambda kind: (*kind[:2], numbers[kind], kind[2].itemsize))[2]

@@ -146,6 +146,7 @@ def _is_shape(sizes: Any) -> bool:
     return whole and all(size > 0 for size in sizes) and math.prod(sizes) <= MAX_EVENT
 
 
+@checked
 def find_checkpoint(
     path: str | os.PathLike[str],  # a checkpoint file or the folder of a run
     prefer: str = "best",  # "best" or "last", where both are there

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flows.arguments import checked
 from flows.bases import Base
 from flows.datasets import Dataset
 from flows.divergence import DivergenceEstimator, ProbeFamily
@@ -87,6 +88,7 @@ PARTS = {
 }
 
 
+@checked
 def check_trusted(config: Any, trust: Sequence[str] = (), where: str = "") -> None:
     """Check that building `config` runs no foreign code, and asks for no more than a model needs.
 
