@@ -348,3 +348,94 @@ def test_a_run_goes_on_on_another_kind_of_device(tmp_path):
     with pytest.warns(UserWarning, match="resumed on cpu, another kind of device .* not bit for bit"):
         summary = small_trainer(tmp_path / "run", resume=path).fit()
     assert summary.position.step == 11
+
+
+# Extra states and dtypes
+
+
+class WithExtraState(torch.nn.Module):
+    """A linear field that counts nothing, but keeps something beside its weights."""
+
+    def __init__(self, extra=None, frozen=None):
+        super().__init__()
+        self.linear, self.extra = torch.nn.Linear(2, 2), extra
+        if frozen is not None:
+            self.frozen = torch.nn.Linear(2, 2).to(frozen).requires_grad_(False)
+            self.phases = torch.nn.Parameter(torch.ones(2, dtype=torch.complex128))
+            self.register_buffer("wide", torch.ones(2, dtype=torch.float64))
+
+    def forward(self, t, x):
+        return self.linear(x)
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def flow_with(*arguments):
+    return flows.CNF(WithExtraState(*arguments), event_shape=(2,))
+
+
+def test_extra_state_is_saved_averaged_and_loaded(tmp_path):
+    extra = {"count": 3, "scale": torch.ones(2), "name": "a", "more": [1.5, None]}
+    small_trainer(tmp_path, flow=flow_with(extra)).fit()
+    loaded = load_flow(tmp_path, flow=flow_with())
+    assert flat(loaded.field.extra).keys() == flat(extra).keys()
+    assert torch.equal(loaded.field.extra["scale"], extra["scale"])
+    resumed = small_trainer(tmp_path, flow=flow_with(), resume=tmp_path)
+    resumed.fit()
+    assert resumed.model.field.extra["count"] == 3
+
+
+@pytest.mark.parametrize(
+    "extra", [{1, 2}, {"a": Memory()}, torch.zeros(2).to_sparse()], ids=["set", "object", "sparse"]
+)
+def test_extra_state_that_cannot_be_loaded_is_refused_when_it_is_saved(tmp_path, extra):
+    with pytest.raises(flows.FlowsError, match=r"_extra_state.* cannot be kept in a checkpoint: it is a"):
+        small_trainer(tmp_path, flow=flow_with(extra)).fit()
+
+
+def test_frozen_half_complex_and_wide_parts_keep_their_dtypes(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    flow = flow_with(1, torch.float16)
+    assert flow.dtype == torch.float32
+    small_trainer(tmp_path, flow=flow).fit()
+    loaded = load_flow(tmp_path, flow=flow_with(1, torch.float16))
+    dtypes = {name: value.dtype for name, value in loaded.state_dict().items() if torch.is_tensor(value)}
+    assert dtypes["field.linear.weight"] == torch.float32
+    assert dtypes["field.frozen.weight"] == torch.float16
+    assert dtypes["field.phases"] == torch.complex128
+    assert dtypes["field.wide"] == torch.float64
+
+
+def test_moving_a_flow_keeps_imaginary_parts():
+    flow = flow_with(1, torch.float16)
+    with torch.no_grad():
+        flow.field.phases.copy_(torch.tensor([1 + 2j, 3 - 1j]))
+    flow.to(torch.float32)
+    assert flow.field.phases.dtype == torch.complex64
+    assert flow.field.phases.tolist() == [1 + 2j, 3 - 1j]
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed_in_this_folder(tmp_path):
+    for name in ("one", "two"):
+        with pytest.raises(TrainingInterrupted):
+            small_trainer(tmp_path / name, stopping_at(small_gaussian(), 4)).fit()
+    foreign = tmp_path / "two/checkpoints/last.pt"
+    (tmp_path / "one/checkpoints/last.pt").write_bytes(foreign.read_bytes())
+    with pytest.raises(CheckpointError, match=r"was written by another run .* than the one that lives in"):
+        small_trainer(tmp_path / "one", resume=tmp_path / "one").fit()
+    small_trainer(tmp_path / "new", resume=tmp_path / "one").fit()
+
+
+def test_damaged_best_weights_are_set_aside(tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        small_trainer(tmp_path, stopping_at(small_gaussian(), 8)).fit()
+    best = tmp_path / "checkpoints/best.pt"
+    best.write_bytes(best.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"best.pt is damaged, and kept as best.pt.damaged"):
+        summary = small_trainer(tmp_path, resume=tmp_path).fit()
+    assert summary.position.step == 11
+    assert load_checkpoint(best)["run"] == load_checkpoint(tmp_path / "checkpoints/last.pt")["run"]

@@ -206,6 +206,8 @@ def check_position(position: Any, kind: type) -> None:
     names = {field.name for field in fields(kind)}
     if not isinstance(position, Mapping) or position.keys() != names:
         raise InvalidValueError(f"its position must have {', '.join(sorted(names))}")
+    if not isinstance(position["stage"], (str, type(None))):
+        raise InvalidValueError(f"its position has stage={str(position['stage'])[:100]}, and a name was expected")
     counts = ("step", "step_in_stage", "skipped")
     optional = ("best_step", "validated")
     for name in (*counts, *optional):

@@ -46,6 +46,8 @@ OTHER_TENSORS = {
     "_rebuild_wrapper_subclass": "an instance of a subclass of Tensor",
 }
 MAX_MEMO = 1 << 28
+MAX_STACK = 100_000  # values that wait to be put into a container
+MAX_TUPLES = 60  # one directly in the other
 
 
 class ForeignObjectError(Exception):
@@ -99,6 +101,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.chain, self.chain_end = 0, 0  # tuples directly in each other, and where the last one was made
 
     def run(self) -> Any:
         data, handlers = self.data, _HANDLERS
@@ -148,6 +151,18 @@ class _Machine:
         items = self.stack[start:]
         del self.stack[start:]
         return items
+
+    def container(self, kind: type) -> Any:
+        if len(self.stack) > MAX_STACK:
+            raise ValueError("its pickle is nested too deeply")
+        return kind()
+
+    def tuple_of(self, count: int) -> tuple[Any, ...]:
+        self.chain = self.chain + 1 if self.at - self.chain_end <= 3 else 0
+        self.chain_end = self.at
+        if self.chain > MAX_TUPLES:
+            raise ValueError("its pickle is nested too deeply")
+        return tuple([self.pop() for _ in range(count)][::-1])
 
     def set_items(self, items: list[Any]) -> None:
         target = self.top(dict)
@@ -271,8 +286,8 @@ def _push(code: bytes, make: Callable[[_Machine], Any]) -> None:
 _push(b"N", lambda machine: None)
 _push(b"\x88", lambda machine: True)
 _push(b"\x89", lambda machine: False)
-_push(b"}", lambda machine: {})
-_push(b"]", lambda machine: [])
+_push(b"}", lambda machine: machine.container(dict))
+_push(b"]", lambda machine: machine.container(list))
 _push(b")", lambda machine: ())
 _push(b"K", lambda machine: machine.number(_U8))
 _push(b"M", lambda machine: machine.number(_U16))
@@ -281,9 +296,9 @@ _push(b"G", lambda machine: machine.number(_F64))
 _push(b"\x8a", lambda machine: int.from_bytes(machine.take(machine.number(_U8)), "little", signed=True))
 _push(b"X", lambda machine: machine.take(machine.number(_U32)).decode("utf-8", "surrogatepass"))
 _push(b"t", lambda machine: tuple(machine.pop_mark()))
-_push(b"\x85", lambda machine: (machine.pop(),))
-_push(b"\x86", lambda machine: (machine.pop(), machine.pop())[::-1])
-_push(b"\x87", lambda machine: (machine.pop(), machine.pop(), machine.pop())[::-1])
+_push(b"\x85", lambda machine: machine.tuple_of(1))
+_push(b"\x86", lambda machine: machine.tuple_of(2))
+_push(b"\x87", lambda machine: machine.tuple_of(3))
 _push(b"h", lambda machine: machine.memo[machine.number(_U8)])
 _push(b"j", lambda machine: machine.memo[machine.number(_U32)])
 
