@@ -35,7 +35,7 @@ def settings(*overrides):
         ("evaluation.solver_error_points=abc", "evaluation.solver_error_points must be a whole number"),
         ("evaluation.solver_error_points=-3", "solver_error_points must be a whole number >= 0, got -3"),
         ("reporting.progress_bar=abc", "reporting.progress_bar must be true or false"),
-        ("hardware.devices=abc", "this hardware cannot be used"),
+        ("hardware.devices=abc", "^hardware.devices must be the number of processes on a CPU"),
         ("hardware.devices=2.5", "hardware.devices must be a whole number or text or a list of whole numbers"),
         ("hardware.precision=[16]", "hardware.precision must be text or a whole number, got"),
         ("hardware.precision=16", "precision 16 scales the loss .* use bf16-mixed"),

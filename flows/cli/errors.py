@@ -132,7 +132,8 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
     if isinstance(error, OverrideParseException):
         return _unreadable(error), MISTAKE
     if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {str(error).partition(chr(10))[0]}", MISTAKE
+        reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).partition("\n")[0])
+        return f"{error.full_key}: {reason}", MISTAKE
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         text = str(error).partition("\nConfig search path")[0].strip()
         for pattern, plainly in PLAINLY.items():
