@@ -51,8 +51,14 @@ class Points(Table):
     def __init__(self, event_shape):
         size = torch.Size(event_shape).numel()
         super().__init__(torch.randn(30, size, generator=torch.Generator().manual_seed(0)))
-        self._parts = {part: rows.reshape(-1, *event_shape) for part, rows in self._parts.items()}
+        self._parts, self._held_out = (
+            {part: rows.reshape(-1, *event_shape) for part, rows in parts.items()}
+            for parts in (self._parts, self._held_out)
+        )
         self.event_shape = event_shape
+
+    def rows_for_hashing(self):
+        return {part: rows.flatten(1).numpy() for part, rows in self._parts.items()}
 
 
 def first_shape(field):
@@ -90,6 +96,7 @@ def fitted(config, dataset):
         if "choose objective=maximum_likelihood" not in str(refusal):
             raise
         config["objective"].pop("flow_matching")
+        config["output_dir"] += "_again"  # the first attempt has saved its start
         return build_trainer(config, dataset=dataset).fit()
 
 
