@@ -42,7 +42,7 @@ def draw_samples(
             if context is None:
                 parts.append(flow.sample((size,), generator=generator))
             else:
-                parts.append(flow.sample((), context[start : start + size].to(flow.device, flow.dtype), generator))
+                parts.append(flow.sample((), context[start : start + size].to(flow.device), generator))
         return torch.cat([part.cpu() for part in parts])
 
 

@@ -156,6 +156,47 @@ def test_the_distribution_given_a_context_is_exact():
     assert abs(result.nll - density.entropy) < 4 * result.standard_error
 
 
+class ByClass(torch.nn.Module):
+    """A stranger's field that looks its context up."""
+
+    event_shape, context_shape = (2,), ()
+
+    def __init__(self):
+        super().__init__()
+        self.classes = torch.nn.Embedding(5, 2)
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, t, x, context):
+        return torch.tanh(self.layer(x)) + self.classes(context)
+
+
+def test_a_field_may_look_whole_numbers_up():
+    flow = CNF(ByClass(), solver=ODESolver("rk4", step_size=0.5))
+    x, classes = torch.randn(6, 2, generator=rng()), torch.tensor([0, 1, 2, 3, 4, 0])
+    with torch.no_grad():
+        values = flow.log_prob(x, classes)
+        assert flow.sample((3,), classes).shape == (3, 6, 2)
+        torch.testing.assert_close(values[1:2], flow.log_prob(x[1:2], torch.tensor([1])))
+        assert flow.transport(x, context=classes).x.shape == (6, 2)
+        assert flow(classes).log_prob(x).equal(values)
+    assert FlowMatching(target="sampled")(flow, Batch(x, classes), rng()).loss.isfinite()
+    result = likelihood(flow, [Batch(x, classes)])
+    assert result.nll == pytest.approx(float(-values.mean()), abs=1e-4)
+    path = flows.NeuralODE(ByClass()).trajectory(x, [0.0, 1.0], classes)
+    assert path.states.shape == (6, 2, 2)
+
+
+def test_a_field_of_this_package_computes_with_whole_numbers():
+    flow = CNF(MLP((2,), context_shape=(3,), hidden=[8]), solver=ODESolver("rk4", step_size=0.5))
+    x, context = torch.randn(6, 2, generator=rng()), torch.eye(3).repeat(2, 1)
+    for given in (context.long(), context.bool(), context.double()):
+        torch.testing.assert_close(flow.log_prob(x, given), flow.log_prob(x, context))
+        losses = [FlowMatching(target="sampled")(flow, Batch(x, c), rng()).loss for c in (given, context)]
+        torch.testing.assert_close(*losses)
+        paths = [flows.NeuralODE(flow.field)(x, [0.0, 1.0], c) for c in (given, context)]
+        torch.testing.assert_close(*paths)
+
+
 def settings(tmp_path, data, steps=400):
     return {
         "data": {"_target_": f"flows.datasets.{data}", "num_validation": 200, "num_test": 2000},

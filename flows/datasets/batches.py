@@ -21,7 +21,7 @@ class Batch:
     """Examples in data space, with their contexts if there are any."""
 
     x: Tensor  # (batch, *event)
-    context: Tensor | None = None  # (batch, *context), floating point; the density of x is conditional on it
+    context: Tensor | None = None  # (batch, *context), the density of x is conditional on it
 
     def __post_init__(self) -> None:
         if self.x.ndim == 0 or (self.context is not None and self.context.shape[:1] != self.x.shape[:1]):

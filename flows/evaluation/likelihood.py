@@ -255,7 +255,7 @@ def pointwise(
     with torch.no_grad(), tqdm(total=num_points, desc=progress, unit="pt", disable=progress is None) as bar:
         for batch in batches:
             x = batch.x.to(flow.device, torch.promote_types(batch.x.dtype, flow.dtype))  # tables stay in float64
-            context = None if batch.context is None else batch.context.to(flow.device, flow.dtype)
+            context = None if batch.context is None else batch.context.to(flow.device)
             checked = min(len(x), solver_error_points)
             solver_error_points -= checked
             for rows, check in ((slice(checked), True), (slice(checked, None), False)):

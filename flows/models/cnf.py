@@ -19,7 +19,7 @@ from flows.errors import InvalidTypeError, InvalidValueError
 from flows.fields import Guided
 from flows.models.distribution import FlowDistribution
 from flows.models.examination import examine, foreign_tensors
-from flows.models.precision import keeping_complex, working_dtype
+from flows.models.precision import keeping_complex, suitable_context, working_dtype
 from flows.models.results import LogProbEstimate, Sample, Transport
 from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
@@ -407,7 +407,7 @@ class CNF(nn.Module):
         self._check_place("context", context)
         if context.is_complex():
             raise InvalidValueError(f"the context is {context.dtype}; give real numbers, such as context.real")
-        context = self._in_own_dtype(context) if context.is_floating_point() else context.to(self.dtype)
+        context = suitable_context(context, self.bind())
         own = context.shape[context.ndim - self._context_ndim(context) :]
         try:
             return context.expand(*batch_shape, *own).reshape(-1, *own)

@@ -111,7 +111,7 @@ def _refined(
     samples: bool,
     most: int,
 ) -> Mass:
-    own = None if context is None else context.to(flow.device, flow.dtype)
+    own = None if context is None else context.to(flow.device)
     corners = torch.tensor([list(low), list(high)], device=flow.device, dtype=torch.float64)
     share, variance, mean_density = None, 0.0, 0.0
     if samples:

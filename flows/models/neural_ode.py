@@ -13,6 +13,7 @@ from flows.checks import check_number
 from flows.dynamics import StateDynamics
 from flows.errors import InvalidValueError
 from flows.models.examination import examine, foreign_tensors
+from flows.models.precision import suitable_context
 from flows.models.results import Trajectory
 from flows.path_costs import PathCost, draw_directions
 from flows.solvers import ODESolver
@@ -198,7 +199,7 @@ class NeuralODE(nn.Module):
                 f"expected a context for each of the initial states, of shape {(*batch_shape, '*context')}, got "
                 f"{tuple(context.shape)}"
             )
-        return context.reshape(-1, *context.shape[len(batch_shape) :])
+        return suitable_context(context, self.bind()).reshape(-1, *context.shape[len(batch_shape) :])
 
 
 class _Times:

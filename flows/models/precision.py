@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from flows.vector_field import BoundField
+
 
 def working_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of the points that a model takes: that of most of its trainable numbers.
@@ -25,6 +27,23 @@ def working_dtype(module: nn.Module) -> torch.dtype:
     if not numbers:
         return torch.get_default_dtype()
     return max(numbers, key=lambda kind: (*kind[:2], numbers[kind], kind[2].itemsize))[2]
+
+
+def suitable_context(
+    context: Tensor,  # (*batch, *context)
+    view: BoundField,
+) -> Tensor:
+    """The context in a dtype that the field computes with.
+
+    Floating-point numbers take the working dtype. Whole numbers do so for a field of this package alone: any other may
+    look them up, as classes, in an `nn.Embedding`.
+    """
+    field = view.field
+    if not isinstance(field, nn.Module):
+        return context
+    if context.is_floating_point():
+        return context if next(field.parameters(), None) is None else context.to(working_dtype(field))
+    return context if view.strangers else context.to(working_dtype(field))
 
 
 def real(dtype: torch.dtype) -> torch.dtype:

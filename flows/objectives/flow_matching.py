@@ -19,6 +19,7 @@ from flows.dynamics import differentiable
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.examination import examine
+from flows.models.precision import suitable_context
 from flows.naming import by_name
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.checks import check_flow
@@ -157,7 +158,7 @@ class FlowMatching(Objective):
         position = a * ends + b * noise
         context, dropped = batch.context, None
         if context is not None:
-            context = context[queries]
+            context = suitable_context(context[queries], flow.bind())
             if self.context_dropout:
                 context, dropped = drop_contexts(context, self.context_dropout, generator)
         weight, estimator = self._matching(flow)

@@ -31,7 +31,7 @@ def doubt(
         low, high: corners of the picture.
     """
     few = points[:CHECKED_POINTS].to(flow.device, torch.promote_types(points.dtype, flow.dtype))
-    own = None if context is None else context.to(flow.device, flow.dtype)
+    own = None if context is None else context.to(flow.device)
     if len(few):
         with torch.no_grad():
             estimate = flow.estimate_log_prob(few, own)
