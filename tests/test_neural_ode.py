@@ -219,3 +219,32 @@ def test_an_mlp_without_frequencies_does_not_depend_on_time():
     torch.testing.assert_close(field(torch.rand(5), x), field(torch.tensor(17.3), x))
     exact_divergence = flows.divergence.divergence(lambda y: field(torch.tensor(0.0), y), x, event_ndim=1)
     torch.testing.assert_close(field.value_and_divergence(torch.tensor(0.3), x)[1], exact_divergence)
+
+
+@pytest.mark.parametrize("layout", ["shared", "rows", "masked"])
+def test_a_batch_may_be_empty(layout):
+    times = torch.linspace(0, 1, 4) if layout == "shared" else torch.zeros(0, 4)
+    mask = torch.ones(0, 4, dtype=torch.bool) if layout == "masked" else None
+    path = spiral().trajectory(torch.zeros(0, 2), times, mask=mask)
+    assert path.states.shape == path.solver_error.shape == (0, 4, 2)
+
+
+def test_one_time_gives_the_initial_state():
+    x0 = starts(3)
+    path = spiral().trajectory(x0, [2.0], path_costs=[KineticEnergy()])
+    assert torch.equal(path.states[:, 0], x0)
+    assert path.nfe == 0
+    assert (path.path_costs["kinetic_energy"] == 0).all()
+    mask = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.bool)
+    assert torch.equal(spiral()(x0, increasing(3, 3), mask=mask), x0[:, None].expand(3, 3, 2))
+    with pytest.raises(InvalidValueError, match="times must hold at least one number"):
+        spiral()(x0, [])
+
+
+def test_a_frozen_part_in_half_precision_does_not_decide_the_dtype():
+    field = Spiral()
+    field.encoder = nn.Linear(2, 2).half().requires_grad_(False)
+    ode = flows.NeuralODE(field.double())
+    field.encoder.half()
+    assert ode.dtype == torch.float64
+    assert ode(starts(3), (0.0, 1.0)).dtype == torch.float64

@@ -13,10 +13,10 @@ from flows.checks import check_number
 from flows.dynamics import StateDynamics
 from flows.errors import InvalidValueError
 from flows.models.examination import examine, foreign_tensors
-from flows.models.precision import suitable_context
+from flows.models.precision import keeping_complex, suitable_context, working_dtype
 from flows.models.results import Trajectory
 from flows.path_costs import PathCost, draw_directions
-from flows.solvers import ODESolver
+from flows.solvers import Dynamics, ODESolver, Solution, SolverStatistics, State
 from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind
 
@@ -70,10 +70,8 @@ class NeuralODE(nn.Module):
         self.log_noise: nn.Parameter | None = None
         if noise is not None:
             check_number("noise", noise, above=0)
-            like = weights[0] if weights else torch.empty(())
-            self.log_noise = nn.Parameter(
-                torch.full(self.event_shape, noise, dtype=like.dtype, device=like.device).log()
-            )
+            device = weights[0].device if weights else None
+            self.log_noise = nn.Parameter(torch.full(self.event_shape, noise, dtype=self.dtype, device=device).log())
 
     @property
     def noise(self) -> Tensor | None:  # (*event)
@@ -147,19 +145,19 @@ class NeuralODE(nn.Module):
         extra = [*self.field.parameters(), *(tensor for tensor in (context, directions) if tensor is not None)]
         if self.solver.gradient != "backprop" and torch.is_grad_enabled():
             extra += foreign_tensors(bound, points, extra)
-        solution = self.solver.solve(dynamics, dynamics.initial_state(start), table.relative, extra, table.counts)
+        solution = table.solve(self.solver, dynamics, dynamics.initial_state(start), extra)
         states = self._in_data_space(table.spread(table.differentiable_states(bound, solution.states[0])))
         error = None
         if solver_error:
             with torch.no_grad():
                 again = StateDynamics(bound.fresh(), starts=table.starts)
-                reference = self.solver.tighter().solve(again, (points.detach(),), table.relative, counts=table.counts)
+                reference = table.solve(self.solver.tighter(), again, (points.detach(),))
                 error = (states - self._in_data_space(table.spread(reference.states[0]))).abs()
-                error = error.reshape(*batch_shape, -1, *self.event_shape)
+                error = error.reshape(*batch_shape, table.length, *self.event_shape)
         costs = dynamics.path_costs(solution.end[1:], table.sign)
         return Trajectory(
             times=table.given,
-            states=states.reshape(*batch_shape, -1, *self.event_shape),
+            states=states.reshape(*batch_shape, table.length, *self.event_shape),
             solver_error=error,
             nfe=solution.statistics.nfe_forward,
             statistics=solution.statistics,
@@ -169,9 +167,12 @@ class NeuralODE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of what the field sees: that of its parameters."""
-        found = (p.dtype for p in self.field.parameters() if p.is_floating_point())
-        return next(found, torch.get_default_dtype())
+        """The dtype of what the field sees: that of most of its trainable numbers."""
+        return working_dtype(self.field)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move or convert all tensors; complex ones keep their imaginary parts."""
+        return super()._apply(keeping_complex(fn), recurse)
 
     def _in_data_space(self, states: Tensor) -> Tensor:  # (B, T, *event)
         return self.transform.inverse(states.flatten(0, 1))[0].reshape(states.shape)
@@ -216,11 +217,14 @@ class _Times:
         except (TypeError, ValueError, RuntimeError):
             raise InvalidValueError(f"times must be a tensor or a sequence of numbers, got {times!r}") from None
         self.given = given
+        self.length = given.shape[-1] if given.ndim else 0
+        if not self.length:
+            raise InvalidValueError(f"times must hold at least one number, got {times!r}")
         values = given.detach().to("cpu", torch.float64)
         self.counts = self.starts = self.front = self.order = None
         if given.ndim == 1 and mask is None:
             self.relative = values
-            self.seconds = given.to(points)[:, None].expand(-1, len(points))
+            self.seconds = given.to(points)[:, None].expand(-1, len(points))  # (T, B)
             self.sign = -1 if values[-1] < values[0] else 1
             return
         if given.ndim == 1:
@@ -230,7 +234,7 @@ class _Times:
                 f"times must have the shape (T,) or {(*batch_shape, 'T')}, a row for each initial state, got "
                 f"{tuple(given.shape)}"
             )
-        rows = values.reshape(len(points), -1)
+        rows = values.reshape(len(points), self.length)
         if mask is not None:
             rows = self._compact(rows, mask, tuple(given.shape))
         self.relative = rows
@@ -238,7 +242,7 @@ class _Times:
             self.starts = rows[:, 0].to(points)
             self.relative = rows - rows[:, :1]
         self.sign = -1 if len(rows) and rows[:, -1].sum() < rows[:, 0].sum() else 1
-        flat = given.reshape(len(points), -1)
+        flat = given.reshape(len(points), self.length)
         self.seconds = (flat if self.front is None else flat.gather(1, self.front.to(flat.device))).to(points).T
 
     def _compact(self, rows: Tensor, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -257,6 +261,15 @@ class _Times:
         self.front = front.gather(1, torch.arange(rows.shape[1]).clamp(max=self.counts[:, None] - 1))
         self.order = (kept.cumsum(1) - 1).clamp(min=0)  # (B, T): which of the compact times each time shows
         return rows.gather(1, self.front)
+
+    def solve(self, solver: ODESolver, dynamics: Dynamics, state: State, parameters: Sequence[Tensor] = ()) -> Solution:
+        """The states at all times that count; where no row has more than the first, nothing is solved."""
+        if len(state[0]) and self.length > 1 and (self.counts is None or bool((self.counts > 1).any())):
+            return solver.solve(dynamics, state, self.relative, parameters, self.counts)
+        if not bool(self.relative.isfinite().all()):
+            raise InvalidValueError(f"times must be finite numbers, got {self.relative.tolist()}")
+        states = tuple(component.expand(self.length, *component.shape) for component in state)
+        return Solution(self.relative, states, SolverStatistics())
 
     def differentiable_start(self, field: BoundField, x0: Tensor) -> Tensor:
         """`x0` with the derivative −v(t, x0) to the first time, where the times require gradients."""
