@@ -115,8 +115,10 @@ def _compared(stored: Mapping[str, Any], dataset: Dataset) -> Comparison:
         if key in stored and now != stored[key]:
             differences.append(f"the {what} is {_shown(now)}, {_shown(stored[key])} in the run")
     old = stored.get("fingerprint")
-    if not isinstance(old, Mapping):
+    if old is None and "fingerprint" not in stored:
         return Comparison(differences)
+    if not isinstance(old, Mapping):
+        raise TypeError(f"it is {type(old).__name__}, no mapping")
     new = dataset.fingerprint()
     if new["kind"] != old.get("kind"):
         return Comparison([*differences, "they are of another kind"])

@@ -100,7 +100,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a flows checkpoint (it was written by something else)")
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint version {content.get('version')}, this version of flows reads {VERSION}; read it "
+            f"{path} has checkpoint version {content.get('version')!r}, this version of flows reads {VERSION}; read it "
             "with the version that wrote it, or train again"
         )
     return content

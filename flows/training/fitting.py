@@ -103,6 +103,7 @@ def check_optimizer(
     optimizer: torch.optim.Optimizer,
     build: Callable[..., torch.optim.Optimizer],
     rate: float,
+    steps: int,
 ) -> None:
     """Require the state of an optimiser of this kind, for these parameters.
 
@@ -110,6 +111,7 @@ def check_optimizer(
         state: as in the checkpoint.
         optimizer: new, of the parameters of the run.
         build: what made it, called as `build(parameters, lr=rate)`.
+        steps: that it has taken.
 
     Raises:
         InvalidValueError: names what does not fit.
@@ -128,6 +130,8 @@ def check_optimizer(
         for key in group.keys() & mine.keys():
             _check_option(f"{key} of group {i} of the optimiser's state", group[key], mine[key])
     example = _example_state(build, rate)
+    if steps and not kept and example:
+        raise InvalidValueError(f"the optimiser's state is empty after {steps:,} steps")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in kept.items():
         if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(values, dict):

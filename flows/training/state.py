@@ -209,7 +209,8 @@ class RunState:
         try:
             stage = stages[position.stage]
             build = stage.optimizer or self.optimization.optimizer
-            check_optimizer(checkpoint["optimizer"], self.optimizer, build, stage.peak_learning_rate)
+            taken = position.step_in_stage
+            check_optimizer(checkpoint["optimizer"], self.optimizer, build, stage.peak_learning_rate, taken)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             check_means(checkpoint["means"])
             self.means.load_state_dict(checkpoint["means"])
