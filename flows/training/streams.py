@@ -19,6 +19,9 @@ def unbreakable_streams() -> Iterator[None]:
     The reader of a pipe may have ended, the terminal may be closed, or the disk that a log goes to may be full.
     Characters that the terminal cannot show are replaced.
     """
+    for number in range(3):  # a file that took the place of a closed stream would receive what libraries print
+        with contextlib.suppress(OSError):
+            _keep_taken(number)
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (UnbreakableStream(stream) for stream in before)  # type: ignore[assignment]
     try:
@@ -28,6 +31,13 @@ def unbreakable_streams() -> Iterator[None]:
             with contextlib.suppress(Exception):
                 stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def _keep_taken(number: int) -> None:
+    try:
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 class UnbreakableStream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -51,6 +52,8 @@ from flows.training.stage import Optimization, Stage
 from flows.training.state import Position, Run, RunState
 from flows.training.streams import unbreakable_streams
 from flows.training.trusted import foreign_packages
+
+LOG = logging.getLogger("flows")
 
 
 @dataclass(frozen=True)
@@ -296,9 +299,12 @@ class Trainer:
             run.warn(notice)
         first = names.index(state.position.stage or names[0])
         if state.position.stage == names[-1] and run.done >= 1 and (self.folder / SUMMARY).exists():
-            run.warn(
-                "nothing is left to train, so the best weights are only tested again; to train on, resume with "
-                f"more steps: objective.{names[-1]}.steps=..."
+            # Not in TensorBoard: a run that is resumed once more keeps the same events.
+            LOG.warning(
+                "at step %d, nothing is left to train, so the best weights are only tested again; to train on, resume "
+                "with more steps: objective.%s.steps=...",
+                state.position.step,
+                names[-1],
             )
         for index, name in list(enumerate(names))[first:]:
             stage = self.stages[name]
