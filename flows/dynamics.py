@@ -24,8 +24,11 @@ def differentiable(
     if not estimates.requires_grad:
         return estimates
     mode = str(getattr(estimator, "estimator", estimator).mode)
-    reasons = [view.traits.refuses_gradients.get(mode, "") for view in estimator.field.strangers]
-    return without_gradients(estimates, " ".join(reasons)) if any(reasons) else estimates
+    for view in estimator.field.strangers:
+        reason = view.traits.refuses_gradients.get(mode)
+        if reason:
+            estimates = without_gradients(estimates, reason, view.traits.forget)
+    return estimates
 
 
 @checked

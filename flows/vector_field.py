@@ -14,7 +14,7 @@ from flows.arguments import checked
 from flows.checks import as_shape
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.promises.evaluation import Evaluation
-from flows.promises.traits import traits_of
+from flows.promises.traits import Traits, traits_of
 
 VectorField = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> v, with v shaped like x
 
@@ -49,6 +49,7 @@ class BoundField:
         field: called as `field(t, x)`, or `field(t, x, context)` if there is a context.
         context: (B, *context).
         event_shape: shape of one point, for a field that does not state its own.
+        traits: what is known of the field; looked up by default.
 
     Raises:
         ValueError: the event shape is missing.
@@ -59,6 +60,7 @@ class BoundField:
         field: Callable[..., Tensor],
         context: Tensor | None = None,
         event_shape: int | Sequence[int] | None = None,
+        traits: Traits | None = None,
     ) -> None:
         self.field = field
         self.context = context
@@ -68,7 +70,7 @@ class BoundField:
         if shape is None:
             raise InvalidValueError(f"{self.name} does not state its event_shape; pass event_shape=(2,) or the like")
         self.event_shape = as_shape("event_shape", shape)
-        self.traits = traits_of(field)
+        self.traits = traits_of(field) if traits is None else traits
         self._evaluation = None if self.traits.built_in else Evaluation(field, self.name, self.traits)
         self.context_shape: tuple[int, ...] | None = getattr(field, "context_shape", None)
         self.receptive_radius: int | None = getattr(field, "receptive_radius", None)
@@ -123,7 +125,10 @@ class BoundField:
 
     def fresh(self) -> BoundField:
         """The same binding without the tensors that it keeps, whose graph may be gone."""
-        renewed = bind(self.field, self.context, self.event_shape)
+        if type(self) is BoundField and getattr(self.field, "bind", None) is None:
+            renewed = BoundField(self.field, self.context, self.event_shape, self.traits)
+        else:
+            renewed = bind(self.field, self.context, self.event_shape)
         if self._evaluation is not None and renewed._evaluation is not None:
             renewed._evaluation.buffers = self._evaluation.buffers
         return renewed

@@ -481,7 +481,7 @@ class Sorts(Clean):
         return self.velocity(t, x.sort(0)[0])
 
 
-@strange(**solving("mixes the samples"), matching="^$", divergence_matching="^$")
+@strange(**solving("normalises by the mean"), matching="^$", divergence_matching="^$")
 class NormalisesTheBatch(Clean):
     def __init__(self):
         super().__init__()

@@ -10,6 +10,7 @@ import flows
 from flows import CNF, ODESolver
 from flows.datasets import Batch
 from flows.divergence import Exact
+from flows.fields import MLP
 from flows.objectives import FlowMatching
 
 SOLVER = ODESolver("rk4", step_size=0.5)
@@ -56,3 +57,98 @@ def test_a_strange_field_is_right_or_refused(case, use):
         result = used(case.make(), use, shape)
     if words is None:
         torch.testing.assert_close(result, used(case.twin(), use, shape), rtol=1e-6, atol=1e-9)
+
+
+class Settings(torch.nn.Module):
+    """A field whose habits its attributes set."""
+
+    event_shape = (3,)
+
+    def __init__(self, noise=0.0, columns=False):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(3, 3)).double()
+        self.noise, self.columns, self.calls = noise, columns, 0
+
+    def forward(self, t, x):
+        self.calls += 1
+        t = t.reshape(-1, 1) if self.columns else t
+        return self.layers(x) + t + self.noise * torch.randn_like(x)
+
+
+@pytest.mark.parametrize("first", ["noisy", "quiet"])
+def test_a_changed_setting_is_seen(first):
+    field = Settings()
+    flow = CNF(field, solver=SOLVER)
+    for noise in (0.1, 0.0, 0.1, 0.0) if first == "noisy" else (0.0, 0.1, 0.0):
+        field.noise = noise
+        if noise:
+            with pytest.raises(flows.FlowsError, match="draws random numbers"):
+                flow.log_prob(points(field))
+        else:
+            assert flow.log_prob(points(field)).isfinite().all()
+
+
+def test_a_refused_field_is_examined_again():
+    field = Settings()
+    secret = {"columns": False}  # where no attribute shows it
+    field.forward = lambda t, x: field.layers(x) + (t.reshape(-1, 1) if secret["columns"] else t)
+    flow, batch = CNF(field, solver=SOLVER), Batch(points(field))
+    with pytest.raises(flows.FlowsError, match="flow matching draws one time per sample"):
+        FlowMatching(divergence_weight=0)(flow, batch)
+    secret["columns"] = True
+    assert FlowMatching(divergence_weight=0)(flow, batch).loss.isfinite()
+
+
+def test_counters_of_a_field_cost_few_examinations():
+    field = Settings()
+    flow, x = CNF(field, solver=SOLVER), points(field)
+    for _ in range(8):
+        flow.sample((4,))
+    before = field.calls
+    flow.sample((4,))
+    assert field.calls == before + 8  # rk4 with two steps
+    field.noise = 0.1
+    with pytest.raises(flows.FlowsError, match="draws random numbers"):
+        flow.log_prob(x)
+
+
+def test_replaced_layers_and_hooks_are_seen():
+    field = Settings()
+    flow, x = CNF(field, solver=SOLVER), points(field)
+    flow.log_prob(x)
+    field.layers[0] = torch.nn.ReLU(inplace=True)
+    given, found = x.clone(), flow.log_prob(x)
+    field.layers[0] = torch.nn.ReLU()
+    torch.testing.assert_close(found, flow.log_prob(x))
+    assert torch.equal(given, x)
+    flow = CNF(MLP((2,), hidden=[4]), solver=SOLVER)
+    value = flow.log_prob(torch.ones(3, 2))
+    hook = flow.field.register_forward_hook(lambda module, inputs, output: output + torch.randn_like(output))
+    with pytest.raises(flows.FlowsError, match="draws random numbers"):
+        CNF(flow.field, Exact(), SOLVER).log_prob(torch.ones(3, 2))
+    hook.remove()
+    assert torch.equal(flow.log_prob(torch.ones(3, 2)), value)
+
+
+def test_rows_with_times_of_their_own_need_a_field_that_takes_them():
+    field, x = Settings(), points(Settings(), 3)
+    times = torch.tensor([[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]], dtype=torch.float64)
+    with pytest.raises(flows.FlowsError, match=r"rows of times that start apart .* does not take t of shape"):
+        flows.NeuralODE(field).trajectory(x, times)
+    together = torch.tensor([[0.0, 0.5, 1.0], [0.0, 0.7, 2.0], [0.0, 1.3, 3.0]], dtype=torch.float64)
+    with pytest.raises(flows.FlowsError, match=r"gradient='adjoint' solves back .* does not take t of shape"):
+        flows.NeuralODE(field, ODESolver(gradient="adjoint")).trajectory(x, together)
+    with pytest.raises(flows.FlowsError, match=r"derivative to times .* does not take t of shape"):
+        flows.NeuralODE(field).trajectory(x, together.requires_grad_())
+    right = Settings(columns=True)
+    right.load_state_dict(field.state_dict())
+    shared = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    gradients = [  # shared times go to the field as they are
+        torch.autograd.grad(flows.NeuralODE(one).trajectory(x, shared).states.sum(), shared) for one in (field, right)
+    ]
+    torch.testing.assert_close(*gradients)
+    both = flows.NeuralODE(right).trajectory(x, times).states
+    for i in range(3):
+        torch.testing.assert_close(
+            both[i], flows.NeuralODE(right).trajectory(x[i], times[i]).states, rtol=1e-4, atol=1e-5
+        )

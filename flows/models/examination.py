@@ -13,6 +13,8 @@ from flows.errors import InvalidValueError
 from flows.models.steady import check_steady
 from flows.promises import captured_tensors, examine_derivatives, examine_values
 from flows.promises.derivatives import NUM_POINTS, check_receptive_radius
+from flows.promises.regime import settings_of
+from flows.promises.traits import Traits, remember
 from flows.promises.values import FEW, awake, untouched
 from flows.vector_field import BoundField, bind
 
@@ -22,7 +24,8 @@ def examine(
     field: BoundField,  # bound to the context of `x`
     x: Tensor,  # (B, *event), flow space
     estimator: DivergenceEstimator | None = None,  # bound to the field; None: no divergence is taken
-    matching: bool = False,  # one time per sample and no solve
+    matching: bool = False,  # no solve
+    own_times: str = "",  # why it will be called with one time per sample, if it will
 ) -> None:
     """Find out at its first use whether a stranger's field suits a solve or matching, and at each solve its layers.
 
@@ -32,16 +35,25 @@ def examine(
     if not matching:
         check_steady(field.field)
     for view in field.strangers:
+        traits = view.traits
+        if not _is_transformed():
+            traits.follow(settings_of(view.field))
         _examine(base, view, x, estimator)
-        refused = view.traits.refuses_times if matching else view.traits.refuses_solves
-        if refused and matching:
-            raise InvalidValueError(
-                f"flow matching draws one time per sample, and the field {view.name} does not take t of shape (B,): "
-                f"{refused}. Let it take 0-d and (B,) times alike: `t.reshape(-1, *[1] * (x.ndim - 1))` broadcasts "
-                "over the samples, and flows.fields.Adapter(time='column') calls a module with t of shape (B, 1)"
+        if not matching and traits.refuses_solves:
+            raise _refusal(traits, traits.refuses_solves)
+        if own_times and traits.refuses_times:
+            raise _refusal(
+                traits,
+                f"{own_times}, and the field {view.name} does not take t of shape (B,): {traits.refuses_times}. Let it "
+                "take 0-d and (B,) times alike: `t.reshape(-1, *[1] * (x.ndim - 1))` broadcasts over the samples, and "
+                "flows.fields.Adapter(time='column') calls a module with t of shape (B, 1)",
             )
-        if refused:
-            raise InvalidValueError(refused)
+
+
+def _refusal(traits: Traits, reason: str) -> InvalidValueError:
+    """The error, after which the field is examined anew, for it may have been mended."""
+    traits.forget()
+    return InvalidValueError(reason)
 
 
 def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstimator | None) -> None:
@@ -49,8 +61,7 @@ def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstim
     second = torch.is_grad_enabled() and inner is not None
     mode = getattr(inner, "mode", None)
     question = "values" if inner is None else f"{type(inner).__name__} {mode} {second}"
-    seen = view.traits.examined
-    if question in seen or x.numel() == 0 or x.device.type == "meta" or _is_transformed():
+    if question in view.traits.examined or x.numel() == 0 or x.device.type == "meta" or _is_transformed():
         return
     with torch.inference_mode(False):
         x = x.detach().clone()
@@ -60,11 +71,13 @@ def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstim
                 bind(view.field, context, view.event_shape)(x.new_full((), 0.4), x)  # gives its weights a shape
         generator = torch.Generator(x.device).manual_seed(0)
         few = base.sample((NUM_POINTS,), generator).to(x)
-        if "values" not in seen:
+        if "values" not in view.traits.examined:
+            view.traits.forget()  # what an examination found that ended in an error
             examine_values(view.field, view.name, view.traits, x, few[:FEW], context)
-            seen.add("values")
+            view.traits.examined.add("values")
             stated: list[Tensor] = [*view.field.parameters()] if isinstance(view.field, nn.Module) else []
             foreign_tensors(bind(view.field, context, view.event_shape), x, stated, strict=False)
+            remember(view.field, view.traits)
         if inner is None or view.traits.refuses_solves:
             return
         if not view.traits.takes_any_batch:
@@ -81,7 +94,7 @@ def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstim
         reason = examine_derivatives(few_bound, closed, view.field, view.name, few, mode == "forward", second)
         if second:
             view.traits.refuses_gradients[str(mode)] = reason
-        seen.add(question)
+        view.traits.examined.add(question)
 
 
 def foreign_tensors(

@@ -139,7 +139,8 @@ class NeuralODE(nn.Module):
         table = _Times(times, mask, batch_shape, points)
         directions = draw_directions(path_costs, points, generator)
         bound = self.bind(context)
-        examine(Normal(self.event_shape).to(points.device, points.dtype), bound, points)
+        normal = Normal(self.event_shape).to(points.device, points.dtype)
+        examine(normal, bound, points, own_times=table.own_times(self.solver.gradient))
         dynamics = StateDynamics(bound, path_costs, directions, table.starts)
         start = table.differentiable_start(bound, points)
         extra = [*self.field.parameters(), *(tensor for tensor in (context, directions) if tensor is not None)]
@@ -222,9 +223,10 @@ class _Times:
             raise InvalidValueError(f"times must hold at least one number, got {times!r}")
         values = given.detach().to("cpu", torch.float64)
         self.counts = self.starts = self.front = self.order = None
-        if given.ndim == 1 and mask is None:
+        self.shared = given.ndim == 1 and mask is None
+        if self.shared:
             self.relative = values
-            self.seconds = given.to(points)[:, None].expand(-1, len(points))  # (T, B)
+            self.seconds = given.to(points)  # (T,), for all rows
             self.sign = -1 if values[-1] < values[0] else 1
             return
         if given.ndim == 1:
@@ -283,6 +285,20 @@ class _Times:
             return states
         later = [states[j] + self._change(field, j, states[j]) for j in range(1, len(states))]
         return torch.stack([states[0] + self._change(field, 0, states[0]), *later])
+
+    def own_times(self, gradient: str) -> str:
+        """Why the field will be called with one time per sample, if it will."""
+        if self.starts is not None:
+            return "rows of times that start apart are solved together, each at a time of its own"
+        if self.shared or not torch.is_grad_enabled():
+            return ""
+        if self.given.requires_grad:
+            return "the derivative to times of shape (*batch, T) takes the field at a time of its own for each row"
+        if gradient == "adjoint":
+            return (
+                "gradient='adjoint' solves back through times of shape (*batch, T) with a time of its own for each row"
+            )
+        return ""
 
     def _change(self, field: BoundField, j: int, states: Tensor) -> Tensor:
         """0, with the derivative v(t, x) to the time."""

@@ -29,6 +29,7 @@ from flows.objectives.paths import ProbabilityPath
 from flows.objectives.posterior import posterior_moments
 from flows.vector_field import checked_value
 
+OWN_TIMES = "flow matching draws one time per sample"
 AUTO_MAX_DIMENSION = 8  # up to which a batch of some hundred points covers a density
 AUTO_QUERIES = 512  # evaluations of the field in a batch whose other points serve as a pool
 AUTO_DIVERGENCE_WEIGHT = 0.1
@@ -228,10 +229,10 @@ def _evaluate(
     """Return v, and div v (B,) if there is an estimator."""
     field = flow.bind(context)
     if estimator is None:
-        examine(flow.base, field, position, matching=True)
+        examine(flow.base, field, position, matching=True, own_times=OWN_TIMES)
         return checked_value(field(t, position), position), None
     bound = estimator.bind(field)
-    examine(flow.base, field, position, bound, matching=True)
+    examine(flow.base, field, position, bound, matching=True, own_times=OWN_TIMES)
     probes = bound.draw_probes(position, generator)  # some estimators are exact thanks to their probes
     sample = bound(t, position, probes)
     return sample.value, differentiable(sample.estimates, bound).mean(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -92,17 +93,18 @@ def raise_explained(error: Exception, name: str) -> NoReturn:
     raise known from error
 
 
-def without_gradients(tensor: Tensor, reason: str) -> Tensor:
-    """The same values, whose backward pass raises `ComputationError(reason)`."""
-    return _Refusal.apply(tensor, reason)  # pyright: ignore[reportReturnType]
+def without_gradients(tensor: Tensor, reason: str, told: Callable[[], None]) -> Tensor:
+    """The same values, whose backward pass calls `told` and raises `ComputationError(reason)`."""
+    return _Refusal.apply(tensor, reason, told)  # pyright: ignore[reportReturnType]
 
 
 class _Refusal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, reason: str) -> Tensor:
-        ctx.reason = reason
+    def forward(ctx: Any, tensor: Tensor, reason: str, told: Callable[[], None]) -> Tensor:
+        ctx.reason, ctx.told = reason, told
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.told()
         raise ComputationError(ctx.reason)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from flows.promises.regime import HOOKS, regime_of
+
 # Layers without state or randomness, from which the fields of this package are built.
 PLAIN_LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity,
     nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
 )  # fmt: skip
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MAX_REGIMES = 16  # of a field, of which the traits are kept
+MAX_CHANGES = 4  # of a setting that makes examine again: more often changes what the field counts itself
 
 
 @dataclass
 class Traits:
     """What an evaluation of a field has to do for it, as the examination found.
 
-    The training mode of a field can change its habits, so each mode has traits of its own.
+    Layers, modes and hooks can change the habits of a field, so each `regime_of` it has traits of its own. Those of a
+    regime are forgotten when a setting changes (`follow`), and when the field is refused, for it may be mended.
     """
 
     built_in: bool = False  # keeps all promises by construction
@@ -33,24 +38,62 @@ class Traits:
     refuses_gradients: dict[str, str] = field(default_factory=dict)  # why not, by the mode of the divergence's products
     takes_any_batch: bool = True  # not only that of the caller, as with a tensor captured for it
     examined: set[str] = field(default_factory=set)  # what has been looked at
+    settings: dict[tuple[int, str], Hashable] | None = None  # of the field, when it was examined
+    changes: dict[tuple[int, str], int] = field(default_factory=dict)  # how often each of them has changed
+
+    def forget(self) -> None:
+        """Let the next use of the field examine it anew."""
+        for name, value in vars(Traits(self.built_in, settings=self.settings, changes=self.changes)).items():
+            setattr(self, name, value)
+
+    def follow(self, settings: dict[tuple[int, str], Hashable]) -> None:
+        """Forget what was found under other settings of the field."""
+        before, self.settings = self.settings, settings
+        if before is None or before == settings:
+            return
+        changed = {
+            key for key in before.keys() | settings.keys() if before.get(key, MISSING) != settings.get(key, MISSING)
+        }
+        for key in changed:
+            self.changes[key] = self.changes.get(key, 0) + 1
+        if any(self.changes[key] <= MAX_CHANGES for key in changed):
+            self.forget()
 
 
-_KNOWN: WeakKeyDictionary[Any, dict[bool, Traits]] = WeakKeyDictionary()
+MISSING = object()
+_KNOWN: WeakKeyDictionary[Any, dict[Hashable, Traits]] = WeakKeyDictionary()
 
 
 def traits_of(field: Any) -> Traits:
-    """The traits of a field in its present training mode. Before an examination, nothing is known of a stranger."""
+    """The traits of a field as it stands. Before an examination, nothing is known of a stranger."""
     try:
-        modes = _KNOWN.get(field)
-        if modes is None:
-            modes = _KNOWN[field] = {}
+        regimes = _KNOWN.get(field)
+        if regimes is None:
+            regimes = _KNOWN[field] = {}
     except TypeError:  # no weak reference, or not hashable
         return Traits()
-    training = bool(getattr(field, "training", False))
-    traits = modes.get(training)
+    regime = regime_of(field)
+    traits = regimes.get(regime)
     if traits is None:
-        traits = modes[training] = Traits(built_in=is_built_in(field))
+        traits = Traits(built_in=is_built_in(field))
+        _keep(regimes, regime, traits)
     return traits
+
+
+def remember(field: Any, traits: Traits) -> None:
+    """Keep the traits also for the regime that an examination has left, as of lazy layers."""
+    try:
+        regimes = _KNOWN.get(field)
+    except TypeError:
+        return
+    if regimes is not None:
+        _keep(regimes, regime_of(field), traits)
+
+
+def _keep(regimes: dict[Hashable, Traits], regime: Hashable, traits: Traits) -> None:
+    regimes[regime] = traits
+    while len(regimes) > MAX_REGIMES:
+        del regimes[next(iter(regimes))]
 
 
 def is_built_in(field: Any) -> bool:
