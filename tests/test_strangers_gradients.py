@@ -427,3 +427,73 @@ def test_batched_products_that_vmap_refuses_name_the_way_out():
     flow = CNF(Branching(), Exact(chunk_size=2))
     with pytest.raises(flows.FlowsError, match="chunk_size=1"):
         flow.log_prob(torch.randn(3, 2))
+
+
+class ByTime(nn.Module):
+    """A field whose tensors take turns."""
+
+    event_shape = (2,)
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = nn.Linear(2, 2).double()
+        self.pieces = [nn.Linear(2, 2).double() for _ in range(4)]
+        if kind == "tensors":
+            self.pieces = [torch.full((2, 2), 0.1 * k, dtype=torch.float64, requires_grad=True) for k in range(4)]
+        self.leaves = [p for piece in self.pieces for p in (piece.parameters() if kind == "layers" else [piece])]
+        if kind == "computed":
+            self.leaves = [torch.full((2, 2), 0.1 * k, dtype=torch.float64, requires_grad=True) for k in range(4)]
+            self.pieces = [leaf.sin() for leaf in self.leaves]
+
+    def forward(self, t, x):
+        piece = self.pieces[min(int(4 * t.reshape(-1)[0]), 3)]
+        return torch.tanh(self.layer(x)) + (x @ piece if isinstance(piece, torch.Tensor) else piece(x))
+
+
+@pytest.mark.parametrize("kind", ["tensors", "layers", "computed"])
+@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint"])
+def test_tensors_that_are_used_a_part_of_the_time_get_their_gradients(gradient, kind):
+    found = []
+    for one in (gradient, "backprop"):
+        torch.manual_seed(0)
+        field = ByTime(kind)
+        flow = CNF(field, solver=ODESolver("rk4", step_size=0.05, gradient=one))
+        flow.log_prob(torch.randn(5, 2, dtype=torch.float64)).mean().backward()
+        found.append(torch.cat([leaf.grad.flatten() for leaf in field.leaves]))
+    torch.testing.assert_close(*found, rtol=0.3 if gradient == "adjoint" else 1e-8, atol=0.02 * (gradient == "adjoint"))
+
+
+class SharesALayer(nn.Module):
+    """Its context, and a tensor that it holds, come from its own parameters."""
+
+    event_shape, context_shape = (2,), (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.encoder = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+        self.code = self.encoder.weight.exp()
+
+    def forward(self, t, x, context):
+        return torch.tanh(self.layer(x) @ self.code + context + self.encoder(x))
+
+
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
+def test_gradients_through_a_context_of_the_field_itself_count_once(gradient):
+    torch.manual_seed(0)
+    field = SharesALayer()
+    flow = CNF(field, solver=ODESolver("rk4", step_size=0.05, gradient=gradient))
+    x = torch.randn(4, 2, dtype=torch.float64)
+
+    def value():
+        field.code = field.encoder.weight.exp()
+        return flow.log_prob(x, field.encoder(torch.ones(4, 2, dtype=torch.float64)).exp()).sum()
+
+    value().backward()
+    found, step = field.encoder.weight.grad[0, 1].item(), 1e-5
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            field.encoder.weight[0, 1] += sign * step
+            values.append(value().item())
+            field.encoder.weight[0, 1] -= sign * step
+    assert found == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4)

@@ -12,11 +12,14 @@ from flows.divergence import Analytic, Bottleneck, DivergenceEstimator, Probing
 from flows.errors import InvalidValueError
 from flows.models.steady import check_steady
 from flows.promises import captured_tensors, examine_derivatives, examine_values
+from flows.promises.captured import held_tensors
 from flows.promises.derivatives import NUM_POINTS, check_receptive_radius
 from flows.promises.regime import settings_of
 from flows.promises.traits import Traits, remember
 from flows.promises.values import FEW, awake, untouched
 from flows.vector_field import BoundField, bind
+
+NUM_TIMES = 33  # at which tensors are looked for that a field uses a part of the time
 
 
 def examine(
@@ -102,16 +105,19 @@ def foreign_tensors(
     x: Tensor,  # (B, *event)
     known: list[Tensor],
     strict: bool = True,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> list[Tensor]:
     """The tensors that need gradients and are used by a stranger's field without being its parameters.
 
-    Two evaluations of one point.
+    Two evaluations of one point; where the field holds tensors that these do not use, two at each of some times, for it
+    may use them later.
 
     Args:
         field: bound to the context of the points.
         x: the points.
         known: the parameters and what else has been stated.
         strict: whether a tensor that is nowhere to be found is an error.
+        span: the times of the solve.
 
     Raises:
         InvalidValueError: there are such, and they cannot be found; or the field keeps tensors between evaluations.
@@ -124,10 +130,17 @@ def foreign_tensors(
             if context is not None and context.is_floating_point():
                 context.requires_grad_()
             inputs = [points] if context is None else [points, context]
-            evaluate = partial(_outputs, view, context, points)
+            times = torch.linspace(*span, NUM_TIMES).to(x)
+            stated = [*known, *inputs]
             try:
                 with untouched(view.field, x.device):
-                    found += captured_tensors(evaluate, view.field, view.name, [*known, *inputs], strict)
+                    evaluate = partial(_outputs, view, context, points, times[NUM_TIMES // 3 : NUM_TIMES // 3 + 1])
+                    used = captured_tensors(evaluate, view.field, view.name, stated, strict)
+                    seen = {id(tensor) for tensor in (*stated, *used)}
+                    if any(id(tensor) not in seen for tensor in held_tensors(view.field)):
+                        evaluate = partial(_outputs, view, context, points, times)
+                        used = captured_tensors(evaluate, view.field, view.name, stated, strict)
+                found += used
                 break
             except InvalidValueError:
                 raise
@@ -136,12 +149,13 @@ def foreign_tensors(
     return found
 
 
-def _outputs(view: BoundField, context: Tensor | None, x: Tensor) -> list[Tensor]:
+def _outputs(view: BoundField, context: Tensor | None, x: Tensor, times: Tensor) -> list[Tensor]:
     field = bind(view.field, context, view.event_shape)  # which keeps no tensors from another evaluation
-    t = x.new_full((), 0.4)
-    outputs = [field(t, x)]
-    if field.value_and_divergence is not None:
-        outputs += field.value_and_divergence(t, x)
+    outputs = []
+    for t in times:
+        outputs.append(field(t, x))
+        if field.value_and_divergence is not None:
+            outputs += field.value_and_divergence(t, x)
     return outputs
 
 

@@ -145,7 +145,7 @@ class NeuralODE(nn.Module):
         start = table.differentiable_start(bound, points)
         extra = [*self.field.parameters(), *(tensor for tensor in (context, directions) if tensor is not None)]
         if self.solver.gradient != "backprop" and torch.is_grad_enabled():
-            extra += foreign_tensors(bound, points, extra)
+            extra += foreign_tensors(bound, points, extra, span=table.span)
         solution = table.solve(self.solver, dynamics, dynamics.initial_state(start), extra)
         states = self._in_data_space(table.spread(table.differentiable_states(bound, solution.states[0])))
         error = None
@@ -285,6 +285,12 @@ class _Times:
             return states
         later = [states[j] + self._change(field, j, states[j]) for j in range(1, len(states))]
         return torch.stack([states[0] + self._change(field, 0, states[0]), *later])
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The first and the last time of all rows."""
+        times = self.seconds.detach()
+        return (float(times.min()), float(times.max())) if times.numel() else (0.0, 1.0)
 
     def own_times(self, gradient: str) -> str:
         """Why the field will be called with one time per sample, if it will."""

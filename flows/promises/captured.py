@@ -38,7 +38,9 @@ def captured_tensors(
     """
     with torch.enable_grad():
         born = _now()
-        held = {(tensor.grad_fn, tensor.output_nr): tensor for tensor in _held(field) if tensor.grad_fn is not None}
+        held = {
+            (tensor.grad_fn, tensor.output_nr): tensor for tensor in held_tensors(field) if tensor.grad_fn is not None
+        }
         first = evaluate()
         again = _now()
         outputs = evaluate()
@@ -121,8 +123,8 @@ def _now() -> int:
     return node._sequence_nr()
 
 
-def _held(field: Any) -> Iterator[Tensor]:
-    """Tensors with gradients in attributes and closures."""
+def held_tensors(field: Any) -> Iterator[Tensor]:
+    """Tensors with gradients in attributes and closures, which the field has not registered."""
     for module in field.modules() if isinstance(field, nn.Module) else ():
         yield from _within(_unregistered(module), 0)
         yield from _within(type(module).forward, 0)
@@ -145,7 +147,7 @@ def _within(value: Any, depth: int) -> Iterator[Tensor]:
         elif isinstance(value, list | tuple | set):
             inner = value
         elif isinstance(value, nn.Module):
-            inner = [part for module in value.modules() for part in _unregistered(module)]
+            inner = [*value.parameters(), *(part for module in value.modules() for part in _unregistered(module))]
         elif getattr(value, "__closure__", None):
             inner = [cell.cell_contents for cell in value.__closure__ if _is_filled(cell)]
         elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in ("torch", "builtins"):

@@ -131,7 +131,8 @@ def _reverse_product(
         value = evaluate(t, leaf)
         if not value.requires_grad:
             return None
-        (gradient,) = torch.autograd.grad(value, leaf, weights, create_graph=graph, allow_unused=True)
+        # The graph may be that of a tensor which the caller computed before.
+        (gradient,) = torch.autograd.grad(value, leaf, weights, True, create_graph=graph, allow_unused=True)
         return None if gradient is None else _inner(gradient, directions)
 
 
@@ -156,7 +157,9 @@ def _second_product(
         if found is None or not found.requires_grad:
             return torch.zeros_like(x).flatten(1).sum(1)
         parameters = [p for p in field.parameters() if p.requires_grad] if isinstance(field, nn.Module) else []
-        gradient, *_ = torch.autograd.grad(found.sum(), [leaf, *parameters], allow_unused=True, materialize_grads=True)
+        gradient, *_ = torch.autograd.grad(
+            found.sum(), [leaf, *parameters], retain_graph=True, allow_unused=True, materialize_grads=True
+        )
     return _inner(gradient, directions)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flows.errors import InvalidValueError
 from flows.solvers.problem import RightHandSide, State
+from flows.solvers.products import reached_gradients
 from flows.solvers.replay import random_state, refuse_second_derivative, same_random_state
 from flows.solvers.task import Task
 
@@ -93,5 +94,6 @@ class _AdjointDynamics(RightHandSide):
             products = [torch.zeros_like(tensor) for tensor in inputs]
             if pairs:
                 outputs, cotangents = zip(*pairs, strict=True)
-                products = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True)
+                found = reached_gradients(outputs, inputs, cotangents)
+                products = [zero if product is None else product for zero, product in zip(products, found, strict=True)]
         return (*(derivative.detach() for derivative in derivatives), *products)

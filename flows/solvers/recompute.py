@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flows.solvers.problem import State
+from flows.solvers.products import reached_gradients
 from flows.solvers.replay import (
     random_state,
     refuse_second_derivative,
@@ -183,12 +184,12 @@ class _Segment:
         pairs = [(value, cotangent) for value, cotangent in candidates if cotangent is not None and value.requires_grad]
         slope = self.slope or ()
         inputs = (*self.state, *slope, *parameters)
-        found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+        found: list[Tensor | None] = [None] * len(inputs)
         if pairs:
             values, cotangents = zip(*pairs, strict=True)
-            found = torch.autograd.grad(values, inputs, cotangents, allow_unused=True)
+            found = reached_gradients(values, inputs, cotangents)
         at = len(self.state)
-        slopes = found[at : at + len(slope)] or (None,) * at
+        slopes = found[at : at + len(slope)] or [None] * at
         return [*found[:at], *slopes, *found[at + len(slope) :]]
 
 
