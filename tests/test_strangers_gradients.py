@@ -497,3 +497,44 @@ def test_gradients_through_a_context_of_the_field_itself_count_once(gradient):
             values.append(value().item())
             field.encoder.weight[0, 1] -= sign * step
     assert found == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4)
+
+
+class Falls(nn.Module):
+    """Weak drag beside a large constant, whose differences are lost in rounding."""
+
+    event_shape = (2,)
+
+    def __init__(self, constant, drag):
+        super().__init__()
+        self.constant, self.drag = constant, drag
+
+    def forward(self, t, x):
+        return self.constant - self.drag * x
+
+
+@pytest.mark.parametrize(("constant", "drag"), [(1e4, 1e-3), (9.81, 1e-5), (1e6, 1.0)])
+def test_rounding_contradicts_no_derivative(constant, drag):
+    flow = CNF(Falls(constant, drag), Exact(), ODESolver("rk4", step_size=0.5))
+    assert flow.log_prob(torch.randn(4, 2)).shape == (4,)
+
+
+class Steps(Clean):
+    def forward(self, t, x):
+        return self.steps(4 * self.velocity(t, x)) / 4
+
+
+@pytest.mark.parametrize("steps", [torch.round, torch.floor, torch.sign], ids=lambda steps: steps.__name__)
+def test_a_field_of_steps_is_refused(steps):
+    Steps.steps = staticmethod(steps)
+    with pytest.raises(flows.FlowsError, match="changes by steps"):
+        CNF(Steps(), Exact(), ODESolver("rk4", step_size=0.5)).log_prob(torch.randn(4, 2, dtype=torch.float64))
+
+
+def test_a_field_that_does_not_depend_on_x_is_no_field_of_steps():
+    class Drift(Clean):
+        def forward(self, t, x):
+            return t + 0 * x
+
+    flow = CNF(Drift(), Exact(), ODESolver("rk4", step_size=0.5))
+    x = torch.randn(4, 2, dtype=torch.float64)
+    torch.testing.assert_close(flow.log_prob(x), flow.base.log_prob(x - 0.5))
