@@ -1,7 +1,9 @@
 """Fields of strangers give the numbers of a clean twin, or an error that names the broken promise."""
 
+import collections
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from strange_fields import STRANGE, USES
@@ -152,3 +154,68 @@ def test_rows_with_times_of_their_own_need_a_field_that_takes_them():
         torch.testing.assert_close(
             both[i], flows.NeuralODE(right).trajectory(x[i], times[i]).states, rtol=1e-4, atol=1e-5
         )
+
+
+class Normalised(torch.nn.Module):
+    event_shape = (3,)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)
+        ).double()
+
+    def forward(self, t, x):
+        return self.layers(torch.cat([x, t.reshape(-1, 1).expand(len(x), 1)], 1))
+
+
+def test_flow_matching_trains_a_normalised_field():
+    flow = CNF(Normalised(), solver=SOLVER)
+    assert FlowMatching(divergence_weight=0)(flow, Batch(points(flow.field, 8))).loss.isfinite()
+    with pytest.raises(flows.FlowsError, match="BatchNorm1d normalises"):
+        flow.log_prob(points(flow.field))
+    flow.eval()
+    assert flow.log_prob(points(flow.field)).isfinite().all()
+
+
+class Remembers(Settings):
+    """A field with a fading memory of earlier times."""
+
+    memory = 0.0
+
+    def forward(self, t, x):
+        self.memory = 0.5 * self.memory + 0.5 * float(t.mean())
+        return self.layers(x) + self.memory
+
+
+def test_a_memory_is_called_a_memory():
+    field = Remembers()
+    with pytest.raises(flows.FlowsError, match="it keeps state between calls"):
+        CNF(field, solver=SOLVER).log_prob(points(field))
+
+
+class Logs(Settings):
+    def __init__(self):
+        super().__init__(columns=True)
+        self.logs = [collections.deque([0]), collections.OrderedDict(n=[0]), collections.defaultdict(int), {"n": [0]}]
+
+    def forward(self, t, x):
+        queue, ordered, counts, nested = self.logs
+        queue.append(queue.pop() + 1)
+        ordered["n"][0] += 1
+        counts["n"] += 1
+        nested["n"][0] += 1
+        return super().forward(t, x)
+
+
+def test_an_examination_leaves_no_trace_in_containers():
+    field = Logs()
+    with torch.no_grad():
+        CNF(field, solver=ODESolver("euler", step_size=0.25)).sample((3,))
+    queue, ordered, counts, nested = field.logs
+    assert [queue[0], ordered["n"][0], counts["n"], nested["n"][0]] == [4, 4, 4, 4]
+
+
+def test_a_function_of_numpy_is_told_in_words():
+    with pytest.raises(flows.FlowsError, match="computes with numpy, which autograd cannot follow"):
+        flows.divergence.divergence(np.sin, torch.randn(4, 2))

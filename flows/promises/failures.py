@@ -59,6 +59,8 @@ KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
     (("does not require grad and does not have a grad_fn",), "the field calls torch.autograd.grad where autograd does "
         "not record, as in sampling; write `with torch.enable_grad(): x = x if x.requires_grad else "
         "x.detach().requires_grad_()` before it, and pass create_graph=True"),
+    (("can't call numpy() on tensor that requires grad",), "it computes with numpy, which autograd cannot follow; use "
+        "the functions of torch"),
     (("out=... arguments",), "the field writes with out=, which autograd cannot follow; let the operation return a new "
         "tensor"),
     (("backward through the graph a second time",), "the field holds a tensor whose graph is gone, such as a value "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from flows.promises.traits import Traits
 FEW = 3  # points of an examination
 MAX_BUFFERS = 4  # that a field may return in turn
 REGISTERED = {"_parameters", "_buffers", "_modules"}  # attributes of a module that hold what it has registered
+OF_TORCH = set(vars(nn.Module()))  # attributes of every module, among them its hooks
+MAX_ENTRIES = 10_000  # of a container whose contents are put back
 TIMES = (0.37, 0.61, 0.18)
 ADAPTER = "`t.reshape(-1, *[1] * (x.ndim - 1))` suits both, and flows.fields.Adapter(time='column') hands it on so"
 
@@ -260,7 +263,7 @@ def _look_for_state(subject: Specimen, traits: Traits) -> bool:
     named = dict(module.named_buffers())
     counts = {key: buffer._version for key, buffer in named.items()}
     state = _random_state(x.device)
-    values = [subject(t, x) for _ in range(3)]
+    values = _repeated(subject, t)
     drew = not torch.equal(state, _random_state(x.device))
     precision = tolerance(x) / 10
     if not all(torch.isfinite(value).all() for value in values):
@@ -276,7 +279,7 @@ def _look_for_state(subject: Specimen, traits: Traits) -> bool:
             return True
         traits.frozen_buffers = tuple(frozen)
         subject.frozen = {key: named[key].clone() for key in frozen}
-        values = [subject(t, x) for _ in range(3)]
+        values = _repeated(subject, t)
     moving = any(differs(values[0], value, precision) for value in values[1:])
     if not moving:
         try:
@@ -301,6 +304,15 @@ def _look_for_state(subject: Specimen, traits: Traits) -> bool:
         f"means nothing: {reason}"
     )
     return True
+
+
+def _repeated(subject: Specimen, t: Tensor) -> list[Tensor]:
+    """The value three times, with other evaluations in between, which a memory of the field would keep."""
+    values = []
+    for k in range(3):
+        values.append(subject(t, subject.x))
+        _attempt(subject, t + 0.1 * (k + 1), 0.7 * torch.flip(subject.x, (0,)) + 0.1)
+    return values
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -360,7 +372,8 @@ def _look_at_times(subject: Specimen, traits: Traits) -> Tensor:
             )
     else:
         value = scalar
-    if not traits.refuses_times and size > 1:
+    # The statistics of a batch depend on all its times; `_look_at_rows` tells that.
+    if not traits.refuses_times and size > 1 and not _normalises_the_batch(subject.field):
         mixed, why = _attempt(subject, times, x)
         for i in range(min(size, FEW)):
             one = _attempt(subject, times[i].expand(size) if traits.expands_time else times[i], x)[0]
@@ -400,10 +413,14 @@ def _refuse_rows(subject: Specimen, traits: Traits) -> None:
         "t and context alone: check sums and means over dimension 0, reshapes and broadcasting; put normalisation over "
         "the batch into eval()"
     )
-    modules = subject.field.modules() if isinstance(subject.field, nn.Module) else ()
-    if not any(isinstance(module, _BatchNorm) and module.training for module in modules):
+    if not _normalises_the_batch(subject.field):
         raise InvalidValueError(reason)
     traits.refuses_solves = reason  # flow matching may train it
+
+
+def _normalises_the_batch(field: Any) -> bool:
+    modules = field.modules() if isinstance(field, nn.Module) else ()
+    return any(isinstance(module, _BatchNorm) and module.training for module in modules)
 
 
 @contextmanager
@@ -473,10 +490,18 @@ def _own(module: nn.Module) -> list[Tensor]:
 def _attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     """The values of a module's own attributes, and the contents of its containers."""
     plain = {key: value for key, value in module.__dict__.items() if key not in REGISTERED}
-    containers = [(value, type(value)(value)) for value in plain.values() if type(value) in (list, dict, set)]
+    containers = [pair for key, value in plain.items() if key not in OF_TORCH for pair in _containers(value)]
     return plain, containers
+
+
+def _containers(value: Any, depth: int = 3) -> Iterator[tuple[Any, Any]]:
+    """A container with its contents, and those within it."""
+    if isinstance(value, list | dict | set | deque) and len(value) <= MAX_ENTRIES:
+        yield value, dict(value) if isinstance(value, dict) else list(value)
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _containers(part, depth - 1) if depth else ()
 
 
 def _refill(container: Any, content: Any) -> None:
     container.clear()
-    container.extend(content) if isinstance(container, list) else container.update(content)
+    container.extend(content) if isinstance(container, list | deque) else container.update(content)
