@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from flows.checks import fits_in_memory
 from flows.errors import InvalidValueError
 from flows.training.annotations import is_list
+from flows.training.trusted import NO_AMOUNTS
 
 COPIES = 4  # of the weights while training, at least: gradients, two moments of the optimiser, the average
 BYTES = 4  # of the smallest number that a model computes with
@@ -34,7 +35,7 @@ def check_whole_numbers(config: Any, part: str) -> None:
     """
     if isinstance(config, Mapping):
         for name, value in config.items():
-            if name != "seed":
+            if not any(word in str(name) for word in NO_AMOUNTS):
                 check_whole_numbers(value, f"{part}.{name}")
     elif is_list(config):
         for value in config:

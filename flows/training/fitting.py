@@ -65,8 +65,9 @@ def check_weights(
         converted = also is not None and weight.dtype == also and expected.is_floating_point()
         if weight.dtype != expected.dtype and not converted:
             raise InvalidValueError(f"{name} is {_short(weight.dtype)}, and {_short(expected.dtype)} was expected")
-        if name in parameters or (weight.is_floating_point() and bool(expected.isfinite().all())):
-            check_finite(name, weight)
+        trained = name in parameters and parameters[name].requires_grad
+        if trained or (weight.is_floating_point() and bool(expected.isfinite().all())):
+            check_finite(name, weight)  # a frozen mask may hold -inf
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -167,7 +168,8 @@ def _check_kept(name: str, value: Any, parameter: Tensor, example: Any) -> None:
         dtype = parameter.dtype if example.shape else example.dtype
         if example.dtype == torch.float32 and value.dtype != dtype:
             raise InvalidValueError(f"{name} is {_short(value.dtype)}, and {_short(dtype)} was expected")
-    check_finite(name, value)
+    if value.is_floating_point() and bool(value.isnan().any()):  # squares may overflow, and training goes on
+        raise InvalidValueError(f"{name} holds {int(value.isnan().sum()):,} NaN of its {value.numel():,} numbers")
 
 
 def _example_state(build: Callable[..., torch.optim.Optimizer], rate: float) -> Mapping[str, Any] | None:

@@ -28,6 +28,8 @@ def plain_content(value: Any, where: str = "", storages: set[int] | None = None,
     storages = set() if storages is None else storages
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, torch.Size):
+        value = tuple(value)
     if type(value) in SCALARS:
         return value
     if isinstance(value, Tensor):
@@ -103,11 +105,12 @@ def _own_numbers(value: Tensor, where: str, storages: set[int]) -> Tensor:
 
 
 def _refused(where: str, value: Any) -> str:
-    cure = (
-        "let the get_extra_state of that module return such values, and set_extra_state take them"
-        if "_extra_state" in where
-        else "return such values from its state_dict"
-    )
+    if "_extra_state" in where:
+        cure = "let the get_extra_state of that module return such values, and set_extra_state take them"
+    elif where.startswith("data"):
+        cure = "return such values from description() of the data"
+    else:
+        cure = "return such values from its state_dict"
     return (
         f"{where or 'the content'} cannot be kept in a checkpoint: it is a {type(value).__qualname__}, and checkpoints "
         f"hold {KINDS}; {cure}"

@@ -241,8 +241,9 @@ class RunState:
             seeded(self.generator, self._seed, "objective", index, self.fabric.global_rank, self.position.step)
 
     def is_finite(self) -> bool:
-        """Return whether no weight is NaN or infinite."""
-        return all_finite(*(p for p in self.model.parameters() if p.is_floating_point()))
+        """Return whether no trained weight is NaN or infinite."""
+        trained = [p for p in self.model.parameters() if p.is_floating_point() and p.requires_grad]
+        return not trained or all_finite(*trained)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content of a checkpoint; every process must call this, since each adds its generators."""
