@@ -101,11 +101,11 @@ def test_errors():
         Particles(1)
     with pytest.raises(ValueError, match="each of spreads must be a finite number > 0, got -2"):
         Particles(spreads=[1, -2])
-    with pytest.raises(ValueError, match=r"expects points of shape \(\*batch, 4, 2\), got \(5, 8\)"):
+    with pytest.raises(ValueError, match=r"must hold points of shape \(\*batch, 4, 2\), got \(5, 8\)"):
         Particles().log_prob(torch.zeros(5, 8))
     with pytest.raises(ValueError, match="each entry of size must be a whole number >= 2, got 1"):
         FreeField((8, 1))
     with pytest.raises(ValueError, match="mass must be a finite number > 0, got 0"):
         FreeField(mass=0)
-    with pytest.raises(ValueError, match=r"expects points of shape \(\*batch, 1, 8, 8\), got \(5, 64\)"):
+    with pytest.raises(ValueError, match=r"must hold points of shape \(\*batch, 1, 8, 8\), got \(5, 64\)"):
         FreeField().log_prob(torch.zeros(5, 64))

@@ -210,7 +210,7 @@ def test_a_radius_that_circular_padding_breaks_is_refused():
             return self.net(x)
 
     field, x = Ring(), torch.randn(2, 1, 8, 8)
-    message = r"Ring states receptive_radius = 1, but its layer net.0 has circular padding.*state periodic = True"
+    message = r"Ring states receptive_radius = 1, and sites at opposite edges see each other.*state periodic = True"
     for estimator in (Probing(2), Auto()):
         with pytest.raises(ValueError, match=message):
             CNF(field, estimator).log_prob(x)

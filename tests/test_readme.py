@@ -67,7 +67,7 @@ def check_command(command):
     for job in jobs:
         config = compose(script, job)
         run = config.get("checkpoint") or config.get("resume")
-        if run is not None:
+        if run not in (None, "auto"):  # auto: the run of these settings
             parts = ("data", "divergence", "solver")
             trained = compose("train", RUNS[run])
             config = {**trained, **with_changes(trained, {part: config.get(part) for part in parts})}

@@ -109,7 +109,7 @@ def test_bad_settings_are_refused():
         (lambda: Phi4((6, 1)), "each entry of size must be a whole number >= 2, got 1"),
         (lambda: Funnel(1), "dimension must be a whole number >= 2, got 1"),
         (lambda: DoubleWell(tilt=math.inf), "tilt must be a finite number >= -10 and <= 10, got inf"),
-        (lambda: Phi4().log_density(torch.zeros(3, 6, 5)), r"expects points of shape \(\*batch, 1, 6, 6\)"),
+        (lambda: Phi4().log_density(torch.zeros(3, 6, 5)), r"must hold points of shape \(\*batch, 1, 6, 6\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flows.arguments import checked
+from flows.arguments import checked, refusal
 from flows.datasets import Batch, Dataset
-from flows.errors import InvalidValueError
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.evaluation.evaluator import known, set_apart
 from flows.evaluation.metrics import BitsPerDim
 from flows.models.cnf import CNF
@@ -129,7 +130,7 @@ class Likelihood:
         return [*rows, ("NFE", f"{self.nfe:.0f}")]
 
 
-@checked
+@checked(own=("flow",))
 def part_batches(
     flow: CNF, dataset: Dataset, part: str, batch_size: int, most_points: int | None = None
 ) -> tuple[Iterable[Batch], int]:
@@ -137,6 +138,7 @@ def part_batches(
 
     They come on the device and in the dtype of the flow. With `most_points` only the first points come.
     """
+    _require(flow, "device", "dtype")
     place = {"device": flow.device, "dtype": flow.dtype}
     if part == "test":
         batches, num_points = dataset.test_batches(batch_size, **place), dataset.num_test
@@ -149,6 +151,12 @@ def part_batches(
     return _first(batches, most_points), most_points
 
 
+def _require(flow: Any, *names: str) -> None:
+    """Require a flow, or a model with the attributes of one that are used."""
+    if inspect.isclass(flow) or not all(hasattr(flow, name) for name in names):
+        raise InvalidTypeError(refusal("flow", flow, CNF))
+
+
 def _first(batches: Iterable[Batch], num_points: int) -> Iterator[Batch]:
     for batch in batches:
         yield Batch(batch.x[:num_points], None if batch.context is None else batch.context[:num_points])
@@ -157,7 +165,7 @@ def _first(batches: Iterable[Batch], num_points: int) -> Iterator[Batch]:
             return
 
 
-@checked
+@checked(own=("flow",))
 def likelihood(
     flow: CNF,
     batches: Iterable[Batch],
@@ -184,6 +192,7 @@ def likelihood(
         ValueError: there is no point, a point is not finite, its density is NaN or infinite, or `num_draws` does not
             suit the data.
     """
+    _require(flow, "estimate_log_prob", "transform", "event_shape")
     points = list(pointwise(flow, batches, generator, solver_error_points, progress, num_points, num_draws))
     if not points:
         raise InvalidValueError("there is no point to evaluate: the batches are empty")
@@ -217,7 +226,7 @@ def likelihood(
         draw_standard_error=None if draw_variance is None else math.sqrt(draw_variance / len(nll)),
         probe_bias=_mean_of_known([batch.probe_bias for batch in points]),
         statistics=max((batch.statistics for batch in points), key=lambda solve: solve.nfe_forward),
-        solver=flow.solver,
+        solver=getattr(flow, "solver", None),  # another density may have none
     )
 
 

@@ -127,7 +127,8 @@ def _refined(
         # Were all points independent, the variance would be ∫ p² volume / points, and it is less.
         bound = (volume * mean_density / points) ** 0.5
         found = Mass(inside, (error**2 + variance) ** 0.5, share, bound)
-        if abs(found.total - 1) <= ALLOWED or found.fault or 4 * points > most:
+        doubt = ALLOWED if samples else ALLOWED + 2 * found.standard_error  # in training, only what is hardly chance
+        if abs(found.total - 1) <= doubt or found.fault or 4 * points > most:
             return found
         points *= 4
 

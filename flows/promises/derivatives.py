@@ -304,6 +304,13 @@ def check_receptive_radius(evaluate: Evaluate, name: str, radius: int, periodic:
                 distance = torch.minimum(distance, torch.tensor(grid, device=x.device) - distance)
             farthest = int(distance.max()) if len(sites) else 0
             if farthest > radius:
+                around = torch.minimum(distance, torch.tensor(grid, device=x.device) - distance)
+                if int(around.max()) <= radius:
+                    raise InvalidValueError(
+                        f"the field {name} states receptive_radius = {radius}, and sites at opposite edges see each "
+                        "other, as in a layer with circular padding, so that Probing would miss a part of the "
+                        "divergence; state periodic = True beside it, or choose Exact() or Hutchinson()"
+                    )
                 raise InvalidValueError(
                     f"the field {name} states receptive_radius = {radius}, and its velocity at one site depends on a "
                     f"site {farthest} sites away, so that Probing would miss a part of the divergence; state at least "

@@ -13,7 +13,7 @@ from torch import nn
 
 from flows.arguments import checked
 from flows.bases import Base
-from flows.datasets import Dataset
+from flows.datasets import Dataset, Density, Energy
 from flows.divergence import DivergenceEstimator, ProbeFamily
 from flows.evaluation import Evaluator
 from flows.fields import Activation, Field
@@ -78,7 +78,7 @@ PARTS = {
     "hardware": _Part((Hardware,)),
     "objective": _Part(
         (Stage,),
-        (Objective, Coupling, ProbabilityPath, PathCost, *SOLVES, *OPTIMIZERS),
+        (Objective, Coupling, ProbabilityPath, PathCost, Energy, Density, *SOLVES, *OPTIMIZERS),
     ),
     "optimization": _Part((Optimization,), OPTIMIZERS),
     "optimizer": _Part(OPTIMIZERS),
