@@ -74,7 +74,10 @@ OTHER_TABLES = {
         r"4 columns, .* \('d' added\); set columns=\[a,b,c\]",
     ),
     "a column less": (lambda: table(VALUES[:, :2], "ab"), r"2 columns, those of the run 3 \('c' missing\)"),
-    "rounded": (lambda: table(np.round(VALUES, 6)), r"no training row of the run is among them"),
+    "rounded and reversed": (
+        lambda: table(np.round(VALUES[::-1], 6)),
+        r"the rows are those of the run up to rounding, in another order or split",
+    ),
 }
 
 
@@ -87,8 +90,9 @@ def test_another_table_is_named_and_refused(case):
     if other.event_shape == (3,):
         with pytest.warns(DataWarning, match=message):
             _, found = recognised(stored(run), other, "test")
-        assert found.trained_on("test") == (trained_on(run, other), other.num_test)
-        assert found.trained_on("validation")[0] == trained_on(run, other, "validation")
+        exact = table(VALUES[::-1]) if case == "rounded and reversed" else other
+        assert found.trained_on("test") == (trained_on(run, exact), other.num_test)
+        assert found.trained_on("validation")[0] == trained_on(run, exact, "validation")
 
 
 def test_the_count_is_that_of_a_comparison_by_hand():
@@ -131,6 +135,81 @@ def test_the_same_table_in_another_file_is_the_same(kind, tmp_path):
         warnings.simplefilter("error")
         assert recognised(run, Tabular(other), "test")[1].differences == []
         refuse_other_data(run, Tabular(other))
+
+
+def six_digits(values):
+    return np.array([[float(f"{value:.6g}") for value in row] for row in values.tolist()])
+
+
+NORMAL = np.random.default_rng(4).normal(size=(600, 3))
+ROUNDED = {
+    "float32": lambda rows: rows.astype(np.float32),
+    "six digits": six_digits,
+    "noise": lambda rows: rows + 1e-6 * np.random.default_rng(5).normal(size=rows.shape),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_rounded_rows_are_recognised(case):
+    run, exact, other = table(NORMAL), table(NORMAL[::-1]), table(ROUNDED[case](NORMAL[::-1]))
+    expected = trained_on(run, exact)
+    assert expected > 30
+    words = rf"{expected} of 60 test points are training points of the run up to rounding, so the figures reward memory"
+    with pytest.warns(DataWarning, match=words):
+        recognised(stored(run), other, "test")
+    with pytest.raises(InvalidValueError, match="those of the run up to rounding, in another order or split"):
+        refuse_other_data(stored(run), other)
+    again = table(ROUNDED[case](NORMAL))
+    with pytest.warns(DataWarning, match="values are rounded otherwise.* the run goes on with these values"):
+        refuse_other_data(stored(run), again)
+    with pytest.warns(DataWarning, match="values are rounded otherwise.*; 0 of 60 test points"):
+        recognised(stored(run), again, "test")
+
+
+CHANGES = {
+    "scaled": lambda column: 10 * column,
+    "negated": lambda column: -column,
+    "shifted": lambda column: column + 3.0,
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_rows_with_a_changed_column_are_counted_by_the_others(case, rounded):
+    values = NORMAL[::-1].copy()
+    values[:, 1] = CHANGES[case](values[:, 1])
+    run, other = table(NORMAL), table(values.astype(np.float32) if rounded else values)
+    expected = trained_on(run, table(NORMAL[::-1]))
+    with pytest.warns(DataWarning, match="values changed in the column 'b'") as told:
+        _, found = recognised(stored(run), other, "test")
+    assert abs(found.trained_on("test")[0] - expected) <= 2
+    assert "test points equal training points of the run in all columns but 'b'" in str(told[0].message)
+
+
+def test_where_rows_cannot_be_compared_it_is_said():
+    run = table(NORMAL[:, :1], "a")
+    with pytest.warns(DataWarning, match="0 of 60 test points .* column was changed cannot be recognised"):
+        recognised(stored(run), table(10 * NORMAL[::-1, :1], "a"), "test")
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 8])
+def test_new_rows_are_not_taken_for_rounded_ones(columns):
+    for seed, scale in ((6, 1.0), (7, 1e-3)):
+        run = Table(np.exp(np.random.default_rng(seed).normal(size=(600, columns))), quiet=True)
+        other = Table(scale * np.random.default_rng(seed + 10).normal(size=(600, columns)), quiet=True)
+        assert compare(stored(run), other).trained_on("test") == (0, 60)
+
+
+def test_rounded_rows_are_counted_from_a_sample(monkeypatch):
+    monkeypatch.setattr("flows.datasets.rounded_rows.MAX_KEPT", 3000)
+    values = np.random.default_rng(8).normal(size=(10_000, 3))
+    run, entry = table(values), stored(table(values))
+    assert entry["fingerprint"]["rounded"]["hashes"].numel() == 3000
+    assert entry["fingerprint"]["rounded"]["without"].numel() <= 3000
+    found = compare(entry, table(values[::-1].astype(np.float32)))
+    expected = trained_on(run, table(values[::-1]))
+    assert abs(found.trained_on("test")[0] - expected) < 4 * (expected * 0.7 / 0.3) ** 0.5
+    assert found.trained_on_in_words("test").startswith("about ")
 
 
 @pytest.mark.parametrize("names", [("a", "b", "c"), None])
@@ -198,9 +277,9 @@ def test_a_split_by_content_survives_appending_and_reordering():
 
 
 def test_copies_stay_together_in_a_split_by_content():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataWarning)
+    with pytest.warns(DataWarning, match="600 of 900 rows are duplicates .* all in the same part") as told:
         copied = table(np.repeat(VALUES, 3, axis=0), split_by="content")
+    assert not [warning for warning in told if "memory" in str(warning.message)]
     parts = {part: {tuple(row) for row in rows.tolist()} for part, rows in copied._parts.items()}
     assert not parts["train"] & (parts["test"] | parts["validation"])
 

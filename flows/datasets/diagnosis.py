@@ -129,11 +129,17 @@ def _about_copies(keys: NDArray[np.uint64], split: Mapping[str, NDArray[np.int64
     if not copies:
         return
     known = {part: int(np.isin(keys[split[part]], keys[split["train"]]).sum()) for part in ("validation", "test")}
+    found = f"{source}: {copies:,} of {len(keys):,} rows are duplicates of other rows"
+    if not any(known.values()):
+        yield (
+            f"{found}, all in the same part of the split. Each copy counts in the likelihood of its part; drop the "
+            "duplicates if they are no data of their own"
+        )
+        return
     yield (
-        f"{source}: {copies:,} of {len(keys):,} rows are duplicates of other rows, and {known['test']:,} of "
-        f"{len(split['test']):,} test rows and {known['validation']:,} of {len(split['validation']):,} validation rows "
-        "are also training rows, so the test likelihood rewards memory; drop the duplicates, keep copies together with "
-        "split_by=content, or related rows with group_column=..."
+        f"{found}, and {known['test']:,} of {len(split['test']):,} test rows and {known['validation']:,} of "
+        f"{len(split['validation']):,} validation rows are also training rows, so the test likelihood rewards memory; "
+        "drop the duplicates, keep copies together with split_by=content, or related rows with group_column=..."
     )
 
 

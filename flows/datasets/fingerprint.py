@@ -5,7 +5,6 @@ A fingerprint is kept in every checkpoint. `flows.datasets.recognition` compares
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from flows.datasets.hashing import STEP, digest, hash_rows, mix, rounded, rounding_steps
+from flows.datasets.rounded_rows import rounded_entry
 
 if TYPE_CHECKING:
     from flows.datasets.base import Dataset
@@ -22,9 +24,6 @@ Rows = Mapping[str, NDArray[Any]]  # (n, k) by split
 SPLITS = ("train", "validation", "test")
 MAX_KEPT = 2**16  # hashes of training rows in a fingerprint, 8 bytes each
 MAX_SETTING = 64  # numbers in a setting that is kept
-BLOCK = 2**20  # words of pictures that are hashed at once
-DIGITS = 30  # binary digits below the spread of a column that are compared
-STEP, FIRST, SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def fingerprint_of_rows(
@@ -39,7 +38,7 @@ def fingerprint_of_rows(
     It tells whether rows were added, removed, changed or reordered, whether columns were, and which rows were trained
     on. Rows are hashed to 64 bits. Numbers are rounded first, to 2⁻³⁰ of the spread of their column, so that a file
     that was saved in another format is recognised. Of more than 65,536 training rows, those with the smallest hashes
-    are kept.
+    are kept. For tables, `rounded_entry` adds coarse hashes.
 
     Args:
         rows: the examples of each split, without noise.
@@ -65,6 +64,7 @@ def fingerprint_of_rows(
         "fixed": fixed,
         "trained": torch.from_numpy(trained[:MAX_KEPT].view(np.int64).copy()),
         "trained_distinct": len(trained),
+        "rounded": None if units is None or not fixed else rounded_entry({split: rows[split] for split in SPLITS}),
     }
 
 
@@ -100,36 +100,6 @@ def _plain(value: object) -> Any:
     return None
 
 
-def rounding_steps(table: NDArray[Any]) -> NDArray[np.float64]:  # (k,)
-    """Return the step of each column to which values are rounded before they are compared."""
-    columns = (np.ascontiguousarray(column) for column in table.T)  # ten times faster than all at once
-    quartiles = [np.quantile(column, [0.25, 0.75], method="nearest") for column in columns]
-    low, high = np.array(quartiles, np.float64).T
-    largest = np.maximum(np.abs(low), np.abs(high))
-    largest = np.where(largest > 0, largest, np.abs(table).max(0))
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        spread = np.where(high > low, high - low, largest)
-        fine = np.exp2(np.floor(np.log2(spread)) - DIGITS)
-        coarse = 8 * np.spacing(largest)  # what readers of text may differ in
-    steps = np.maximum(fine, coarse)
-    return np.where(np.isfinite(steps) & (steps > 0), steps, 1.0)
-
-
-def hash_rows(
-    rows: NDArray[Any],  # (n, k)
-    units: Sequence[float] | NDArray[np.float64] | None = None,  # None: exact
-    order: Sequence[int] | None = None,  # of the columns
-) -> NDArray[np.uint64]:  # (n,)
-    """Return a 64-bit hash of each row."""
-    if units is None:
-        return _mix(_hash_bytes(rows))
-    total = np.zeros(len(rows), np.uint64)
-    chosen = list(range(rows.shape[1]) if order is None else order)
-    for column, unit, salt in zip(chosen, units, _salts(len(chosen)), strict=True):
-        total += _mix(_rounded(rows[:, column], unit) + salt)
-    return _mix(total)
-
-
 def column_digests(
     rows: Rows, units: Sequence[float] | NDArray[np.float64], order: Sequence[int] | None = None
 ) -> list[str]:
@@ -137,7 +107,7 @@ def column_digests(
     chosen = range(len(units)) if order is None else order
     digests = []
     for position, column in enumerate(chosen):
-        values = [_rounded(rows[split][:, column], units[position]) for split in SPLITS]
+        values = [rounded(rows[split][:, column], units[position]) for split in SPLITS]
         digests.append(digest(np.concatenate(values)))
     return digests
 
@@ -145,60 +115,4 @@ def column_digests(
 def label_digest(hashes: Rows, labels: Rows) -> str:
     """Return a digest of which example has which class."""
     given = {split: np.ascontiguousarray(labels[split]).reshape(len(hashes[split]), -1) for split in SPLITS}
-    return digest(np.concatenate([_mix(hashes[split] + STEP * hash_rows(given[split])) for split in SPLITS]))
-
-
-def digest(hashes: NDArray[np.uint64], in_order: bool = False) -> str:
-    """Return a digest of numbers, by default whatever their order."""
-    mixed = _mix(hashes + _salts(len(hashes))) if in_order else _mix(hashes)
-    return f"{int(mixed.sum(dtype=np.uint64)):016x}"
-
-
-def content_keys(table: NDArray[np.float64], seed: int) -> NDArray[np.uint64]:  # (n,)
-    """Return a pseudo-random number for each row that depends on its values alone, in whatever order of columns."""
-    start = _mix(np.full(1, seed, np.uint64) + STEP)
-    total = np.zeros(len(table), np.uint64)
-    for values in table.T:
-        bits = (np.ascontiguousarray(values) + 0.0).view(np.uint64)
-        total += _mix(((bits + np.uint64(0x800)) >> np.uint64(12)) + start)  # the last 12 bits vary between readers
-    return _mix(total + start)
-
-
-def word_keys(words: NDArray[Any], seed: int) -> NDArray[np.uint64]:  # (n,)
-    """Return a pseudo-random number for each word or number, the same for equal ones."""
-    values, member = np.unique(words, return_inverse=True)
-    texts = (f"{seed} {value}".encode() for value in values.tolist())
-    keys = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") for text in texts]
-    return np.array(keys, np.uint64)[member]
-
-
-def _rounded(values: NDArray[Any], unit: float) -> NDArray[np.uint64]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return (np.rint(values.astype(np.float64) / unit) + 0.0).view(np.uint64)
-
-
-def _hash_bytes(rows: NDArray[Any]) -> NDArray[np.uint64]:
-    flat = np.ascontiguousarray(rows).reshape(len(rows), -1)
-    width = flat.shape[1] * flat.dtype.itemsize
-    words = -(-width // 8)
-    salts = _salts(words)
-    total = np.empty(len(flat), np.uint64)
-    step = max(1, BLOCK // max(1, words))
-    for start in range(0, len(flat), step):
-        part = flat[start : start + step]
-        padded = np.zeros((len(part), 8 * words), np.uint8)
-        padded[:, :width] = part.view(np.uint8)
-        total[start : start + step] = _mix(padded.view(np.uint64) + salts).sum(1, dtype=np.uint64)
-    return total
-
-
-def _salts(count: int) -> NDArray[np.uint64]:
-    """Return a number for each position."""
-    return STEP * np.arange(1, count + 1, dtype=np.uint64)
-
-
-def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Spread the bits of whole numbers. [Steele, Lea & Flood 2014, SplitMix64]"""
-    bits = (bits ^ (bits >> np.uint64(30))) * FIRST
-    bits = (bits ^ (bits >> np.uint64(27))) * SECOND
-    return bits ^ (bits >> np.uint64(31))
+    return digest(np.concatenate([mix(hashes[split] + STEP * hash_rows(given[split])) for split in SPLITS]))

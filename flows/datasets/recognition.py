@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flows.datasets.base import Dataset
-from flows.datasets.fingerprint import SPLITS, column_digests, digest, hash_rows, label_digest
+from flows.datasets.fingerprint import SPLITS, column_digests, label_digest
+from flows.datasets.hashing import digest, hash_rows
+from flows.datasets.rounded_rows import Found, RoundedRows
 from flows.errors import DataWarning, FlowsError, InvalidValueError
 
 TOLERANCE = 1e-4  # of the spread of drawn points; other machines round otherwise
 MAX_NAMES = 5  # in a message
+FEW = 0.5  # of the training rows were found, so that one looks further
+ALL = 0.98  # of the rows
 
 
 SHAPES = {"context_shape": "shape of contexts", "num_classes": "number of classes", "num_levels": "number of levels"}
@@ -49,6 +53,10 @@ class Comparison:
         hashes: hashes of the rows of each split; empty for data that are drawn afresh.
         trained: hashes of training rows of the run, rising.
         share: of the distinct training rows of the run whose hashes are in `trained`.
+        rounding: the difference that only concerns the rounding of the values, if rows and split are the same.
+        rounded: finds rows that were rounded or have a changed column; None if the rows are the same.
+        columns_of_run: names of the columns.
+        doubt: what keeps rows from being recognised, in words.
     """
 
     differences: Sequence[str] = ()
@@ -57,6 +65,10 @@ class Comparison:
     hashes: Mapping[str, NDArray[np.uint64]] = field(default_factory=dict)
     trained: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     share: float = 1.0
+    rounding: str | None = None
+    rounded: RoundedRows | None = None
+    columns_of_run: Sequence[str] = ()
+    doubt: str = ""
 
     @property
     def text(self) -> str:
@@ -66,8 +78,18 @@ class Comparison:
     def trained_on(self, part: str) -> tuple[int, int]:
         """Return how many points of a part are training points of the run, and how many points it has.
 
-        The number is estimated from a sample if the run has very many training points.
+        Points that were rounded count, and those that are equal but for one column. The number is estimated from a
+        sample if there are very many points.
         """
+        exact, total = self._exactly(part)
+        found = self.found_otherwise(part)
+        return exact if found is None else found.count, total
+
+    def found_otherwise(self, part: str) -> Found | None:
+        """Return the training points that were rounded or have a changed column, or None if there are none."""
+        return None if self.rounded is None else self.rounded.trained_on(part, self._exactly(part)[0])
+
+    def _exactly(self, part: str) -> tuple[int, int]:
         found = self.hashes.get(part, np.empty(0, np.uint64))
         if self.share < 1 and len(self.trained):
             sampled = found[found <= self.trained[-1]]  # the smallest hashes are a random sample
@@ -78,9 +100,16 @@ class Comparison:
     def trained_on_in_words(self, part: str) -> str:
         """Say it, such as "12 of 100 test points are training points of the run"."""
         count, total = self.trained_on(part)
-        about = "about " if self.share < 1 and count else ""
+        found = self.found_otherwise(part)
+        about = "about " if (self.share < 1 and count) or (found is not None and found.about) else ""
         are = "is a training point" if total == 1 else "are training points"
-        return f"{about}{count:,} of {total:,} {part} points {are} of the run"
+        how = "" if found is None else " up to rounding"
+        if found is not None and found.left_out:
+            are = "equals a training point" if total == 1 else "equal training points"
+            most = "at most " if len(found.left_out) > 1 else ""
+            how = f" in all columns but {most}{_list(repr(self.columns_of_run[i]) for i in found.left_out)}"
+        doubt = f" ({self.doubt})" if self.doubt and found is None else ""
+        return f"{about}{count:,} of {total:,} {part} points {are} of the run{how}{doubt}"
 
 
 def compare(stored: Mapping[str, Any] | None, dataset: Dataset) -> Comparison:
@@ -167,7 +196,8 @@ def caution_about_outliers(stored: Mapping[str, Any] | None, outliers: Dataset, 
     if list((stored or {}).get("event_shape") or ()) != list(outliers.event_shape):
         return None
     found = compare(stored, outliers)
-    if not found.trained_on(part)[0]:
+    otherwise = found.found_otherwise(part)
+    if not found.trained_on(part)[0] or (otherwise is not None and otherwise.left_out):
         return None
     return f"outliers: {found.trained_on_in_words(part)}, so they are no outliers"
 
@@ -195,6 +225,8 @@ def without_noise(stored: Mapping[str, Any] | None, samples: Tensor) -> tuple[Te
 def refuse_other_data(stored: Mapping[str, Any] | None, dataset: Dataset) -> None:
     """Refuse to go on with other data, or another split, than those of a run.
 
+    If only the rounding of the values differs, warn.
+
     Raises:
         InvalidValueError: names all that differs.
     """
@@ -203,7 +235,15 @@ def refuse_other_data(stored: Mapping[str, Any] | None, dataset: Dataset) -> Non
     if found.columns is not None:
         order = [list(dataset.columns or [])[i] for i in found.columns]
         differences.insert(0, f"the columns come in another order; set columns=[{','.join(order)}]")
-    differences += [] if found.differences else found.unequal
+    differences = [text for text in differences if text != found.rounding]
+    differences += [] if differences else found.unequal
+    if found.rounding and not differences:
+        name = getattr(dataset, "source", None) or dataset.name
+        warnings.warn(
+            f"{name}: {found.rounding}; the run goes on with these values, and not bit for bit as with its own",
+            DataWarning,
+            stacklevel=3,
+        )
     if differences:
         raise InvalidValueError(
             f"the run was started on other data or another split: {'; '.join(differences)}. Resume with the data and "
@@ -224,22 +264,31 @@ def _compare_rows(old: Mapping[str, Any], new: Mapping[str, Any], dataset: Datas
     same_rows = same_parts or (fixed and digest(every) == old["digest"])
     split = [{k: v for k, v in found["settings"].items() if k != "smallest"} for found in (old, new)]
     settings = _about_settings(*split)
+    rounded, rounding, doubt = None, None, ""
     if not same_rows:
-        digests = None if units is None else column_digests(rows, units, order)
-        differences.append(_about_rows(every, trained, old, digests, names.old))
-    if not same_parts:
+        if old.get("rounded") is not None:
+            rounded = RoundedRows(old["rounded"], old["rows"], {split: rows[split] for split in SPLITS}, order)
+        if rounded is not None and labels is None and rounded.only_rounding:
+            rounding = f"the values are rounded otherwise, as in float32 or with six digits ({len(every):,} rows)"
+            differences.append(rounding)
+        else:
+            digests = None if units is None else column_digests(rows, units, order)
+            text, doubt = _about_rows(every, trained, old, digests, names.old, rounded)
+            differences.append(text)
+    aligned = same_parts or rounding is not None
+    if not aligned:
         known = "split_seed" in old["settings"] and "split_seed" in new["settings"]
         cause = ", as the rows come in another order" if known else ""
         differences += settings or [f"the split is another one{cause}"] * same_rows
     elif labels is not None and old["labels"] not in (None, label_digest(hashes, labels)):
         differences.append("the classes are numbered otherwise, or examples have other classes")
     noise = _about_settings({"noise": old["settings"].get("noise")}, {"noise": new["settings"].get("noise")})
-    differences += noise if same_parts else []
-    unequal = [text for text in settings if same_parts and text not in noise]
+    differences += noise if aligned else []
+    unequal = [text for text in settings if aligned and text not in noise]
     if same_parts and any(digest(hashes[split], in_order=True) != old["order"][split] for split in parts):
         unequal.append("the same rows come in another order")
     share = len(trained) / max(1, old["trained_distinct"])
-    return Comparison(differences, unequal, columns, hashes, trained, share)
+    return Comparison(differences, unequal, columns, hashes, trained, share, rounding, rounded, names.old or [], doubt)
 
 
 def _match_columns(
@@ -304,25 +353,46 @@ def _about_rows(
     old: Mapping[str, Any],
     digests: list[str] | None,
     names: Sequence[str],
-) -> str:
+    rounded: RoundedRows | None,
+) -> tuple[str, str]:
+    """Return what differs in the rows, and what keeps them from being recognised."""
     before, now = sum(old["rows"].values()), len(every)
     counts = f"{now:,} rows, {before:,} in the run" if now != before else f"{now:,} rows, as in the run"
     known = float(np.isin(trained, every).mean()) if len(trained) else 0.0
     if known == 1 and now != before:
         what = "row was" if abs(now - before) == 1 else "rows were"
-        return f"{abs(now - before):,} {what} {'added' if now > before else 'removed'} ({counts})"
+        return f"{abs(now - before):,} {what} {'added' if now > before else 'removed'} ({counts})", ""
     changed = []
     if digests is not None and now == before:
         changed = [name for name, a, b in zip(names, old["columns"], digests, strict=True) if a != b]
+    if len(changed) == len(names):
+        changed = []
+    doubt = ""
+    if rounded is not None and known < FEW:
+        share = rounded.share
+        if share >= FEW:
+            part = "the rows" if share >= ALL else f"about {share:.0%} of the rows"
+            order = ", in another order or split" if share >= ALL and now == before else ""
+            return f"{part} are those of the run up to rounding{order} ({counts})", ""
+        found = rounded.trained_on("train", 0)
+        if found is not None and len(found.left_out) == 1 and not changed:
+            changed = [names[i] for i in found.left_out]
+        if changed:
+            doubt = f"{_list(map(repr, changed))} cannot be compared, and the other columns do not tell rows apart"
+        elif not rounded.comparable:
+            doubt = "exactly; rows that were rounded cannot be recognised here, as so many are close to each other"
+        elif not rounded.comparable_without:
+            doubt = "rows of which a column was changed cannot be recognised here, as the others do not tell rows apart"
     where = f" in the column{'s' if len(changed) > 1 else ''} {_list(map(repr, changed))}" if changed else ""
-    if known == 0 and (not where or len(changed) == len(names)):
-        return f"these are other rows, no training row of the run is among them ({counts})"
+    if known == 0 and not where:
+        return f"these are other rows, no training row of the run is among them ({counts})", doubt
     missing = round((1 - known) * old["trained_distinct"])
     about = "about " if len(trained) < old["trained_distinct"] else ""
-    return (
+    text = (
         f"values changed{where}, or rows: {about}{missing:,} of {old['trained_distinct']:,} training rows of the run "
         f"are missing ({counts})"
     )
+    return text, doubt
 
 
 def _about_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
