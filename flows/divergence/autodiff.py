@@ -100,13 +100,15 @@ def linearise(
         x = x.detach().requires_grad_()
     with torch.enable_grad():
         value = check(field(t, x), x)
-    if not value.requires_grad:
+    if not value.requires_grad and not _is_constant(field, t, x, value):
         raise InvalidValueError(_UNTRACEABLE)
 
     def products(directions: Tensor) -> Tensor:
         return torch.cat([vjp(chunk) for chunk in directions.split(size)])
 
     def vjp(directions: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return torch.zeros_like(directions)
         batched = len(directions) > 1
         try:
             (product,) = torch.autograd.grad(
@@ -121,10 +123,21 @@ def linearise(
         except RuntimeError as error:
             raise_explained(error, name)
         if product is None:
-            raise InvalidValueError(_UNTRACEABLE)
+            if not _is_constant(field, t, x, value):
+                raise InvalidValueError(_UNTRACEABLE)
+            return torch.zeros_like(directions)
         return product if batched else product.unsqueeze(0)
 
     return (value if differentiable else value.detach()), products
+
+
+def _is_constant(field: VectorField, t: Tensor, x: Tensor, value: Tensor) -> bool:
+    """Whether a value without a path to `x` is the same at other points; that of a detached field is not."""
+    try:
+        with torch.no_grad():
+            return all(torch.equal(field(t, a * x + b), value) for a, b in ((0.6, -0.3), (-1.0, 0.2), (3.0, 1.0)))
+    except RuntimeError:  # within a transform of torch.func
+        return False
 
 
 def _forward(function: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int, name: str) -> tuple[Tensor, Products]:
