@@ -71,7 +71,7 @@ def compare(composed: DictConfig) -> None:
         advice = advise(comparison, settings["affordable"])
         text, figure = as_text(comparison, advice), error_against_cost(comparison)
         print(text)
-        figure.savefig(folder / "comparison.png")
+        write_result(folder / "comparison.png", figure)
         content = {"checkpoint": compared.checkpoint and str(compared.checkpoint), "data": compared.dataset.name}
         write_result(folder / "comparison.json", to_json({**content, **as_dict(comparison, advice)}))
         logger = TensorBoardLogger(folder)

@@ -64,7 +64,7 @@ def sum_up(folder: Path) -> None:
         if _draw(folder / "sweep.png", results):
             print(f"all pictures in {folder / 'sweep.png'}")
     except OSError as error:
-        report(f"\nThe table of the sweep cannot be written: {error}")
+        report(f"\nThe summary of the sweep is not complete: {error}")
 
 
 def sweep_results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -140,9 +140,10 @@ def _draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> bool:
         if not titles:
             continue
         try:
-            plots.contact_sheet({titles[run]: pictures[run] for run in titles}).savefig(path)
+            sheet = plots.contact_sheet({titles[run]: pictures[run] for run in titles})
         except (ValueError, SyntaxError, OSError) as error:  # matplotlib and Pillow raise these on damaged files
             raise FileError(f"a picture {name}.png of the runs in {path.parent} cannot be read ({error})") from error
+        write_result(path, sheet)
         return True
     return False
 

@@ -44,7 +44,8 @@ class TensorBoardLogger:
 
         protocol: Any = event_pb2
         self._new_event = protocol.Event
-        name = f"{EVENTS}{time.time():.6f}.{socket.gethostname()}.{os.getpid()}{suffix}"  # sorted by time
+        now = _after_others(Path(directory), suffix)
+        name = f"{EVENTS}{now:.6f}.{socket.gethostname()}.{os.getpid()}{suffix}"  # sorted by time
         self.file = AppendedFile(Path(directory) / name)
         self._writer = RecordWriter(self.file)
         self.count = count
@@ -86,6 +87,13 @@ class TensorBoardLogger:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _after_others(folder: Path, suffix: str) -> float:
+    """The time, or a later one if a clock was ahead when the last file of that suffix was begun."""
+    names = [path.name.removeprefix(EVENTS).split(".") for path in folder.glob(f"{EVENTS}*{suffix}")]
+    times = [float(f"{name[0]}.{name[1]}") for name in names if name[0].isdecimal() and name[1].isdecimal()]
+    return max([time.time(), *(begun + 1e-3 for begun in times)])
 
 
 def keep_events(folder: Path, count: int) -> int:

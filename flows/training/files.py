@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -43,7 +44,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     """Let `path` hold either its old content or the whole new one, also after a kill or a power cut.
 
     The file is written under a temporary name in the same folder, flushed to the disk, and renamed; then the folder is
-    flushed.
+    flushed. Permissions of an old file stay.
 
     Args:
         path: the file, in a folder that exists.
@@ -53,17 +54,19 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         OSError: the file cannot be written; `path` is as it was.
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary, handled = _temporary(path), sys.exc_info()[1]
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        with contextlib.suppress(OSError):  # there is no old file
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = _os_error(error)
+        reason = _os_error(error, handled)
         if reason is None or reason is error:
             raise
         raise reason from error
@@ -77,13 +80,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}~{host}~{os.getpid()}~{next(_numbers)}.tmp")
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The failure of the disk behind `error`; torch raises a RuntimeError of its own after it."""
-    if not isinstance(error, Exception):  # an interruption
-        return None
-    while error is not None and not isinstance(error, OSError):
+def _os_error(error: BaseException | None, handled: BaseException | None) -> OSError | None:
+    """The failure of the disk behind `error`; torch raises a RuntimeError of its own after it.
+
+    What the caller had `handled` when the file was begun is another story.
+    """
+    while isinstance(error, RuntimeError) and error is not handled:
         error = error.__cause__ or error.__context__
-    return error
+    return error if isinstance(error, OSError) and error is not handled else None
 
 
 def remove_leftovers(*folders: Path) -> None:
@@ -106,6 +110,8 @@ def _lives(pid: int) -> bool:
     """Whether another process of this machine has that number."""
     if pid == os.getpid():
         return False
+    if sys.platform == "win32":  # where `os.kill` would end or interrupt it; the file's age decides
+        return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -241,12 +247,16 @@ def write_figure(path: Path, figure: Any) -> None:
     atomic_write(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
 
 
-def write_result(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a file that the user asked for, and the folders that it needs."""
+def write_result(path: str | os.PathLike[str], content: Any) -> Path:
+    """Write a text or figure that the user asked for, and the folders that it needs; links are followed."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        place = Path(os.path.realpath(path)) if path.is_symlink() else path
+        if isinstance(content, str):
+            write_text(place, content)
+        else:
+            write_figure(place, content)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputFolderError(f"{path} cannot be written ({reason}); choose another output") from error

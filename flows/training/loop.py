@@ -233,6 +233,10 @@ class Loop:
         position.step += 1
         try:
             value, norm = step.gradient()
+        except KeyboardInterrupt:  # this step is not done
+            position.step_in_stage -= 1
+            position.step -= 1
+            raise
         except Exception as error:
             if isinstance(error, SolverError) and not state.is_finite():  # they followed a gradient that nobody saw
                 raise self._diverged("the weights are not finite", stage) from error

@@ -33,6 +33,7 @@ from flows.training.files import (
     CONFIG,
     FOLDER,
     SUMMARY,
+    OutputFolderError,
     RunFileError,
     branch_run,
     claimed_folder,
@@ -201,6 +202,12 @@ class Trainer:
         self._output_dir = self._resumed_folder if output_dir is None else Path(output_dir)
         if resumed is not None and self._checkpoint is not None and self._continues_in_place():
             check_same_run(self._checkpoint, resumed)
+            last = resumed.with_name("last.pt")
+            if last.exists() and last.resolve() != resumed.resolve():
+                raise OutputFolderError(
+                    f"resuming from {resumed.name} in its own folder would overwrite last.pt, the later state of this "
+                    "run; choose another output_dir, or resume from last.pt"
+                )
 
     def _continues_in_place(self) -> bool:
         source, path = self._resumed_folder, self._output_dir
