@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from PIL import Image
 from small_run import QUIET
 
 from flows.cli.arguments import config_folder
-from flows.cli.config import compose_node
+from flows.cli.config import compose_node, plain_warnings
 from flows.datasets import Table
+from flows.errors import DataWarning
 from flows.training import check_trusted
 from flows.training.annotations import SettingsError
 from flows.training.runs import _accepted, build_flow, build_trainer
@@ -179,3 +181,10 @@ def test_data_sets_choose_a_transform_and_the_user_another(tmp_path):
     assert list(digits) == ["_target_", "dequantise", "unit", "logit", "standardise"]
     assert other.dequantise.noise["_target_"] == "flows.transforms.VariationalNoise"
     assert list(other) == list(digits)
+
+
+def test_warnings_of_data_are_shown_without_their_place_in_the_code():
+    with plain_warnings():
+        assert warnings.formatwarning("digits are lost", DataWarning, "x.py", 1) == "Warning: digits are lost\n"
+        assert "x.py:1: UserWarning: something else" in warnings.formatwarning("something else", UserWarning, "x.py", 1)
+    assert "x.py:1: DataWarning" in warnings.formatwarning("digits are lost", DataWarning, "x.py", 1)

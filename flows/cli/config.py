@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flows.checks import check_seed
 from flows.cli.arguments import OPEN_PARTS, check_added, check_choices, config_folder
 from flows.cli.grammar import quoted
-from flows.errors import ComputationError, FlowsError, InvalidValueError
+from flows.errors import ComputationError, DataWarning, FlowsError, InvalidValueError
 from flows.training.annotations import SettingsError, check_type
 from flows.training.files import OutputFolderError
 from flows.training.loggers import warnings_above_bars
@@ -82,7 +82,12 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
     run_task.__module__, run_task.__qualname__ = task.__module__, task.__qualname__
     decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)
     try:
-        with warnings_above_bars(), warnings.catch_warnings(), _command_line([process[0], *arguments]):
+        with (
+            warnings_above_bars(),
+            warnings.catch_warnings(),
+            plain_warnings(),
+            _command_line([process[0], *arguments]),
+        ):
             warnings.filterwarnings("error", "provider=hydra.searchpath")  # a folder that is not there
             decorate(run_task)()
     except (HydraException, OmegaConfBaseException):
@@ -105,6 +110,21 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
 def print_settings(composed: DictConfig) -> None:
     """Print all settings as yaml, with the defaults of the classes, which the yamls do not repeat."""
     print(yaml.safe_dump(complete(plain_settings(composed)), sort_keys=False, allow_unicode=True), end="")
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """While entered, warnings of this package are shown without the place in the code, which tells a user nothing."""
+    usual = warnings.formatwarning
+
+    def plain(message: Any, category: type[Warning], *place: Any) -> str:
+        return f"Warning: {message}\n" if issubclass(category, DataWarning) else usual(message, category, *place)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 @contextlib.contextmanager
