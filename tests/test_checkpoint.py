@@ -12,6 +12,7 @@ import yaml
 from small_run import STAGES, Memory, small_flow, small_gaussian, small_table, small_trainer, stopping_at
 
 import flows
+from flows.errors import InvalidTypeError
 from flows.training import (
     CheckpointError,
     TrainingInterrupted,
@@ -23,6 +24,8 @@ from flows.training import (
     save_checkpoint,
 )
 from flows.training.checkpoint import RUN, VERSION
+from flows.training.fitting import check_optimizer
+from flows.training.identity import load_best
 from flows.training.runs import MODEL, build_flow
 from flows.training.trusted import UntrustedConfigError, foreign_packages
 
@@ -428,6 +431,50 @@ def test_a_checkpoint_of_another_run_is_not_resumed_in_this_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"was written by another run .* than the one that lives in"):
         small_trainer(tmp_path / "one", resume=tmp_path / "one").fit()
     small_trainer(tmp_path / "new", resume=tmp_path / "one").fit()
+
+
+@pytest.mark.parametrize("failure", [OSError(116, "Stale file handle"), MemoryError()], ids=["disk", "memory"])
+def test_best_weights_that_cannot_be_read_now_are_left_alone(tmp_path, monkeypatch, failure):
+    save_checkpoint(tmp_path / "checkpoints/best.pt", {"step": 1})
+    before = (tmp_path / "checkpoints/best.pt").read_bytes()
+
+    def fail(file):
+        raise failure
+
+    monkeypatch.setattr("flows.training.checkpoint.read_archive", fail)
+    with pytest.raises(
+        CheckpointError, match=r"best weights of the run cannot be read: .*(Stale|memory).*Resume again"
+    ):
+        load_best(tmp_path)
+    assert (tmp_path / "checkpoints/best.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [b"", b"\xff", 10**700, -(10**700), 2**31, -1, "", "\ud800", 1.5, True, None, {}, []])
+def test_what_may_be_saved_can_be_read(tmp_path, value):
+    content = load_checkpoint(save_checkpoint(tmp_path / "a.pt", {"value": value, "again": [value, (value,)]}))
+    assert (content["value"], content["again"]) == (value, [value, (value,)])
+    assert type(content["value"]) is type(value)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_numbers_that_could_not_be_read_are_not_saved(tmp_path):
+    with pytest.raises(InvalidTypeError, match=r"model.a cannot be kept .* complex32; convert"):
+        save_checkpoint(tmp_path / "a.pt", {"model": {"a": torch.zeros(2, dtype=torch.complex32)}})
+
+
+OPTIMIZERS = ["Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimiser_of_torch_fits_its_own_state(name):
+    build = getattr(torch.optim, name)
+    shapes = [(), (3,), (4, 2), (3, 2, 2), (2, 3, 2, 2)]
+    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float32)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = build(parameters, lr=1e-3)
+    optimizer.step()
+    check_optimizer(optimizer.state_dict(), build(parameters, lr=1e-3), build, 1e-3, 1)
 
 
 def test_damaged_best_weights_are_set_aside(tmp_path):

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from flows.cli.grammar import readable_arguments
 from flows.cli.terminal import any_encoding
 from flows.errors import InvalidValueError
+from flows.training.fabric import Hardware, build_fabric
 from flows.training.processes import PARENT, check_processes
 
 PATHS = [
@@ -79,13 +80,25 @@ def test_more_devices_than_the_machine_has_are_refused():
     check_processes("cpu", 1)
 
 
-@pytest.mark.parametrize(("name", "others"), [("WORLD_SIZE", {"RANK": "0"}), ("SLURM_NTASKS", {})])
+@pytest.mark.parametrize(
+    ("name", "others"), [("WORLD_SIZE", {"RANK": "0"}), ("SLURM_STEP_NUM_TASKS", {"SLURM_NTASKS": "4"})]
+)
 def test_processes_that_would_train_the_same_run_are_refused(monkeypatch, name, others):
     for variable, value in {name: "2", **others}.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.delenv("SLURM_JOB_NAME", raising=False)
     with pytest.raises(InvalidValueError, match=r"2 processes were started .* hardware.devices=2"):
         check_processes("cpu", 1)
+
+
+def test_a_batch_script_of_slurm_is_one_process(monkeypatch):
+    for variable, value in {"SLURM_JOB_ID": "3", "SLURM_JOB_NAME": "train.sh", "SLURM_NTASKS": "8"}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    check_processes("cpu", 1)
+    assert build_fabric(Hardware(accelerator="cpu")).world_size == 1
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # srun --ntasks=1 inside the job
+    check_processes("cpu", 1)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes have no parents there")

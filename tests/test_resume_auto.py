@@ -17,7 +17,8 @@ import flows
 from flows.cli.sweeps import sweep_results, sweep_table
 from flows.errors import FlowsError
 from flows.naming import concrete_subclasses
-from flows.training import Trainer, TrainingInterrupted, load_checkpoint
+from flows.training import OutputFolderError, Trainer, TrainingInterrupted, load_checkpoint
+from flows.training.continuing import discard_unsaved
 
 AUTO = [*TINY, "output_dir=run", "resume=auto"]
 MORE = "objective.maximum_likelihood.steps=5"
@@ -71,15 +72,36 @@ def test_what_an_early_kill_leaves_is_dropped(run, tmp_path, monkeypatch, killed
     assert run("train", *AUTO)[0] == 137
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run/metrics.jsonl").write_text('{"step": 3, "train/loss": 1.0}\n')
-    (tmp_path / "run/mine.txt").write_text("kept")
+    others = ("run/mine.txt", "run/events.out.tfevents.1.other", "run/.draft.tmp")
+    (tmp_path / "run/metrics.jsonl").touch()
+    (tmp_path / "run/events.out.tfevents.1.run").write_text("half")
+    for name in others:
+        (tmp_path / name).write_text("kept")
     code, _, err = run("train", *AUTO, "seed=1")
     assert code == 2
     assert "the run in run was started with other settings: seed was 0 and is now 1" in err
     assert run("train", *AUTO)[0] == 0
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert steps.count(3) == 1
-    assert (tmp_path / "run/mine.txt").read_text() == "kept"
+    assert not (tmp_path / "run/events.out.tfevents.1.run").exists()
+    assert all((tmp_path / name).read_text() == "kept" for name in others)
+
+
+def test_what_others_have_left_is_not_touched(run, tmp_path):
+    assert run("train", *AUTO)[0] == 0
+    for name in ("checkpoints/last.pt", "checkpoints/best.pt", "summary.json"):
+        (tmp_path / "run" / name).rename(tmp_path / "run" / f"{name}.bak")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, _, err = run("train", *AUTO)
+    assert code == 2
+    assert "holds metrics.jsonl of a run but no checkpoints/last.pt" in err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_settings_of_another_program_are_not_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: theirs\n")
+    with pytest.raises(OutputFolderError, match=r"holds a config.yaml that is not of such a run"):
+        discard_unsaved(tmp_path, {"seed": 0})
+    discard_unsaved(tmp_path, None)
+    assert (tmp_path / "config.yaml").read_text() == "model: theirs\n"
 
 
 def test_other_settings_are_refused_by_name(run, tmp_path):

@@ -76,7 +76,6 @@ def read_archive(file: BinaryIO) -> Any:
         OverflowError,
         NotImplementedError,
         EOFError,
-        MemoryError,
     ) as error:
         raise DamagedArchiveError(str(error) or type(error).__name__) from error
 

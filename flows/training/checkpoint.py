@@ -39,6 +39,10 @@ class CheckpointError(InvalidValueError):
     """A checkpoint is missing, damaged, or not one of ours."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """What a checkpoint holds can never be used."""
+
+
 def describe(dataset: Any) -> dict[str, Any]:
     """Return plain values that identify the data of a run, and from which its model can be built again."""
     own = getattr(dataset, "description", dict)  # data of the user's own may do without
@@ -75,8 +79,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU as data: no code in the file is run.
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds anything but data, or is not a checkpoint of
-            this package and version.
+        DamagedCheckpointError: the file is damaged, holds anything but data, or is no checkpoint of this package.
+        CheckpointError: it is missing, cannot be read now, or is of another version.
     """
     path = _existing(path)
     try:
@@ -84,20 +88,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             content = read_archive(file)
         check_plain(content)
     except ForeignObjectError as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} is not a flows checkpoint: it holds objects other than tensors, numbers and text ({error}), which "
             "are never loaded because they could run code"
         ) from error
     except DamagedArchiveError as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} is truncated or damaged and cannot be read: {error}; use another checkpoint of the run"
         ) from error
     except InvalidValueError as error:
-        raise CheckpointError(f"{path} is not as flows writes checkpoints: {error}") from error
+        raise DamagedCheckpointError(f"{path} is not as flows writes checkpoints: {error}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"there is not enough memory to read {path}; close other programs") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); use another checkpoint") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a flows checkpoint (it was written by something else)")
+        raise DamagedCheckpointError(f"{path} is not a flows checkpoint (it was written by something else)")
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has checkpoint version {content.get('version')!r}, this version of flows reads {VERSION}; read it "
@@ -110,7 +116,7 @@ def check_content(content: Mapping[str, Any], path: str | os.PathLike[str], kind
     """Compare a checkpoint with `MODEL` or `RUN`.
 
     Raises:
-        CheckpointError: something is missing, or of another type.
+        DamagedCheckpointError: something is missing, or of another type.
     """
     wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
     if not wrong:
@@ -124,7 +130,7 @@ def check_content(content: Mapping[str, Any], path: str | os.PathLike[str], kind
         if type(step) is not int or step < 0:
             wrong.append("position")
     if wrong:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} is not a whole checkpoint of a run: {', '.join(wrong)} missing or not as written by flows; use "
             "another checkpoint"
         )

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flows.errors import InvalidValueError
-from flows.training.files import CONFIG, FOLDER, METRICS, SUMMARY, OutputFolderError
+from flows.training.files import CONFIG, EVENTS, EVENTS_OF_RUNS, FOLDER, METRICS, SUMMARY, OutputFolderError
 from flows.training.loggers import flat
 
 AUTO = "auto"
@@ -30,6 +32,9 @@ def saved_state(folder: str | os.PathLike[str] | None) -> Path | None:
     if last.is_file():
         return last
     results = [name for name in (SUMMARY, f"{FOLDER}/best.pt") if (Path(folder) / name).exists()]
+    metrics = Path(folder) / METRICS
+    if metrics.is_file() and metrics.stat().st_size > 0:  # a run has no metrics before its first checkpoint
+        results.append(METRICS)
     if results:
         raise OutputFolderError(
             f"the output folder {folder} holds {' and '.join(results)} of a run but no {FOLDER}/last.pt to continue it "
@@ -43,17 +48,34 @@ def was_killed_early(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / CONFIG).is_file() and saved_state(folder) is None
 
 
-def discard_unsaved(folder: Path) -> None:
+def discard_unsaved(folder: Path, config: Mapping[str, Any] | None) -> None:
     """Remove what such a run has left; call it under the folder's lock.
 
+    Args:
+        folder: of the run.
+        config: the settings that are going to be written there; None: none are.
+
     Raises:
-        OutputFolderError: a run has saved something there in the meantime.
+        OutputFolderError: a run has saved something there in the meantime, or the settings are those of something else.
     """
     if saved_state(folder) is not None:
         raise OutputFolderError(f"another process has trained in the output folder {folder}; run the command again")
-    for pattern in (METRICS, "events.out.tfevents.*", f"{FOLDER}/.*.tmp", ".*.tmp"):
-        for file in folder.glob(pattern):
-            file.unlink()
+    if config is not None and _names_in(folder / CONFIG) != set(config):
+        raise OutputFolderError(
+            f"the output folder {folder} holds a {CONFIG} that is not of such a run; choose another output_dir; "
+            "nothing is overwritten"
+        )
+    for file in (folder / METRICS, *folder.glob(f"{EVENTS}*{EVENTS_OF_RUNS}")):
+        file.unlink(missing_ok=True)
+
+
+def _names_in(path: Path) -> set[Any] | None:
+    """The names of the settings in a file; None if it holds none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return set(content) if isinstance(content, dict) else None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -12,15 +12,17 @@ import torch
 
 from flows.arguments import checked
 from flows.errors import ComputationError, InvalidValueError
-from flows.training.processes import check_processes
+from flows.training.processes import check_processes, in_batch_script
 
 try:
     from lightning_fabric import Fabric
     from lightning_fabric.accelerators.accelerator import Accelerator
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.strategies.strategy import Strategy
 except ModuleNotFoundError:
     from lightning.fabric import Fabric  # pyright: ignore[reportMissingImports]
     from lightning.fabric.accelerators.accelerator import Accelerator  # pyright: ignore[reportMissingImports]
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment  # pyright: ignore[reportMissingImports]
     from lightning.fabric.strategies.strategy import Strategy  # pyright: ignore[reportMissingImports]
 
 __all__ = [
@@ -80,12 +82,14 @@ def build_fabric(hardware: Hardware, callbacks: Sequence[Any] = ()) -> Fabric:
         )
     check_processes(hardware.accelerator, hardware.devices)
     where: dict[str, Any] = {name: getattr(hardware, name) for name in ("accelerator", "devices", "strategy")}
+    alone = in_batch_script() and isinstance(hardware.strategy, str)
+    plugins: list[Any] = [LightningEnvironment()] if alone else []  # Fabric would wait for processes of Slurm
     try:
         if precision == "auto":
-            kind = Fabric(**where).device.type
+            kind = Fabric(**where, plugins=plugins).device.type
             half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             precision = "bf16-mixed" if half else "32-true"
-        return Fabric(**where, precision=precision, callbacks=list(callbacks))  # type: ignore[arg-type]
+        return Fabric(**where, precision=precision, callbacks=list(callbacks), plugins=plugins)  # type: ignore[arg-type]
     except Exception as error:  # of many types, some of them Lightning's own
         given = ", ".join(f"{name}={value!r}" for name, value in where.items())
         reason = str(error).partition(". ")[0].removesuffix(".")  # the rest is advice for programmers

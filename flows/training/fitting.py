@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -25,7 +26,7 @@ LATER_OPTIONS = {  # that only some versions of torch have
     "maximize",
 }
 MUST_BE_FINITE = ("loss", "gradient_norm")
-EXAMPLE = (2, 3)  # a shape by which to tell what an optimiser keeps for each number of a parameter
+EXAMPLE = (2, 3, 5, 7, 11, 13)  # its first sizes are a shape by which to tell what an optimiser keeps for a parameter
 
 
 def dtype_named(name: Any) -> torch.dtype:
@@ -130,13 +131,14 @@ def check_optimizer(
             raise InvalidValueError(f"the optimiser's state is none of {kind}: group {i} differs in {names}")
         for key in group.keys() & mine.keys():
             _check_option(f"{key} of group {i} of the optimiser's state", group[key], mine[key])
-    example = _example_state(build, rate)
-    if steps and not kept and example:
-        raise InvalidValueError(f"the optimiser's state is empty after {steps:,} steps")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    example_of = functools.cache(functools.partial(_example_state, build, rate))  # some factorise matrices alone
+    if steps and not kept and example_of(2):
+        raise InvalidValueError(f"the optimiser's state is empty after {steps:,} steps")
     for index, values in kept.items():
         if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(values, dict):
             raise InvalidValueError(f"the optimiser's state has no parameter {index!r} to belong to")
+        example = example_of(parameters[index].ndim)
         if example is not None and set(values) != set(example):
             raise InvalidValueError(
                 f"the optimiser's state is none of {kind}: it keeps {', '.join(map(str, values))[:200] or 'nothing'} "
@@ -161,7 +163,8 @@ def _check_kept(name: str, value: Any, parameter: Tensor, example: Any) -> None:
         raise InvalidValueError(f"{name} is a {type(value).__name__}, and a {type(example).__name__} was expected")
     if not isinstance(value, Tensor):
         return
-    if isinstance(example, Tensor) and tuple(example.shape) in (EXAMPLE, ()):
+    alike = () if parameter.ndim > len(EXAMPLE) else EXAMPLE[: parameter.ndim]
+    if isinstance(example, Tensor) and tuple(example.shape) in (alike, ()):
         shape = parameter.shape if example.shape else example.shape
         if value.shape != shape:
             raise InvalidValueError(f"{name} has the shape {tuple(value.shape)}, and {tuple(shape)} was expected")
@@ -172,9 +175,11 @@ def _check_kept(name: str, value: Any, parameter: Tensor, example: Any) -> None:
         raise InvalidValueError(f"{name} holds {int(value.isnan().sum()):,} NaN of its {value.numel():,} numbers")
 
 
-def _example_state(build: Callable[..., torch.optim.Optimizer], rate: float) -> Mapping[str, Any] | None:
-    """What an optimiser keeps for a parameter after a step; None if it cannot be told."""
-    parameter = nn.Parameter(torch.zeros(EXAMPLE, dtype=torch.float32))
+def _example_state(build: Callable[..., torch.optim.Optimizer], rate: float, ndim: int) -> Mapping[str, Any] | None:
+    """What an optimiser keeps for a parameter of so many dimensions after a step; None if it cannot be told."""
+    if ndim > len(EXAMPLE):
+        return None
+    parameter = nn.Parameter(torch.zeros(EXAMPLE[:ndim], dtype=torch.float32))
     parameter.grad = torch.zeros_like(parameter)
     try:
         optimizer = build([parameter], lr=rate)

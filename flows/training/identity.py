@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import DataWarning
-from flows.training.checkpoint import MODEL, CheckpointError, check_content, load_checkpoint
+from flows.training.checkpoint import MODEL, CheckpointError, DamagedCheckpointError, check_content, load_checkpoint
 from flows.training.files import FOLDER, own_run_folder, write_text
 
 RUN_ID = ".run"  # in the folder of a run: the name of the run that lives there
@@ -62,6 +62,9 @@ def load_best(folder: Path, keep: bool = False) -> dict[str, Any] | None:
     Args:
         folder: of the run.
         keep: leave a damaged one where it is.
+
+    Raises:
+        CheckpointError: it cannot be read now, which says nothing about what it holds.
     """
     path = folder / FOLDER / "best.pt"
     if not path.exists():
@@ -69,12 +72,20 @@ def load_best(folder: Path, keep: bool = False) -> dict[str, Any] | None:
     try:
         content = load_checkpoint(path)
         check_content(content, path, MODEL)
-    except CheckpointError as error:
+    except DamagedCheckpointError as error:
         if keep:
             warnings.warn(f"the best weights of the run before are not copied: {error}", DataWarning, stacklevel=2)
         else:
             set_aside(path, str(error))
         return None
+    except CheckpointError as error:
+        if not path.is_file():  # a folder in its place
+            set_aside(path, str(error))
+            return None
+        raise CheckpointError(
+            f"the best weights of the run cannot be read: {error}. Resume again once they can be, or move the file "
+            "away to go on without them"
+        ) from error
     return content
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from flows.errors import InvalidTypeError, InvalidValueError
-from flows.training.unpickling import Unsuitable
+from flows.training.unpickling import DTYPES, STORAGES, Unsuitable
 
 SCALARS = (bool, int, float, str, bytes, type(None))
+READABLE = {*STORAGES.values(), *DTYPES.values()}
 MAX_DEPTH = 60
 KINDS = "tensors, numbers, text, None, and lists, tuples and dicts of them"
 
@@ -93,6 +94,11 @@ def _own_numbers(value: Tensor, where: str, storages: set[int]) -> Tensor:
         raise InvalidTypeError(
             f"{where} cannot be kept in a checkpoint: it is a {kind}; checkpoints hold plain dense tensors, numbers "
             "and text"
+        )
+    if value.dtype not in READABLE:
+        raise InvalidTypeError(
+            f"{where} cannot be kept in a checkpoint: its numbers are {str(value.dtype).removeprefix('torch.')}; "
+            "convert it to another dtype, such as complex64 or float32"
         )
     value = value.detach().resolve_conj().resolve_neg()
     storage = value.untyped_storage()

@@ -12,6 +12,7 @@ import torch
 
 from flows.errors import InvalidValueError
 
+STEP = "SLURM_STEP_NUM_TASKS"
 PARENT = "FLOWS_PARENT"  # the number of the process that has started this one to train with it
 
 
@@ -39,6 +40,11 @@ def check_processes(accelerator: Any, devices: Any) -> None:
         raise InvalidValueError(
             f"devices={devices} asks for {number:,} {kind}s, one for each process, and this machine has {has}; {advice}"
         )
+
+
+def in_batch_script() -> bool:
+    """Whether this is a process of Slurm's that srun has not started, of which there is one only."""
+    return "SLURM_NTASKS" in os.environ and STEP not in os.environ and "RANK" not in os.environ
 
 
 def launch(fabric: Any) -> None:
@@ -82,8 +88,8 @@ def _check_launcher(number: int | None) -> None:
     started = _started("WORLD_SIZE") if "RANK" in os.environ else 1
     by, alone = f"WORLD_SIZE={started}, as torchrun sets it", "start the program without torchrun"
     if started == 1 and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        started = _started("SLURM_NTASKS")
-        by, alone = f"SLURM_NTASKS={started}", "ask Slurm for one task, --ntasks=1"
+        started = _started(STEP)  # a batch script is one process, whatever its SLURM_NTASKS
+        by, alone = f"{STEP}={started}, as srun sets it", "ask srun for one task, --ntasks=1"
     if started > 1 and number is not None and number != started:
         raise InvalidValueError(
             f"{started} processes were started ({by}), and hardware.devices={number}: each of them would train the "

@@ -241,7 +241,7 @@ class Trainer:
         resuming = in_place or self._starts_over
         folder = claim.enter_context(claimed_folder(path, resuming, describe(self.dataset)["name"]))
         if self._starts_over:
-            discard_unsaved(folder)
+            discard_unsaved(folder, self.config)
         if source is not None and not in_place:
             best, own = load_best(source, keep=True), (self._checkpoint or {}).get("run")
             if (best is not None and best.get("run") == own) or not (source / FOLDER / "best.pt").exists():

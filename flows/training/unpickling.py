@@ -195,6 +195,8 @@ class _Machine:
             return _tensor(*arguments[:4], dtype=DTYPES.get(arguments[6].name))
         if what == "torch._utils._rebuild_parameter" and arguments:
             return arguments[0]
+        if what == "__builtin__.bytes" and not arguments:
+            return b""
         if what == "_codecs.encode" and len(arguments) == 2 and arguments[1] == "latin1":
             return arguments[0].encode("latin1")
         if function.module == "torch._utils" and function.name in OTHER_TENSORS:
@@ -243,7 +245,12 @@ def _is_known(name: _Name) -> bool:
             "_rebuild_tensor_v3",
             "_rebuild_parameter",
         )
-    return str(name) in ("collections.OrderedDict", "_codecs.encode", "torch.serialization._get_layout")
+    return str(name) in (
+        "collections.OrderedDict",
+        "_codecs.encode",
+        "__builtin__.bytes",
+        "torch.serialization._get_layout",
+    )
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None) -> Tensor | Unsuitable:
@@ -294,6 +301,7 @@ _push(b"M", lambda machine: machine.number(_U16))
 _push(b"J", lambda machine: machine.number(_I32))
 _push(b"G", lambda machine: machine.number(_F64))
 _push(b"\x8a", lambda machine: int.from_bytes(machine.take(machine.number(_U8)), "little", signed=True))
+_push(b"\x8b", lambda machine: int.from_bytes(machine.take(machine.number(_I32)), "little", signed=True))
 _push(b"X", lambda machine: machine.take(machine.number(_U32)).decode("utf-8", "surrogatepass"))
 _push(b"t", lambda machine: tuple(machine.pop_mark()))
 _push(b"\x85", lambda machine: machine.tuple_of(1))
