@@ -21,7 +21,7 @@ RATE = 6.0  # of a linear field, too stiff for long steps
 
 
 class Jump(nn.Module):
-    """v = a sign(x1): the halves of the plane move apart, and a solve backwards puts mass into the gap."""
+    """v = a sign(x1) + 0.001 x: the halves of the plane move apart, and a solve backwards puts mass into the gap."""
 
     def __init__(self, speed, dimension=2):
         super().__init__()
@@ -29,7 +29,7 @@ class Jump(nn.Module):
         self.speed = nn.Parameter(torch.tensor(speed))
 
     def forward(self, t, x):
-        return self.speed * torch.cat([x[:, :1].sign(), torch.zeros_like(x[:, 1:])], 1)
+        return self.speed * torch.cat([x[:, :1].sign(), torch.zeros_like(x[:, 1:])], 1) + 1e-3 * x
 
 
 def normal(dimension=2, number=400, scale=1.0):

@@ -17,12 +17,10 @@ from flows.training.processes import check_processes, in_batch_script
 try:
     from lightning_fabric import Fabric
     from lightning_fabric.accelerators.accelerator import Accelerator
-    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.strategies.strategy import Strategy
 except ModuleNotFoundError:
     from lightning.fabric import Fabric  # pyright: ignore[reportMissingImports]
     from lightning.fabric.accelerators.accelerator import Accelerator  # pyright: ignore[reportMissingImports]
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment  # pyright: ignore[reportMissingImports]
     from lightning.fabric.strategies.strategy import Strategy  # pyright: ignore[reportMissingImports]
 
 __all__ = [
@@ -83,15 +81,16 @@ def build_fabric(hardware: Hardware, callbacks: Sequence[Any] = ()) -> Fabric:
     check_processes(hardware.accelerator, hardware.devices)
     where: dict[str, Any] = {name: getattr(hardware, name) for name in ("accelerator", "devices", "strategy")}
     alone = in_batch_script() and isinstance(hardware.strategy, str)
-    plugins: list[Any] = [LightningEnvironment()] if alone else []  # Fabric would wait for processes of Slurm
+    if alone:  # Fabric would wait for processes of Slurm
+        where["plugins"] = [_own_processes()]
     try:
         if precision == "auto":
-            kind = Fabric(**where, plugins=plugins).device.type
+            kind = Fabric(**where).device.type
             half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             precision = "bf16-mixed" if half else "32-true"
-        return Fabric(**where, precision=precision, callbacks=list(callbacks), plugins=plugins)  # type: ignore[arg-type]
+        return Fabric(**where, precision=precision, callbacks=list(callbacks))  # type: ignore[arg-type]
     except Exception as error:  # of many types, some of them Lightning's own
-        given = ", ".join(f"{name}={value!r}" for name, value in where.items())
+        given = ", ".join(f"{name}={value!r}" for name, value in where.items() if name != "plugins")
         reason = str(error).partition(". ")[0].removesuffix(".")  # the rest is advice for programmers
         raise InvalidValueError(
             f"this hardware cannot be used: {reason}; asked for were {given} and precision={hardware.precision!r}"
@@ -136,3 +135,14 @@ def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:
     if failure is not None:
         raise FirstProcessError(f"process {fabric.global_rank} stops, since the first process failed: {failure}")
     return result
+
+
+def _own_processes() -> Any:
+    """The environment in which Fabric starts the processes itself."""
+    try:
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    except ModuleNotFoundError:
+        from lightning.fabric.plugins.environments.lightning import (  # pyright: ignore[reportMissingImports]
+            LightningEnvironment,
+        )
+    return LightningEnvironment()
