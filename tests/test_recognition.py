@@ -23,7 +23,8 @@ from flows.datasets import (
     Table,
     Tabular,
 )
-from flows.datasets.recognition import compare, recognised, refuse_other_data, without_noise
+from flows.datasets.comparison import compare
+from flows.datasets.recognition import recognised, refuse_other_data, without_noise
 from flows.errors import DataWarning, InvalidValueError
 from flows.training.checkpoint import describe, fingerprint_entry
 

@@ -13,13 +13,14 @@ import flows
 PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
-GROUND = {"arguments", "checks", "errors", "naming", "promises", "vector_field"}
+GROUND = {"arguments", "checks", "errors", "expectations", "naming", "promises", "vector_field"}
 MODELS = {"bases", "divergence", "dynamics", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
 ALLOWED = {
     "arguments": set(),
     "checks": set(),
     "errors": set(),
+    "expectations": set(),
     "naming": set(),
     "promises": set(),
     "vector_field": set(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,7 +113,7 @@ def _about_ties(table: Values, columns: Sequence[str], keep: NDArray[np.bool_], 
     found = [ties for ties in find_ties(table) if keep[ties.column]]
     if not found:
         return
-    named = _list(f"{columns[t.column]!r} ({t.distinct:,} distinct values in {t.rows:,} rows)" for t in found)
+    named = listed(f"{columns[t.column]!r} ({t.distinct:,} distinct values in {t.rows:,} rows)" for t in found)
     who = f"column {named} repeats" if len(found) == 1 else f"columns {named} repeat"
     cure = "dequantise with dequantise_columns=auto, or drop with columns=[...]"
     if all(ties.unit is None for ties in found):
@@ -178,7 +178,7 @@ def _about_dependence(train: Values, columns: Sequence[str], source: str) -> Ite
     found = list(find_dependence(train[:MAX_ROWS]))
     if not found:
         return
-    named = _list(
+    named = listed(
         f"{columns[column]!r} ({'of ' + ' and '.join(repr(columns[i]) for i in others[:3]) if others else 'constant'}"
         f"{' and others' if len(others) > 3 else ''})"
         for column, others in found
@@ -235,7 +235,7 @@ def _about_outliers(table: Values, train: NDArray[np.int64], columns: Sequence[s
             named.append(f"{columns[column]!r} ({values[row]:g} in row {row + 1}, 98% lie from {low:g} to {high:g})")
     if named:
         yield (
-            f"{source}: outliers in {'column' if len(named) == 1 else 'columns'} {_list(named)}, beside which all "
+            f"{source}: outliers in {'column' if len(named) == 1 else 'columns'} {listed(named)}, beside which all "
             "other rows look equal once they are standardised; remove these rows, or take logarithms"
         )
 
@@ -248,12 +248,13 @@ def _about_counters(table: Values, columns: Sequence[str], source: str) -> Itera
     named = [repr(name) for name, counts in zip(columns, even.tolist(), strict=True) if counts]
     if named:
         yield (
-            f"{source}: {'column' if len(named) == 1 else 'columns'} {_list(named)} only "
+            f"{source}: {'column' if len(named) == 1 else 'columns'} {listed(named)} only "
             f"{'counts' if len(named) == 1 else 'count'} the rows, like the index of a data frame, and no density "
             "describes that; drop with columns=[...]"
         )
 
 
-def _list(items: Iterator[str] | Sequence[str]) -> str:
+def listed(items: Iterable[str]) -> str:
+    """The first few items, and how many more there are."""
     every = list(items)
     return ", ".join(every[:MAX_NAMES]) + (f" and {len(every) - MAX_NAMES} more" if len(every) > MAX_NAMES else "")

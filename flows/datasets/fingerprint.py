@@ -1,6 +1,6 @@
 """Fingerprints: what identifies the data of a run and their split, in a few numbers and hashes of rows.
 
-A fingerprint is kept in every checkpoint. `flows.datasets.recognition` compares it with data.
+A fingerprint is kept in every checkpoint. `flows.datasets.comparison` compares it with data.
 """
 
 from __future__ import annotations

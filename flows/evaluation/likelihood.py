@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flows.arguments import checked, refusal
+from flows.arguments import checked
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.evaluation.evaluator import known, set_apart
 from flows.evaluation.metrics import BitsPerDim
+from flows.expectations import refusal
 from flows.models.cnf import CNF
 from flows.models.mass import Mass
 from flows.models.resolution import TOLERANCE, bound_fault, solver_fault

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flows.arguments import check_keywords, checked, show
+from flows.arguments import check_keywords, checked
 from flows.checks import whole_number
 from flows.errors import InvalidTypeError, InvalidValueError
+from flows.expectations import show
 from flows.fields.base import Field
 from flows.vector_field import bind
 

@@ -10,12 +10,13 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from flows.arguments import checked, refusal
+from flows.arguments import checked
 from flows.bases import Base, Normal
 from flows.checks import as_shape, check_number, fits_in_memory
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.errors import InvalidTypeError, InvalidValueError
+from flows.expectations import refusal
 from flows.fields import Guided
 from flows.models.distribution import FlowDistribution
 from flows.models.examination import examine, foreign_tensors

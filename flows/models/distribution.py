@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from flows.arguments import checked, refusal
+from flows.arguments import checked
 from flows.checks import as_shape
 from flows.errors import InvalidTypeError, InvalidValueError
+from flows.expectations import refusal
 
 if TYPE_CHECKING:
     from flows.models.cnf import CNF

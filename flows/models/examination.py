@@ -15,8 +15,9 @@ from flows.promises import captured_tensors, examine_derivatives, examine_values
 from flows.promises.captured import held_tensors
 from flows.promises.derivatives import NUM_POINTS, check_receptive_radius
 from flows.promises.regime import settings_of
+from flows.promises.specimen import FEW
 from flows.promises.traits import Traits, remember
-from flows.promises.values import FEW, awake, untouched
+from flows.promises.untouched import awake, untouched
 from flows.vector_field import BoundField, bind
 
 NUM_TIMES = 33  # at which tensors are looked for that a field uses a part of the time

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from flows.errors import ComputationError, InvalidValueError
 from flows.promises.failures import explained
-from flows.promises.values import awake, is_velocity, untouched
+from flows.promises.specimen import is_velocity
+from flows.promises.untouched import awake, untouched
 
 NUM_POINTS = 6
 MAX_DIMENSION = 64  # up to which a closed form is compared with the whole trace

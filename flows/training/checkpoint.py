@@ -50,7 +50,7 @@ def describe(dataset: Any) -> dict[str, Any]:
 
 
 def fingerprint_entry(dataset: Any) -> dict[str, Any]:
-    """Return the entry of a checkpoint by which `flows.datasets.recognition` tells the data of the run from others."""
+    """Return the entry of a checkpoint by which `flows.datasets.comparison` tells the data of the run from others."""
     own = getattr(dataset, "fingerprint", None)  # data of the user's own may do without
     return {} if own is None else {"fingerprint": own()}
 

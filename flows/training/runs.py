@@ -48,7 +48,7 @@ class LoadedRun:
     step: int
     context_shape: tuple[int, ...] | None  # of the training data
     num_classes: int | None  # None: the contexts are no classes
-    data: Mapping[str, Any]  # what identifies the training data, for `flows.datasets.recognition`
+    data: Mapping[str, Any]  # what identifies the training data, for `flows.datasets.comparison`
 
 
 @checked
