@@ -13,12 +13,13 @@ import flows
 PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
-GROUND = {"arguments", "checks", "errors", "expectations", "naming", "promises", "vector_field"}
+GROUND = {"arguments", "checks", "equations", "errors", "expectations", "naming", "promises", "vector_field"}
 MODELS = {"bases", "divergence", "dynamics", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
 ALLOWED = {
     "arguments": set(),
     "checks": set(),
+    "equations": set(),
     "errors": set(),
     "expectations": set(),
     "naming": set(),
