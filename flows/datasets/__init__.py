@@ -1,4 +1,4 @@
-"""Data sets: densities, energies, images and tables."""
+"""Data sets: densities, energies, images, tables and time series."""
 
 from flows.datasets.base import Dataset, one_hot
 from flows.datasets.batches import Batch, BatchStream
@@ -12,6 +12,9 @@ from flows.datasets.images import Digits, Images, LabelledImages
 from flows.datasets.lattice import FreeField, Phi4
 from flows.datasets.particles import Particles
 from flows.datasets.photos import PhotoPatches
+from flows.datasets.series import Series
+from flows.datasets.series_batches import Inputs, SeriesBatch
+from flows.datasets.systems import DynamicalSystem, Lorenz, LotkaVolterra, Pendulum, Spiral, TwoBody
 from flows.datasets.tabular import BreastCancer, Table, Tabular
 from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
 
@@ -26,6 +29,7 @@ __all__ = [
     "Density",
     "Digits",
     "DoubleWell",
+    "DynamicalSystem",
     "EightGaussians",
     "Energy",
     "FreeField",
@@ -35,18 +39,26 @@ __all__ = [
     "HubImages",
     "ImageDensity",
     "Images",
+    "Inputs",
     "LabelledImages",
+    "Lorenz",
+    "LotkaVolterra",
     "Moons",
     "MoonsByClass",
     "NoData",
     "Particles",
+    "Pendulum",
     "Phi4",
     "PhotoPatches",
     "Pinwheel",
     "Rings",
+    "Series",
+    "SeriesBatch",
+    "Spiral",
     "SwissRoll",
     "Table",
     "Tabular",
+    "TwoBody",
     "TwoSpirals",
     "one_hot",
 ]
