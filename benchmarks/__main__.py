@@ -9,6 +9,7 @@ from benchmarks import (
     compilation,
     divergence,
     entropy_gap,
+    error_bars,
     gradients,
     images,
     probing_likelihood,
@@ -26,6 +27,7 @@ BENCHMARKS = (
     entropy_gap,
     regularisation,
     images,
+    error_bars,
 )
 
 

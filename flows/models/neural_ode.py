@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ from flows.models.precision import keeping_complex, suitable_context, working_dt
 from flows.models.results import Trajectory
 from flows.models.times import Times
 from flows.path_costs import PathCost, draw_directions
-from flows.solvers import ODESolver
+from flows.solvers import ODESolver, SolverError
 from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind
 
@@ -118,7 +119,8 @@ class NeuralODE(nn.Module):
         with respect to a time is v(t, x) there, which takes one more evaluation of the field.
 
         The solver error of a state is its distance, entry by entry, to a second solve by `ODESolver.tighter`, at
-        tolerances 100 times tighter (or steps a tenth as long). It costs more than the states themselves.
+        tolerances 100 times tighter (or steps a tenth as long), plus the rounding of the largest value that the entry
+        has had until then. It costs more than the states themselves, and is NaN where that solve fails.
 
         Args:
             x0: the states at the first time of each row.
@@ -152,9 +154,7 @@ class NeuralODE(nn.Module):
         error = None
         if solver_error:
             with torch.no_grad():
-                again = StateDynamics(bound.fresh(), starts=table.starts)
-                reference = table.solve(self.solver.tighter(), again, (points.detach(),))
-                error = (states - self._in_data_space(table.spread(reference.states[0]))).abs()
+                error = (states - self._reference(bound, table, points.detach())).abs() + rounding(states)
                 error = error.reshape(*batch_shape, table.length, *self.event_shape)
         costs = dynamics.path_costs(solution.end[1:], table.sign)
         return Trajectory(
@@ -166,6 +166,14 @@ class NeuralODE(nn.Module):
             path_costs={name: cost.reshape(batch_shape) for name, cost in costs.items()},
             mask=mask,
         )
+
+    def _reference(self, bound: BoundField, table: Times, points: Tensor) -> Tensor:  # (B, T, *event)
+        """The states by a much tighter solve; NaN if it fails even at a tenth of the tolerances."""
+        for solver in (self.solver.tighter(), self.solver.tighter(10.0)):
+            again = StateDynamics(bound.fresh(), starts=table.starts)
+            with contextlib.suppress(SolverError):
+                return self._in_data_space(table.spread(table.solve(solver, again, (points,)).states[0]))
+        return points.new_full((len(points), table.length, *self.event_shape), torch.nan)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -203,3 +211,11 @@ class NeuralODE(nn.Module):
                 f"{tuple(context.shape)}"
             )
         return suitable_context(context, self.bind()).reshape(-1, *context.shape[len(batch_shape) :])
+
+
+def rounding(
+    states: Tensor,  # (B, T, *event)
+) -> Tensor:
+    """The rounding of the largest value of each entry up to each time; two solves may share it."""
+    largest = states.abs().cummax(1).values if states.shape[1] else states.abs()
+    return torch.finfo(states.dtype).eps * largest

@@ -51,7 +51,7 @@ class Trajectory:
 
     times: Tensor  # (T,) or (*batch, T)
     states: Tensor  # (*batch, T, *event)
-    solver_error: Tensor | None  # (*batch, T, *event), |states − states of a much tighter solve|, if asked for
+    solver_error: Tensor | None  # (*batch, T, *event), see `NeuralODE.trajectory`, if asked for
     nfe: int  # evaluations of the field for the states (not for their solver error)
     statistics: SolverStatistics  # of the same solve; its backward count grows with the gradient
     path_costs: Mapping[str, Tensor]  # (*batch) each, the integrals of the path costs that were asked for
