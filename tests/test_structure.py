@@ -120,6 +120,7 @@ LATE = [
     "lightning_fabric",
     "matplotlib",
     "omegaconf",
+    "ot",
     "pandas",
     "pyarrow",
     "pydantic",

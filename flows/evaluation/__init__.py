@@ -4,21 +4,48 @@ from flows.evaluation.density import DensityEvaluator, FlowEvaluator
 from flows.evaluation.energy import EnergyEvaluator, ImportanceWeights, importance_weights
 from flows.evaluation.evaluator import Evaluation, Evaluator, Report, aligned, default_evaluator, seeded
 from flows.evaluation.likelihood import Likelihood, likelihood, part_batches
-from flows.evaluation.metrics import AUROC, BitsPerDim
+from flows.evaluation.metrics import (
+    AUROC,
+    C2ST,
+    CRPS,
+    MMD,
+    BitsPerDim,
+    Coverage,
+    EnergyScore,
+    Measurement,
+    PredictiveMetric,
+    SampleMetric,
+    SlicedWasserstein2,
+    TwoSampleMetric,
+    Wasserstein1,
+    Wasserstein2,
+)
 from flows.evaluation.outliers import OutlierScores, outlier_scores, shuffled
 
 __all__ = [
     "AUROC",
+    "C2ST",
+    "CRPS",
+    "MMD",
     "BitsPerDim",
+    "Coverage",
     "DensityEvaluator",
     "EnergyEvaluator",
+    "EnergyScore",
     "Evaluation",
     "Evaluator",
     "FlowEvaluator",
     "ImportanceWeights",
     "Likelihood",
+    "Measurement",
     "OutlierScores",
+    "PredictiveMetric",
     "Report",
+    "SampleMetric",
+    "SlicedWasserstein2",
+    "TwoSampleMetric",
+    "Wasserstein1",
+    "Wasserstein2",
     "aligned",
     "default_evaluator",
     "importance_weights",

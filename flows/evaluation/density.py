@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,9 @@ from flows.divergence import Auto, DivergenceEstimator
 from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
 from flows.evaluation.evaluator import Evaluation, Evaluator, Report, known, seeded
 from flows.evaluation.likelihood import FIGURES, Likelihood, likelihood, part_batches
+from flows.evaluation.metrics import Measurement, SampleMetric, chosen_metrics
 from flows.evaluation.outliers import OutlierScores, outlier_scores
+from flows.evaluation.sampled import measured
 from flows.models.cnf import CNF
 from flows.models.mass import Mass, box, exactly, has_mass, mass
 from flows.models.resolution import CHECKED_POINTS
@@ -130,9 +132,16 @@ class DensityEvaluator(FlowEvaluator):
     Args:
         num_draws: draws of the dequantisation noise of discrete data; more of them tighten the bound, one solve each.
             Validation takes one.
+        metrics: figures of draws to report in the test: metrics of `flows.evaluation.metrics`, or their lower-case
+            names, such as `["c2st", "crps"]`. By default none, as they cost many draws.
     """
 
     num_draws: int = 1
+    metrics: Sequence[SampleMetric | str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "metrics", chosen_metrics(self.metrics))
 
     @checked
     def likelihood(self, flow: CNF, part: str | None = None) -> Likelihood:
@@ -200,7 +209,18 @@ class DensityEvaluator(FlowEvaluator):
     @checked
     def test(self, model: nn.Module) -> Report:
         flow = as_flow(model)
-        return self.report(self.likelihood(flow), flow)
+        report = self.report(self.likelihood(flow), flow)
+        found = self.measured(flow)
+        figures = {name: one.value for name, one in found.items()}
+        errors = {f"{name}_se": known(one.standard_error) for name, one in found.items()}
+        rows = [*report.rows, *((name.replace("_", " "), str(one)) for name, one in found.items())]
+        return replace(report, metrics={**report.metrics, **figures, **errors}, rows=rows)
+
+    @checked
+    def measured(self, flow: CNF) -> Mapping[str, Measurement]:
+        """Measure draws of the flow by `metrics`, on the part that `test` looks at."""
+        chosen = chosen_metrics(self.metrics)
+        return measured(flow, self.dataset, chosen, self.part, self.generator(flow, "metrics"), self.points)
 
     @checked
     def report(self, result: Likelihood, flow: CNF) -> Report:

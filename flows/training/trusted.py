@@ -15,7 +15,7 @@ from flows.arguments import checked
 from flows.bases import Base
 from flows.datasets import Dataset, Density, Energy
 from flows.divergence import DivergenceEstimator, ProbeFamily
-from flows.evaluation import Evaluator
+from flows.evaluation import Evaluator, SampleMetric
 from flows.fields import Activation, Field
 from flows.objectives import Coupling, Objective, ProbabilityPath
 from flows.path_costs import PathCost
@@ -73,7 +73,7 @@ PARTS = {
     "base": _Part((Base,), (Base,)),
     "data": _Part((Dataset,), (Dataset,)),
     "divergence": _Part((DivergenceEstimator,), (DivergenceEstimator, ProbeFamily)),
-    "evaluation": _Part((Evaluator,), SOLVES),
+    "evaluation": _Part((Evaluator,), (SampleMetric, *SOLVES)),
     "field": _Part((Field,), (Field, Activation, *LAYERS)),
     "hardware": _Part((Hardware,)),
     "objective": _Part(
