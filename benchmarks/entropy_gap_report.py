@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.time_budget import Look
 from flows.plots.style import DATA, FLOW, MUTED, tidy
-from flows.training.files import to_json
+from flows.writing import to_json
 
 FLOWS, SPLINE = "flows", "spline flow"
 

@@ -20,8 +20,9 @@ from flows.models.cnf import CNF
 from flows.objectives import MaximumLikelihood
 from flows.path_costs import JacobianNorm, KineticEnergy, PathCost
 from flows.training import build_dataset, build_flow
-from flows.training.files import new_folder, to_json
+from flows.training.files import new_folder
 from flows.training.settings import instantiate
+from flows.writing import to_json
 
 PLAIN, REGULARISED = "unregularised", "kinetic + Frobenius"
 

@@ -30,8 +30,8 @@ from flows.fields import ConcatSquashMLP, Field
 from flows.models.cnf import CNF
 from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood
 from flows.training import Stage
-from flows.training.files import to_json
 from flows.transforms import Standardise, Transform
+from flows.writing import to_json
 
 TOLERANCE = 1e-5
 

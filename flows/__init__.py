@@ -5,16 +5,27 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flows import bases, divergence, fields, path_costs, solvers, transforms
-from flows.errors import FlowsError
-from flows.models.cnf import CNF
-from flows.models.distribution import FlowDistribution
-from flows.models.neural_ode import NeuralODE
-from flows.models.results import LogProbEstimate, Sample, Trajectory, Transport
-from flows.solvers import ODESolver, Solution, SolverError, SolverStatistics
-
 if TYPE_CHECKING:
-    from flows import compare, datasets, evaluation, objectives, plots, training
+    from flows import (
+        bases,
+        compare,
+        datasets,
+        divergence,
+        evaluation,
+        fields,
+        objectives,
+        path_costs,
+        plots,
+        solvers,
+        training,
+        transforms,
+    )
+    from flows.errors import FlowsError
+    from flows.models.cnf import CNF
+    from flows.models.distribution import FlowDistribution
+    from flows.models.neural_ode import NeuralODE
+    from flows.models.results import LogProbEstimate, Sample, Trajectory, Transport
+    from flows.solvers import ODESolver, Solution, SolverError, SolverStatistics
     from flows.training import Trainer
     from flows.training.runs import load_flow as load
 
@@ -49,21 +60,36 @@ __all__ = [
     "transforms",
 ]
 
-# Loaded at first use, because they import scipy, matplotlib and others, which would make `import flows` slow.
-_LATE_MODULES = ("compare", "datasets", "evaluation", "objectives", "plots", "training")
-_LATE_NAMES = {  # name: (module, name there)
-    "Trainer": ("flows.training", "Trainer"),
-    "load": ("flows.training.runs", "load_flow"),
+# Everything is loaded at first use: torch, scipy and matplotlib take seconds to import, in which a program should
+# already listen to Ctrl-C, and most uses need few of them.
+_HOMES = {
+    "CNF": "flows.models.cnf",
+    "FlowDistribution": "flows.models.distribution",
+    "FlowsError": "flows.errors",
+    "LogProbEstimate": "flows.models.results",
+    "NeuralODE": "flows.models.neural_ode",
+    "ODESolver": "flows.solvers",
+    "Sample": "flows.models.results",
+    "Solution": "flows.solvers",
+    "SolverError": "flows.solvers",
+    "SolverStatistics": "flows.solvers",
+    "Trainer": "flows.training",
+    "Trajectory": "flows.models.results",
+    "Transport": "flows.models.results",
+    "load": "flows.training.runs",
 }
+_OTHER_NAMES = {"load": "load_flow"}  # in their homes
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATE_MODULES:
-        return import_module(f"flows.{name}")
-    if name in _LATE_NAMES:
-        module, attribute = _LATE_NAMES[name]
-        return getattr(import_module(module), attribute)
-    raise AttributeError(f"module 'flows' has no attribute {name!r}")
+    if name in _HOMES:
+        found = getattr(import_module(_HOMES[name]), _OTHER_NAMES.get(name, name))
+    elif name in __all__:
+        found = import_module(f"flows.{name}")
+    else:
+        raise AttributeError(f"module 'flows' has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

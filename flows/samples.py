@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from flows.checks import check_number
 from flows.datasets import Dataset, one_hot
-from flows.errors import FileError, InvalidValueError
+from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
+from flows.writing import write_result
 
 ENDINGS = (".npy", ".csv")
 MAX_SAMPLES = 10**9  # in one file, and in memory
@@ -73,21 +76,19 @@ def save_samples(
         FileError: the file cannot be written.
     """
     path = samples_file(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".npy":
-            kind = samples.numpy().dtype if num_levels is None else np.min_scalar_type(num_levels - 1)
-            np.save(path, samples.numpy().astype(kind))
-        else:
-            rows = samples.flatten(1).numpy()
-            with path.open("w", encoding="utf-8", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(
-                    [f"x{i}" for i in range(rows.shape[1])] if names is None else names
-                )
-                np.savetxt(file, rows, delimiter=",", fmt="%.17g" if rows.dtype == np.float64 else "%.9g")
-    except OSError as error:
-        raise FileError(f"{path} cannot be written ({error.strerror}); choose another output") from error
-    return path
+    if path.suffix == ".npy":
+        kind = samples.numpy().dtype if num_levels is None else np.min_scalar_type(num_levels - 1)
+        return write_result(path, lambda file: np.save(file, samples.numpy().astype(kind)))
+    rows = samples.flatten(1).numpy()
+    header = [f"x{i}" for i in range(rows.shape[1])] if names is None else names
+    return write_result(path, lambda file: _write_csv(file, rows, header))
+
+
+def _write_csv(file: BinaryIO, rows: np.ndarray, header: Sequence[str]) -> None:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    csv.writer(text, lineterminator="\n").writerow(header)
+    np.savetxt(text, rows, delimiter=",", fmt="%.17g" if rows.dtype == np.float64 else "%.9g")
+    text.detach()  # flushes, and leaves the file open
 
 
 def chosen_context(

@@ -1,4 +1,4 @@
-from flows.cli.train import main
+from flows.cli.main import start
 
 if __name__ == "__main__":
-    main()
+    start("train")

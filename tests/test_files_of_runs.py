@@ -10,10 +10,12 @@ import pytest
 from matplotlib.figure import Figure
 from small_run import small_gaussian, small_trainer, stopping_at
 
+from flows import writing
 from flows.cli.sweeps import _draw
+from flows.errors import FileError
 from flows.training import OutputFolderError, TensorBoardLogger, TrainingInterrupted
-from flows.training import files as run_files
-from flows.training.files import EVENTS_OF_RUNS, atomic_write, write_result
+from flows.training.files import EVENTS_OF_RUNS
+from flows.writing import atomic_write, write_result
 
 
 def failing(error, first=None):
@@ -57,7 +59,7 @@ def test_nothing_is_sent_to_processes_on_windows(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "win32")
         patch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
-        assert run_files._lives(os.getppid())
+        assert writing._lives(os.getppid())
     assert not sent
 
 
@@ -99,6 +101,6 @@ def test_a_full_disk_is_not_told_as_a_damaged_picture(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputFolderError, match=r"sweep.png cannot be written \(No space left"):
+    with pytest.raises(FileError, match=r"sweep.png cannot be written \(No space left"):
         _draw(tmp_path / "sweep.png", {"0": {}})
     assert not list(tmp_path.glob("*sweep*"))

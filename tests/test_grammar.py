@@ -81,7 +81,13 @@ def test_more_devices_than_the_machine_has_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "others"), [("WORLD_SIZE", {"RANK": "0"}), ("SLURM_STEP_NUM_TASKS", {"SLURM_NTASKS": "4"})]
+    ("name", "others"),
+    [
+        ("WORLD_SIZE", {"RANK": "0"}),
+        ("SLURM_STEP_NUM_TASKS", {"SLURM_NTASKS": "4"}),
+        ("OMPI_COMM_WORLD_SIZE", {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}),
+        ("PMI_SIZE", {}),
+    ],
 )
 def test_processes_that_would_train_the_same_run_are_refused(monkeypatch, name, others):
     for variable, value in {name: "2", **others}.items():

@@ -126,6 +126,23 @@ def test_it_needs_a_folder_and_what_it_finds_there(run, tmp_path):
     code, _, err = run("train", *AUTO)
     assert code == 2
     assert "no checkpoints/last.pt to continue it from" in err
+    assert "or continue from step 7 with resume=run/checkpoints/best.pt alone" in err
+    assert run("train", "resume=run/checkpoints/best.pt")[0] == 0  # that works
+    assert (tmp_path / "run/checkpoints/last.pt").is_file()
+
+
+def test_a_damaged_checkpoint_names_a_whole_one(run, tmp_path):
+    assert run("train", *AUTO)[0] == 0
+    last, best = (tmp_path / "run/checkpoints" / name for name in ("last.pt", "best.pt"))
+    last.write_bytes(last.read_bytes()[:-100])
+    for arguments in (AUTO, ["resume=run"]):
+        code, _, err = run("train", *arguments)
+        assert code == 2
+        assert "last.pt is truncated or damaged" in err
+        assert "best.pt is whole, after step 7: continue from it in a new folder, resume=" in err
+    assert run("train", "resume=run/checkpoints/best.pt", "output_dir=new")[0] == 0  # that works
+    best.write_bytes(best.read_bytes()[:-100])
+    assert "No other checkpoint beside it is whole" in run("train", *AUTO)[2]
 
 
 def test_a_run_whose_summary_is_damaged_is_tested_again(run, tmp_path):

@@ -13,7 +13,7 @@ import flows
 PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
-GROUND = {"arguments", "checks", "equations", "errors", "expectations", "naming", "promises", "vector_field"}
+GROUND = {"arguments", "checks", "equations", "errors", "expectations", "naming", "promises", "vector_field", "writing"}
 MODELS = {"bases", "divergence", "dynamics", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
 ALLOWED = {
@@ -25,6 +25,7 @@ ALLOWED = {
     "naming": set(),
     "promises": set(),
     "vector_field": set(),
+    "writing": set(),
     **{part: set() for part in ("bases", "datasets", "divergence", "fields", "solvers", "transforms")},
     "path_costs": {"divergence"},
     "dynamics": {"divergence", "path_costs", "solvers"},
@@ -107,9 +108,8 @@ def test_scripts_only_call_the_programs():
     scripts = sorted((PACKAGE.parent / "scripts").glob("*.py"))
     assert [path.stem for path in scripts] == ["compare_estimators", "evaluate", "sample", "train"]
     for path in scripts:
-        lines = [line for line in path.read_text().splitlines() if line]
-        assert lines[0] == f"from flows.cli.{path.stem.partition('_')[0]} import main"
-        assert lines[1:] == ['if __name__ == "__main__":', "    main()"]
+        lines, program = [line for line in path.read_text().splitlines() if line], path.stem.partition("_")[0]
+        assert lines == ["from flows.cli.main import start", 'if __name__ == "__main__":', f'    start("{program}")']
 
 
 # Packages, and costly parts of torch, that `import flows` must not load beyond what `import torch` loads.
@@ -143,10 +143,14 @@ def modules_after(statement):
 
 
 def test_import_flows_is_light():
-    added = modules_after("import flows") - modules_after("import torch")
+    added = modules_after("import flows; flows.CNF, flows.NeuralODE") - modules_after("import torch")
     assert "flows.solvers.solver" in added
     assert [name for name in LATE if name in added] == []
     assert not {name for name in added if name.startswith("torch.distributed")}
+
+
+def test_programs_listen_before_they_import_torch():
+    assert not {"torch", "numpy", "hydra"} & modules_after("import flows.cli.main")
 
 
 def test_public_names_load_at_first_use():

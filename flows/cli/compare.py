@@ -26,9 +26,10 @@ from flows.evaluation import part_batches
 from flows.models.cnf import CNF
 from flows.training import TensorBoardLogger
 from flows.training.annotations import SettingsError
-from flows.training.files import RUNS, new_folder, open_run_folder, run_folder, to_json, write_result
+from flows.training.files import RUNS, check_place, new_folder, open_run_folder, run_folder
 from flows.training.runs import build_dataset, build_flow, load_run, place
 from flows.training.trusted import may_download
+from flows.writing import to_json, write_result
 
 PARTS_OF_A_CHECKPOINT = ("field", "transform", "divergence", "solver")
 
@@ -48,6 +49,8 @@ def compare(composed: DictConfig) -> None:
         whole_number("points", settings["points"], 2)
         check_number("affordable", settings["affordable"], at_least=0)
         estimators = instances("divergence", settings["estimators"], settings["variants"])
+        if settings["output_dir"] is not None:
+            check_place(settings["output_dir"])
         compared = compared_flow(settings, HydraConfig.get().overrides.task)
         given = settings["output_dir"]
         folder = new_folder(compared.folder / "comparisons") if given is None else open_run_folder(given)

@@ -18,10 +18,11 @@ from flows.datasets import Energy
 from flows.datasets.recognition import caution_about_outliers, recognised
 from flows.errors import DataWarning, InvalidValueError
 from flows.evaluation import DensityEvaluator, EnergyEvaluator, aligned
-from flows.training.files import run_folder, to_json, write_result
+from flows.training.files import run_folder
 from flows.training.runs import build_dataset, load_run, place
 from flows.training.settings import instantiate
 from flows.training.trusted import may_download
+from flows.writing import to_json, write_result
 
 PARTS = ("data", "divergence", "solver")  # as in training unless the settings change them
 

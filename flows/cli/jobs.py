@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 
 from flows.cli.errors import JobFailedError
 from flows.training.continuing import AUTO, saved_state
-from flows.training.files import RUNS, new_folder, to_json, write_text
+from flows.training.files import RUNS, check_place, new_folder
+from flows.writing import to_json, write_text
 
 RECORD = "job.json"  # in the folder of a job
 MAX_NAME_LENGTH = 100  # of a job, which is also the name of a folder
@@ -84,6 +85,7 @@ def sweep_folder(given: str | None, resume: str | None = None) -> str:
     if resume == AUTO:
         saved_state(given)  # refuses a sweep without a folder of its own
     if given not in _folders:
+        check_place(given)
         if given is None:
             if NEW_FOLDER not in os.environ:
                 os.environ[NEW_FOLDER] = str(new_folder(RUNS / "sweeps"))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
+from typing import Any
 
 PROGRAMS = {
     "train": "train a model, test it, and leave everything in one folder",
@@ -34,12 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments else "--help"
     if first in PROGRAMS:
-        try:
-            program = importlib.import_module(f"flows.cli.{first}")
-        except KeyboardInterrupt:  # what it imports takes a while
-            print("\nInterrupted.", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
-        program.main(arguments[1:])
+        start(first, arguments[1:])
     elif first in ("--help", "-h"):
         print(USAGE)
     elif first in ("--version", "-V"):
@@ -54,3 +53,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def start(program: str, arguments: Sequence[str] | None = None) -> None:
+    """Import one of the programs and run it; `arguments` are those of the command line by default.
+
+    Ctrl-C during the import, which takes seconds, ends the process with one line. Matplotlib opens no window in a
+    program, so it needs no backend, least of all one that `MPLBACKEND` names and that is not there.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+    _imported(program).main(arguments)
+
+
+def _imported(program: str) -> Any:
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # under nohup it is ignored
+    if usual and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _end)
+        try:
+            return importlib.import_module(f"flows.cli.{program}")
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    return importlib.import_module(f"flows.cli.{program}")
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End at once: an exception in the middle of an import may come out as another one."""
+    os.write(2, b"\nInterrupted.\n")
+    os._exit(128 + number)

@@ -15,9 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from flows.cli.jobs import read_json
 from flows.errors import FlowsError, InvalidValueError
 from flows.training.annotations import show
-from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from flows.training.checkpoint import CheckpointError, find_checkpoint
 from flows.training.continuing import differences, saved_state, was_killed_early
 from flows.training.files import CONFIG, FOLDER, SUMMARY, OutputFolderError
+from flows.training.identity import load_to_resume
 from flows.training.runs import checkpoint_config, completed
 from flows.training.settings import complete, instantiate, no_setting
 from flows.training.stage import Stage
@@ -50,7 +51,7 @@ def resumed_config(
         InvalidValueError: an override would make it another run.
     """
     file = find_checkpoint(path, prefer="last")
-    config = checkpoint_config(load_checkpoint(file), file, trust)
+    config = checkpoint_config(load_to_resume(file), file, trust)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     given = {override.key_or_group: override.value() for override in parsed}
     fixed = [key for key in given if key not in RESUME_SETTINGS and not CHANGEABLE_ON_RESUME.fullmatch(key)]
@@ -109,7 +110,7 @@ def find_run(config: Mapping[str, Any], trust: Sequence[str] = ()) -> Continued:
             check_trusted(begun, own)
             _compare(begun, config, folder)
         return Continued(None)
-    content = load_checkpoint(file)
+    content = load_to_resume(file)
     old = checkpoint_config(content, file, own)
     changed = _compare(old, config, folder)
     summary = read_json(Path(folder) / SUMMARY)

@@ -14,8 +14,9 @@ from flows import plots
 from flows.cli.errors import SweepFailedError, report
 from flows.cli.jobs import failed_jobs, job_records, read_json, sweep_environment
 from flows.errors import FileError
-from flows.training.files import SUMMARY, write_result
+from flows.training.files import SUMMARY
 from flows.training.loggers import flat
+from flows.writing import write_result
 
 COLUMNS = (  # of the table: title, figure, its standard error, format
     ("NLL", "test_nll", "test_nll_se", ".4f"),

@@ -29,6 +29,7 @@ from flows.plots.paths import evolution, trajectories
 from flows.plots.plane import density, scatter
 from flows.plots.solve import steps
 from flows.plots.style import points_to_plot
+from flows.writing import write_result
 
 __all__ = [
     "class_densities",
@@ -113,8 +114,12 @@ def save_samples(
     data: Tensor | None,  # (m, *event); None: no data to compare with
     names: Sequence[str] | None = None,  # of the features
 ) -> None:
-    """Write samples to an image file: a grid of images, or the plot `samples`."""
+    """Write samples to an image file: a grid of images, or the plot `samples`.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
     if is_image(drawn.shape[1:]):
         save_grid(path, drawn.cpu(), (drawn if data is None else data).cpu())
     else:
-        samples(drawn, data, names).savefig(path)
+        write_result(path, samples(drawn, data, names))

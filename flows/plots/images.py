@@ -20,6 +20,7 @@ from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.plots.paths import draw_paths
 from flows.plots.style import check_classes, points_to_plot, quantiles
+from flows.writing import write_result
 
 ANY_IMAGE = (None, None, None)
 NUM_SAMPLES, NUM_UNSEEN = 64, 1000  # samples drawn; validation images to compare with
@@ -112,7 +113,8 @@ def save_grid(path: str | os.PathLike[str], drawn: Tensor, data: Tensor, most: i
     """Write samples as exact pixels, enlarged to about 56 dots a side."""
     pixels = (255 * tiled(grid(drawn[:most]), *shades(data))).round().astype(np.uint8)
     zoom = max(1, 56 // max(drawn.shape[2:]))
-    Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1)).save(path)
+    image = Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
+    write_result(path, lambda file: image.save(file, format="png"))
 
 
 @checked

@@ -44,7 +44,7 @@ from flows.solvers.statistics import shortest
 from flows.training.checkpoint import save_checkpoint
 from flows.training.events import EVENTS_OF_RUNS, TensorBoardLogger, keep_events
 from flows.training.fabric import on_first_process
-from flows.training.files import FOLDER, METRICS, PLOTS, write_figure
+from flows.training.files import FOLDER, METRICS, PLOTS
 from flows.training.loggers import (
     HParams,
     JSONLinesLogger,
@@ -56,6 +56,7 @@ from flows.training.loggers import (
 from flows.training.loop import step_metrics
 from flows.training.memory import memory_errors
 from flows.training.state import Run
+from flows.writing import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,9 +14,10 @@ from flows.arguments import checked
 from flows.checks import existing_path
 from flows.errors import FileError, InvalidValueError
 from flows.training.archive import DamagedArchiveError, read_archive, write_archive
-from flows.training.files import FOLDER, atomic_write
+from flows.training.files import FOLDER
 from flows.training.plain import check_plain, plain_content
 from flows.training.unpickling import ForeignObjectError
+from flows.writing import atomic_write
 
 FORMAT = "flows checkpoint"
 VERSION = 4  # of the arrangement, and of what fields make of the same weights
@@ -59,7 +60,7 @@ def fingerprint_entry(dataset: Any) -> dict[str, Any]:
 def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
     """Write `content` so that `path` holds either the old checkpoint or the whole new one.
 
-    See `flows.training.files.atomic_write`.
+    See `flows.writing.atomic_write`.
 
     Args:
         path: the file; its folder is made if needed.

@@ -10,7 +10,17 @@ from typing import Any
 import yaml
 
 from flows.errors import InvalidValueError
-from flows.training.files import CONFIG, EVENTS, EVENTS_OF_RUNS, FOLDER, METRICS, SUMMARY, OutputFolderError
+from flows.training.files import (
+    CONFIG,
+    EVENTS,
+    EVENTS_OF_RUNS,
+    FOLDER,
+    METRICS,
+    SUMMARY,
+    OutputFolderError,
+    check_place,
+)
+from flows.training.identity import whole_checkpoints
 from flows.training.loggers import flat
 
 AUTO = "auto"
@@ -21,13 +31,14 @@ def saved_state(folder: str | os.PathLike[str] | None) -> Path | None:
 
     Raises:
         InvalidValueError: there is no folder.
-        OutputFolderError: the folder holds results, and nothing to continue them from.
+        OutputFolderError: the folder cannot be written, or holds results and nothing to continue them from.
     """
     if folder is None:
         raise InvalidValueError(
             "resume=auto starts a run, or continues it when the same command comes again, so it needs a folder that "
             "the command finds again; give output_dir=..."
         )
+    check_place(folder)
     last = Path(folder) / FOLDER / "last.pt"
     if last.is_file():
         return last
@@ -36,9 +47,11 @@ def saved_state(folder: str | os.PathLike[str] | None) -> Path | None:
     if metrics.is_file() and metrics.stat().st_size > 0:  # a run has no metrics before its first checkpoint
         results.append(METRICS)
     if results:
+        others = whole_checkpoints(last.parent)
+        other = "".join(f", or continue from step {others[one]} with resume={one} alone" for one in list(others)[:1])
         raise OutputFolderError(
             f"the output folder {folder} holds {' and '.join(results)} of a run but no {FOLDER}/last.pt to continue it "
-            "from; put that file back, or choose another output_dir; nothing is overwritten"
+            f"from; put that file back{other}, or choose another output_dir; nothing is overwritten"
         )
     return None
 

@@ -1,24 +1,20 @@
-"""Files and folders of a run: written whole or not at all, and owned by one process."""
+"""The folder of a run: which files it holds, and that it belongs to one process."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import shutil
-import socket
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from flows.errors import FileError
+from flows.writing import atomic_write, is_temporary, kind_of, remove_leftovers, temporary_name, write_text
 
 FOLDER = "checkpoints"
 PLOTS = "plots"
@@ -27,9 +23,6 @@ RUN_FILES = (FOLDER, METRICS, SUMMARY)  # each shows that a run lives in a folde
 RUNS = Path("runs")  # where runs live that were given no folder
 EVENTS, EVENTS_OF_RUNS = "events.out.tfevents.", ".run"  # begin, end the names of a run's files for TensorBoard
 BRANCHING = ".branching"  # lies in a folder while what an older run needs to go on there is copied
-STALE = 3600.0  # seconds after which a temporary file is a dead process's, wherever that ran
-_TEMPORARY = re.compile(r"\..+~(?P<host>[^~]*)~(?P<pid>\d+)~\d+\.tmp|\.(?:last|best)\.pt\.(?P<old_pid>\d+)\.tmp")
-_numbers = itertools.count()  # of the temporary files of this process
 
 
 class OutputFolderError(FileError):
@@ -38,97 +31,6 @@ class OutputFolderError(FileError):
 
 class RunFileError(FileError):
     """A file of a run that is under way cannot be written or read; what was saved before is whole."""
-
-
-def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
-    """Let `path` hold either its old content or the whole new one, also after a kill or a power cut.
-
-    The file is written under a temporary name in the same folder, flushed to the disk, and renamed; then the folder is
-    flushed. Permissions of an old file stay.
-
-    Args:
-        path: the file, in a folder that exists.
-        write: called with a file open for bytes.
-
-    Raises:
-        OSError: the file cannot be written; `path` is as it was.
-    """
-    path = Path(path)
-    temporary, handled = _temporary(path), sys.exc_info()[1]
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # there is no old file
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = _os_error(error, handled)
-        if reason is None or reason is error:
-            raise
-        raise reason from error
-    flush_folder(path.parent)
-    return path
-
-
-def _temporary(path: Path) -> Path:
-    """A name beside `path` for a file of this process alone."""
-    host = socket.gethostname()[:40]
-    return path.with_name(f".{path.name[:40]}~{host}~{os.getpid()}~{next(_numbers)}.tmp")
-
-
-def _os_error(error: BaseException | None, handled: BaseException | None) -> OSError | None:
-    """The failure of the disk behind `error`; torch raises a RuntimeError of its own after it.
-
-    What the caller had `handled` when the file was begun is another story.
-    """
-    while isinstance(error, RuntimeError) and error is not handled:
-        error = error.__cause__ or error.__context__
-    return error if isinstance(error, OSError) and error is not handled else None
-
-
-def remove_leftovers(*folders: Path) -> None:
-    """Remove the temporary files that killed processes left in these folders.
-
-    A file is left alone if its process may still live: one of that number runs on this machine, or it ran on another
-    machine and the file is younger than an hour. This process is known to write nothing there now.
-    """
-    for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
-        if (found := _TEMPORARY.fullmatch(path.name)) is None:
-            continue
-        with contextlib.suppress(OSError):
-            here = found["host"] in (None, socket.gethostname()[:40])  # None: of an older version
-            dead = here and not _lives(int(found["pid"] or found["old_pid"]))
-            if dead or time.time() - path.stat().st_mtime > STALE:
-                path.unlink()
-
-
-def _lives(pid: int) -> bool:
-    """Whether another process of this machine has that number."""
-    if pid == os.getpid():
-        return False
-    if sys.platform == "win32":  # where `os.kill` would end or interrupt it; the file's age decides
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it belongs to another user
-        return True
-    return True
-
-
-def flush_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut, on systems that can."""
-    with contextlib.suppress(OSError):  # Windows opens no folders, and some network file systems flush none
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def run_folder(checkpoint: str | os.PathLike[str]) -> Path:
@@ -142,9 +44,36 @@ def own_run_folder(checkpoint: str | os.PathLike[str]) -> Path | None:
     return folder.parent if folder.name == FOLDER else None
 
 
-def to_json(content: Mapping[str, Any]) -> str:
-    """Return the text of a JSON file."""
-    return json.dumps(content, indent=2) + "\n"
+def check_place(path: str | os.PathLike[str] | None) -> None:
+    """Refuse an output folder that cannot be made or written, before anything is computed for it.
+
+    Nothing is left there.
+
+    Args:
+        path: the folder; None: a new one in `runs`.
+
+    Raises:
+        OutputFolderError: it is an address or a file, or it lies where this process may not write.
+    """
+    path = RUNS if path is None else Path(path)
+    if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path)):
+        raise OutputFolderError(
+            f"output_dir={path} is an address ({address[1]}), and a run needs a folder of this machine, such as one "
+            "where that store is mounted; copy the files later"
+        )
+    try:
+        above = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+        if not above.is_dir():
+            kind = kind_of(above) if above.exists() else "link to nowhere"
+            within = "" if above == path else f" within {above}"
+            raise OutputFolderError(f"output_dir={path} is no folder but a {kind}{within}; choose another output_dir")
+        probe = temporary_name(above / "write-test")
+        probe.mkdir()
+        probe.rmdir()
+    except OutputFolderError:
+        raise
+    except (OSError, ValueError) as error:
+        raise not_writable(path, error) from error
 
 
 @contextlib.contextmanager
@@ -216,7 +145,7 @@ def open_run_folder(path: str | os.PathLike[str], resuming: bool = False) -> Pat
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = _temporary(path / "write-test")
+        probe = temporary_name(path / "write-test")
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as error:
@@ -233,34 +162,8 @@ def not_writable(path: Path, error: Exception) -> OutputFolderError:
 def _has_content(path: Path) -> bool:
     """Whether more lies there than a process that was killed at its start leaves behind."""
     if path.is_dir():
-        return any(_TEMPORARY.fullmatch(entry.name) is None for entry in path.iterdir())
+        return not all(is_temporary(entry.name) for entry in path.iterdir())
     return path.is_file() and path.stat().st_size > 0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    atomic_write(path, lambda file: file.write(text.encode()))
-
-
-def write_figure(path: Path, figure: Any) -> None:
-    """Write a figure of matplotlib whole or not at all, in the format of the name's ending."""
-    atomic_write(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
-
-
-def write_result(path: str | os.PathLike[str], content: Any) -> Path:
-    """Write a text or figure that the user asked for, and the folders that it needs; links are followed."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(os.path.realpath(path)) if path.is_symlink() else path
-        if isinstance(content, str):
-            write_text(place, content)
-        else:
-            write_figure(place, content)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputFolderError(f"{path} cannot be written ({reason}); choose another output") from error
-    return path
 
 
 def branch_run(source: Path, folder: Path) -> None:

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import DataWarning
-from flows.training.checkpoint import MODEL, CheckpointError, DamagedCheckpointError, check_content, load_checkpoint
-from flows.training.files import FOLDER, own_run_folder, write_text
+from flows.training.checkpoint import (
+    MODEL,
+    RUN,
+    CheckpointError,
+    DamagedCheckpointError,
+    check_content,
+    load_checkpoint,
+)
+from flows.training.files import FOLDER, own_run_folder
+from flows.writing import write_text
 
 RUN_ID = ".run"  # in the folder of a run: the name of the run that lives there
 MAX_ID = 100  # characters
@@ -87,6 +95,39 @@ def load_best(folder: Path, keep: bool = False) -> dict[str, Any] | None:
             "away to go on without them"
         ) from error
     return content
+
+
+def load_to_resume(path: Path) -> dict[str, Any]:
+    """Read the checkpoint that a run goes on from.
+
+    Raises:
+        CheckpointError: it cannot be read; if it is damaged, the message names a whole one beside it.
+    """
+    try:
+        content = load_checkpoint(path)
+        check_content(content, path, RUN)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{error}. {_way_on(path)}") from error
+    return content
+
+
+def whole_checkpoints(folder: Path) -> dict[Path, int]:
+    """The checkpoints in a folder that a run can go on from, with their steps, the latest first."""
+    found = {}
+    for path in sorted(folder.glob("*.pt")):
+        with contextlib.suppress(CheckpointError):
+            content = load_checkpoint(path)
+            check_content(content, path, RUN)
+            found[path] = content["position"]["step"]
+    return dict(sorted(found.items(), key=lambda one: -one[1]))
+
+
+def _way_on(path: Path) -> str:
+    others = whole_checkpoints(path.parent)
+    if not others:
+        return "No other checkpoint beside it is whole: train again, with another output_dir"
+    other, step = next(iter(others.items()))
+    return f"{other} is whole, after step {step}: continue from it in a new folder, resume={other} output_dir=..."
 
 
 def set_aside(path: Path, reason: str) -> Path | None:

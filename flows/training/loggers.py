@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from flows.arguments import checked
 from flows.training.appended import AppendedFile
-from flows.training.files import write_text
 from flows.training.streams import UnbreakableStream
+from flows.writing import write_text
 
 Metric = float | Tensor
 BAR_LABELS = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +17,9 @@ import torch
 from flows.errors import InvalidValueError
 
 STEP = "SLURM_STEP_NUM_TASKS"
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # of Open MPI, MPICH and its like, MVAPICH
+CROWDED = 4  # processes on a core; more are a mistake
+LOG = logging.getLogger("flows")
 PARENT = "FLOWS_PARENT"  # the number of the process that has started this one to train with it
 
 
@@ -35,7 +42,9 @@ def check_processes(accelerator: Any, devices: Any) -> None:
     if number is None or not (gpu or accelerator in ("auto", "cpu")):
         return
     has, kind = (torch.cuda.device_count(), "GPU") if gpu else (os.cpu_count() or 1, "processor core")
-    if number > has:
+    if not gpu and has < number <= CROWDED * has:  # slow, but some test on few cores what is to run on many
+        LOG.warning("%d processes share the %d cores of this machine", number, has)
+    elif number > has:
         advice = f"choose hardware.devices={has} or fewer" if has else "choose hardware.accelerator=cpu"
         raise InvalidValueError(
             f"devices={devices} asks for {number:,} {kind}s, one for each process, and this machine has {has}; {advice}"
@@ -85,16 +94,49 @@ def _number(devices: Any) -> int | None:
 
 
 def _check_launcher(number: int | None) -> None:
+    """Refuse several processes of another program that would each train the whole run.
+
+    Args:
+        number: of devices asked for; None: not known.
+    """
+    for launcher in _launchers():
+        if launcher.started > 1:
+            if launcher.joins and number in (None, launcher.started):
+                return
+            advice = (
+                f"{launcher.alone}, or let them train together with hardware.devices={launcher.started}"
+                if launcher.joins
+                else f"{launcher.alone}, which starts its own with hardware.devices={launcher.started}, or install "
+                "mpi4py, by which they find each other"
+            )
+            raise InvalidValueError(
+                f"{launcher.started} processes were started ({launcher.shown}), and hardware.devices={number}: each of "
+                f"them would train the same run. Either {advice}"
+            )
+
+
+@dataclass(frozen=True)
+class _Launcher:
+    """Another program that may have started this process among others."""
+
+    started: int
+    shown: str  # what says so
+    alone: str  # how to start one process
+    joins: bool = True  # Fabric can make the processes train together
+
+
+def _launchers() -> Iterator[_Launcher]:
     started = _started("WORLD_SIZE") if "RANK" in os.environ else 1
-    by, alone = f"WORLD_SIZE={started}, as torchrun sets it", "start the program without torchrun"
-    if started == 1 and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+    yield _Launcher(started, f"WORLD_SIZE={started}, as torchrun sets it", "start the program without torchrun")
+    if started > 1:
+        return  # perhaps on several machines by another launcher
+    if os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         started = _started(STEP)  # a batch script is one process, whatever its SLURM_NTASKS
-        by, alone = f"{STEP}={started}, as srun sets it", "ask srun for one task, --ntasks=1"
-    if started > 1 and number is not None and number != started:
-        raise InvalidValueError(
-            f"{started} processes were started ({by}), and hardware.devices={number}: each of them would train the "
-            f"same run. Either {alone}, or let them train together with hardware.devices={started}"
-        )
+        yield _Launcher(started, f"{STEP}={started}, as srun sets it", "ask srun for one task, --ntasks=1")
+    for variable in MPI_SIZES:
+        started = _started(variable)
+        joins = importlib.util.find_spec("mpi4py") is not None
+        yield _Launcher(started, f"{variable}={started}, as mpirun sets it", "start the program without mpirun", joins)
 
 
 def _started(variable: str) -> int:

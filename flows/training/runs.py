@@ -26,6 +26,7 @@ from flows.training.amounts import check_batch, check_size, check_whole_numbers
 from flows.training.annotations import SettingsError
 from flows.training.blueprint import MisfitError, build_like
 from flows.training.checkpoint import CheckpointError, check_content, find_checkpoint, load_checkpoint
+from flows.training.files import check_place
 from flows.training.fitting import dtype_named, load_weights
 from flows.training.settings import TARGET, complete, instantiate, parameter_names
 from flows.training.settings_text import read_settings
@@ -219,6 +220,7 @@ def build_trainer(
 
     seed = config.get("seed", 0)
     check_seed(seed)
+    check_place(config.get("output_dir"))
     stages = _checked_stages(_part(config, "objective"))
     torch.manual_seed(seed)
     dataset = build_dataset(config, resume is not None, network) if dataset is None else dataset

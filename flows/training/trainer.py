@@ -25,7 +25,7 @@ from flows.naming import in_words
 from flows.objectives import Objective
 from flows.solvers import SolverError
 from flows.training.callbacks import Reporting
-from flows.training.checkpoint import RUN, CheckpointError, check_content, describe, find_checkpoint, load_checkpoint
+from flows.training.checkpoint import CheckpointError, describe, find_checkpoint, load_checkpoint
 from flows.training.compile import compiled, stages_to_compile
 from flows.training.continuing import AUTO, discard_unsaved, saved_state, was_killed_early
 from flows.training.fabric import Hardware, build_fabric, deterministic_algorithms, on_first_process
@@ -36,14 +36,13 @@ from flows.training.files import (
     OutputFolderError,
     RunFileError,
     branch_run,
+    check_place,
     claimed_folder,
     end_branch,
     not_writable,
     own_run_folder,
-    to_json,
-    write_text,
 )
-from flows.training.identity import check_devices, check_same_run, load_best, mark_folder
+from flows.training.identity import check_devices, check_same_run, load_best, load_to_resume, mark_folder
 from flows.training.loop import Loop, LossModule, OptimizerStep
 from flows.training.memory import memory_errors
 from flows.training.processes import launch
@@ -53,6 +52,7 @@ from flows.training.stage import Optimization, Stage
 from flows.training.state import Position, Run, RunState
 from flows.training.streams import unbreakable_streams
 from flows.training.trusted import foreign_packages
+from flows.writing import to_json, write_text
 
 LOG = logging.getLogger("flows")
 
@@ -167,6 +167,8 @@ class Trainer:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         check_seed(seed)
+        if output_dir is not None:
+            check_place(output_dir)
         self.model = model
         self.dataset = dataset
         self.stages = as_stages(objective, steps)
@@ -192,9 +194,8 @@ class Trainer:
             resume = saved_state(output_dir)
             self._starts_over = resume is None and output_dir is not None and was_killed_early(output_dir)
         self._resumed = resumed = None if resume is None else find_checkpoint(resume, prefer="last")
-        self._checkpoint = None if resumed is None else load_checkpoint(resumed)
+        self._checkpoint = None if resumed is None else load_to_resume(resumed)
         if resumed is not None and self._checkpoint is not None:
-            check_content(self._checkpoint, resumed, RUN)
             check_devices(self._checkpoint, self.fabric.world_size)
             if describe(dataset)["name"] == self._checkpoint["data"].get("name"):  # otherwise said by `RunState.resume`
                 refuse_other_data(self._checkpoint["data"], dataset)
