@@ -131,3 +131,13 @@ def test_inputs_travel_with_their_series():
     own[6] = own[6][:-1]
     with pytest.raises(InvalidValueError, match=r"inputs of series '6' end at time .*, before its last state at 16"):
         Series(times, values, inputs=[t[:, None] for t in own], input_times=own)
+
+
+def test_batches_hold_the_rows_of_their_series_where_some_end_early():
+    data = flows.datasets.Pendulum(num_series=20, num_times=10, beyond=5.0)
+    whole = data.part("train")
+    streamed = next(data.train_stream(100, torch.Generator().manual_seed(0), dtype=torch.float64))
+    tested = next(iter(data.test_batches(100, dtype=torch.float64)))
+    assert (streamed.times.diff(dim=1) > 0).all()
+    torch.testing.assert_close(streamed.x.sort(0).values, whole.x.sort(0).values)
+    assert torch.equal(tested.x, data.part("test").x)

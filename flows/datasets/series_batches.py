@@ -99,6 +99,12 @@ class EndToEnd:
         self.counts, self.tensors = counts, tensors
         self.starts = counts.cumsum(0) - counts
 
+    def holding(self, *tensors: Tensor) -> EndToEnd:
+        """The same tables with other tensors of rows; their starts stay, also where counts have been shortened."""
+        other = EndToEnd(self.counts, *tensors)
+        other.starts = self.starts
+        return other
+
     def padded(self, chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The mask (B, T) of some tables, and their rows (B, T, ...); shorter tables repeat their last row."""
         counts = self.counts[chosen]
@@ -126,11 +132,9 @@ class AllSeries:
         inputs = self.inputs
         if inputs is not None:
             times, values = inputs.tensors
-            inputs = EndToEnd(
-                inputs.counts, convert(times, device, exact, dataset), convert(values, device, dtype, dataset)
-            )
+            inputs = inputs.holding(convert(times, device, exact, dataset), convert(values, device, dtype, dataset))
         context = None if self.context is None else convert(self.context, device, dtype, dataset)
-        return AllSeries(EndToEnd(self.points.counts, *rows), context, inputs)
+        return AllSeries(self.points.holding(*rows), context, inputs)
 
     def batch(self, chosen: Tensor) -> SeriesBatch:
         """The series at these places, padded to the longest of them."""
