@@ -22,7 +22,13 @@ from flows.training.settings import complete, instantiate
 
 CONF = config_folder()
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+SERIES = ("lorenz", "lotka_volterra", "pendulum", "spiral", "trajectories", "two_body")  # which no CNF is trained on
+CHOICES = [
+    (group, path.stem)
+    for group in GROUPS
+    for path in sorted((CONF / group).glob("*.yaml"))
+    if (group, path.stem) not in [("data", name) for name in SERIES]
+]
 SHAPES = [(2,), (1, 4, 4), (4, 3)]  # vectors, small images, point sets
 
 

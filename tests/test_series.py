@@ -77,6 +77,69 @@ def test_series_begin_at_a_whole_state():
         Series(times, values, missing="mask")
 
 
+def test_split_in_time_predicts_what_follows():
+    times, values = ramps(3, extra=10)
+    data = Series(times, values, split_by="time", validation_fraction=0.2, test_fraction=0.2)
+    train, validation, test = map(data.part, ("train", "validation", "test"))
+    for i, t in enumerate(times):
+        parts = [batch.times[i][batch.mask[i]] for batch in (train, validation, test)]
+        assert torch.equal(parts[0][-1], parts[1][0])  # a model starts from the last state that it was trained on
+        assert torch.equal(parts[1][-1], parts[2][0])
+        assert torch.equal(torch.cat([parts[0], parts[1][1:], parts[2][1:]]), t)
+        assert len(parts[1]) == len(parts[2]) == 1 + len(t) // 5
+    alone = Series(times[2:], values[2:], split_by="time")
+    assert [len(part) for part in alone.split.values()] == [1, 1, 1]
+    with pytest.raises(InvalidValueError, match=r"there is 1 series, .* set split_by=time"):
+        Series(times[2:], values[2:])
+    with pytest.raises(InvalidValueError, match="'0' has 3 points, too few to train on its beginning"):
+        Series([t[:3] for t in times], [x[:3] for x in values], split_by="time")
+
+
+def test_split_in_time_starts_from_whole_states():
+    times, values = [torch.arange(10.0)], [torch.arange(10.0)[:, None].repeat(1, 2)]
+    values[0][7, 0] = values[0][6, 0] = torch.nan  # the last but two
+    data = Series(times, values, missing="mask", split_by="time")
+    assert [data.part(split).times[0].tolist() for split in ("train", "validation", "test")] == [
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [5, 6, 7, 8],
+        [8, 9],
+    ]
+
+
+def test_windows_share_points_and_lose_none():
+    times, values = ramps(10, extra=3)
+    values[4][6, 1] = torch.nan
+    data = Series(times, values, missing="mask", window=4)
+    seen = {}
+    for split in data.split:
+        batch = data.part(split)
+        for t, mask in zip(batch.times, batch.mask, strict=True):
+            own = t[mask]
+            assert len(own) <= 5
+            seen.setdefault((split, float(own[-1])), own)
+        assert batch.observed[:, 0].all()
+    pieces = {}
+    for piece in data.examples:
+        pieces.setdefault(piece.series, []).append(piece)
+    for series, found in pieces.items():
+        assert [p.start for p in found] == [0, *(p.start + p.count - 1 for p in found[:-1])]
+        assert found[-1].start + found[-1].count == len(times[series])
+        assert all(bool(values[series][p.start].isfinite().all()) for p in found)
+    of = {split: {data.examples[i].series for i in chosen.tolist()} for split, chosen in data.split.items()}
+    assert sum(map(len, of.values())) == 10  # windows of a series stay together
+
+
+def test_split_by_content_keeps_series_where_they_are():
+    times, values = ramps(40, extra=0)
+    settings = {"split_by": "content", "validation_fraction": 0.2, "test_fraction": 0.2}
+    ids = [f"patient {i}" for i in range(40)]
+    one = Series(times, values, ids=ids, **settings)
+    other = Series(times[5:][::-1], values[5:][::-1], ids=ids[5:][::-1], **settings)
+    named = [{split: {d.ids[i] for i in d.split[split].tolist()} for split in d.split} for d in (one, other)]
+    for split, kept in named[1].items():
+        assert kept <= named[0][split]
+
+
 def test_until_counts_from_the_start_of_each_series():
     batch = Series(*ramps()).part("train").until(4.5)
     assert batch.x.shape[1] == 5
@@ -119,15 +182,21 @@ def test_texts_are_refused():
         Series(times, values)
 
 
-def test_inputs_travel_with_their_series():
+def test_inputs_travel_in_the_context():
     times, values = ramps()
-    own = [torch.linspace(float(t[0]) - 1, float(t[-1]), 7) for t in times]
-    data = Series(times, values, inputs=[t[:, None] ** 2 for t in own], input_times=own)
+    own = [torch.linspace(float(t[0]) - 1, float(t[-1]), 7 + i) for i, t in enumerate(times)]
+    settings = {"inputs": [t[:, None] ** 2 for t in own], "input_times": own}
+    data = Series(times, values, torch.arange(10.0)[:, None], **settings)
+    assert data.input_columns == ["u0"]
+    assert data.context_shape == (16, 3)
     batch = data.part("train")
     assert isinstance(batch, SeriesBatch)
-    assert data.input_size == 1
-    assert torch.equal(batch.inputs.times[:, 0] + 1, batch.times[:, 0])
-    torch.testing.assert_close(batch.inputs.values[..., 0], batch.inputs.times**2)
+    assert batch.context.shape == (8, 16, 3)
+    sampled, inputs, known = batch.context.unbind(-1)
+    assert torch.equal(sampled[:, 0] + 1, batch.times[:, 0])
+    assert torch.equal(sampled[:, -1], batch.times[:, -1])
+    torch.testing.assert_close(inputs, sampled**2)
+    assert torch.equal(known, batch.times[:, :1].expand(-1, 16))
     own[6] = own[6][:-1]
     with pytest.raises(InvalidValueError, match=r"inputs of series '6' end at time .*, before its last state at 16"):
         Series(times, values, inputs=[t[:, None] for t in own], input_times=own)

@@ -13,7 +13,7 @@ from flows.datasets.lattice import FreeField, Phi4
 from flows.datasets.particles import Particles
 from flows.datasets.photos import PhotoPatches
 from flows.datasets.series import Series
-from flows.datasets.series_batches import Inputs, SeriesBatch
+from flows.datasets.series_batches import SeriesBatch
 from flows.datasets.systems import DynamicalSystem, Lorenz, LotkaVolterra, Pendulum, Spiral, TwoBody
 from flows.datasets.tabular import BreastCancer, Table, Tabular
 from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
@@ -39,7 +39,6 @@ __all__ = [
     "HubImages",
     "ImageDensity",
     "Images",
-    "Inputs",
     "LabelledImages",
     "Lorenz",
     "LotkaVolterra",

@@ -75,6 +75,7 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
     has_samples: bool = True
     num_validation: int
     num_test: int
+    label_differences: str = "the classes are numbered otherwise, or examples have other classes"  # for messages
     _fingerprint: dict[str, Any] | None = None
 
     @abstractmethod

@@ -181,7 +181,7 @@ def _compare_rows(old: Mapping[str, Any], new: Mapping[str, Any], dataset: Datas
         cause = ", as the rows come in another order" if known else ""
         differences += settings or [f"the split is another one{cause}"] * same_rows
     elif labels is not None and old["labels"] not in (None, label_digest(hashes, labels)):
-        differences.append("the classes are numbered otherwise, or examples have other classes")
+        differences.append(dataset.label_differences)
     noise = _about_settings({"noise": old["settings"].get("noise")}, {"noise": new["settings"].get("noise")})
     differences += noise if aligned else []
     unequal = [text for text in settings if aligned and text not in noise]

@@ -1,10 +1,11 @@
-"""Time series: states observed at times, one example a series."""
+"""Time series: states observed at times. An example is a series, or a piece of one."""
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,9 +16,14 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets.base import Dataset
+from flows.datasets.hashing import hash_rows, word_keys
 from flows.datasets.series_batches import AllSeries, EndToEnd, SeriesBatch, SeriesStream
-from flows.datasets.splits import random_split
+from flows.datasets.series_pieces import Piece, cut_in_time, cut_windows
+from flows.datasets.splits import content_split, random_split
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
+
+FEWEST = 4  # series: two to train on, one for validation, one for test
+TIME_STEP = 2.0**-30  # of the largest time: finer differences of times are rounding
 
 
 @checked
@@ -29,6 +35,10 @@ class Series(Dataset):
 
     The first state of a series is where a model starts, so it must be observed whole. Later values may be missing.
 
+    By default the split shuffles series. `split_by="content"` decides by the id of a series alone, whatever other
+    series there are. `split_by="time"` cuts each series: its beginning is for training, its end for test, and what lies
+    between for validation. So one long series is enough. With `window`, the examples are short pieces of series.
+
     Args:
         times: the times of each series, a list of (T_i,) or one tensor (N, T); strictly increasing.
         values: the values of each series, a list of (T_i, *event) or one tensor (N, T, *event).
@@ -39,14 +49,22 @@ class Series(Dataset):
         name: name of the runs.
         ids: what messages and predictions call each series. Default: "0", "1", ...
         inputs: covariates that change in time, a list of (S_i, k) or one tensor (N, S, k). They must cover the series.
+            A batch has them in its context, (B, S, 1 + k), with their times in column 0; see `SeriesBatch`. Static
+            covariates are then further columns, so `context` must be (N, c).
         input_times: the times of the inputs, a list of (S_i,) or one tensor (N, S). Default: `times`.
-        validation_fraction, test_fraction: fractions of the series, rounded to whole ones.
+        input_columns: names of the inputs. Default: "u0", "u1", ...
+        validation_fraction, test_fraction: fractions of the series, or with `split_by="time"` of the points of each.
         split_seed: seed of the random split.
+        split_by: "position", "content" or "time".
+        window: number of points of an example. Neighbouring windows share a point, from which the later one starts.
+            Default: whole series.
         source: what messages call the data.
 
     Attributes:
-        split: the indices of the series of "train", "validation" and "test".
-        input_size: number k of inputs, 0 without any.
+        split: the indices of the examples of "train", "validation" and "test".
+        examples: the series, the first point and the number of points of each example.
+        ids: the names of the series.
+        input_columns: names of the inputs, empty without any.
 
     Raises:
         InvalidTypeError, InvalidValueError: times, values and inputs do not fit each other, times do not increase, a
@@ -68,6 +86,7 @@ class Series(Dataset):
     """
 
     columns: Sequence[str] | None
+    label_differences = "times, missing values, covariates or inputs are others"
 
     def __init__(
         self,
@@ -80,9 +99,12 @@ class Series(Dataset):
         ids: Sequence[str | int] | None = None,
         inputs: Sequence[Any] | Tensor | None = None,
         input_times: Sequence[Any] | Tensor | None = None,
+        input_columns: Sequence[str] | None = None,
         validation_fraction: float = 0.1,
         test_fraction: float = 0.1,
         split_seed: int = 0,
+        split_by: Literal["position", "content", "time"] = "position",
+        window: int | None = None,
         source: str = "the series",
     ):
         count = len(times)
@@ -96,9 +118,6 @@ class Series(Dataset):
         tables = [
             _checked_series(t, x, label, missing, source) for t, x, label in zip(times, values, self.ids, strict=True)
         ]
-        fractions = {"test": test_fraction, "validation": validation_fraction}
-        self.split = random_split(len(tables), fractions, split_seed, source, "series")
-        self.num_validation, self.num_test = len(self.split["validation"]), len(self.split["test"])
         shapes = {table.x.shape[1:]: table.label for table in tables}
         if len(shapes) > 1:
             one, other = list(shapes.items())[:2]
@@ -109,21 +128,56 @@ class Series(Dataset):
         _tell_late_starts(tables, source)
         self.event_shape = tuple(next(iter(shapes)))
         self.columns = _checked_names(columns, self.event_shape, source)
-        known = None if context is None else _numbers(context, f"{source}: the contexts")
-        if known is not None and (known.ndim < 2 or len(known) != count or not bool(known.isfinite().all())):
-            raise InvalidValueError(
-                f"{source}: {count} series need contexts ({count}, *context) of finite numbers, got a tensor of shape "
-                f"{tuple(known.shape)}"
-            )
-        self.context_shape = None if known is None else tuple(known.shape[1:])
-        lengths = torch.tensor([len(table.times) for table in tables])
-        flat = (torch.cat([getattr(table, part) for table in tables]) for part in ("times", "x", "observed"))
+        known = _checked_contexts(context, count, inputs is not None, source)
         own = None
         if inputs is not None:
             sampled = [_checked_inputs(t, u, of, source) for t, u, of in zip(input_times, inputs, tables, strict=True)]
             own = _end_to_end_inputs(sampled, source)
-        self.input_size = 0 if own is None else own.tensors[1].shape[1]
-        self._all = AllSeries(EndToEnd(lengths, *flat), known, own)
+        self.input_columns = _input_names(input_columns, own, source)
+        self.context_shape = None if known is None else tuple(known.shape[1:])
+        if own is not None:
+            self.context_shape = (int(own.counts.max()), 1 + len(self.input_columns) + sum(self.context_shape or ()))
+        fractions = {"test": test_fraction, "validation": validation_fraction}
+        whole = [table.observed.flatten(1).all(1) for table in tables]
+        pieces = _split(whole, self.ids, fractions, split_seed, split_by, source)
+        if window is not None:
+            window = whole_number("window", window, 2)
+            pieces = {
+                split: [w for p in part for w in cut_windows(p, whole[p.series], window)]
+                for split, part in pieces.items()
+            }
+        self.split_settings = {
+            **{f"{split}_fraction": float(fraction) for split, fraction in fractions.items()},
+            **{"split_seed": int(split_seed), "split_by": split_by, "window": window},
+        }
+        self._arrange(tables, pieces, known, own)
+
+    def _arrange(
+        self,
+        tables: Sequence[_Table],
+        pieces: Mapping[str, Sequence[Piece]],
+        context: Tensor | None,
+        inputs: EndToEnd | None,
+    ) -> None:
+        """Lay all series end to end; examples are numbered by series and start."""
+        flat = [torch.cat([getattr(table, part) for table in tables]) for part in ("times", "x", "observed")]
+        lengths = torch.tensor([len(table.times) for table in tables])
+        first = (lengths.cumsum(0) - lengths).tolist()
+        place = {"train": 0, "validation": 1, "test": 2}  # an end of training before what follows from it
+        order = sorted(
+            (p.series, p.start, place[split], i) for split, part in pieces.items() for i, p in enumerate(part)
+        )
+        number = {(which, i): position for position, (*_, which, i) in enumerate(order)}
+        self.split = {
+            split: torch.tensor([number[place[split], i] for i in range(len(part))]) for split, part in pieces.items()
+        }
+        self.num_validation, self.num_test = len(self.split["validation"]), len(self.split["test"])
+        names = list(place)
+        self.examples = [pieces[names[which]][i] for *_, which, i in order]
+        starts = torch.tensor([first[p.series] + p.start for p in self.examples])
+        counts = torch.tensor([p.count for p in self.examples])
+        of = torch.tensor([p.series for p in self.examples])
+        self._all = AllSeries(EndToEnd(counts, *flat, starts=starts), of, context, inputs)
 
     def part(self, split: str) -> SeriesBatch:
         """All series of a split, in float64."""
@@ -147,12 +201,50 @@ class Series(Dataset):
 
     def reference(self) -> Tensor:
         """Return all training states, (n, *event), in float64. Missing values are interpolated linearly in time."""
-        states = []
-        for i in self.split["train"].tolist():
-            start, count = int(self._all.points.starts[i]), int(self._all.points.counts[i])
-            times, x, observed = (tensor[start : start + count] for tensor in self._all.points.tensors)
-            states.append(x if bool(observed.all()) else _filled(times, x, observed))
+        states = [x if bool(seen.all()) else _filled(t, x, seen) for t, x, seen in self._points_of("train")]
         return torch.cat(states)
+
+    def rows_for_hashing(self) -> dict[str, np.ndarray]:
+        """Return all states but those that models start from, (n, k), 0 where values are missing."""
+        return {
+            split: torch.cat([x[1:] for _, x, _ in self._points_of(split)]).flatten(1).numpy() for split in self.split
+        }
+
+    def labels_for_hashing(self) -> dict[str, np.ndarray]:
+        """Return what else is known of each state: its time, which values are missing, its start and its context."""
+        step = TIME_STEP * max(1.0, float(self._all.points.tensors[0].abs().max()))
+        found = {}
+        for split, chosen in self.split.items():
+            labels = []
+            for i, (times, x, observed) in zip(chosen.tolist(), self._points_of(split), strict=True):
+                known = [x[:1].flatten(1), (times[:1, None] / step).round()]
+                context = self._all.batch(torch.tensor([i])).context
+                if context is not None:
+                    known.append(context.flatten(1))
+                start = hash_rows(torch.cat(known, 1).numpy()) >> np.uint64(11)  # which float64 holds
+                label = torch.cat([(times[1:, None] / step).round(), observed[1:].flatten(1).double()], 1).numpy()
+                labels.append(np.concatenate([label, np.full((len(label), 1), float(start[0]))], 1))
+            found[split] = np.concatenate(labels)
+        return found
+
+    def reordered(self, columns: Sequence[int]) -> Series:
+        """Return the same series with their columns in another order."""
+        order, new = list(columns), copy.copy(self)
+        new._fingerprint = None
+        new.columns = [list(self.columns or [])[i] for i in order]
+        points = self._all.points
+        times, x, observed = points.tensors
+        moved = EndToEnd(points.counts, times, x[:, order], observed[:, order], starts=points.starts)
+        new._all = replace(self._all, points=moved)
+        return new
+
+    def _points_of(self, split: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The times, values and observed entries of each example of a split."""
+        points = self._all.points
+        for i in self.split[split].tolist():
+            start, count = int(points.starts[i]), int(points.counts[i])
+            times, x, observed = (tensor[start : start + count] for tensor in points.tensors)
+            yield times, x, observed
 
     def _in_batches(
         self,
@@ -285,7 +377,54 @@ def _end_to_end_inputs(sampled: Sequence[tuple[Tensor, Tensor]], source: str) ->
     if len(sizes) > 1:
         raise InvalidValueError(f"{source}: all series must have the same inputs, got {sorted(sizes)} of them")
     counts = torch.tensor([len(times) for times, _ in sampled])
-    return EndToEnd(counts, torch.cat([times for times, _ in sampled]), torch.cat([values for _, values in sampled]))
+    return EndToEnd(counts, torch.cat([torch.cat([times[:, None], values], 1) for times, values in sampled]))
+
+
+def _input_names(columns: Sequence[str] | None, inputs: EndToEnd | None, source: str) -> list[str]:
+    size = 0 if inputs is None else inputs.tensors[0].shape[1] - 1
+    names = [f"u{i}" for i in range(size)] if columns is None else list(columns)
+    if len(names) != size or len(set(names)) < size:
+        raise InvalidValueError(f"{source}: there are {size} inputs, each with its own name, got {names}")
+    return names
+
+
+def _checked_contexts(context: Any, count: int, with_inputs: bool, source: str) -> Tensor | None:
+    if context is None:
+        return None
+    known = _numbers(context, f"{source}: the contexts")
+    if known.ndim < 2 or len(known) != count or not bool(known.isfinite().all()):
+        raise InvalidValueError(
+            f"{source}: {count} series need contexts ({count}, *context) of finite numbers, got a tensor of shape "
+            f"{tuple(known.shape)}{' with NaN or infinite values' if len(known) == count else ''}"
+        )
+    if with_inputs and known.ndim != 2:
+        raise InvalidValueError(f"{source}: beside inputs, contexts must be ({count}, c), got {tuple(known.shape)}")
+    return known
+
+
+def _split(
+    whole: Sequence[Tensor],
+    ids: Sequence[str],
+    fractions: Mapping[str, float],
+    seed: int,
+    split_by: str,
+    source: str,
+) -> dict[str, list[Piece]]:
+    """The examples of each split: series, or parts of them."""
+    if split_by == "time":
+        return cut_in_time(whole, ids, fractions, seed, source)
+    if len(whole) < FEWEST:
+        there = "is 1 series" if len(whole) == 1 else f"are {len(whole)} series"
+        raise InvalidValueError(
+            f"{source}: there {there}, too few to split by series; set split_by=time to train on the beginning of each "
+            "series, and to validate and test on what follows (window=50 cuts a long one into examples of 50 points)"
+        )
+    if split_by == "content":
+        keys = word_keys(np.asarray(ids), whole_number("split_seed", seed, 0))
+        places = content_split(keys, fractions, seed, source, "series")
+    else:
+        places = random_split(len(whole), fractions, seed, source, "series")
+    return {split: [Piece(i, 0, len(whole[i])) for i in part.tolist()] for split, part in places.items()}
 
 
 def _checked_names(columns: Sequence[str] | None, event_shape: tuple[int, ...], source: str) -> list[str] | None:

@@ -15,39 +15,17 @@ from flows.errors import InvalidValueError
 
 @checked
 @dataclass(frozen=True)
-class Inputs:
-    """Inputs u(t) of each series of a batch, sampled at times of their own.
-
-    Rows that are shorter than S repeat their last time and value.
-    """
-
-    times: Tensor  # (B, S), float64, strictly increasing where `mask` is true
-    values: Tensor  # (B, S, k)
-    mask: Tensor  # (B, S), which samples belong to the series
-
-    def __post_init__(self) -> None:
-        _check_shapes(self.values, {"times": self.times, "mask": self.mask}, "inputs (B, S, k)")
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, indices: Tensor | slice) -> Inputs:
-        """Select series."""
-        return Inputs(self.times[indices], self.values[indices], self.mask[indices])
-
-
-@checked
-@dataclass(frozen=True)
 class SeriesBatch(Batch):
     """Observed time series of any lengths.
 
     `x` is (B, T, *event): the values, 0 where none was observed. Rows that are shorter than T repeat their last time.
+    Inputs u(t) are in the context, (B, S, 1 + k): the times of S samples in column 0, then k inputs. Rows with fewer
+    samples repeat the last one.
     """
 
     times: Tensor = field(kw_only=True)  # (B, T), float64, strictly increasing where `mask` is true
     mask: Tensor = field(kw_only=True)  # (B, T), which times belong to the series
     observed: Tensor = field(kw_only=True)  # (B, T, *event), which values were observed
-    inputs: Inputs | None = field(kw_only=True, default=None)  # covariates that change in time
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,18 +34,15 @@ class SeriesBatch(Batch):
             raise InvalidValueError(
                 f"observed must have the shape of x, {tuple(self.x.shape)}, got {tuple(self.observed.shape)}"
             )
-        if self.inputs is not None and len(self.inputs) != len(self.x):
-            raise InvalidValueError(f"{len(self.x)} series need as many inputs, got {len(self.inputs)}")
 
     def __getitem__(self, indices: Tensor | slice) -> SeriesBatch:
-        """Select series together with their contexts and inputs."""
+        """Select series together with their contexts."""
         return SeriesBatch(
             self.x[indices],
             None if self.context is None else self.context[indices],
             times=self.times[indices],
             mask=self.mask[indices],
             observed=self.observed[indices],
-            inputs=None if self.inputs is None else self.inputs[indices],
         )
 
     def until(self, time: float) -> SeriesBatch:
@@ -92,60 +67,57 @@ class EndToEnd:
 
     Args:
         counts: the length of each table.
-        tensors: rows (P, ...) of all tables, one table after the other.
+        tensors: rows (P, ...) of all tables.
+        starts: where each table begins. Default: one after the other.
     """
 
-    def __init__(self, counts: Tensor, *tensors: Tensor):
+    def __init__(self, counts: Tensor, *tensors: Tensor, starts: Tensor | None = None):
         self.counts, self.tensors = counts, tensors
-        self.starts = counts.cumsum(0) - counts
+        self.starts = counts.cumsum(0) - counts if starts is None else starts
 
-    def holding(self, *tensors: Tensor) -> EndToEnd:
-        """The same tables with other tensors of rows; their starts stay, also where counts have been shortened."""
-        other = EndToEnd(self.counts, *tensors)
-        other.starts = self.starts
-        return other
-
-    def padded(self, chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def padded(self, chosen: Tensor, length: int | None = None) -> tuple[Tensor, list[Tensor]]:
         """The mask (B, T) of some tables, and their rows (B, T, ...); shorter tables repeat their last row."""
         counts = self.counts[chosen]
-        places = torch.arange(int(counts.max()) if len(counts) else 0)
+        places = torch.arange(int(counts.max()) if length is None else length)
         inside = places < counts[:, None]
-        rows = self.starts[chosen][:, None] + places.minimum((counts - 1)[:, None])
         device = self.tensors[0].device
-        rows = rows.to(device)
+        rows = (self.starts[chosen][:, None] + places.minimum((counts - 1)[:, None])).to(device)
         return inside.to(device), [tensor[rows] for tensor in self.tensors]
 
 
 @dataclass(frozen=True)
 class AllSeries:
-    """All series of a dataset, on one device."""
+    """The examples of a dataset of series, on one device. An example is a series, or a piece of one."""
 
-    points: EndToEnd  # times (P,), values (P, *event), which were observed (P, *event)
-    context: Tensor | None  # (N, *context)
-    inputs: EndToEnd | None  # times (Q,), values (Q, k)
+    points: EndToEnd  # times (P,), values (P, *event), which were observed (P, *event); a table for each example
+    of: Tensor  # (examples,), the series that each example is of
+    context: Tensor | None  # (N, *context), one a series
+    inputs: EndToEnd | None  # times and inputs (Q, 1 + k); a table for each series
 
     def to(self, device: torch.device, dtype: torch.dtype, dataset: str) -> AllSeries:
-        """Copy to a device and a dtype; times stay in float64 where the device has it."""
+        """Copy to a device and a dtype; times of observations stay in float64 where the device has it."""
         exact = dtype if device.type == "mps" else torch.float64
         times, x, observed = self.points.tensors
         rows = (convert(times, device, exact, dataset), convert(x, device, dtype, dataset), observed.to(device))
+        points = EndToEnd(self.points.counts, *rows, starts=self.points.starts)
         inputs = self.inputs
         if inputs is not None:
-            times, values = inputs.tensors
-            inputs = inputs.holding(convert(times, device, exact, dataset), convert(values, device, dtype, dataset))
+            inputs = EndToEnd(inputs.counts, convert(inputs.tensors[0], device, dtype, dataset))
         context = None if self.context is None else convert(self.context, device, dtype, dataset)
-        return AllSeries(self.points.holding(*rows), context, inputs)
+        return AllSeries(points, self.of, context, inputs)
 
     def batch(self, chosen: Tensor) -> SeriesBatch:
-        """The series at these places, padded to the longest of them."""
+        """The examples at these places, padded to the longest of them."""
         mask, (times, x, observed) = self.points.padded(chosen)
         observed = observed & _like(mask, x)
-        inputs = None
+        series, context = self.of[chosen], None
+        if self.context is not None:
+            context = self.context[series.to(self.context.device)]
         if self.inputs is not None:
-            inside, (own_times, values) = self.inputs.padded(chosen)
-            inputs = Inputs(own_times, values, inside)
-        context = None if self.context is None else self.context[chosen.to(self.context.device)]
-        return SeriesBatch(x.where(observed, 0), context, times=times, mask=mask, observed=observed, inputs=inputs)
+            samples = self.inputs.padded(series, int(self.inputs.counts.max()))[1][0]
+            known = () if context is None else (context[:, None].expand(-1, samples.shape[1], -1),)
+            context = torch.cat([samples, *known], 2)
+        return SeriesBatch(x.where(observed, 0), context, times=times, mask=mask, observed=observed)
 
 
 class SeriesStream(EpochStream):

@@ -29,7 +29,7 @@ def random_split(
         InvalidTypeError: a fraction or the seed is no number.
         InvalidValueError: a fraction is out of range, or a split would be empty.
     """
-    names = _checked(fractions, seed, unit)
+    names = checked_fractions(fractions, seed, unit)
     sizes = {split: round(count * fraction) for split, fraction in fractions.items()}
     training = count - sum(sizes.values())
     _check_sizes({"training": training, **sizes}, count, source, unit, names)
@@ -50,7 +50,7 @@ def content_split(
     Appending examples moves no other one to another split. The sizes therefore only come close to the fractions, within
     about √n. Each split is sorted by its keys. Arguments and errors are those of `random_split`.
     """
-    names = _checked(fractions, seed, unit)
+    names = checked_fractions(fractions, seed, unit)
     order = np.argsort(keys, kind="stable")
     place = keys[order].astype(np.float64) / 2.0**64
     edges = np.searchsorted(place, np.cumsum(list(fractions.values())))
@@ -72,7 +72,7 @@ def group_split(
     Groups are shuffled; each split but "train" takes groups until its size is as close to its fraction as it gets, and
     one group at least. Arguments and errors are those of `random_split`.
     """
-    names = _checked(fractions, seed, unit)
+    names = checked_fractions(fractions, seed, unit)
     values, member = np.unique(np.asarray(groups), return_inverse=True)
     if len(values) < 3:
         raise InvalidValueError(
@@ -95,7 +95,7 @@ def group_split(
     return {split: torch.from_numpy(rows) for split, rows in splits.items()}
 
 
-def _checked(fractions: Mapping[str, float], seed: int, unit: str) -> list[str]:
+def checked_fractions(fractions: Mapping[str, float], seed: int, unit: str) -> list[str]:
     """Check the settings of a split; return the names of the fractions."""
     names = [f"{split}_fraction" for split in fractions]
     for name, fraction in zip(names, fractions.values(), strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.checks import check_number, check_seed, fits_in_memory, whole_number
 from flows.datasets.series import Series
+from flows.datasets.series_pieces import Piece
 from flows.errors import ComputationError
 
 CHUNK = 100  # series in one solve
@@ -93,8 +94,9 @@ class DynamicalSystem(Series):
             split_seed=split_seed,
             source=self.name,
         )
-        for split in ("train", "validation"):
-            self._all.points.counts[self.split[split]] = num_times  # the others lie beyond the span
+        inside = torch.cat([self.split["train"], self.split["validation"]])
+        self._all.points.counts[inside] = num_times  # the other times lie beyond the span
+        self.examples = [Piece(i, 0, count) for i, count in enumerate(self._all.points.counts.tolist())]
 
     @abstractmethod
     def velocity(
