@@ -26,7 +26,7 @@ from flows.training import (
 from flows.training.checkpoint import RUN, VERSION
 from flows.training.fitting import check_optimizer
 from flows.training.identity import load_best
-from flows.training.runs import MODEL, build_flow
+from flows.training.runs import build_flow, model_parts
 from flows.training.trusted import UntrustedConfigError, foreign_packages
 
 CONFIG = {
@@ -320,7 +320,7 @@ def test_foreign_contents_are_explained(tmp_path):
             explained(lambda: load_flow(odd))
             if value == 3 and name in RUN:
                 explained(resume)
-        for name in MODEL:
+        for name in model_parts(CONFIG):
             torch.save(content | {"config": yaml.safe_dump(config | {name: value})}, odd)
             explained(lambda: load_flow(odd))
     for name in ("version", "data", "ema", "position", "config"):

@@ -17,6 +17,7 @@ from flows.training.settings import no_setting
 OPEN_PARTS = {  # of each program: their settings may have any name, as far as Hydra is concerned
     "train": (
         "data",
+        "model",
         "transform",
         "field",
         "divergence",

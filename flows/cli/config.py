@@ -29,6 +29,7 @@ from flows.errors import ComputationError, DataWarning, FlowsError, InvalidValue
 from flows.training.annotations import SettingsError, check_type
 from flows.training.files import OutputFolderError
 from flows.training.loggers import warnings_above_bars
+from flows.training.runs import without_unused_parts
 from flows.training.settings import complete, instantiate
 
 PROGRAM_SETTINGS = {  # settings that no class has, and their types
@@ -180,11 +181,13 @@ def plain(node: Any, resolve: bool = False, throw_on_missing: bool = False) -> d
 def plain_settings(composed: DictConfig) -> dict[str, Any]:
     """Composed settings as plain values, with those of the program itself checked.
 
+    Parts that the chosen model does not take are left out.
+
     Raises:
         SettingsError: a setting of `PROGRAM_SETTINGS` has another type.
         MissingMandatoryValue: a setting without a default is not given.
     """
-    settings = plain(composed, resolve=True, throw_on_missing=True)
+    settings = without_unused_parts(plain(composed, resolve=True, throw_on_missing=True))
     check_program_settings(settings)
     return settings
 

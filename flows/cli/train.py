@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from flows.cli.arguments import refuse
 from flows.cli.config import check_program_settings, plain_settings, run_with_hydra
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
@@ -18,7 +19,8 @@ from flows.cli.resuming import RESUME_SETTINGS, find_run, resumed_config
 from flows.cli.sweeps import sweep_table, sweeping
 from flows.training.continuing import AUTO
 from flows.training.loggers import flat
-from flows.training.runs import build_trainer
+from flows.training.runs import PARTS, build_trainer
+from flows.training.settings import TARGET
 from flows.training.trusted import may_download
 
 
@@ -67,6 +69,18 @@ def chosen_settings(composed: DictConfig) -> tuple[dict[str, Any], Path | str | 
         check_program_settings({name: composed[name] for name in RESUME_SETTINGS if name in composed})
         return resumed_config(composed.resume, context.overrides.task, composed.trust)
     config = plain_settings(composed)
+    check_parts(config, context.overrides.task)
     if current_job() is not None:
         config["output_dir"] = context.runtime.output_dir  # each job of a sweep has a folder of its own
     return config, None
+
+
+def check_parts(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse parts that the model does not take, as far as the command line chooses them.
+
+    Raises:
+        InvalidValueError: such a part is among the overrides.
+    """
+    kind = config["model"].get(TARGET) if isinstance(config.get("model"), Mapping) else None
+    reason = f"{kind} has no such part; leave it out, or choose another model"
+    refuse(overrides, {part: reason for part in PARTS if part not in config})

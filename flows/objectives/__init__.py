@@ -3,19 +3,23 @@
 from flows.objectives import couplings, paths
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.couplings import Coupling
+from flows.objectives.derivative_matching import DerivativeMatching
 from flows.objectives.flow_matching import FlowMatching
 from flows.objectives.maximum_likelihood import MaximumLikelihood
 from flows.objectives.paths import ProbabilityPath
 from flows.objectives.reverse_kl import ReverseKL
+from flows.objectives.trajectory_matching import TrajectoryMatching
 
 __all__ = [
     "Coupling",
+    "DerivativeMatching",
     "FlowMatching",
     "LossOutput",
     "MaximumLikelihood",
     "Objective",
     "ProbabilityPath",
     "ReverseKL",
+    "TrajectoryMatching",
     "couplings",
     "paths",
 ]

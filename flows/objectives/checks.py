@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from flows.datasets import Dataset
+from flows.datasets import Dataset, Series
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
@@ -17,12 +17,32 @@ MAX_POINTS = 10_000  # of a table that are looked at
 MAX_LOST = 0.02  # of the distinct values of a column; among 10,000 points float32 loses 0.0002 by chance
 
 
+SERIES_RECIPE = "model=neural_ode and objective=trajectory_matching, as experiment=spiral does"
+DENSITY_RECIPE = "model=cnf and an objective such as flow_matching, as experiment=moons does"
+
+
+def check_kind(model: nn.Module, dataset: Dataset) -> None:
+    """Raise `InvalidTypeError` unless time series meet a neural ODE, and other data another model."""
+    is_series, kind, name = isinstance(dataset, Series), type(model).__name__, getattr(dataset, "name", "?")
+    if is_series and not isinstance(model, NeuralODE):
+        raise InvalidTypeError(
+            f"the data {name!r} are time series, which a flows.NeuralODE is trained on, got {kind}; use {SERIES_RECIPE}"
+        )
+    if not is_series and isinstance(model, NeuralODE):
+        raise InvalidTypeError(
+            f"a {kind} is trained on time series, such as data=spiral, and the data {name!r} are single points; choose "
+            f"time series, or use {DENSITY_RECIPE}"
+        )
+
+
 def check_flow(model: nn.Module, dataset: Dataset) -> CNF:
     """Return the model, or raise `InvalidTypeError` or `InvalidValueError` unless it is a flow for these data."""
     if not isinstance(model, CNF):
-        raise InvalidTypeError(
-            f"this objective trains a flows.CNF, got {type(model).__name__}; write a flows.objectives.Objective for it"
+        instead = (
+            f"use {SERIES_RECIPE}" if isinstance(model, NeuralODE) else "write a flows.objectives.Objective for it"
         )
+        raise InvalidTypeError(f"this objective trains a flows.CNF, got {type(model).__name__}; {instead}")
+    check_kind(model, dataset)
     check_contexts(model, dataset)
     check_levels(model.transform, dataset)
     check_digits(model, dataset)

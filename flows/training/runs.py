@@ -1,4 +1,4 @@
-"""Builds flows, data and trainers from settings, and loads trained flows from checkpoints."""
+"""Builds models, data and trainers from settings, and loads trained models from checkpoints."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from flows.arguments import checked
 from flows.checks import check_seed
 from flows.datasets import Dataset
 from flows.datasets.hub import offline
-from flows.errors import FileError, InvalidValueError
+from flows.errors import FileError, InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.precision import working_dtype
 from flows.objectives import MaximumLikelihood
-from flows.objectives.checks import check_levels
+from flows.objectives.checks import check_kind, check_levels
 from flows.training import checkpoint as files
 from flows.training.amounts import check_batch, check_size, check_whole_numbers
 from flows.training.annotations import SettingsError
@@ -36,14 +37,18 @@ from flows.training.trusted import check_trusted, foreign_packages
 if TYPE_CHECKING:
     from flows.training.trainer import Trainer
 
-MODEL = ("transform", "field", "divergence", "solver")  # the parts of a flow
+M = TypeVar("M", bound=nn.Module)
+# Of models; each takes those that its signature names.
+PARTS = ("transform", "field", "divergence", "solver", "base", "encoder")
+OPTIONAL = ("base", "encoder")  # may be missing
+DEFAULT_MODEL = {TARGET: "flows.CNF"}
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained flow with its averaged weights, and the settings of its run."""
+    """A trained model with its averaged weights, and the settings of its run."""
 
-    flow: CNF
+    model: nn.Module
     config: dict[str, Any]
     checkpoint: Path
     step: int
@@ -51,12 +56,26 @@ class LoadedRun:
     num_classes: int | None  # None: the contexts are no classes
     data: Mapping[str, Any]  # what identifies the training data, for `flows.datasets.comparison`
 
+    @property
+    def flow(self) -> CNF:
+        """The model, which has a density.
+
+        Raises:
+            InvalidTypeError: it has none, as a neural ODE.
+        """
+        if not isinstance(self.model, CNF):
+            raise InvalidTypeError(
+                f"the run of {self.checkpoint} trained a {type(self.model).__name__}, and this needs a flows.CNF, "
+                "which has a density to sample from; predict states of a neural ODE by its trajectory(x0, times)"
+            )
+        return self.model
+
 
 @checked
-def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: CNF | None = None) -> CNF:
-    """Load a trained flow.
+def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: nn.Module | None = None) -> Any:
+    """Load a trained model: a `flows.CNF`, or the `flows.NeuralODE` of a run on time series.
 
-    The flow has its averaged weights, is in evaluation mode and lies on the CPU.
+    It has its averaged weights, is in evaluation mode and lies on the CPU.
 
     ```python
     flow = flows.load("runs/8gaussians/2026-01-31_12-00-00")
@@ -66,14 +85,14 @@ def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: CNF
     Args:
         path: the folder of a run, for its best checkpoint, or a checkpoint file.
         trust: names of packages whose classes the settings in the checkpoint may call, besides this package's.
-        flow: a flow of the same shape to fill. Needed for runs that were started from Python without settings.
+        flow: a model of the same shape to fill. Needed for runs that were started from Python without settings.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or belongs to another model.
         UntrustedConfigError: the settings in the checkpoint call something else.
     """
     if flow is None:
-        return load_run(path, trust).flow
+        return load_run(path, trust).model
     file = find_checkpoint(path)
     content = load_checkpoint(file)
     check_content(content, file, files.MODEL)
@@ -82,7 +101,7 @@ def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: CNF
 
 
 def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedRun:
-    """Load a trained flow like `load_flow`, with the settings of its run."""
+    """Load a trained model like `load_flow`, with the settings of its run."""
     file = find_checkpoint(path)
     content = load_checkpoint(file)
     config = checkpoint_config(content, file, trust)
@@ -92,19 +111,19 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
     try:
         dtype = dtype_named(content["dtype"])
 
-        def build() -> CNF:
+        def build() -> nn.Module:
             levels = data.get("num_levels")
-            return build_flow(config, data["event_shape"], None, dtype, context_shape=shape, num_levels=levels)
+            return build_model(config, data["event_shape"], None, dtype, context_shape=shape, num_levels=levels)
 
         with torch.random.fork_rng(devices=()):  # weights are drawn, to be replaced
-            foreign = foreign_packages({part: config[part] for part in MODEL})
-            flow = build() if foreign else build_like(build, content["ema"])
+            foreign = foreign_packages({part: config.get(part) for part in ("model", *PARTS)})
+            model = build() if foreign else build_like(build, content["ema"])
     except MisfitError as error:
         raise CheckpointError(f"the weights in {file} belong to another model than its settings: {error}") from error
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"no flow can be built from the settings in {file}: {error}") from error
-    _fill(flow, content, file)
-    return LoadedRun(flow.eval(), config, file, content["position"]["step"], shape, data.get("num_classes"), data)
+        raise CheckpointError(f"no model can be built from the settings in {file}: {error}") from error
+    _fill(model, content, file)
+    return LoadedRun(model.eval(), config, file, content["position"]["step"], shape, data.get("num_classes"), data)
 
 
 def checkpoint_config(
@@ -113,7 +132,7 @@ def checkpoint_config(
     """The settings in a checkpoint, once they have proved harmless.
 
     Raises:
-        CheckpointError: there are none, or they describe no flow.
+        CheckpointError: there are none, or they describe no model.
         UntrustedConfigError: see `check_trusted`.
     """
     if content.get("config") is None:
@@ -127,10 +146,27 @@ def checkpoint_config(
         raise CheckpointError(f"the settings in {path} are not valid: {error}") from error
     check_trusted(config, trust)
     parts = config if isinstance(config, dict) else {}
-    missing = [part for part in MODEL if not (isinstance(parts.get(part), dict) and TARGET in parts[part])]
+    needed = [] if "model" not in parts else ["model"]
+    needed += [part for part in model_parts(parts) if part in parts or part not in OPTIONAL]
+    missing = [part for part in needed if not (isinstance(parts.get(part), dict) and TARGET in parts[part])]
     if missing:
-        raise CheckpointError(f"the settings in {path} do not describe a flow: they have no {', '.join(missing)}")
+        raise CheckpointError(f"the settings in {path} do not describe a model: they have no {', '.join(missing)}")
     return config
+
+
+def model_parts(config: Mapping[str, Any]) -> list[str]:
+    """The parts of these settings that their model takes: those among `PARTS` that its signature names."""
+    model = config.get("model", DEFAULT_MODEL)
+    names = parameter_names(model.get(TARGET) if isinstance(model, Mapping) else None)
+    return [part for part in PARTS if part in names]
+
+
+def without_unused_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the parts that their model does not take, such as the divergence of a neural ODE."""
+    if "model" not in config:
+        return dict(config)
+    used = model_parts(config)
+    return {name: value for name, value in config.items() if name not in PARTS or name in used or not used}
 
 
 @checked
@@ -152,19 +188,20 @@ def build_dataset(config: Mapping[str, Any], of_run: bool = False, network: bool
 
 
 @checked
-def build_flow(
+def build_model(
     config: Mapping[str, Any],
     event_shape: Sequence[int],
     dataset: Dataset | None = None,
     dtype: torch.dtype | None = None,
     context_shape: Sequence[int] | None = None,
     num_levels: int | None = None,
-) -> CNF:
-    """Build an untrained flow from settings.
+) -> nn.Module:
+    """Build an untrained model from settings.
 
     Args:
-        config: the settings of `field`, `divergence`, `solver` and `transform`.
-        event_shape: the shape of one data point. Every part that takes it gets it.
+        config: the settings of `model`, by default a `flows.CNF`, and of its parts: those of `transform`, `field`,
+            `divergence`, `solver` and `base` that its signature names.
+        event_shape: the shape of one data point or state. Every part that takes it gets it.
         dataset: the data to fit the transform to. `None` (default): its state is loaded later.
         dtype: of parameters and constants. `None` (default): torch's default dtype.
         context_shape: of the contexts, for a field that takes it. `None` (default): as in `dataset`.
@@ -178,23 +215,44 @@ def build_flow(
         num_levels = dataset.num_levels if num_levels is None else num_levels
     shapes: dict[str, Any] = {"event_shape": tuple(event_shape)}
     contexts = {} if context_shape is None else {"context_shape": tuple(context_shape)}
-    parts = {part: _part(config, part) for part in MODEL}
+    model = config.get("model", DEFAULT_MODEL)
+    parts = {part: _part(config, part) for part in model_parts(config) if part in config or part not in OPTIONAL}
+    built: dict[str, Any] = {}
     with _default_dtype(dtype):
-        transform = instantiate(_with_arguments(parts["transform"], shapes | {"num_levels": num_levels}), "transform")
-        if dataset is not None:
-            check_levels(transform, dataset)
-            if dataset.has_samples:
-                transform.fit(dataset.reference())
-        given = _accepted(parts["field"], shapes | contexts)
+        if "transform" in parts:
+            arguments = shapes | {"num_levels": num_levels}
+            built["transform"] = instantiate(_with_arguments(parts["transform"], arguments), "transform")
+            if dataset is not None:
+                check_levels(built["transform"], dataset)
+                if dataset.has_samples:
+                    built["transform"].fit(dataset.reference())
+        given = _accepted(parts.get("field"), shapes | contexts)
         if dataset is not None:  # else its weights are there already
             _check_amounts(parts, given)
-        return CNF(
-            instantiate(parts["field"], "field", **given),
-            divergence=instantiate(parts["divergence"], "divergence"),
-            solver=instantiate(parts["solver"], "solver"),
-            transform=transform,
-            event_shape=tuple(event_shape),
-        )
+        for part in parts:
+            if part not in built:
+                built[part] = instantiate(parts[part], part, **_accepted(parts[part], shapes | contexts))
+        return instantiate(model, "model", **built, **_accepted(model, shapes))
+
+
+@checked
+def build_flow(
+    config: Mapping[str, Any],
+    event_shape: Sequence[int],
+    dataset: Dataset | None = None,
+    dtype: torch.dtype | None = None,
+    context_shape: Sequence[int] | None = None,
+    num_levels: int | None = None,
+) -> CNF:
+    """Build an untrained flow, as `build_model` does.
+
+    Raises:
+        SettingsError: names the setting that does not fit.
+    """
+    model = build_model(config, event_shape, dataset, dtype, context_shape, num_levels)
+    if not isinstance(model, CNF):
+        raise SettingsError(f"model must be a flows.CNF here, got {type(model).__name__}; leave out model=...")
+    return model
 
 
 def build_trainer(
@@ -206,9 +264,9 @@ def build_trainer(
     """Build the trainer of a run from settings.
 
     Args:
-        config: `data`, `transform`, `field`, `divergence`, `solver`, `objective` (the stages by name), `optimizer`,
-            `optimization`, `hardware`, `reporting`, `evaluation`, `seed` and `output_dir`, as plain values. The last
-            six may be missing.
+        config: `data`, `model` with its parts (see `build_model`), `objective` (the stages by name), `optimizer`,
+            `optimization`, `hardware`, `reporting`, `evaluation`, `seed` and `output_dir`, as plain values. `model` and
+            the last six may be missing.
         resume: a checkpoint to continue from.
         dataset: data to use instead of `config["data"]`.
         network: whether the data may be downloaded.
@@ -229,7 +287,9 @@ def build_trainer(
     hardware = instantiate(_options(config, "hardware", "Hardware"), "hardware")
     reporting = instantiate(_options(config, "reporting", "Reporting"), "reporting")
     double = str(hardware.precision).startswith("64")
-    flow = build_flow(config, dataset.event_shape, dataset, torch.float64 if double else None)
+    model = build_model(config, dataset.event_shape, dataset, torch.float64 if double else None)
+    if not foreign_packages(config):  # an objective of one's own may train anything on anything
+        check_kind(model, dataset)
     evaluator = None
     if config.get("evaluation"):
         shared = {"dataset": dataset, "seed": seed, "progress_bar": reporting.progress_bar}
@@ -237,10 +297,10 @@ def build_trainer(
     built = {name: instantiate(stage, f"objective.{name}") for name, stage in stages.items()}
     for name, stage in built.items():
         solves = isinstance(stage.objective, MaximumLikelihood)
-        copies = getattr(flow.divergence, "num_probes", 1) if solves else 1
+        copies = getattr(getattr(model, "divergence", None), "num_probes", 1) if solves else 1
         check_batch(f"objective.{name}.batch_size", stage.batch_size, dataset.event_shape, copies)
     return Trainer(
-        flow,
+        model,
         dataset,
         built,
         evaluator=evaluator,
@@ -254,8 +314,8 @@ def build_trainer(
     )
 
 
-def place(flow: CNF, device: str | None = None, dtype: str | None = None) -> CNF:
-    """Move a flow to a device, by default to a GPU where there is one, and to a dtype."""
+def place(flow: M, device: str | None = None, dtype: str | None = None) -> M:
+    """Move a model to a device, by default to a GPU where there is one, and to a dtype."""
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise InvalidValueError(f"dtype must be a floating-point type of torch such as float64, got {dtype!r}")
@@ -263,7 +323,7 @@ def place(flow: CNF, device: str | None = None, dtype: str | None = None) -> CNF
         return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), kind)
     except (RuntimeError, AssertionError) as error:
         raise InvalidValueError(
-            f"the flow cannot be moved to device {device!r}: {str(error).splitlines()[0]}"
+            f"the model cannot be moved to device {device!r}: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -290,10 +350,10 @@ def _checked_stages(objective: Any) -> Mapping[str, Any]:
 
 
 def _check_amounts(parts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse parts of a flow that are larger than the machine; see `flows.training.amounts`."""
+    """Refuse parts of a model that are larger than the machine; see `flows.training.amounts`."""
     for part, config in parts.items():
         check_whole_numbers(config, part)
-    path = parts["field"].get(TARGET) if isinstance(parts["field"], Mapping) else None
+    path = parts["field"].get(TARGET) if isinstance(parts.get("field"), Mapping) else None
     if str(path).startswith("flows."):  # others may do more than to make layers
         check_size(lambda: instantiate(parts["field"], "field", **given), "field")
 
@@ -316,7 +376,7 @@ def completed(config: Mapping[str, Any], stages: Mapping[str, Stage] | None = No
     if stages is None:
         chosen = _checked_stages(_part(config, "objective"))
         stages = {name: instantiate(stage, f"objective.{name}") for name, stage in chosen.items()}
-    full = complete(config)
+    full = complete({"model": DEFAULT_MODEL, **config})
     for name, stage in stages.items():
         settings = full["objective"][name]
         for key in ("batch_size", "learning_rate", "warmup_steps"):
@@ -364,11 +424,11 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _fill(flow: CNF, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def _fill(model: nn.Module, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     try:
         dtype = dtype_named(content["dtype"])
-        if working_dtype(flow) != dtype:
-            flow.to(dtype)
-        load_weights(flow, content["ema"], also=dtype)
+        if working_dtype(model) != dtype:
+            model.to(dtype)
+        load_weights(model, content["ema"], also=dtype)
     except InvalidValueError as error:
         raise CheckpointError(f"the weights in {path} belong to another model: {error}") from error

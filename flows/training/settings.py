@@ -26,6 +26,7 @@ from flows.training.annotations import SettingsError, check_type, is_list, show
 TARGET, PARTIAL = "_target_", "_partial_"
 # Arguments that a run gives to what these parts describe, so that they are no settings of it.
 GIVEN = {
+    "model": ("field", "divergence", "solver", "base", "transform", "encoder", "event_shape"),
     "field": ("event_shape", "context_shape"),
     "transform": ("event_shape", "num_levels"),
     "optimizer": ("params", "lr"),
@@ -187,6 +188,9 @@ def _check_key(key: Any, config: Mapping[str, Any], part: str, target: _Target |
         check_type(_join(part, key), config[key], bool)
     elif key == "lr" and "lr" in _given(part):
         raise SettingsError(f"{name} cannot be set: every stage has its own, objective.STAGE.learning_rate")
+    elif part == "model" and key in _given(part):
+        instead = f"it is a part of its own, {key}=..." if key != "event_shape" else "the data give it"
+        raise SettingsError(f"{name} cannot be set: {instead}")
     elif part == "evaluation" and key in _given(part):
         raise SettingsError(
             f"{name} cannot be set: the run gives it; use seed=..., data=... or reporting.progress_bar=..."

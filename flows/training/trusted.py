@@ -17,6 +17,8 @@ from flows.datasets import Dataset, Density, Energy
 from flows.divergence import DivergenceEstimator, ProbeFamily
 from flows.evaluation import Evaluator, SampleMetric
 from flows.fields import Activation, Field
+from flows.models.cnf import CNF
+from flows.models.neural_ode import NeuralODE
 from flows.objectives import Coupling, Objective, ProbabilityPath
 from flows.path_costs import PathCost
 from flows.solvers import ErrorControl, ODESolver
@@ -51,7 +53,7 @@ MODULES = (
 )
 MAX_DEPTH = 40
 MAX_AMOUNT = 2_000_000  # of points, features, probes, ... that a file may ask for
-AMOUNTS_IN = ("base", "data", "divergence", "evaluation", "field", "objective", "solver", "transform")
+AMOUNTS_IN = ("base", "data", "divergence", "evaluation", "field", "model", "objective", "solver", "transform")
 NO_AMOUNTS = ("seed", "steps", "seconds", "levels", "max_")  # in the names of numbers that cost nothing by themselves
 OWN = "flows"  # trust in this package itself lifts the limits of amounts, and opens the network to data
 
@@ -76,6 +78,7 @@ PARTS = {
     "evaluation": _Part((Evaluator,), (SampleMetric, *SOLVES)),
     "field": _Part((Field,), (Field, Activation, *LAYERS)),
     "hardware": _Part((Hardware,)),
+    "model": _Part((CNF, NeuralODE)),
     "objective": _Part(
         (Stage,),
         (Objective, Coupling, ProbabilityPath, PathCost, Energy, Density, *SOLVES, *OPTIMIZERS),
