@@ -44,6 +44,10 @@ class DataWarning(UserWarning):
     """Data were read, but not as their author may expect; the message names the column or the files."""
 
 
+class FieldWarning(UserWarning):
+    """A field has a property that makes some results less accurate than they look; the message names the cure."""
+
+
 def restored_error(kind: type[BaseException], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> BaseException:
     """An error as it was before pickling; its class may take other arguments than the message."""
     error = kind.__new__(kind, *args)

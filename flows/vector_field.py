@@ -92,6 +92,11 @@ class BoundField:
         return [] if self._evaluation is None else [self]
 
     @property
+    def jumps(self) -> tuple[float, ...]:
+        """Times at which the field is known to jump."""
+        return tuple(time for times in self.traits.jumps.values() for time in times)
+
+    @property
     def takes_context(self) -> bool:
         """Whether the field may be given a context."""
         if self.context_shape is not None:

@@ -1,5 +1,8 @@
 """Gradients through strangers' fields: tensors that they hold, buffers that they change, operations that lack some."""
 
+import math
+from contextlib import nullcontext
+
 import pytest
 import torch
 from strange_fields import Clean
@@ -9,8 +12,10 @@ import flows
 from flows import CNF, ODESolver
 from flows.datasets import Batch
 from flows.divergence import Exact, Hutchinson, Probing
+from flows.errors import FieldWarning
 from flows.objectives import FlowMatching
 from flows.promises import traits_of
+from flows.promises.jumps import jump_in_space, jumps_in_time
 from flows.training.state import ExponentialMovingAverage
 
 
@@ -458,9 +463,85 @@ def test_tensors_that_are_used_a_part_of_the_time_get_their_gradients(gradient, 
         torch.manual_seed(0)
         field = ByTime(kind)
         flow = CNF(field, solver=ODESolver("rk4", step_size=0.05, gradient=one))
-        flow.log_prob(torch.randn(5, 2, dtype=torch.float64)).mean().backward()
+        told = pytest.warns(FieldWarning, match="jumps in time, near t = 0.25, 0.5 and 0.75")
+        with told if one == "adjoint" else nullcontext():
+            flow.log_prob(torch.randn(5, 2, dtype=torch.float64)).mean().backward()
         found.append(torch.cat([leaf.grad.flatten() for leaf in field.leaves]))
     torch.testing.assert_close(*found, rtol=0.3 if gradient == "adjoint" else 1e-8, atol=0.02 * (gradient == "adjoint"))
+
+
+class Rates(nn.Module):
+    """v = a_k x in the k-th part of the time; all rates begin equal, so that the value does not jump."""
+
+    event_shape = (1,)
+
+    def __init__(self, number, rate=0.3):
+        super().__init__()
+        self.rates = nn.ParameterList([torch.full((), rate, dtype=torch.float64) for _ in range(number)])
+
+    def forward(self, t, x):
+        return x * self.rates[min(int(len(self.rates) * t.reshape(-1)[0]), len(self.rates) - 1)]
+
+
+@pytest.mark.parametrize("number", [2, 4, 7])
+def test_the_adjoint_of_a_field_that_jumps_in_time_misses_no_part(number):
+    """d/da_k log p(x) = (z² − 1) / number with z = x exp(−mean a), for the density of x = z exp(mean a)."""
+    field, x = Rates(number), torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+    flow = CNF(field, solver=ODESolver(gradient="adjoint"))
+    with pytest.warns(FieldWarning, match="the field Rates jumps in time, near t = .*'checkpoint'"):
+        flow.log_prob(x).sum().backward()
+    expected = float(((x * math.exp(-0.3)).square() - 1).sum()) / number
+    for rate in field.rates:
+        assert float(rate.grad) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_adjoint_of_trajectories_that_jump_in_time_misses_no_part():
+    field = Rates(2)
+    ode = flows.NeuralODE(field, ODESolver(gradient="adjoint"))
+    with pytest.warns(FieldWarning, match="near t = 0.5"):
+        path = ode.trajectory(torch.ones(3, 1, dtype=torch.float64), [0.0, 0.8], solver_error=False)
+    path.states[:, -1].sum().backward()
+    scale = 3 * math.exp(0.3 * 0.8)
+    assert float(field.rates[0].grad) == pytest.approx(0.5 * scale, rel=0.05)
+    assert float(field.rates[1].grad) == pytest.approx(0.3 * scale, rel=0.05)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.Tanh])
+@pytest.mark.parametrize("scale", [1, 5])
+def test_kinks_and_steep_places_are_no_jumps(activation, scale):
+    class Network(nn.Module):
+        event_shape = (2,)
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Linear(3, 32), activation(), nn.Linear(32, 32), activation(), nn.Linear(32, 2)
+            )
+
+        def forward(self, t, x):
+            y = self.layers(torch.cat([x, t.expand(len(x))[:, None]], 1))
+            return y + torch.sigmoid(100 * (t - 0.3)) * torch.tanh(50 * x)
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        field, x = Network(), torch.randn(6, 2)
+        with torch.no_grad():
+            for weights in field.parameters():
+                weights *= scale
+        assert jumps_in_time(field, field, x, list(field.parameters()), (0.0, 1.0)) == ()
+        assert jump_in_space(field, field, x) is None
+
+
+@pytest.mark.parametrize(
+    "step", [lambda x: (x > 0.1).to(x), torch.sign, torch.round, lambda x: torch.where(x < 0, x, 1 - x)]
+)
+def test_a_field_that_jumps_in_x_is_told(step):
+    class Jumping(Clean):
+        def forward(self, t, x):
+            return self.velocity(t, x) + 0.3 * step(x)
+
+    with pytest.warns(FieldWarning, match=r"the field Jumping jumps in x, near x = \(.*sigmoid"):
+        CNF(Jumping()).log_prob(torch.randn(5, 2, dtype=torch.float64))
 
 
 class SharesALayer(nn.Module):

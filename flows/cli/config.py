@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flows.checks import check_seed
 from flows.cli.arguments import OPEN_PARTS, check_added, check_choices, config_folder
 from flows.cli.grammar import quoted
-from flows.errors import ComputationError, DataWarning, FlowsError, InvalidValueError
+from flows.errors import ComputationError, DataWarning, FieldWarning, FlowsError, InvalidValueError
 from flows.training.annotations import SettingsError, check_type
 from flows.training.files import OutputFolderError
 from flows.training.loggers import warnings_above_bars
@@ -119,7 +119,11 @@ def plain_warnings() -> Iterator[None]:
     usual = warnings.formatwarning
 
     def plain(message: Any, category: type[Warning], *place: Any) -> str:
-        return f"Warning: {message}\n" if issubclass(category, DataWarning) else usual(message, category, *place)
+        return (
+            f"Warning: {message}\n"
+            if issubclass(category, DataWarning | FieldWarning)
+            else usual(message, category, *place)
+        )
 
     warnings.formatwarning = plain
     try:

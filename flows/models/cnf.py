@@ -19,7 +19,7 @@ from flows.errors import InvalidTypeError, InvalidValueError
 from flows.expectations import refusal
 from flows.fields import Guided
 from flows.models.distribution import FlowDistribution
-from flows.models.examination import examine, foreign_tensors
+from flows.models.examination import examine, foreign_tensors, look_for_jumps
 from flows.models.precision import keeping_complex, suitable_context, working_dtype
 from flows.models.results import LogProbEstimate, Sample, Transport
 from flows.naming import by_name
@@ -332,7 +332,10 @@ class CNF(nn.Module):
         stated = [*self.field.parameters(), *(tensor for tensor in (field.context, probes) if tensor is not None)]
         if self.solver.gradient == "backprop" or not torch.is_grad_enabled():
             return stated
-        return [*stated, *foreign_tensors(field, x, stated)]
+        tensors = [*stated, *foreign_tensors(field, x, stated)]
+        if self.solver.gradient == "adjoint":
+            look_for_jumps(self.base, field, x, [*self.field.parameters(), *tensors[len(stated) :]])
+        return tensors
 
     def _base_points(
         self, shape: int | Sequence[int], context: Tensor | None, generator: torch.Generator | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,17 +11,19 @@ from torch import Tensor, nn
 
 from flows.bases import Base
 from flows.divergence import Analytic, Bottleneck, DivergenceEstimator, Probing
-from flows.errors import InvalidValueError
+from flows.errors import FieldWarning, InvalidValueError
 from flows.models.steady import check_steady
 from flows.promises import captured_tensors, examine_derivatives, examine_values
 from flows.promises.captured import held_tensors
 from flows.promises.derivatives import NUM_POINTS, check_receptive_radius
+from flows.promises.jumps import in_words, jump_in_space, jumps_in_time
 from flows.promises.regime import settings_of
 from flows.promises.specimen import FEW
 from flows.promises.traits import Traits, remember
 from flows.promises.untouched import awake, untouched
 from flows.vector_field import BoundField, bind
 
+MAX_SPANS = 16  # of solves for which the jumps of a field are kept
 NUM_TIMES = 33  # at which tensors are looked for that a field uses a part of the time
 
 
@@ -42,7 +46,7 @@ def examine(
         traits = view.traits
         if not _is_transformed():
             traits.follow(settings_of(view.field))
-        _examine(base, view, x, estimator)
+        _examine(base, view, x, estimator, matching)
         if not matching and traits.refuses_solves:
             raise _refusal(traits, traits.refuses_solves)
         if own_times and traits.refuses_times:
@@ -60,7 +64,7 @@ def _refusal(traits: Traits, reason: str) -> InvalidValueError:
     return InvalidValueError(reason)
 
 
-def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstimator | None) -> None:
+def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstimator | None, matching: bool) -> None:
     inner = getattr(estimator, "estimator", estimator)  # what a compiled one stands for
     second = torch.is_grad_enabled() and inner is not None
     mode = getattr(inner, "mode", None)
@@ -99,6 +103,10 @@ def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstim
         if second:
             view.traits.refuses_gradients[str(mode)] = reason
         view.traits.examined.add(question)
+        rounds = torch.is_autocast_enabled(x.device.type)  # to values that jump a little
+        if not matching and not rounds and view.traits.takes_any_batch and "jumps" not in view.traits.examined:
+            view.traits.examined.add("jumps")
+            _warn_of_jump_in_space(view, few, context)
 
 
 def foreign_tensors(
@@ -148,6 +156,71 @@ def foreign_tensors(
             except Exception:  # a field that takes no other number of points; or the solve itself will fail
                 continue
     return found
+
+
+def look_for_jumps(
+    base: Base,  # draws some points
+    field: BoundField,
+    x: Tensor,  # (B, *event)
+    tensors: Sequence[Tensor],  # for which gradients are computed
+    span: tuple[float, float] = (0.0, 1.0),
+) -> None:
+    """Find at its first use where a stranger's field jumps in time, and warn of it.
+
+    The adjoint leaves the gradients of parameters out of its error control, unless it knows of jumps.
+    """
+    for view in field.strangers:
+        traits = view.traits
+        if span in traits.jumps or x.numel() == 0 or x.device.type == "meta" or _is_transformed():
+            continue
+        with torch.inference_mode(False):
+            points = base.sample((NUM_POINTS,), torch.Generator(x.device).manual_seed(0)).to(x)
+            context = None if view.context is None else view.context.detach().clone()
+            if not traits.takes_any_batch:
+                points = x.detach().clone()
+            elif context is not None:
+                context = context[torch.zeros(NUM_POINTS, dtype=torch.long)]
+            try:
+                evaluate = bind(view.field, context, view.event_shape)
+                found = jumps_in_time(evaluate, view.field, points, tensors, span)
+            except Exception:  # the solve itself will fail, with the caller's own points
+                continue
+        if len(traits.jumps) >= MAX_SPANS:
+            traits.jumps.clear()
+        traits.jumps[span] = found
+        if found:
+            warnings.warn(
+                f"the field {view.name} jumps in time, near t = {in_words(found)}: its value, or its derivative by a "
+                "parameter. gradient='adjoint' therefore controls the errors of the parameters' gradients, which takes "
+                "many steps at each jump; a field that changes smoothly needs fewer, and gradient='checkpoint' gives "
+                "the gradient of the steps that were taken",
+                FieldWarning,
+                stacklevel=4,
+            )
+
+
+def _warn_of_jump_in_space(view: BoundField, x: Tensor, context: Tensor | None) -> None:
+    if context is not None:
+        context = context[:1]
+
+    def evaluate(t: Tensor, points: Tensor) -> Tensor:
+        rows = None if context is None else context.expand(len(points), *context.shape[1:])
+        return bind(view.field, rows, view.event_shape)(t, points)
+
+    try:
+        found = jump_in_space(evaluate, view.field, x)
+    except Exception:  # a field that does not take so many points
+        return
+    if found is not None:
+        point, size = found
+        where = f", near x = ({', '.join(f'{value:.4g}' for value in point.tolist())})" if point.numel() <= 3 else ""
+        warnings.warn(
+            f"the field {view.name} jumps in x{where}, by {size:.3g}: mass is lost or counted twice at a jump, and the "
+            "divergence and all gradients miss it, so that log-densities are wrong there whatever the tolerances. "
+            "Write comparisons, sign, round and argmax as smooth functions, such as sigmoid, tanh and softmax",
+            FieldWarning,
+            stacklevel=5,
+        )
 
 
 def _outputs(view: BoundField, context: Tensor | None, x: Tensor, times: Tensor) -> list[Tensor]:

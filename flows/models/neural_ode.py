@@ -13,7 +13,7 @@ from flows.bases import Normal
 from flows.checks import check_number
 from flows.dynamics import StateDynamics
 from flows.errors import InvalidValueError
-from flows.models.examination import examine, foreign_tensors
+from flows.models.examination import examine, foreign_tensors, look_for_jumps
 from flows.models.precision import keeping_complex, suitable_context, working_dtype
 from flows.models.results import Trajectory
 from flows.models.times import Times
@@ -148,7 +148,10 @@ class NeuralODE(nn.Module):
         start = table.differentiable_start(bound, points)
         extra = [*self.field.parameters(), *(tensor for tensor in (context, directions) if tensor is not None)]
         if self.solver.gradient != "backprop" and torch.is_grad_enabled():
-            extra += foreign_tensors(bound, points, extra, span=table.span)
+            others = foreign_tensors(bound, points, extra, span=table.span)
+            extra += others
+            if self.solver.gradient == "adjoint":
+                look_for_jumps(normal, bound, points, [*self.field.parameters(), *others], table.span)
         solution = table.solve(self.solver, dynamics, dynamics.initial_state(start), extra)
         states = self._in_data_space(table.spread(table.differentiable_states(bound, solution.states[0])))
         error = None

@@ -36,6 +36,7 @@ class Traits:
     refuses_times: str = ""  # why the field cannot take one time per sample
     refuses_solves: str = ""  # why its values are no ODE
     refuses_gradients: dict[str, str] = field(default_factory=dict)  # why not, by the mode of the divergence's products
+    jumps: dict[tuple[float, float], tuple[float, ...]] = field(default_factory=dict)  # in time, by the span of solves
     takes_any_batch: bool = True  # not only that of the caller, as with a tensor captured for it
     examined: set[str] = field(default_factory=set)  # what has been looked at
     settings: dict[tuple[int, str], Hashable] | None = None  # of the field, when it was examined

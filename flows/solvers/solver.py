@@ -63,7 +63,8 @@ class ODESolver:
         gradient: see the table.
         adjoint_rtol, adjoint_atol: tolerances of the adjoint solve. By default those of the forward solve.
         adjoint_seminorm: leave the gradients of the parameters out of the adjoint's error control, because nothing
-            depends on them. [Kidger et al. 2021, arXiv:2009.09457]
+            depends on them. They are controlled even so if the dynamics jump in time. [Kidger et al. 2021,
+            arXiv:2009.09457]
         max_steps: attempted steps after which an adaptive solve fails, forward or backward. For scipy_solver, ten
             evaluations count as a step.
         min_step: an adaptive step of this size is accepted whatever its error, and counted in `statistics.forced` if
@@ -198,11 +199,13 @@ class ODESolver:
         last time. With times of shape (B, T), each sample has its own, and takes the memory of its own. One solve
         serves all of them. A sample no longer moves after the step that covers its last time.
 
-        Dynamics may have three more attributes:
+        Dynamics may have four more attributes:
 
         - `component_names`: a name for each component, for error control and messages. "state" and "log_density" have
           weights of their own; all others are path costs.
         - `observe(derivatives)`: returns named 0-d tensors, which are kept for every accepted step.
+        - `jumps`: times at which they jump, or their derivatives by the parameters. The adjoint then controls the
+          errors of the parameters' gradients.
         - `fresh()`: returns the same dynamics without tensors that earlier evaluations have cached.
 
         Args:
@@ -256,7 +259,8 @@ class ODESolver:
             abs(outputs.end - outputs.start) / 2,  # the error estimate of a single step over everything is unreliable
         )
         forward = Integrator(self.method, norm, limits, self.step_size, self.options)
-        counted = 0 if self.adjoint_seminorm else num_parameters
+        jumps = getattr(dynamics, "jumps", ())
+        counted = 0 if self.adjoint_seminorm and not jumps else num_parameters
         adjoint_norm = replace(
             norm,
             names=(*names, *(ADJOINT + name for name in names), *(PARAMETERS,) * counted),
