@@ -408,9 +408,7 @@ def test_a_flow_may_start_elsewhere():
     torch.testing.assert_close(log_prob, flow.base.log_prob(drawn))
     assert abs(drawn.std() / 3 - 1) < 0.1
     assert (flow.float().dtype, flow.device.type) == (torch.float32, "cpu")
-    with pytest.raises(TypeError, match=r"FlowMatching supposes .* flows.bases.Normal, and its base is Wide"):
-        flows.objectives.FlowMatching()(flow, flows.datasets.Batch(x))
     with pytest.raises(ValueError, match=r"the base's event_shape is \(3,\), and the field's is \(2,\)"):
         CNF(Linear((2,)), base=Wide((3,)))
-    with pytest.raises(TypeError, match=r"base must be a flows.bases.Base or None, got an object of class Standardise"):
+    with pytest.raises(TypeError, match=r"base must be a flows.bases.Base or None.* class Standardise"):
         CNF(Linear((2,)), base=Standardise((2,)))

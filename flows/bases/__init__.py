@@ -1,6 +1,22 @@
 """Where a flow starts: the distribution at t = 0."""
 
-from flows.bases.base import Base
-from flows.bases.normal import Normal, require_normal
+from flows.bases.adapters import FlowBase, TorchDistribution, as_base
+from flows.bases.base import Base, NoDensityError
+from flows.bases.empirical import Empirical
+from flows.bases.mixture import Mixture
+from flows.bases.normal import Normal
+from flows.bases.student_t import StudentT
+from flows.bases.uniform import Uniform
 
-__all__ = ["Base", "Normal", "require_normal"]
+__all__ = [
+    "Base",
+    "Empirical",
+    "FlowBase",
+    "Mixture",
+    "NoDensityError",
+    "Normal",
+    "StudentT",
+    "TorchDistribution",
+    "Uniform",
+    "as_base",
+]

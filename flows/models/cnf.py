@@ -6,12 +6,14 @@ import contextlib
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from flows.arguments import checked
-from flows.bases import Base, Normal
+from flows.bases import Base, NoDensityError, as_base
 from flows.checks import as_shape, check_number, fits_in_memory
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
@@ -29,7 +31,7 @@ from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind
 
 
-@checked
+@checked(own=("base",))
 class CNF(nn.Module):
     r"""A flow that carries its base at t = 0 to the data at t = 1 along dx/dt = v(t, x).
 
@@ -49,7 +51,9 @@ class CNF(nn.Module):
             of a field that has one and the cheapest affordable estimator for any other. May be replaced at any time; it
             holds no parameters.
         solver: settings of the solve; may be replaced at any time.
-        base: the distribution at t = 0; N(0, I) by default. It is moved to the field's device and dtype.
+        base: the distribution at t = 0: a `flows.bases.Base`, any continuous `torch.distributions.Distribution`, or
+            another flow. N(0, I) by default. It is moved to the field's device and dtype, and may be replaced before
+            training. Without a density, as `flows.bases.Empirical`, the flow has none either.
         transform: data space to flow space; `Identity()` by default.
         event_shape: shape of a point; needed if `field` does not state one. A whole number d stands for (d,).
 
@@ -63,7 +67,7 @@ class CNF(nn.Module):
         field: nn.Module,
         divergence: DivergenceEstimator | str | None = None,
         solver: ODESolver | None = None,
-        base: Base | None = None,
+        base: Base | Distribution | nn.Module | None = None,
         transform: Transform | None = None,
         event_shape: int | Sequence[int] | None = None,
     ) -> None:
@@ -73,14 +77,16 @@ class CNF(nn.Module):
         self.divergence = Auto() if divergence is None else divergence
         self.solver = ODESolver() if solver is None else solver
         self.transform = Identity() if transform is None else transform
-        self.base = Normal(self.event_shape) if base is None else base
-        if self.base.event_shape != self.event_shape:
-            raise InvalidValueError(
-                f"the base's event_shape is {self.base.event_shape}, and the field's is {self.event_shape}"
-            )
-        weights = list(field.parameters())
-        if weights:  # noise for a field that was moved to a GPU or to float64
-            self.base.to(weights[0].device, working_dtype(field))
+        self.base: Base = base  # type: ignore[assignment]  (made one below)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take any base that the constructor takes, to the field's device and dtype."""
+        if name == "base":
+            value = as_base(value, self.event_shape)
+            weights = list(self.field.parameters())
+            if weights:  # noise for a field that was moved to a GPU or to float64
+                value.to(weights[0].device, working_dtype(self.field))
+        super().__setattr__(name, value)
 
     def _apply(self, fn, recurse: bool = True):
         """Move or convert all tensors; complex ones keep their imaginary parts."""
@@ -120,6 +126,38 @@ class CNF(nn.Module):
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution over data space, given the context: `flow(context).log_prob(x)`."""
         return FlowDistribution(self, context)
+
+    @checked
+    def fit_ends(
+        self,
+        points: Tensor,  # (n, *event), training data in data space
+    ) -> CNF:
+        """Fit the transform, then the base in flow space, to training data; return the flow.
+
+        Call it once before training; a run from the shell does so itself. The field is not trained.
+
+        Raises:
+            InvalidValueError: transform or base cannot be fitted to them.
+        """
+        self.transform.fit(points)
+        return self.fit_base(points)
+
+    @checked
+    def fit_base(
+        self,
+        points: Tensor,  # (n, *event), training data in data space
+    ) -> CNF:
+        """Fit the base alone, to what a fitted transform makes of training data; return the flow."""
+        generator = torch.Generator(self.device).manual_seed(0)  # of dequantisation noise
+
+        def to_flow_space(x: Tensor) -> Tensor:
+            x = x.to(self.device, torch.promote_types(x.dtype, self.dtype))
+            self.transform.check(x)
+            return self.transform(x, generator)[0].to(self.dtype)
+
+        with torch.no_grad():
+            self.base.fit(to_flow_space(points), to_flow_space)
+        return self
 
     @checked
     def guided(self, weight: float) -> CNF:
@@ -185,6 +223,7 @@ class CNF(nn.Module):
         path_costs: Sequence[PathCost] = (),
         base_time: float = 0.0,
     ) -> LogProbEstimate:
+        self._require_density()
         points, batch_shape = self._flatten(x)
         context = self._flatten_context(context, batch_shape)
         self.transform.check(points)
@@ -257,6 +296,7 @@ class CNF(nn.Module):
         path_costs: Sequence[PathCost] = (),
     ) -> Sample:
         """`sample_and_log_prob` with standard errors and path costs."""
+        self._require_density()
         z, context, full_shape = self._base_points(shape, context, generator)
         estimator = self.divergence.bind(self.bind(context))
         examine(self.base, estimator.field, z, estimator)
@@ -350,6 +390,11 @@ class CNF(nn.Module):
             fits_in_memory(f"shape: samples of shape {full_shape}", num_bytes)
         z = self.base.sample((math.prod(full_shape),), generator)
         return z, self._flatten_context(context, full_shape), full_shape
+
+    def _require_density(self) -> None:
+        """Raise `NoDensityError` before a solve, unless the base has a density."""
+        if not self.base.has_density:
+            raise NoDensityError(self.base.why_no_density())
 
     def _flatten(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Points (B, *event) and the batch shape."""

@@ -78,7 +78,8 @@ def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstim
             with torch.no_grad():
                 bind(view.field, context, view.event_shape)(x.new_full((), 0.4), x)  # gives its weights a shape
         generator = torch.Generator(x.device).manual_seed(0)
-        few = base.sample((NUM_POINTS,), generator).to(x)
+        with torch.no_grad():
+            few = base.sample((NUM_POINTS,), generator).to(x)
         if "values" not in view.traits.examined:
             view.traits.forget()  # what an examination found that ended in an error
             examine_values(view.field, view.name, view.traits, x, few[:FEW], context)

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import nn
 
+from flows.bases import NoDensityError
 from flows.datasets import Dataset, Series
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
@@ -47,6 +48,24 @@ def check_flow(model: nn.Module, dataset: Dataset) -> CNF:
     check_levels(model.transform, dataset)
     check_digits(model, dataset)
     return model
+
+
+def check_base(flow: CNF, user: str, instead: str) -> None:
+    """Raise `InvalidTypeError` unless the density of the base is positive everywhere, as `user` supposes.
+
+    Args:
+        user: what supposes it, such as "MaximumLikelihood".
+        instead: what to use with other bases.
+    """
+    base, name = flow.base, type(flow.base).__name__
+    if not base.has_density:
+        raise NoDensityError(f"{user} needs the density of the base, but {base.why_no_density()}")
+    if not base.is_positive_everywhere:
+        raise InvalidTypeError(
+            f"{user} needs a base whose density is positive everywhere, and that of {name} is 0 outside of its "
+            f"support: points that the flow leads there have an infinite NLL; {instead}, or choose another base, such "
+            "as base=normal or base=student_t"
+        )
 
 
 def check_digits(flow: CNF, dataset: Dataset) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from flows.arguments import checked
-from flows.bases import require_normal
+from flows.bases import Base
 from flows.checks import check_number
 from flows.datasets import Batch, Dataset
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import differentiable
-from flows.errors import InvalidValueError
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.examination import examine
 from flows.models.precision import suitable_context
@@ -26,7 +26,7 @@ from flows.objectives.checks import check_flow
 from flows.objectives.contexts import drop_contexts, same_context
 from flows.objectives.couplings import Coupling
 from flows.objectives.paths import ProbabilityPath
-from flows.objectives.posterior import posterior_moments
+from flows.objectives.posterior import base_posterior
 from flows.vector_field import checked_value
 
 OWN_TIMES = "flow matching draws one time per sample"
@@ -48,7 +48,10 @@ class FlowMatching(Objective):
 
     With `target="marginal"`, u averages over the points of the batch that x_t may have come from:
 
-        u = a′ m + b′ (x_t − a m)/b,   m = Σ_j w_j x_j,   w_j ∝ N(x_t; a x_j, b² I).
+        u = a′ m + b′ (x_t − a m)/b,   m = Σ_j w_j x_j,   w_j ∝ p₀((x_t − a x_j)/b),
+
+    with the density p₀ of the base. The base must have one in closed form, as all of `flows.bases` but `Empirical` and
+    `FlowBase`; a mixture of K components costs about K times as much as N(0, I).
 
     This target is far less noisy and costs one product of queries × batch. It equals E[a′x₁ + b′x₀ | x_t, batch],
     because the query's own point is in the batch, so it is unbiased for any batch size and has the same minimiser. For
@@ -61,7 +64,9 @@ class FlowMatching(Objective):
     The log-density is an integral of div v, where fine errors count more than in v. `divergence_weight` adds the square
     error λ E (b div v − b div u)² / d, with
 
-        b div u = (a′b − ab′) a E[‖x₁ − m_v‖² | x_t] / b² + b′d,   m_v = (b v − b′x_t) / (a′b − ab′).
+        b div u = (a′b − ab′) E[(x₁ − m_v)·(s(x₁) − s(m_v)) | x_t] + b′d,   m_v = (b v − b′x_t) / (a′b − ab′),
+
+    and s(x₁) = ∇ log p₀((x_t − a x₁)/b) / b. For N(0, I) the expectation is a E[‖x₁ − m_v‖² | x_t] / b².
 
     The expectation uses the same posterior; m_v is the mean that v implies, held constant for the gradient. If v is
     right, this is unbiased and the gradient of the loss vanishes in expectation. Elsewhere it is too large by
@@ -70,7 +75,7 @@ class FlowMatching(Objective):
 
     Args:
         target: `"sampled"`, `"marginal"` or `"auto"`. "auto" is marginal for events of up to 8 numbers with an
-            independent coupling, and sampled otherwise.
+            independent coupling and a base with a density in closed form, and sampled otherwise.
         num_queries: the number of points x_t where the field is evaluated. Fewer leave a larger pool for the marginal
             target or the coupling. `"auto"` (default): 512 with either of them, otherwise each point of the batch.
             `None`: each point of the batch.
@@ -83,7 +88,8 @@ class FlowMatching(Objective):
         time_power: k > 0 of t = 1 − (1 − u)ᵏ with uniform u. Above 1, late times, where detail forms, are drawn more
             often. This does not change the minimiser, but it gives the loss at t the weight (1 − t)^(1/k − 1), and a
             network that is too small to reach the minimiser fits those times better.
-        divergence_weight: λ >= 0. It needs an independent coupling and an exact divergence: the flow's estimator if it
+        divergence_weight: λ >= 0. It needs an independent coupling, a base with a density that is positive everywhere,
+            and an exact divergence: the flow's estimator if it
             is exact for the field, otherwise `Auto()`. `"auto"` (default): 0.1 for marginal targets of up to 8 numbers
             whose exact divergence costs at most 4 Jacobian products, otherwise 0.
 
@@ -135,10 +141,10 @@ class FlowMatching(Objective):
 
     def check(self, model: nn.Module, dataset: Dataset) -> None:
         super().check(model, dataset)
-        check_flow(model, dataset)
+        self._check_base(check_flow(model, dataset).base)
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
-        require_normal(flow.base, "FlowMatching")
+        self._check_base(flow.base)
         with torch.no_grad():  # learned noise is trained by the likelihood, whose bound it tightens
             data = flow.transform(batch.x, generator)[0].to(flow.dtype)  # tables come in float64
         coupling, path = self._coupling, by_name(ProbabilityPath, self.path)
@@ -147,10 +153,9 @@ class FlowMatching(Objective):
         number = AUTO_QUERIES if self.num_queries == "auto" else self.num_queries
         queries = slice(number if marginal or not independent else None)
         ends = data[queries]
-        if independent:
-            noise = flow.base.sample((len(ends),), generator)
-        else:
-            noise = flow.base.sample((len(data),), generator)
+        with torch.no_grad():  # a trained base is trained by the likelihood
+            noise = flow.base.sample((len(ends if independent else data),), generator)
+        if not independent:
             noise = coupling.couple(noise, data, batch.context, generator)[queries]
         device = data.device if generator is None else generator.device
         t = torch.rand(len(ends), generator=generator, dtype=data.dtype, device=device).to(data.device)
@@ -164,23 +169,24 @@ class FlowMatching(Objective):
                 context, dropped = drop_contexts(context, self.context_dropout, generator)
         weight, estimator = self._matching(flow)
         velocity, divergence = _evaluate(flow, t, position, context, estimator, generator)
-        mean, spread, centre = ends, None, None
+        mean, curvature, offset = ends, None, None
         rate = a_rate * b - a * b_rate  # > 0
         if estimator is not None:
             offset = b * (velocity.detach() - a_rate * ends - b_rate * noise) / rate  # m_v − x₁
-            spread, centre = offset.flatten(1).square().sum(1), (ends, offset)
+        possible = same_context(batch.context, len(ends)) if marginal else None
+        if dropped is not None and possible is not None:
+            possible = possible | dropped.unsqueeze(1)
+        if marginal or offset is not None:
+            pool = data if marginal else None
+            mean, curvature = base_posterior(flow.base, noise, ends, a, b, pool, possible, offset)
         if marginal:
-            possible = same_context(batch.context, len(ends))
-            if dropped is not None and possible is not None:
-                possible = possible | dropped.unsqueeze(1)
-            mean, spread = posterior_moments(position, a, b, data, possible, centre)
             noise = noise + a * (ends - mean) / b  # (x_t − a m) / b, without the rounding of x_t
         loss = (velocity - (a_rate * mean + b_rate * noise)).square().mean()
         metrics = {"velocity_error": loss.detach()}
-        if divergence is not None and spread is not None:
-            a, b, b_rate, rate = (tensor.flatten() for tensor in (a, b, b_rate, rate))
+        if divergence is not None and curvature is not None:
+            b, b_rate, rate = (tensor.flatten() for tensor in (b, b_rate, rate))
             dimension = position[0].numel()
-            error = (b * divergence - rate * a * spread / b**2 - b_rate * dimension).square().mean() / dimension
+            error = (b * divergence - rate * curvature - b_rate * dimension).square().mean() / dimension
             loss = loss + weight * error
             metrics["divergence_error"] = error.detach()
         return LossOutput(loss, metrics)
@@ -194,15 +200,31 @@ class FlowMatching(Objective):
 
     def _is_marginal(self, flow: CNF) -> bool:
         if self.target == "auto":
-            return self._coupling.is_independent and math.prod(flow.event_shape) <= AUTO_MAX_DIMENSION
+            few = math.prod(flow.event_shape) <= AUTO_MAX_DIMENSION
+            return self._coupling.is_independent and few and weighs_pairs(flow.base)
         return self.target == "marginal"
+
+    def _check_base(self, base: Base) -> None:
+        """Raise `InvalidTypeError` unless the base has what the settings ask for."""
+        name, weight = type(base).__name__, self.divergence_weight
+        if self.target == "marginal" and not weighs_pairs(base):
+            lack = "has none" if not base.has_density else "takes a solve for each value of its own"
+            raise InvalidTypeError(
+                f"target='marginal' weighs all pairs of a batch by the density of the base, and the base {name} "
+                f"{lack}; use target='sampled' or 'auto', which suit every base"
+            )
+        if not isinstance(weight, str) and weight and not matches_divergence(base):
+            lack = "is not positive everywhere" if weighs_pairs(base) else "has no density in closed form"
+            raise InvalidTypeError(
+                f"divergence_weight={weight:g} takes the score of the base, and the base {name} {lack}; use "
+                "divergence_weight=0 or 'auto' with it"
+            )
 
     def _matching(self, flow: CNF) -> tuple[float, DivergenceEstimator | None]:
         """The weight of the divergence error, and the estimator to use."""
         shape, weight = flow.event_shape, self.divergence_weight
-        if weight == 0 or (
-            weight == "auto" and not (self._is_marginal(flow) and math.prod(shape) <= AUTO_MAX_DIMENSION)
-        ):
+        suits = self._is_marginal(flow) and matches_divergence(flow.base) and math.prod(shape) <= AUTO_MAX_DIMENSION
+        if weight == 0 or (weight == "auto" and not suits):
             return 0.0, None
         field = flow.bind()
         estimator = next((e for e in (flow.divergence, Auto()) if e.bind(field).is_exact), None)
@@ -216,6 +238,16 @@ class FlowMatching(Objective):
                 "form, or divergence_weight=0"
             )
         return weight, estimator
+
+
+def weighs_pairs(base: Base) -> bool:
+    """Return whether the base can weigh all pairs of a batch: by a density in closed form."""
+    return base.has_density and base.is_closed_form
+
+
+def matches_divergence(base: Base) -> bool:
+    """Return whether the score of the base is known everywhere."""
+    return weighs_pairs(base) and base.is_positive_everywhere
 
 
 def _evaluate(

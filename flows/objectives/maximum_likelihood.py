@@ -16,7 +16,7 @@ from flows.datasets import Batch, Dataset
 from flows.models.cnf import CNF
 from flows.models.steady import check_steady
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
-from flows.objectives.checks import check_flow
+from flows.objectives.checks import check_base, check_flow
 from flows.path_costs import PathCost
 
 
@@ -25,7 +25,8 @@ from flows.path_costs import PathCost
 class MaximumLikelihood(Objective):
     """The loss −mean log p(x) + Σ weight · mean path cost.
 
-    It is in nats per example, in data space. Each training step takes one solve.
+    It is in nats per example, in data space. Each training step takes one solve. It also trains the transform and the
+    base, where they have parameters. The density of the base must be positive everywhere.
 
     Args:
         regularizers: path costs, in a list or a mapping with any names, such as
@@ -36,6 +37,7 @@ class MaximumLikelihood(Objective):
 
     Raises:
         InvalidValueError: `steer` is not in [0, 1).
+        InvalidTypeError: from a call, if the base has no density or one that is 0 somewhere.
     """
 
     recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 512, "learning_rate": 2e-3, "warmup_steps": 50}
@@ -48,9 +50,11 @@ class MaximumLikelihood(Objective):
 
     def check(self, model: nn.Module, dataset: Dataset) -> None:
         super().check(model, dataset)
+        check_base(check_flow(model, dataset), "MaximumLikelihood", "train it with objective=flow_matching")
         check_steady(check_flow(model, dataset).field)  # before hours of another stage are spent
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
+        check_base(flow, "MaximumLikelihood", "train it with objective=flow_matching")
         regularizers = active_costs(self.regularizers)
         base_time = 0.0
         if self.steer:

@@ -11,12 +11,12 @@ from torch import nn
 
 from flows.arguments import checked
 from flows.datasets import Batch, Dataset
-from flows.errors import InvalidValueError
+from flows.errors import InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.importance import effective_sample_size, log_density_of, log_weights, log_z
 from flows.models.steady import check_steady
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
-from flows.objectives.checks import check_flow
+from flows.objectives.checks import check_base, check_flow
 from flows.path_costs import PathCost
 
 
@@ -41,7 +41,8 @@ class ReverseKL(Objective):
         regularizers: as in `MaximumLikelihood`.
 
     Raises:
-        InvalidTypeError: `target` is none of these.
+        InvalidTypeError: `target` is none of these; from a call, if the density of the base is not positive everywhere,
+            or draws of a trained base have no gradient, as those of `Mixture`.
         InvalidValueError: the estimator is not exact, or the target returns another shape.
 
     Sources: Noé et al. 2019, arXiv:1812.01729 (Boltzmann generators); Albergo et al. 2019, arXiv:1904.12072 (lattices).
@@ -65,9 +66,20 @@ class ReverseKL(Objective):
                 f"contexts of shape {dataset.context_shape}; choose data without, or an objective that takes points "
                 "from the data, such as objective=maximum_likelihood"
             )
+        self._check_base(check_flow(model, dataset))
         check_steady(check_flow(model, dataset).field)  # before hours of another stage are spent
 
+    def _check_base(self, flow: CNF) -> None:
+        check_base(flow, "ReverseKL", "choose a base that covers space")
+        name = type(flow.base).__name__
+        if flow.base.is_trained and not flow.base.has_rsample:
+            raise InvalidTypeError(
+                f"ReverseKL differentiates through draws of the base, and those of a trained {name} "
+                "have no gradient; set base.trainable=false, or use base=normal or base=student_t"
+            )
+
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
+        self._check_base(flow)
         if self.exact and not flow.divergence.bind(flow.bind()).is_exact:
             raise InvalidValueError(
                 f"{type(flow.divergence).__name__} is not exact for {type(flow.field).__name__} on events of shape "

@@ -1,0 +1,210 @@
+"""Distributions of torch, and other flows, as bases."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Transform, constraints
+
+from flows.arguments import checked
+from flows.bases.base import Base, NoDensityError
+from flows.bases.normal import Normal
+from flows.checks import as_shape, check_points
+from flows.errors import InvalidTypeError, InvalidValueError
+
+
+@checked
+class TorchDistribution(Base):
+    """Any continuous `torch.distributions.Distribution` as a base, with fixed parameters.
+
+    Its tensors are copied, saved with the flow, and moved with it. Batch dimensions count as independent entries of a
+    point: `Laplace(torch.zeros(2), torch.ones(2))` is a base for two numbers.
+
+    Args:
+        distribution: what to draw from.
+        event_shape: shape of a point. Default: batch and event shape of the distribution.
+
+    Raises:
+        InvalidTypeError: it is discrete, or its tensors need gradients.
+        InvalidValueError: it draws points of another shape.
+    """
+
+    has_rsample: ClassVar[bool] = True
+
+    def __init__(self, distribution: Distribution, event_shape: int | Sequence[int] | None = None) -> None:
+        own = (*distribution.batch_shape, *distribution.event_shape)
+        super().__init__(own if event_shape is None else event_shape)
+        name = type(distribution).__name__
+        if own != self.event_shape:
+            raise InvalidValueError(
+                f"the base {name} draws points of shape {tuple(own)}, and the field's event_shape is "
+                f"{self.event_shape}; give it parameters of that shape, e.g. loc=torch.zeros({self.event_shape})"
+            )
+        try:
+            self._support = distribution.support
+            discrete = bool(self._support is not None and self._support.is_discrete)
+        except NotImplementedError:
+            self._support, discrete = None, False
+        if discrete:
+            raise InvalidTypeError(
+                f"a flow starts from a continuous distribution, and {name} is discrete; choose another base"
+            )
+        trained = [path for path, _, _, tensor in _tensors(distribution) if tensor.requires_grad]
+        if trained:
+            raise InvalidTypeError(
+                f"the base {name} has parameters that need gradients ({trained[0]}), which would not be saved with the "
+                "flow; detach them, or use flows.bases.Normal(..., trainable=True), StudentT or Mixture"
+            )
+        distribution = copy.deepcopy(distribution)
+        batch_ndim = len(distribution.batch_shape)
+        self.distribution = Independent(distribution, batch_ndim) if batch_ndim else distribution
+        for path, holder, key, tensor in list(_tensors(self.distribution)):
+            self.register_buffer(path.replace(".", "_"), _put(holder, key, tensor.clone(), self.dtype))
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, 0) if self._support is None else self._support
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for path, holder, key, _ in list(_tensors(self.distribution)):
+            _put(holder, key, self.get_buffer(path.replace(".", "_")), None)
+        return self
+
+    def sample(self, shape: int | Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        shape = as_shape("shape", shape, at_least=0)
+        if generator is None:
+            return self.distribution.sample(shape).to(self.dtype)
+        # Distributions of torch take no generator: a seed from it decides what torch's own one draws.
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            return self.distribution.sample(shape).to(self.dtype)
+
+    def log_prob(
+        self,
+        z: Tensor,  # (*batch, *event)
+    ) -> Tensor:  # (*batch)
+        """The log-density in nats; −∞ outside of the support."""
+        check_points("z", z, self.event_shape, batched=False)
+        if self.is_positive_everywhere or self._support is None:
+            return self.distribution.log_prob(z)
+        inside = self._support.check(z)
+        inside = inside.flatten(z.ndim - len(self.event_shape)).all(-1) if inside.shape == z.shape else inside
+        middle = self.sample(()).detach()
+        safe = torch.where(inside.view(*inside.shape, *[1] * len(self.event_shape)), z, middle)
+        return torch.where(inside, self.distribution.log_prob(safe), -torch.inf)
+
+
+@checked
+class FlowBase(Base):
+    """A trained flow as the base of another one.
+
+    Its density takes a solve of its own. In Python, `flows.CNF(field, base=flow)` does the same.
+
+    Args:
+        flow: anything with `event_shape`, `sample(shape, generator=...)` and `log_prob(x)`, such as a `flows.CNF`.
+        trainable: whether likelihood training moves it, too. Default: `False`; then a copy with fixed weights is used.
+
+    Raises:
+        InvalidTypeError: it lacks one of these, draws whole numbers, or needs a context.
+    """
+
+    is_closed_form: ClassVar[bool] = False
+
+    def __init__(self, flow: nn.Module, trainable: bool = False) -> None:
+        missing = [name for name in ("event_shape", "sample", "log_prob") if not hasattr(flow, name)]
+        if missing:
+            raise InvalidTypeError(
+                f"a flow as a base needs event_shape, sample and log_prob, and {type(flow).__name__} lacks "
+                f"{', '.join(missing)}"
+            )
+        stated: Any = flow
+        super().__init__(stated.event_shape)
+        if getattr(getattr(flow, "transform", None), "num_levels", None) is not None:
+            raise InvalidTypeError("a flow of whole numbers cannot be a base: its transform dequantises")
+        if hasattr(flow, "bind") and stated.bind().context_shape is not None:
+            raise InvalidTypeError("a flow that needs a context cannot be a base, which has none")
+        self.flow = flow if trainable else copy.deepcopy(flow).requires_grad_(False)
+        self.to(getattr(flow, "device", None), getattr(flow, "dtype", None))
+
+    @property
+    def has_density(self) -> bool:
+        return getattr(getattr(self.flow, "base", None), "has_density", True)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return getattr(getattr(self.flow, "base", None), "support", super().support)
+
+    def why_no_density(self) -> str:
+        inner = getattr(self.flow, "base", None)
+        return inner.why_no_density() if isinstance(inner, Base) else super().why_no_density()
+
+    def sample(self, shape: int | Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        flow: Any = self.flow
+        return flow.sample(as_shape("shape", shape, at_least=0), generator=generator)
+
+    def log_prob(
+        self,
+        z: Tensor,  # (*batch, *event)
+    ) -> Tensor:  # (*batch)
+        """The log-density of the flow, in nats."""
+        if not self.has_density:
+            raise NoDensityError(self.why_no_density())
+        flow: Any = self.flow
+        return flow.log_prob(z)
+
+
+@checked(own=("base",))
+def as_base(base: Any, event_shape: Sequence[int]) -> Base:
+    """Return a base for points of this shape: N(0, I) for `None`, an adapter for a distribution or another flow.
+
+    Raises:
+        InvalidTypeError: it is none of these.
+        InvalidValueError: it draws points of another shape.
+    """
+    if base is None:
+        return Normal(event_shape)
+    if isinstance(base, Distribution):
+        return TorchDistribution(base, event_shape)
+    if not isinstance(base, Base) and isinstance(base, nn.Module) and hasattr(base, "log_prob"):
+        base = FlowBase(base)
+    if not isinstance(base, Base):
+        got = f"the class {base.__name__}" if isinstance(base, type) else f"an object of class {type(base).__name__}"
+        raise InvalidTypeError(
+            f"base must be a flows.bases.Base or None, or a torch.distributions.Distribution or a flow, got {got}; "
+            "e.g. flows.bases.Normal((2,))"
+        )
+    if base.event_shape != tuple(event_shape):
+        raise InvalidValueError(
+            f"the base's event_shape is {base.event_shape}, and the field's is {tuple(event_shape)}; build both for "
+            "the same points"
+        )
+    return base
+
+
+def _tensors(owner: Any, path: str = "") -> Iterator[tuple[str, Any, Any, Tensor]]:
+    """Yield every tensor in a distribution: its name, what holds it under which key, and the tensor."""
+    items: Iterator[tuple[Any, Any]] | Any = enumerate(owner) if isinstance(owner, list) else vars(owner).items()
+    for key, value in list(items):
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Tensor):
+            yield name, owner, key, value
+        elif isinstance(value, Distribution | Transform | list):
+            yield from _tensors(value, name)
+
+
+def _put(holder: Any, key: Any, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Replace a tensor of a distribution; numbers take the dtype."""
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    if isinstance(holder, list):
+        holder[key] = tensor
+    else:
+        vars(holder)[key] = tensor
+    return tensor
