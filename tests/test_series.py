@@ -57,7 +57,7 @@ def test_streams_resume_bit_for_bit_and_times_stay_exact():
 def test_missing_values_are_masked_only_when_asked_for():
     times, values = ramps()
     values[4][2, 1] = torch.nan
-    with pytest.raises(InvalidValueError, match=r"series '4' has a missing value at time 6 .*missing=mask"):
+    with pytest.raises(InvalidValueError, match=r"series '4' has a missing value at time 6, entry 1 .*missing=mask"):
         Series(times, values)
     data = Series(times, values, missing="mask")
     found = torch.cat([(~part.observed & part.mask[..., None]).nonzero() for part in map(data.part, data.split)])

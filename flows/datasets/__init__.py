@@ -17,6 +17,7 @@ from flows.datasets.series_batches import SeriesBatch
 from flows.datasets.systems import DynamicalSystem, Lorenz, LotkaVolterra, Pendulum, Spiral, TwoBody
 from flows.datasets.tabular import BreastCancer, Table, Tabular
 from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
+from flows.datasets.trajectories import Trajectories
 
 __all__ = [
     "Batch",
@@ -57,6 +58,7 @@ __all__ = [
     "SwissRoll",
     "Table",
     "Tabular",
+    "Trajectories",
     "TwoBody",
     "TwoSpirals",
     "one_hot",

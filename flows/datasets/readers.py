@@ -27,7 +27,11 @@ from flows.errors import FileError, InvalidTypeError, InvalidValueError, Missing
 
 
 def read_table(
-    path: str | Path, columns: Columns = None, delimiter: str = ",", header: bool | None = None
+    path: str | Path,
+    columns: Columns = None,
+    delimiter: str = ",",
+    header: bool | None = None,
+    missing: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """Read a .csv, .npy, .npz or .parquet file of numbers.
 
@@ -35,6 +39,7 @@ def read_table(
         path: the file.
         columns: columns to take, by name or position, in this order. Default: all.
         delimiter, header: of a .csv file, see `read_csv`.
+        missing: take empty fields and words such as NA in a .csv file for NaN. Default: refuse them.
 
     Returns:
         The values (rows, columns) in float64 and the names of the columns. Missing values of binary files are
@@ -54,7 +59,7 @@ def read_table(
             f"cannot read {path}: its suffix is {path.suffix!r}, expected one of {', '.join(READERS)}; "
             f"{cure}, or pass its values to flows.datasets.Table(values)"
         )
-    settings = {"delimiter": delimiter, "header": header} if reader is read_csv else {}
+    settings = {"delimiter": delimiter, "header": header, "missing": missing} if reader is read_csv else {}
     try:
         return reader(path, columns, **settings)
     except UnicodeDecodeError as error:
@@ -80,34 +85,86 @@ def read_groups(
             feature, or one of its entries is empty.
     """
     path = existing_path("path", path, "data file")
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
-        delimiter = checked_delimiter(delimiter)
-        names, below, first = names_and_header(path, delimiter, header)
-        index, place = leading_index(names, below), _place(group_column, names, path)
-        groups = text_column(path, place, delimiter, first)
-    elif suffix == ".parquet":
-        file = _open_parquet(path)
-        names, index = file.schema_arrow.names, parquet_index(file.schema_arrow.names, file.schema_arrow.metadata)
-        place = _place(group_column, names, path)
-        with _whole_parquet(path):
-            found = file.read().column(place).to_pylist()
-        groups = ["" if group is None else str(group) for group in found]
-    else:
-        values, names = read_table(path)
-        index, place = [], _place(group_column, names, path)
-        groups = [repr(value) for value in values[:, place].tolist()]
-    empty = next((row for row, group in enumerate(groups, start=1) if group.strip().lower() in MISSING_WORDS), None)
-    if empty is not None:
-        raise InvalidValueError(
-            f"{path}: row {empty} (the first data row is row 1) has no group in column {names[place]!r}; fill it in"
-        )
+    names, index = column_names(path, delimiter, header)
+    place = _place(group_column, names, path)
+    groups = read_words(path, place, "group", delimiter, header)
     if columns is None:
         return [i for i in features(None, names, index, path) if i != place], groups
     chosen = choose_columns(columns, names, path)
     if place in chosen:
         raise InvalidValueError(f"the group column {names[place]!r} is no feature; leave it out of columns")
     return chosen, groups
+
+
+def column_names(path: Path, delimiter: str = ",", header: bool | None = None) -> tuple[list[str], list[int]]:
+    """Return the names of the columns of a file, and the positions of the index of a data frame.
+
+    Errors are those of `read_table`.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        names, below, _ = _top_of_csv(path, delimiter, header)
+        return names, leading_index(names, below)
+    if suffix == ".parquet":
+        schema = _open_parquet(path).schema_arrow
+        return list(schema.names), parquet_index(schema.names, schema.metadata)
+    return read_table(path)[1], []
+
+
+def read_words(path: Path, column: int, purpose: str, delimiter: str = ",", header: bool | None = None) -> list[str]:
+    """Read a column as words: what stands there, or how Python writes its numbers and dates.
+
+    Args:
+        path: the file.
+        column: its position.
+        purpose: what each row has there, such as "group", for the message.
+        delimiter, header: of a .csv file, see `read_csv`.
+
+    Raises:
+        InvalidValueError: an entry is empty or a word for a missing value; the message says in which row.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        names, _, first = _top_of_csv(path, delimiter, header)
+        words = text_column(path, column, checked_delimiter(delimiter), first)
+    elif suffix == ".parquet":
+        words, names = _parquet_words(path, column)
+    else:
+        values, names = read_table(path)
+        words = [_as_word(value) for value in values[:, column].tolist()]
+    empty = next((row for row, word in enumerate(words, start=1) if word.strip().lower() in MISSING_WORDS), None)
+    if empty is not None:
+        raise InvalidValueError(
+            f"{path}: row {empty} (the first data row is row 1) has no {purpose} in column {names[column]!r}; fill it "
+            "in, or remove that row"
+        )
+    return words
+
+
+def _top_of_csv(path: Path, delimiter: str, header: bool | None) -> tuple[list[str], list[list[str]], bool]:
+    try:
+        return names_and_header(path, checked_delimiter(delimiter), header)
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not text in UTF-8 ({error}); save it as such") from error
+    except OSError as error:
+        raise error if isinstance(error, FileError) else FileError(f"cannot read {path}: {error}") from error
+
+
+def _parquet_words(path: Path, column: int) -> tuple[list[str], list[str]]:
+    import pyarrow as pa
+
+    file = _open_parquet(path)
+    with _whole_parquet(path):
+        stored = file.read().column(column)
+        if pa.types.is_timestamp(stored.type):  # Python has no nanoseconds
+            stored = stored.cast(pa.timestamp("us", stored.type.tz), safe=False)
+        return [_as_word(value) for value in stored.to_pylist()], list(file.schema_arrow.names)
+
+
+def _as_word(value: object) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _place(group_column: str | int, names: Sequence[str], path: Path) -> int:

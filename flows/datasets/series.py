@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +17,19 @@ from flows.checks import whole_number
 from flows.datasets.base import Dataset
 from flows.datasets.hashing import hash_rows, word_keys
 from flows.datasets.series_batches import AllSeries, EndToEnd, SeriesBatch, SeriesStream
+from flows.datasets.series_checks import (
+    Checked,
+    checked_contexts,
+    checked_inputs,
+    checked_names,
+    checked_series,
+    end_to_end_inputs,
+    input_names,
+    tell_late_starts,
+)
 from flows.datasets.series_pieces import Piece, cut_in_time, cut_windows
-from flows.datasets.splits import content_split, random_split
-from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
+from flows.datasets.splits import checked_fractions, content_split, random_split
+from flows.errors import InvalidValueError
 
 FEWEST = 4  # series: two to train on, one for validation, one for test
 TIME_STEP = 2.0**-30  # of the largest time: finer differences of times are rounding
@@ -53,7 +62,8 @@ class Series(Dataset):
             covariates are then further columns, so `context` must be (N, c).
         input_times: the times of the inputs, a list of (S_i,) or one tensor (N, S). Default: `times`.
         input_columns: names of the inputs. Default: "u0", "u1", ...
-        validation_fraction, test_fraction: fractions of the series, or with `split_by="time"` of the points of each.
+        validation_fraction, test_fraction: fractions of the series, or with `split_by="time"` of the points of each;
+            one at least.
         split_seed: seed of the random split.
         split_by: "position", "content" or "time".
         window: number of points of an example. Neighbouring windows share a point, from which the later one starts.
@@ -116,7 +126,8 @@ class Series(Dataset):
             if number != count:
                 raise InvalidValueError(f"{source}: expected {what} for each of {count} series, got {number}")
         tables = [
-            _checked_series(t, x, label, missing, source) for t, x, label in zip(times, values, self.ids, strict=True)
+            checked_series(t, x, label, missing, columns, source)
+            for t, x, label in zip(times, values, self.ids, strict=True)
         ]
         shapes = {table.x.shape[1:]: table.label for table in tables}
         if len(shapes) > 1:
@@ -125,15 +136,15 @@ class Series(Dataset):
                 f"{source}: all states must have one shape, but those of series {one[1]!r} have {tuple(one[0])} and "
                 f"those of series {other[1]!r} {tuple(other[0])}"
             )
-        _tell_late_starts(tables, source)
+        tell_late_starts(tables, source)
         self.event_shape = tuple(next(iter(shapes)))
-        self.columns = _checked_names(columns, self.event_shape, source)
-        known = _checked_contexts(context, count, inputs is not None, source)
+        self.columns = checked_names(columns, self.event_shape, source)
+        known = checked_contexts(context, count, inputs is not None, source)
         own = None
         if inputs is not None:
-            sampled = [_checked_inputs(t, u, of, source) for t, u, of in zip(input_times, inputs, tables, strict=True)]
-            own = _end_to_end_inputs(sampled, source)
-        self.input_columns = _input_names(input_columns, own, source)
+            sampled = [checked_inputs(t, u, of, source) for t, u, of in zip(input_times, inputs, tables, strict=True)]
+            own = end_to_end_inputs(sampled, source)
+        self.input_columns = input_names(input_columns, own, source)
         self.context_shape = None if known is None else tuple(known.shape[1:])
         if own is not None:
             self.context_shape = (int(own.counts.max()), 1 + len(self.input_columns) + sum(self.context_shape or ()))
@@ -154,7 +165,7 @@ class Series(Dataset):
 
     def _arrange(
         self,
-        tables: Sequence[_Table],
+        tables: Sequence[Checked],
         pieces: Mapping[str, Sequence[Piece]],
         context: Tensor | None,
         inputs: EndToEnd | None,
@@ -211,20 +222,23 @@ class Series(Dataset):
         }
 
     def labels_for_hashing(self) -> dict[str, np.ndarray]:
-        """Return what else is known of each state: its time, which values are missing, its start and its context."""
-        step = TIME_STEP * max(1.0, float(self._all.points.tensors[0].abs().max()))
+        """Return what else is known of each state: its time, what is missing, and start and context of its series."""
+        times, x, _ = self._all.points.tensors
+        step = TIME_STEP * max(1.0, float(times.abs().max()))
+        firsts = {piece.series: i for i, piece in reversed(list(enumerate(self.examples)))}
+        places = torch.tensor([firsts[series] for series in range(len(firsts))])
+        starts = self._all.points.starts[places]
+        known = [x[starts].flatten(1), (times[starts, None] / step).round()]
+        context = self._all.batch(places).context
+        known += [] if context is None else [context.flatten(1)]
+        of_series = (hash_rows(torch.cat(known, 1).numpy()) >> np.uint64(11)).astype(np.float64)  # all 53 bits
         found = {}
         for split, chosen in self.split.items():
             labels = []
-            for i, (times, x, observed) in zip(chosen.tolist(), self._points_of(split), strict=True):
-                known = [x[:1].flatten(1), (times[:1, None] / step).round()]
-                context = self._all.batch(torch.tensor([i])).context
-                if context is not None:
-                    known.append(context.flatten(1))
-                start = hash_rows(torch.cat(known, 1).numpy()) >> np.uint64(11)  # which float64 holds
-                label = torch.cat([(times[1:, None] / step).round(), observed[1:].flatten(1).double()], 1).numpy()
-                labels.append(np.concatenate([label, np.full((len(label), 1), float(start[0]))], 1))
-            found[split] = np.concatenate(labels)
+            for series, (t, _, observed) in zip(self._all.of[chosen].tolist(), self._points_of(split), strict=True):
+                here = torch.full((len(t) - 1, 1), float(of_series[series]), dtype=torch.float64)
+                labels.append(torch.cat([(t[1:, None] / step).round(), observed[1:].flatten(1), here], 1))
+            found[split] = torch.cat(labels).numpy()
         return found
 
     def reordered(self, columns: Sequence[int]) -> Series:
@@ -259,149 +273,6 @@ class Series(Dataset):
         return (series.batch(chosen) for chosen in self.split[split].split(batch_size))
 
 
-@dataclass(frozen=True)
-class _Table:
-    """One series, checked."""
-
-    label: str
-    times: Tensor  # (T,)
-    x: Tensor  # (T, *event), 0 where nothing was observed
-    observed: Tensor  # (T, *event)
-    left_out: int  # points before the first state that was observed whole
-
-
-def _numbers(given: Any, what: str) -> Tensor:
-    """A copy in float64, on the CPU."""
-    try:
-        if isinstance(given, Tensor):
-            return given.detach().to("cpu", torch.float64, copy=True)
-        array = np.asarray(given)
-        if array.dtype.kind not in "fiubO":  # text that looks like numbers, and dates
-            raise TypeError(f"their type is {array.dtype}")
-        return torch.from_numpy(np.array(array, dtype=np.float64))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidTypeError(f"{what} must hold real numbers only: {error}") from error
-
-
-def _checked_times(given: Any, rows: Any, label: str, source: str, what: str) -> tuple[Tensor, Tensor]:
-    """Times (T,), which increase, and what goes with them, (T, ...)."""
-    times = _numbers(given, f"{source}: the times of series {label!r}")
-    values = _numbers(rows, f"{source}: the {what} of series {label!r}")
-    if times.ndim != 1 or values.ndim < 2 or len(values) != len(times):
-        hint = "; for a single number a time, write values[:, None]" if values.ndim == 1 else ""
-        raise InvalidValueError(
-            f"{source}: series {label!r} needs times (T,) and {what} (T, ...), got {tuple(times.shape)} and "
-            f"{tuple(values.shape)}{hint}"
-        )
-    if not bool(times.isfinite().all()):
-        raise InvalidValueError(
-            f"{source}: series {label!r} has times that are NaN or infinite; fill them in or remove those rows"
-        )
-    wrong = (times.diff() <= 0).nonzero()
-    if len(wrong):
-        earlier, later = times[int(wrong[0]) : int(wrong[0]) + 2].tolist()
-        found = f"repeats the time {later:.15g}"
-        if later < earlier:
-            found = f"goes back from the time {earlier:.15g} to {later:.15g}"
-        raise InvalidValueError(f"{source}: series {label!r} {found}; times must increase, with one row for each")
-    if bool(values.isinf().any()):
-        place = int(values.isinf().flatten(1).any(1).nonzero()[0])
-        raise InvalidValueError(
-            f"{source}: series {label!r} has an infinite value in its {what} at time {times[place].item():.15g}; "
-            "correct it or remove that row"
-        )
-    return times, values
-
-
-def _checked_series(given: Any, rows: Any, label: str, missing: str, source: str) -> _Table:
-    times, x = _checked_times(given, rows, label, source, "values")
-    observed = ~x.isnan()
-    start = 0
-    if not bool(observed.all()):
-        place = (~observed).nonzero()[0].tolist()
-        where = f"at time {times[place[0]].item():.15g} (entry {', '.join(map(str, place[1:]))} of the state)"
-        if missing == "error":
-            raise InvalidValueError(
-                f"{source}: series {label!r} has a missing value {where}; set missing=mask to leave missing values "
-                "out of the loss, or fill them in"
-            )
-        whole = observed.flatten(1).all(1).nonzero()
-        if not len(whole):
-            raise InvalidValueError(
-                f"{source}: series {label!r} has no state that was observed whole, and a model needs one to start "
-                "from; fill in the values at its first time, or leave that series out"
-            )
-        start = int(whole[0])
-    if len(times) - start < 2:
-        after = f" from its first whole state on, {start} before it" if start else ""
-        raise InvalidValueError(
-            f"{source}: series {label!r} has {len(times) - start} point{after}, and a trajectory needs two or more; "
-            "leave that series out"
-        )
-    return _Table(label, times[start:], x[start:].nan_to_num(0.0), observed[start:], start)
-
-
-def _tell_late_starts(tables: Sequence[_Table], source: str) -> None:
-    late = [table for table in tables if table.left_out]
-    if late:
-        warnings.warn(
-            f"{source}: {len(late)} of {len(tables)} series begin with states that were not observed whole, from which "
-            f"no model can start; these {sum(table.left_out for table in late)} points were left out, and series "
-            f"{late[0].label!r} begins at time {late[0].times[0].item():.15g}",
-            DataWarning,
-            stacklevel=3,
-        )
-
-
-def _checked_inputs(given: Any, rows: Any, of: _Table, source: str) -> tuple[Tensor, Tensor]:
-    """The times (S,) and values (S, k) of the inputs of a series, which cover it."""
-    times, values = _checked_times(given, rows, of.label, source, "inputs")
-    if values.ndim != 2 or not len(times) or bool(values.isnan().any()):
-        what = "holds NaN; fill them in" if values.isnan().any() else f"have the shape {tuple(values.shape)}"
-        raise InvalidValueError(f"{source}: the inputs of series {of.label!r} must be numbers (S, k), {what}")
-    first, last = float(times[0]), float(times[-1])
-    start, end = float(of.times[0]), float(of.times[-1])
-    if first > start or last < end:
-        found = f"begin at time {first:.15g}, after its first state at {start:.15g}"
-        if last < end:
-            found = f"end at time {last:.15g}, before its last state at {end:.15g}"
-        raise InvalidValueError(
-            f"{source}: the inputs of series {of.label!r} {found}; nothing is extrapolated, so give them for the whole "
-            "series or cut it"
-        )
-    return times, values
-
-
-def _end_to_end_inputs(sampled: Sequence[tuple[Tensor, Tensor]], source: str) -> EndToEnd:
-    sizes = {values.shape[1] for _, values in sampled}
-    if len(sizes) > 1:
-        raise InvalidValueError(f"{source}: all series must have the same inputs, got {sorted(sizes)} of them")
-    counts = torch.tensor([len(times) for times, _ in sampled])
-    return EndToEnd(counts, torch.cat([torch.cat([times[:, None], values], 1) for times, values in sampled]))
-
-
-def _input_names(columns: Sequence[str] | None, inputs: EndToEnd | None, source: str) -> list[str]:
-    size = 0 if inputs is None else inputs.tensors[0].shape[1] - 1
-    names = [f"u{i}" for i in range(size)] if columns is None else list(columns)
-    if len(names) != size or len(set(names)) < size:
-        raise InvalidValueError(f"{source}: there are {size} inputs, each with its own name, got {names}")
-    return names
-
-
-def _checked_contexts(context: Any, count: int, with_inputs: bool, source: str) -> Tensor | None:
-    if context is None:
-        return None
-    known = _numbers(context, f"{source}: the contexts")
-    if known.ndim < 2 or len(known) != count or not bool(known.isfinite().all()):
-        raise InvalidValueError(
-            f"{source}: {count} series need contexts ({count}, *context) of finite numbers, got a tensor of shape "
-            f"{tuple(known.shape)}{' with NaN or infinite values' if len(known) == count else ''}"
-        )
-    if with_inputs and known.ndim != 2:
-        raise InvalidValueError(f"{source}: beside inputs, contexts must be ({count}, c), got {tuple(known.shape)}")
-    return known
-
-
 def _split(
     whole: Sequence[Tensor],
     ids: Sequence[str],
@@ -423,19 +294,11 @@ def _split(
         keys = word_keys(np.asarray(ids), whole_number("split_seed", seed, 0))
         places = content_split(keys, fractions, seed, source, "series")
     else:
-        places = random_split(len(whole), fractions, seed, source, "series")
+        checked_fractions(fractions, seed, "series")
+        one = 1 / len(whole)
+        at_least_one = {split: max(fraction, one) for split, fraction in fractions.items()}
+        places = random_split(len(whole), at_least_one, seed, source, "series")
     return {split: [Piece(i, 0, len(whole[i])) for i in part.tolist()] for split, part in places.items()}
-
-
-def _checked_names(columns: Sequence[str] | None, event_shape: tuple[int, ...], source: str) -> list[str] | None:
-    if len(event_shape) != 1:
-        if columns is not None:
-            raise InvalidValueError(f"{source}: states of shape {event_shape} have no columns; leave columns out")
-        return None
-    names = [f"x{i}" for i in range(event_shape[0])] if columns is None else list(columns)
-    if len(names) != event_shape[0] or len(set(names)) < len(names):
-        raise InvalidValueError(f"{source}: states have {event_shape[0]} entries, each with its own name, got {names}")
-    return names
 
 
 def _filled(

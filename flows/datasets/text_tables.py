@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -56,7 +56,11 @@ HINTS = (  # for values that are no numbers
 
 
 def read_csv(
-    path: Path, columns: Columns = None, delimiter: str = ",", header: bool | None = None
+    path: Path,
+    columns: Columns = None,
+    delimiter: str = ",",
+    header: bool | None = None,
+    missing: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """Read a text file of numbers, one row a line.
 
@@ -67,6 +71,7 @@ def read_csv(
         header: whether the first line holds names. Default: find out. It does if one of its fields is text and the
             field below is a number, or if its fields are numbers that can only be names: positions, years, or whole
             numbers above decimals.
+        missing: read empty fields and words such as NA as NaN. Default: refuse them.
 
     An index that pandas wrote is left out, unless `columns` asks for it.
     """
@@ -80,26 +85,45 @@ def read_csv(
     shifted = not every and _bad_width(rows, len(names))
     if shifted:
         raise InvalidValueError(f"cannot read {path}: {shifted}")
+    selected = None if every and columns is None else chosen
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            values = np.loadtxt(
-                (line for line in islice(file, start, None) if line.strip()),
-                delimiter=delimiter,
-                usecols=None if every and columns is None else chosen,
-                ndmin=2,
-                comments=None,
-                quotechar='"',
-            )
+        values = _load(path, start, delimiter, selected)
     except ValueError as error:
         rows = islice(_csv_rows(path, delimiter), int(header), None)
-        found = _bad_value(rows, names, chosen) or str(error)
-        raise InvalidValueError(f"cannot read {path}: {found}") from error
+        found = _bad_value(rows, names, chosen, missing)
+        if found or not missing:
+            raise InvalidValueError(f"cannot read {path}: {found or error}") from error
+        values = _load(path, start, delimiter, selected, _number_or_nan)
     if values.shape[1] != len(chosen):
         raise InvalidValueError(
             f"{path} has {len(names)} names in its first line, but rows of {values.shape[1]} fields"
         )
     _tell_silent_losses(path, delimiter, start, values, [names[i] for i in chosen], chosen, len(names))
     return values, distinct_names([names[i] for i in chosen], path)
+
+
+def _load(
+    path: Path,
+    start: int,
+    delimiter: str,
+    columns: Sequence[int] | None,
+    converter: Callable[[str], float] | None = None,
+) -> np.ndarray:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return np.loadtxt(
+            (line for line in islice(file, start, None) if line.strip()),
+            delimiter=delimiter,
+            usecols=columns,
+            ndmin=2,
+            comments=None,
+            quotechar='"',
+            converters=converter,
+            encoding=None,
+        )
+
+
+def _number_or_nan(field: str) -> float:
+    return float("nan") if field.strip().lower() in MISSING_WORDS else float(field)
 
 
 def _line_after_names(path: Path, delimiter: str) -> int:
@@ -245,7 +269,9 @@ def _bad_width(rows: Iterable[list[str]], width: int, first: int = 1) -> str | N
     return None
 
 
-def _bad_value(rows: Iterable[list[str]], names: Sequence[str], chosen: Sequence[int]) -> str | None:
+def _bad_value(
+    rows: Iterable[list[str]], names: Sequence[str], chosen: Sequence[int], missing: bool = False
+) -> str | None:
     """Describe the first row of the wrong length, or the first value that is no number."""
     for number, row in enumerate(rows, start=1):
         if wrong := _bad_width([row], len(names), number):
@@ -254,6 +280,8 @@ def _bad_value(rows: Iterable[list[str]], names: Sequence[str], chosen: Sequence
             if _is_number(row[i]):
                 continue
             if row[i].strip().lower() in MISSING_WORDS:
+                if missing:
+                    continue
                 found = f"is missing ({row[i]!r}); fill it in or remove such rows"
             else:
                 shown = row[i] if len(row[i]) <= MAX_SHOWN else f"{row[i][:MAX_SHOWN]}..."

@@ -323,6 +323,64 @@ def pandas_csv(path: Path, index: bool = True, name: str | None = None) -> None:
     frame.to_csv(path, index=index)
 
 
+def series_rows(count: int = 6, points: int = 5) -> list[list[float]]:
+    """Rows id, time, x, y of time series in long form."""
+    return [
+        [i, j / 2, round(float(np.sin(i + j / 2)), 4), round(float(np.cos(i + j / 3)), 4)]
+        for i in range(count)
+        for j in range(points)
+    ]
+
+
+def _write_rows(path: Path, rows: list[list]) -> None:
+    path.write_text("id,time,x,y\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
+
+
+def interleaved_series(path: Path) -> None:
+    _write_rows(path, sorted(series_rows(), key=lambda row: row[1]))
+
+
+def series_since_1970(path: Path) -> None:
+    _write_rows(path, [[row[0], 1.7e9 + row[1], *row[2:]] for row in series_rows()])
+
+
+def series_dates(path: Path, form: str = "%Y-%m-%d", first: str | None = None) -> None:
+    start = datetime.datetime(2024, 1, 1)
+    rows = [[i, (start + datetime.timedelta(days=2 * t)).strftime(form), x, y] for i, t, x, y in series_rows()]
+    if first is not None:
+        rows[0][1] = first
+    _write_rows(path, rows)
+
+
+def series_npy(path: Path) -> None:
+    np.save(path, np.array(series_rows()))
+
+
+def series_parquet(
+    path: Path, ids: str = "numbers", times: str = "numbers", values: str = "numbers", index: bool = False
+) -> None:
+    i, t, x, y = (list(column) for column in zip(*series_rows(), strict=True))
+    start = datetime.datetime(2024, 1, 1)
+    columns = {
+        "id": {
+            "numbers": lambda: pa.array(i),
+            "words": lambda: pa.array([f"patient {n}" for n in i]).dictionary_encode(),
+            "null": lambda: pa.array([None if row == 2 else n for row, n in enumerate(i)]),
+        }[ids](),
+        "time": {
+            "numbers": lambda: pa.array(t),
+            "dates": lambda: pa.array([(start + datetime.timedelta(days=2 * u)).date() for u in t]),
+            "nanoseconds": lambda: pa.array([1704067200 * 10**9 + round(u * 1e9) for u in t], pa.timestamp("ns")),
+            "null": lambda: pa.array([None if row == 2 else u for row, u in enumerate(t)]),
+        }[times](),
+        "x": pa.array([[u] for u in x]) if values == "lists" else pa.array(x),
+        "y": pa.array(y),
+    }
+    if index:
+        columns["__index_level_0__"] = pa.array(range(len(i)))
+    pq.write_table(pa.table(columns), path)
+
+
 RECIPES = {
     name: value
     for name, value in list(globals().items())

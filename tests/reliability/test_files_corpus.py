@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 import yaml
 from figures import report_figure
-from file_recipes import RECIPES
+from file_recipes import RECIPES, series_rows
 
-from flows.datasets import HubImages, ImageDensity, Tabular
+from flows.datasets import HubImages, ImageDensity, Series, Tabular, Trajectories
 from flows.errors import DataWarning, FlowsError
 
-CASES = yaml.safe_load((Path(__file__).parent / "files.yaml").read_text(encoding="utf-8"))
-READERS = {"table": Tabular, "images": HubImages, "density": ImageDensity}
+FOLDER = Path(__file__).parent
+OF_SERIES = {"read": "series", "settings": {"id": "id"}, "long": {}}  # what the cases of series.yaml share
+CASES = [
+    *yaml.safe_load((FOLDER / "files.yaml").read_text(encoding="utf-8")),
+    *({**OF_SERIES, **case} for case in yaml.safe_load((FOLDER / "series.yaml").read_text(encoding="utf-8"))),
+]
+READERS = {"table": Tabular, "images": HubImages, "density": ImageDensity, "series": Trajectories}
 SECONDS = 20  # more is a hang
 SAMPLE = CASES[::8]
 
@@ -47,6 +52,16 @@ def numbers(rows: int = 30, columns: int = 2, sep: str = ",", decimal: str = "."
     return "".join(sep.join(str(v).replace(".", decimal) for v in row) + end for row in values)
 
 
+def long_form(case: dict) -> bytes:
+    """The file of a case of series.yaml."""
+    lines = ["id,time,x,y", *(",".join(map(str, row)) for row in series_rows(**case["long"]))]
+    for number, line in case.get("set", {}).items():
+        lines[number] = line
+    recode = {"sep": ",", "end": "\n", "last": "\n", "mark": "", "encoding": "utf-8", **case.get("recode", {})}
+    text = recode["end"].join([*lines, *case.get("add", [])]).replace(",", recode["sep"])
+    return (recode["mark"] + text + recode["last"]).encode(recode["encoding"])
+
+
 def written(case: dict, folder: Path) -> object:
     """Write the file of a case; return its path."""
     path = folder / case.get("file", "table.csv")
@@ -59,6 +74,9 @@ def written(case: dict, folder: Path) -> object:
         return path
     if "base64" in case:
         path.write_bytes(base64.b64decode(case["base64"]))
+        return path
+    if "long" in case and "text" not in case:
+        path.write_bytes(long_form(case))
         return path
     text = case.get("text", "")
     if "lines" in case:
@@ -101,7 +119,11 @@ def outcome(case: dict, folder: Path) -> str:
         return f"a foreign warning: {strange[0]}"
     found = {"rows": len(data.reference()) + data.num_validation + data.num_test, "columns": data.columns}
     found["shape"] = list(data.event_shape)
-    for key in ("rows", "columns", "shape"):
+    if isinstance(data, Series):
+        found["series"] = len(data.ids)
+        # Pieces of a series share a point.
+        found["points"] = sum(piece.count - (piece.start > 0) for piece in data.examples)
+    for key in ("rows", "columns", "shape", "series", "points"):
         if key in case and case[key] != found[key]:
             return f"{key} are {found[key]}, expected {case[key]}"
     if "sum" in case:  # of all values, which a change of any value moves
