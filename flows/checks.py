@@ -19,6 +19,9 @@ from flows.errors import FileError, InvalidTypeError, InvalidValueError
 
 MAX_SEED = 2**63 - 1  # the largest that torch takes
 MAX_SIZE = 2**63 - 1  # entries of a tensor
+YEAR = 365.25 * 86400  # seconds
+LONGEST = 10 * YEAR
+FASTEST_STEP = 1e-4  # seconds that a training step, or a solve, takes at least
 MEMORY_SHARE = 0.5  # of the machine's memory that one tensor may take: drawing and converting it needs a second copy
 
 
@@ -136,6 +139,13 @@ def fits_in_memory(what: str, num_bytes: int) -> None:
             f"{what} would take {_size(num_bytes)}, more than half of this machine's {_size(available)} of memory; "
             "choose a smaller number"
         )
+
+
+def can_be_finished(what: str, seconds: float) -> None:
+    """Raise `InvalidValueError` if `what` would take more than `LONGEST` seconds."""
+    if not seconds <= LONGEST:
+        years = f"{seconds / YEAR:,.0f}" if seconds < 1e16 * YEAR else f"{seconds / YEAR:.0e}"
+        raise InvalidValueError(f"{what} would take at least {years} years; choose a smaller number")
 
 
 def existing_path(name: str, path: object, expected: str, folder: bool = False) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flows.checks import check_number
+from flows.checks import check_number, fits_in_memory
 from flows.datasets import Dataset, one_hot
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
@@ -38,6 +38,8 @@ def draw_samples(
     """
     check_number("num_samples", num_samples, whole=True, at_least=1, at_most=MAX_SAMPLES)
     check_number("batch_size", batch_size, whole=True, at_least=1)
+    num_bytes = num_samples * math.prod(flow.event_shape) * flow.dtype.itemsize
+    fits_in_memory(f"num_samples: {num_samples:,} samples of shape {flow.event_shape}", num_bytes)
     with torch.no_grad():
         parts = []
         for start in range(0, num_samples, batch_size):

@@ -426,8 +426,8 @@ def test_budgets_reach_what_an_estimator_can_do():
         ({"budgets": (0,)}, r"budgets must be whole numbers of products >= 1, such as \[1, 4, 16\], got \[0\]"),
         ({"budgets": ()}, "budgets must be whole numbers"),
         ({"draws": 1}, "draws must be a whole number >= 2, got 1"),
-        ({"seconds": 0}, "seconds must be > 0, got 0"),
-        ({"memory": -1}, "memory must be > 0, got -1"),
+        ({"seconds": 0}, "seconds must be a finite number > 0, got 0"),
+        ({"memory": -1}, "memory must be a finite number > 0, got -1"),
     ],
 )
 def test_errors(settings, message):

@@ -18,6 +18,7 @@ from flows.datasets import Energy
 from flows.datasets.recognition import caution_about_outliers, recognised
 from flows.errors import DataWarning, InvalidValueError
 from flows.evaluation import DensityEvaluator, EnergyEvaluator, aligned
+from flows.training.amounts import check_evaluation
 from flows.training.files import run_folder
 from flows.training.runs import build_dataset, load_run, place
 from flows.training.settings import instantiate
@@ -69,6 +70,7 @@ def evaluate(composed: DictConfig) -> float:
         if other is not None and (message := caution_about_outliers(run.data, other, settings["part"])):
             warnings.warn(message, DataWarning, stacklevel=1)
         density = DensityEvaluator(dataset, num_draws=settings["num_draws"], **options)
+        check_evaluation(density, flow, dataset, part="")
         if isinstance(dataset, Energy):
             report = EnergyEvaluator(dataset, **options).test(flow)
             likelihood = density.likelihood(flow) if outliers is not None else None

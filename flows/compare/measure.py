@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flows.arguments import checked
+from flows.checks import can_be_finished, check_number
 from flows.compare.accuracy import Accuracy, Truth, accuracy, truth
 from flows.compare.candidates import Candidate, gather
 from flows.compare.cost import affordable, case, time_ratio
@@ -166,5 +167,5 @@ def _check(x: Tensor, budgets: Sequence[int], draws: int, seconds: float, memory
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
         raise InvalidValueError(f"draws must be a whole number >= 2, got {draws!r}")
     for name, value in (("seconds", seconds), ("memory", memory)):
-        if not value > 0:
-            raise InvalidValueError(f"{name} must be > 0, got {value!r}")
+        check_number(name, value, above=0)
+    can_be_finished(f"seconds: a row of {seconds:g} seconds", seconds)

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from flows.arguments import CheckedMethods, checked
+from flows.checks import fits_in_memory
 from flows.errors import InvalidValueError
+
+MANY = 1 << 28  # numbers that may not fit into memory
 
 
 class ProbeFamily(CheckedMethods, ABC, checks=("draw", "variance", "spread_factor")):
@@ -123,6 +126,9 @@ def draw_like(
     """Draw on the generator's device, with the dtype and device of `x`."""
     device = x.device if generator is None else generator.device
     shape = (num_probes, *x.shape)
+    if math.prod(shape) > MANY:
+        num_bytes = math.prod(shape) * x.dtype.itemsize
+        fits_in_memory(f"num_probes: {num_probes:,} probes of shape {tuple(x.shape)}", num_bytes)
     return sampler(shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
 

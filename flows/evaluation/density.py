@@ -26,6 +26,7 @@ from flows.models.mass import Mass, box, exactly, has_mass, mass
 from flows.models.resolution import CHECKED_POINTS
 from flows.naming import by_name
 from flows.objectives.checks import check_contexts, check_levels
+from flows.solvers.stepping import check_step_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,6 +82,8 @@ class FlowEvaluator(Evaluator):
         flow = as_flow(model)
         check_contexts(flow, self.dataset)
         check_levels(flow.transform, self.dataset)
+        if flow.solver.step_size is not None:
+            check_step_size(flow.solver.step_size, (0.0, 1.0))
 
     def estimator(self, flow: CNF) -> DivergenceEstimator:
         """Return the estimator that evaluations of this flow use."""

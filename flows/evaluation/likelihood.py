@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flows.arguments import checked
+from flows.checks import FASTEST_STEP, can_be_finished
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.evaluation.evaluator import known, set_apart
@@ -262,6 +263,7 @@ def pointwise(
             f"num_draws = {num_draws} are draws of dequantisation noise, and the flow's transform, "
             f"{type(flow.transform).__name__}, adds none; use num_draws=1"
         )
+    can_be_finished(f"num_draws: {num_draws:,} solves of each batch", FASTEST_STEP * num_draws)
     with torch.no_grad(), tqdm(total=num_points, desc=progress, unit="pt", disable=progress is None) as bar:
         for batch in batches:
             x = batch.x.to(flow.device, torch.promote_types(batch.x.dtype, flow.dtype))  # tables stay in float64

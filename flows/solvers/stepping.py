@@ -163,17 +163,22 @@ def grid(times: Sequence[float], step_size: float) -> list[float]:
     Raises:
         InvalidValueError: these are more than a million steps.
     """
+    check_step_size(step_size, times)
+    points = [times[0]]
+    for start, end in itertools.pairwise(times):
+        steps = max(1, math.ceil(abs(end - start) / step_size - 1e-3))  # tolerates rounding of the times
+        points += [start + (end - start) * i / steps for i in range(1, steps)] + [end]
+    return points
+
+
+def check_step_size(step_size: float, times: Sequence[float]) -> None:
+    """Raise `InvalidValueError` if steps of this size between `times` are more than a million."""
     total = sum(abs(end - start) / step_size for start, end in itertools.pairwise(times))
     if total > MAX_FIXED_STEPS:
         raise InvalidValueError(
             f"step_size = {step_size:g} takes {total:.2g} steps from {times[0]:g} to {times[-1]:g}, and the most are "
             f"{MAX_FIXED_STEPS:,}; set a larger step_size"
         )
-    points = [times[0]]
-    for start, end in itertools.pairwise(times):
-        steps = max(1, math.ceil(abs(end - start) / step_size - 1e-3))  # tolerates rounding of the times
-        points += [start + (end - start) * i / steps for i in range(1, steps)] + [end]
-    return points
 
 
 def _growth(ratio: float, order: int) -> float:

@@ -16,8 +16,11 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
-from flows.checks import fits_in_memory
+from flows.checks import FASTEST_STEP, can_be_finished, fits_in_memory
+from flows.datasets import Dataset
 from flows.errors import InvalidValueError
+from flows.evaluation.density import FlowEvaluator
+from flows.models.cnf import CNF
 from flows.training.annotations import is_list
 from flows.training.trusted import NO_AMOUNTS
 
@@ -77,6 +80,22 @@ def check_batch(name: str, size: int, shape: tuple[int, ...], copies: int = 1) -
     """
     with_copies = f", {copies:,} copies of each" if copies > 1 else ""
     fits_in_memory(f"{name}: {size:,} points of shape {shape}{with_copies}", BYTES * size * math.prod(shape) * copies)
+
+
+def check_evaluation(evaluator: Any, flow: Any, dataset: Dataset, part: str = "evaluation") -> None:
+    """Refuse an evaluation whose probes do not fit, long before the first one.
+
+    Raises:
+        InvalidValueError: names the setting and the memory that it would take.
+    """
+    if not isinstance(evaluator, FlowEvaluator) or not isinstance(flow, CNF):
+        return
+    points = min(evaluator.batch_size, max(dataset.num_test, dataset.num_validation))
+    num_draws = getattr(evaluator, "num_draws", 1)
+    copies = getattr(evaluator.estimator(flow), "num_probes", 1)
+    name = f"{part}." if part else ""
+    check_batch(f"{name}divergence", points, dataset.event_shape, copies)
+    can_be_finished(f"{name}num_draws: {num_draws:,} solves of each batch", FASTEST_STEP * num_draws)
 
 
 class _Count(TorchFunctionMode):

@@ -65,8 +65,12 @@ def check_place(path: str | os.PathLike[str] | None) -> None:
         above = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
         if not above.is_dir():
             kind = kind_of(above) if above.exists() else "link to nowhere"
-            within = "" if above == path else f" within {above}"
-            raise OutputFolderError(f"output_dir={path} is no folder but a {kind}{within}; choose another output_dir")
+            if above != path:
+                raise OutputFolderError(
+                    f"{above} is a {kind}, so the output folder {path} cannot be written (Not a directory); choose "
+                    "another output_dir"
+                )
+            raise OutputFolderError(f"output_dir={path} is no folder but a {kind}; choose another output_dir")
         probe = temporary_name(above / "write-test")
         probe.mkdir()
         probe.rmdir()

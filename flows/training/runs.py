@@ -23,7 +23,7 @@ from flows.models.precision import working_dtype
 from flows.objectives import MaximumLikelihood
 from flows.objectives.checks import check_kind, check_levels
 from flows.training import checkpoint as files
-from flows.training.amounts import check_batch, check_size, check_whole_numbers
+from flows.training.amounts import check_batch, check_evaluation, check_size, check_whole_numbers
 from flows.training.annotations import SettingsError
 from flows.training.blueprint import MisfitError, build_like
 from flows.training.checkpoint import CheckpointError, check_content, find_checkpoint, load_checkpoint
@@ -294,6 +294,7 @@ def build_trainer(
     if config.get("evaluation"):
         shared = {"dataset": dataset, "seed": seed, "progress_bar": reporting.progress_bar}
         evaluator = instantiate(config["evaluation"], "evaluation", **_accepted(config["evaluation"], shared))
+        check_evaluation(evaluator, model, dataset)
     built = {name: instantiate(stage, f"objective.{name}") for name, stage in stages.items()}
     for name, stage in built.items():
         solves = isinstance(stage.objective, MaximumLikelihood)

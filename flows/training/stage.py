@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from flows.arguments import checked
-from flows.checks import check_number, whole_number
+from flows.checks import FASTEST_STEP, can_be_finished, check_number, whole_number
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.objectives import Objective
 
@@ -69,8 +69,10 @@ class Stage:
             )
         if self.steps is not None:
             whole_number("steps", self.steps, 1)
+            can_be_finished(f"steps: {self.steps:,} steps", FASTEST_STEP * self.steps)
         else:
             check_number("seconds", self.seconds, above=0)
+            can_be_finished(f"seconds: {self.seconds:g} seconds", float(self.seconds))  # type: ignore[arg-type]
         recommended = {**DEFAULTS, **getattr(self.objective, "recommended", {})}
         if self.steps is not None:
             recommended["warmup_steps"] = min(recommended["warmup_steps"], self.steps // 10)
@@ -158,6 +160,8 @@ class Optimization:
         if self.gradient_clip is not None:
             check_number("gradient_clip", self.gradient_clip, above=0, otherwise="None sets no limit")
         whole_number("accumulate_batches", self.accumulate_batches, 1)
+        each = FASTEST_STEP * self.accumulate_batches
+        can_be_finished(f"accumulate_batches: a step of {self.accumulate_batches:,} batches", each)
         check_number("ema_decay", self.ema_decay, at_least=0, below=1, otherwise="0 turns the averaging off")
         if self.on_solver_error not in ("raise", "skip"):
             raise InvalidValueError(f"on_solver_error must be 'raise' or 'skip', got {self.on_solver_error!r}")
