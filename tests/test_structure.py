@@ -14,7 +14,7 @@ PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
 GROUND = {"arguments", "checks", "equations", "errors", "expectations", "naming", "promises", "vector_field", "writing"}
-MODELS = {"bases", "divergence", "dynamics", "fields", "models", "path_costs", "solvers", "transforms"}
+MODELS = {"bases", "divergence", "dynamics", "encoders", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
 ALLOWED = {
     "arguments": set(),
@@ -26,7 +26,7 @@ ALLOWED = {
     "promises": set(),
     "vector_field": set(),
     "writing": set(),
-    **{part: set() for part in ("bases", "datasets", "divergence", "fields", "solvers", "transforms")},
+    **{part: set() for part in ("bases", "datasets", "divergence", "encoders", "fields", "solvers", "transforms")},
     "path_costs": {"divergence"},
     "dynamics": {"divergence", "path_costs", "solvers"},
     "models": MODELS,

@@ -2,6 +2,15 @@
 
 from flows.datasets.base import Dataset, one_hot
 from flows.datasets.batches import Batch, BatchStream
+from flows.datasets.benchmark_simulators import (
+    SIR,
+    SLCP,
+    BenchmarkSimulator,
+    BernoulliGLM,
+    GaussianMixturePosterior,
+    LotkaVolterraPosterior,
+    TwoMoons,
+)
 from flows.datasets.conditional import ConditionalDensity, GaussianMean, MoonsByClass
 from flows.datasets.curves import Moons, Pinwheel, SwissRoll, TwoSpirals
 from flows.datasets.density import Density
@@ -12,16 +21,23 @@ from flows.datasets.images import Digits, Images, LabelledImages
 from flows.datasets.lattice import FreeField, Phi4
 from flows.datasets.particles import Particles
 from flows.datasets.photos import PhotoPatches
+from flows.datasets.priors import Prior, box
 from flows.datasets.series import Series
 from flows.datasets.series_batches import SeriesBatch
+from flows.datasets.simulations import Simulations
+from flows.datasets.simulator import Simulator
 from flows.datasets.systems import DynamicalSystem, Lorenz, LotkaVolterra, Pendulum, Spiral, TwoBody
 from flows.datasets.tabular import BreastCancer, Table, Tabular
 from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
 from flows.datasets.trajectories import Trajectories
 
 __all__ = [
+    "SIR",
+    "SLCP",
     "Batch",
     "BatchStream",
+    "BenchmarkSimulator",
+    "BernoulliGLM",
     "BreastCancer",
     "Checkerboard",
     "Circles",
@@ -37,12 +53,14 @@ __all__ = [
     "Funnel",
     "Gaussian",
     "GaussianMean",
+    "GaussianMixturePosterior",
     "HubImages",
     "ImageDensity",
     "Images",
     "LabelledImages",
     "Lorenz",
     "LotkaVolterra",
+    "LotkaVolterraPosterior",
     "Moons",
     "MoonsByClass",
     "NoData",
@@ -51,15 +69,20 @@ __all__ = [
     "Phi4",
     "PhotoPatches",
     "Pinwheel",
+    "Prior",
     "Rings",
     "Series",
     "SeriesBatch",
+    "Simulations",
+    "Simulator",
     "Spiral",
     "SwissRoll",
     "Table",
     "Tabular",
     "Trajectories",
     "TwoBody",
+    "TwoMoons",
     "TwoSpirals",
+    "box",
     "one_hot",
 ]

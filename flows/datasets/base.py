@@ -50,6 +50,8 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
             zero vector means "no class". Default: None, no classes.
         num_levels: number L of levels if the data are whole numbers 0, ..., L − 1. A flow must dequantise them.
             Default: None, continuous data.
+        bounds: low and high, two tensors (*event), between which all examples lie; ±inf where there is no bound.
+            Default: None, the whole space.
         columns: names of the features of a table. Default: None, no names.
         split_settings: plain values that decide the split, and what else training data depend on. Default: none.
         has_samples: whether there are points; an energy may have none. Default: True.
@@ -70,6 +72,7 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
     context_shape: tuple[int, ...] | None = None
     num_classes: int | None = None
     num_levels: int | None = None
+    bounds: tuple[Tensor, Tensor] | None = None
     columns: Sequence[str] | None = None
     split_settings: Mapping[str, Any] = MappingProxyType({})
     has_samples: bool = True
@@ -147,6 +150,13 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
         found = next(iter(self.validation_batches(n))).context
         assert found is not None, f"{self.name} states a context_shape but has no contexts"
         return found[torch.arange(n) % len(found)]
+
+    def reference_contexts(self) -> Tensor | None:
+        """Return contexts (n, *context) of the training part to fit an encoder; None without contexts.
+
+        The default takes those of the validation part.
+        """
+        return None if self.context_shape is None else self.contexts(self.num_validation)
 
     def description(self) -> dict[str, Any]:
         """Return the data set's name and shapes as plain values, for checkpoints."""

@@ -110,6 +110,10 @@ class Density(Dataset):
     def reference(self) -> Tensor:
         return convert(self._fixed("reference", self.num_reference).x, None, None, self.name)
 
+    def reference_contexts(self) -> Tensor | None:
+        context = self._fixed("reference", self.num_reference).context
+        return None if context is None else convert(context, None, None, self.name)
+
     def new_fingerprint(self) -> dict[str, Any]:
         return fingerprint_of_draws(self, self._probe())
 

@@ -17,6 +17,7 @@ from flows.bases import Base, NoDensityError, as_base
 from flows.checks import as_shape, check_number, fits_in_memory
 from flows.divergence import Auto, DivergenceEstimator
 from flows.dynamics import AugmentedDynamics, StateDynamics
+from flows.encoders import Encoder
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.expectations import refusal
 from flows.fields import Guided
@@ -56,10 +57,13 @@ class CNF(nn.Module):
             training. Without a density, as `flows.bases.Empirical`, the flow has none either.
         transform: data space to flow space; `Identity()` by default.
         event_shape: shape of a point; needed if `field` does not state one. A whole number d stands for (d,).
+        encoder: contexts in data units to the features that the field takes as its context; `None` (default): the field
+            takes contexts as they are.
 
     Raises:
         InvalidTypeError: an argument is of another class.
-        InvalidValueError: the event shape is missing, or field, base and `event_shape` disagree about it.
+        InvalidValueError: the event shape is missing, or field, base and `event_shape` disagree about it, or field and
+            encoder about the features.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class CNF(nn.Module):
         base: Base | Distribution | nn.Module | None = None,
         transform: Transform | None = None,
         event_shape: int | Sequence[int] | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
         super().__init__()
         self.event_shape = bind(field, event_shape=event_shape).event_shape
@@ -78,6 +83,10 @@ class CNF(nn.Module):
         self.solver = ODESolver() if solver is None else solver
         self.transform = Identity() if transform is None else transform
         self.base: Base = base  # type: ignore[assignment]  (made one below)
+        self.encoder = encoder
+        if encoder is not None:
+            self._check_features(encoder)
+            encoder.to(self.device, self.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take any base that the constructor takes, to the field's device and dtype."""
@@ -163,16 +172,31 @@ class CNF(nn.Module):
     def guided(self, weight: float) -> CNF:
         """This flow under classifier-free guidance (`Guided`); it shares all modules."""
         guided = Guided(self.field, weight)
-        return CNF(guided, self.divergence, self.solver, self.base, self.transform, self.event_shape)
+        return CNF(guided, self.divergence, self.solver, self.base, self.transform, self.event_shape, self.encoder)
+
+    @property
+    def context_shape(self) -> tuple[int, ...] | None:
+        """Shape of one context; `None` where the field states none."""
+        return self.bind().context_shape if self.encoder is None else self.encoder.context_shape
 
     def bind(
         self,
-        context: Tensor | None = None,  # (B, *context)
+        context: Tensor | None = None,  # (B, *features)
     ) -> BoundField:
-        """The field as one solve sees it.
+        """The field as one solve sees it, with a context that is encoded already; see `encode`.
 
         `flow.divergence.bind(flow.bind())` states the cost and the exactness of the divergence of this flow."""
         return bind(self.field, context, self.event_shape)
+
+    @checked
+    def encode(
+        self,
+        context: Tensor,  # (B, *context)
+    ) -> Tensor:  # (B, *features)
+        """What the field takes as its context: the encoder's features, or the context itself."""
+        if self.encoder is None:
+            return suitable_context(context, self.bind())
+        return suitable_context(self.encoder(context), self.bind())
 
     @checked
     def log_prob(
@@ -456,10 +480,12 @@ class CNF(nn.Module):
         self._check_place("context", context)
         if context.is_complex():
             raise InvalidValueError(f"the context is {context.dtype}; give real numbers, such as context.real")
-        context = suitable_context(context, self.bind())
-        own = context.shape[context.ndim - self._context_ndim(context) :]
+        place = context.ndim - self._context_ndim(context)
+        own, leading = context.shape[place:], context.shape[:place]
+        encoded = self.encode(context.reshape(-1, *own))
+        features = encoded.shape[1:]
         try:
-            return context.expand(*batch_shape, *own).reshape(-1, *own)
+            return encoded.reshape(*leading, *features).expand(*batch_shape, *features).reshape(-1, *features)
         except RuntimeError:
             raise InvalidValueError(
                 f"a context of shape {tuple(context.shape)} does not broadcast to one of shape {tuple(own)} for each "
@@ -467,5 +493,14 @@ class CNF(nn.Module):
             ) from None
 
     def _context_ndim(self, context: Tensor) -> int:
-        stated = self.bind().context_shape
-        return min(1, context.ndim) if stated is None else len(stated)
+        stated = self.context_shape
+        return min(1, context.ndim) if stated is None else min(len(stated), context.ndim)
+
+    def _check_features(self, encoder: Encoder) -> None:
+        view = self.bind()
+        if not view.takes_context or view.context_shape not in (None, encoder.features_shape):
+            takes = f"of shape {view.context_shape}" if view.takes_context else "none"
+            raise InvalidValueError(
+                f"the encoder makes features of shape {encoder.features_shape}, and the field {view.name} takes "
+                f"contexts {takes}; build it with context_shape={encoder.features_shape}"
+            )

@@ -102,7 +102,7 @@ def check_contexts(model: CNF | NeuralODE, dataset: Dataset) -> None:
             f"{has}, and the field {name} takes none; choose a field with a context_shape, such as MLP, or give your "
             "own a third argument, forward(t, x, context)"
         )
-    stated = view.context_shape
+    stated = getattr(model, "context_shape", view.context_shape)
     if stated is not None and shape is None:
         raise InvalidValueError(
             f"the field {name} needs contexts of shape {stated}, and the data {dataset.name!r} has none"

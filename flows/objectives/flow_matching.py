@@ -19,7 +19,6 @@ from flows.dynamics import differentiable
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.examination import examine
-from flows.models.precision import suitable_context
 from flows.naming import by_name
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.checks import check_flow
@@ -164,7 +163,7 @@ class FlowMatching(Objective):
         position = a * ends + b * noise
         context, dropped = batch.context, None
         if context is not None:
-            context = suitable_context(context[queries], flow.bind())
+            context = flow.encode(context[queries])
             if self.context_dropout:
                 context, dropped = drop_contexts(context, self.context_dropout, generator)
         weight, estimator = self._matching(flow)

@@ -17,6 +17,7 @@ from flows.arguments import checked
 from flows.checks import check_seed
 from flows.datasets import Dataset
 from flows.datasets.hub import offline
+from flows.encoders import Encoder
 from flows.errors import FileError, InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.precision import working_dtype
@@ -147,7 +148,7 @@ def checkpoint_config(
     check_trusted(config, trust)
     parts = config if isinstance(config, dict) else {}
     needed = [] if "model" not in parts else ["model"]
-    needed += [part for part in model_parts(parts) if part in parts or part not in OPTIONAL]
+    needed += [part for part in model_parts(parts) if parts.get(part) is not None or part not in OPTIONAL]
     missing = [part for part in needed if not (isinstance(parts.get(part), dict) and TARGET in parts[part])]
     if missing:
         raise CheckpointError(f"the settings in {path} do not describe a model: they have no {', '.join(missing)}")
@@ -200,7 +201,7 @@ def build_model(
 
     Args:
         config: the settings of `model`, by default a `flows.CNF`, and of its parts: those of `transform`, `field`,
-            `divergence`, `solver` and `base` that its signature names.
+            `divergence`, `solver`, `base` and `encoder` that its signature names.
         event_shape: the shape of one data point or state. Every part that takes it gets it.
         dataset: the data to fit the transform to. `None` (default): its state is loaded later.
         dtype: of parameters and constants. `None` (default): torch's default dtype.
@@ -220,17 +221,20 @@ def build_model(
     built: dict[str, Any] = {}
     with _default_dtype(dtype):
         if "transform" in parts:
-            arguments = shapes | {"num_levels": num_levels}
+            arguments = shapes | {"num_levels": num_levels, "bounds": getattr(dataset, "bounds", None)}
             built["transform"] = instantiate(_with_arguments(parts["transform"], arguments), "transform")
             if dataset is not None:
                 check_levels(built["transform"], dataset)
                 if dataset.has_samples:
                     built["transform"].fit(dataset.reference())
+        if parts.get("encoder") is not None:
+            built["encoder"] = _build_encoder(parts["encoder"], contexts, dataset)
+            contexts = {"context_shape": built["encoder"].features_shape}
         given = _accepted(parts.get("field"), shapes | contexts)
         if dataset is not None:  # else its weights are there already
             _check_amounts(parts, given)
         for part in parts:
-            if part not in built:
+            if part not in built and parts[part] is not None:
                 built[part] = instantiate(parts[part], part, **_accepted(parts[part], shapes | contexts))
         return instantiate(model, "model", **built, **_accepted(model, shapes))
 
@@ -253,6 +257,16 @@ def build_flow(
     if not isinstance(model, CNF):
         raise SettingsError(f"model must be a flows.CNF here, got {type(model).__name__}; leave out model=...")
     return model
+
+
+def _build_encoder(config: Any, contexts: Mapping[str, Any], dataset: Dataset | None) -> Encoder:
+    """The encoder that the settings describe, fitted to the data."""
+    if not contexts:
+        name = "these data have" if dataset is None else f"the data {dataset.name!r} have"
+        raise SettingsError(f"encoder is for contexts, and {name} none; leave it out with encoder=null")
+    encoder = instantiate(config, "encoder", **_accepted(config, contexts))
+    known = None if dataset is None else dataset.reference_contexts()
+    return encoder if known is None else encoder.fit(known)
 
 
 def build_trainer(

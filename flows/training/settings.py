@@ -28,7 +28,8 @@ TARGET, PARTIAL = "_target_", "_partial_"
 GIVEN = {
     "model": ("field", "divergence", "solver", "base", "transform", "encoder", "event_shape"),
     "field": ("event_shape", "context_shape"),
-    "transform": ("event_shape", "num_levels"),
+    "encoder": ("context_shape",),
+    "transform": ("event_shape", "num_levels", "bounds"),
     "optimizer": ("params", "lr"),
     "objective": ("params", "lr"),
     "evaluation": ("dataset", "seed", "progress_bar"),

@@ -15,6 +15,7 @@ from flows.arguments import checked
 from flows.bases import Base
 from flows.datasets import Dataset, Density, Energy
 from flows.divergence import DivergenceEstimator, ProbeFamily
+from flows.encoders import Encoder
 from flows.evaluation import Evaluator, SampleMetric
 from flows.fields import Activation, Field
 from flows.models.cnf import CNF
@@ -42,6 +43,7 @@ MODULES = (
     "bases",
     "datasets",
     "divergence",
+    "encoders",
     "evaluation",
     "fields",
     "models",
@@ -53,7 +55,18 @@ MODULES = (
 )
 MAX_DEPTH = 40
 MAX_AMOUNT = 2_000_000  # of points, features, probes, ... that a file may ask for
-AMOUNTS_IN = ("base", "data", "divergence", "evaluation", "field", "model", "objective", "solver", "transform")
+AMOUNTS_IN = (
+    "base",
+    "data",
+    "divergence",
+    "encoder",
+    "evaluation",
+    "field",
+    "model",
+    "objective",
+    "solver",
+    "transform",
+)
 NO_AMOUNTS = ("seed", "steps", "seconds", "levels", "max_")  # in the names of numbers that cost nothing by themselves
 OWN = "flows"  # trust in this package itself lifts the limits of amounts, and opens the network to data
 
@@ -75,6 +88,7 @@ PARTS = {
     "base": _Part((Base,), (Base,)),
     "data": _Part((Dataset,), (Dataset,)),
     "divergence": _Part((DivergenceEstimator,), (DivergenceEstimator, ProbeFamily)),
+    "encoder": _Part((Encoder,), (Encoder, *LAYERS)),
     "evaluation": _Part((Evaluator,), (SampleMetric, *SOLVES)),
     "field": _Part((Field,), (Field, Activation, *LAYERS)),
     "hardware": _Part((Hardware,)),

@@ -1,6 +1,7 @@
 """Transforms between data space and flow space, with log-determinants."""
 
 from flows.transforms.base import Compose, Identity, Transform
+from flows.transforms.bounded import Unbounded
 from flows.transforms.dequantise import DequantisationNoise, Dequantise, TruncatedNormalNoise, UniformNoise
 from flows.transforms.logit import Logit
 from flows.transforms.marginals import NormalMarginals
@@ -20,6 +21,7 @@ __all__ = [
     "Standardise",
     "Transform",
     "TruncatedNormalNoise",
+    "Unbounded",
     "UniformNoise",
     "UnitInterval",
     "VariationalNoise",

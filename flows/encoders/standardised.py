@@ -1,0 +1,84 @@
+"""Contexts of mean 0 and standard deviation 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flows.arguments import checked
+from flows.encoders.base import Encoder
+from flows.errors import InvalidValueError
+
+
+@checked
+class Standardised(Encoder):
+    """Contexts of mean 0 and standard deviation 1: (s(c) − mean)/sd for each entry.
+
+    Mean and standard deviation are those of the training part. Before `fit` they are 0 and 1. Both are buffers in
+    float64, so checkpoints hold them. An entry that never varies becomes 0.
+
+    Args:
+        context_shape: shape of one context.
+        scale: s, "linear" or "log" for sign(c) log(1 + |c|), which suits counts and heavy tails.
+
+    Raises:
+        InvalidValueError: `scale` is neither.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        encoder = flows.encoders.Standardised(3).fit(5 + 2 * torch.randn(1000, 3))
+        flow = flows.CNF(flows.fields.MLP(2, context_shape=3), encoder=encoder)
+        x = flow.sample(10, context=torch.tensor([5.0, 3.0, 7.0]))  # a context in data units
+        ```
+    """
+
+    mean: Tensor
+    inverse_sd: Tensor  # 0 for an entry that never varies
+    _like: Tensor
+
+    def __init__(self, context_shape: int | Sequence[int], scale: Literal["linear", "log"] = "linear") -> None:
+        super().__init__(context_shape, context_shape)
+        if scale not in ("linear", "log"):
+            raise InvalidValueError(f"scale must be 'linear' or 'log', got {scale!r}")
+        self.scale = scale
+        self.register_buffer("mean", torch.zeros(self.context_shape, dtype=torch.float64))
+        self.register_buffer("inverse_sd", torch.ones_like(self.mean))
+        self.register_buffer("_like", torch.zeros(()), persistent=False)  # the dtype of the features
+
+    def _apply(self, fn, recurse: bool = True):
+        exact = {name: self._buffers[name] for name in ("mean", "inverse_sd")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and not after.is_meta and after.device.type != "mps":
+                self._buffers[name] = (after if before.is_meta else before.to(after.device)).double()
+        return self
+
+    def fit(self, contexts: Tensor) -> Standardised:
+        """Compute mean and standard deviation of contexts (n, *context).
+
+        Raises:
+            InvalidValueError: there are fewer than two, or one is not finite.
+        """
+        if len(contexts) < 2:
+            raise InvalidValueError(f"at least two contexts are needed to standardise by, got {len(contexts)}")
+        scaled = self._scaled(contexts.to(self.mean))
+        if not bool(scaled.isfinite().all()):
+            raise InvalidValueError("the contexts to standardise by hold NaN or infinite values")
+        sd = scaled.std(0)
+        self.mean.copy_(scaled.mean(0))
+        self.inverse_sd.copy_(torch.where(sd > 1e-12 * scaled.abs().amax(0), 1 / sd, 0.0))
+        return self
+
+    def forward(self, context: Tensor) -> Tensor:
+        return ((self._scaled(context.to(self.mean)) - self.mean) * self.inverse_sd).to(self._like.dtype)
+
+    def _scaled(self, context: Tensor) -> Tensor:
+        return context.sign() * context.abs().log1p() if self.scale == "log" else context
