@@ -154,6 +154,47 @@ class WritesItsOutput(Clean):
         return v
 
 
+class Remembers(Clean):
+    """Base of fields that return what they computed before."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = {}
+
+    def key(self, t, x):
+        raise NotImplementedError
+
+    def forward(self, t, x):
+        key = self.key(t, x)
+        if key not in self.known or self.known[key].shape != x.shape:
+            self.known[key] = self.velocity(t, x).detach()
+        return self.known[key]
+
+
+@strange(**solving("keeps state between calls"), matching="^$", divergence_matching="^$")
+class RemembersTimes(Remembers):
+    def key(self, t, x):
+        return tuple(t.flatten().tolist())
+
+
+@strange(**solving("keeps state between calls"), matching="^$", divergence_matching="^$")
+class RemembersRoundedTimes(Remembers):
+    def key(self, t, x):
+        return round(float(t.flatten()[0]), 2)
+
+
+@strange(**solving("keeps state between calls"), matching="^$", divergence_matching="^$")
+class RemembersObjects(Remembers):
+    def key(self, t, x):
+        return id(t)
+
+
+@strange(**solving("keeps state between calls"), matching="^$", divergence_matching="cannot trace")
+class RemembersMemory(Remembers):
+    def key(self, t, x):
+        return x.data_ptr(), float(t.flatten()[0])
+
+
 @strange(**everywhere("writes into its argument"))
 class WritesSometimes(Clean):
     def forward(self, t, x):

@@ -1,10 +1,14 @@
 """The divergence of any function, and what the estimators say when they cannot give it."""
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 from problems import at_work
 from torch import nn
 
+import flows
 from flows.divergence import (
     Analytic,
     Auto,
@@ -295,3 +299,68 @@ def test_binding_leaves_the_options_alone() -> None:
     assert bound.field.field is first
     with pytest.raises(ValueError, match="not bound"):
         options.field  # noqa: B018
+
+
+class Hides(torch.nn.Module):
+    def forward(self, y):
+        return y.detach() * y
+
+
+@pytest.mark.parametrize(
+    ("f", "words"),
+    [
+        (lambda y: y.detach() * y, "autograd misses"),
+        (Hides(), "autograd misses"),
+        (functools.partial(lambda a, y: a * y.detach() * y, 2.0), "autograd misses"),
+        (lambda y: y - y.mean(0), "mixes the samples"),
+        (lambda y: y.cumsum(0), "mixes the samples"),
+        (lambda y: y * torch.rand_like(y), "draws random numbers"),
+        (lambda y: y.round(), "changes by steps"),
+        (np.sin, "numpy"),
+        (torch.nn.Dropout(0.5), "draws random numbers"),
+        (torch.nn.BatchNorm1d(2).double(), "mixes the samples"),
+    ],
+)
+@pytest.mark.parametrize("estimator", [Exact(), Hutchinson(2)])
+def test_a_function_is_examined_at_its_first_use(f, words, estimator):
+    for _ in range(2):  # not only at the first call
+        with pytest.raises(flows.FlowsError, match=words):
+            divergence(f, torch.randn(6, 2, dtype=torch.float64), estimator=estimator)
+
+
+def test_a_function_that_writes_into_its_argument_is_given_a_copy():
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2)
+    kept = x.clone()
+    found = divergence(lambda y: y.mul_(2).square(), x)
+    torch.testing.assert_close(found, 8 * kept.sum(1))
+    assert torch.equal(x, kept)
+
+
+def test_forward_mode_of_scripted_code_is_refused_for_functions_too():
+    net = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()))
+    with pytest.raises(flows.FlowsError, match="forward-mode products are wrong"):
+        divergence(net, torch.randn(6, 2), estimator=Exact(mode="forward"))
+
+
+def test_a_lambda_in_a_loop_is_examined_once():
+    calls = []
+
+    def f(y):
+        calls.append(y)
+        return y.sin()
+
+    x, counts = torch.randn(4, 2, dtype=torch.float64), []
+    for _ in range(3):
+        calls.clear()
+        divergence(lambda y: f(y), x)
+        counts.append(len(calls))
+    assert counts[0] > 10
+    assert counts[1:] == [1, 1]
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 4, 3), (2, 1, 4, 3)])
+def test_functions_of_any_shape_are_examined(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(divergence(lambda y: y**3, x), 3 * x.square().sum(-1))
+    with pytest.raises(flows.FlowsError, match="autograd misses"):
+        divergence(lambda y: y.detach() * y, x)

@@ -18,7 +18,7 @@ from flows.promises.captured import held_tensors
 from flows.promises.derivatives import NUM_POINTS, check_receptive_radius
 from flows.promises.jumps import in_words, jump_in_space, jumps_in_time
 from flows.promises.regime import settings_of
-from flows.promises.specimen import FEW
+from flows.promises.specimen import FEW, is_transformed
 from flows.promises.traits import Traits, remember
 from flows.promises.untouched import awake, untouched
 from flows.vector_field import BoundField, bind
@@ -44,7 +44,7 @@ def examine(
         check_steady(field.field)
     for view in field.strangers:
         traits = view.traits
-        if not _is_transformed():
+        if not is_transformed():
             traits.follow(settings_of(view.field))
         _examine(base, view, x, estimator, matching)
         if not matching and traits.refuses_solves:
@@ -69,7 +69,7 @@ def _examine(base: Base, view: BoundField, x: Tensor, estimator: DivergenceEstim
     second = torch.is_grad_enabled() and inner is not None
     mode = getattr(inner, "mode", None)
     question = "values" if inner is None else f"{type(inner).__name__} {mode} {second}"
-    if question in view.traits.examined or x.numel() == 0 or x.device.type == "meta" or _is_transformed():
+    if question in view.traits.examined or x.numel() == 0 or x.device.type == "meta" or is_transformed():
         return
     with torch.inference_mode(False):
         x = x.detach().clone()
@@ -134,7 +134,7 @@ def foreign_tensors(
     """
     found: list[Tensor] = []
     for view in field.strangers:
-        for size in (1, len(x)) if x.numel() and not _is_transformed() else ():
+        for size in (1, len(x)) if x.numel() and not is_transformed() else ():
             points = x.detach()[:size].clone().requires_grad_()
             context = None if view.context is None else view.context.detach()[:size].clone()
             if context is not None and context.is_floating_point():
@@ -172,7 +172,7 @@ def look_for_jumps(
     """
     for view in field.strangers:
         traits = view.traits
-        if span in traits.jumps or x.numel() == 0 or x.device.type == "meta" or _is_transformed():
+        if span in traits.jumps or x.numel() == 0 or x.device.type == "meta" or is_transformed():
             continue
         with torch.inference_mode(False):
             points = base.sample((NUM_POINTS,), torch.Generator(x.device).manual_seed(0)).to(x)
@@ -252,9 +252,3 @@ def _is_lazy(field: object) -> bool:
     return isinstance(field, nn.Module) and any(
         isinstance(weights, nn.parameter.UninitializedParameter) for weights in field.parameters()
     )
-
-
-def _is_transformed() -> bool:
-    """Whether this runs inside torch.compile or a transform of torch.func, where values cannot be looked at."""
-    functorch = getattr(torch._C, "_functorch")  # noqa: B009 (it has no stubs)
-    return torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None

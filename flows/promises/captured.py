@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.errors import InvalidValueError
+from flows.promises.regime import is_filled
 
 MAX_DEPTH = 4  # of containers within attributes
 
@@ -149,16 +150,8 @@ def _within(value: Any, depth: int) -> Iterator[Tensor]:
         elif isinstance(value, nn.Module):
             inner = [*value.parameters(), *(part for module in value.modules() for part in _unregistered(module))]
         elif getattr(value, "__closure__", None):
-            inner = [cell.cell_contents for cell in value.__closure__ if _is_filled(cell)]
+            inner = [cell.cell_contents for cell in value.__closure__ if is_filled(cell)]
         elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in ("torch", "builtins"):
             inner = value.__dict__.values()
     for part in list(inner):
         yield from _within(part, depth + 1)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 (raises)
-    except ValueError:
-        return False
-    return True

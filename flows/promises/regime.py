@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Hashable
 from typing import Any
 
@@ -34,6 +36,39 @@ def regime_of(field: Any) -> Hashable:
             found.append("forward")
         stack += [child for child in own["_modules"].values() if child is not None]
     return tuple(found)
+
+
+def identity_of(field: Any) -> tuple[Any, list[Any]]:
+    """What a field is known by: itself; or the code of a function, with the functions and modules that it uses."""
+    parts: list[Any] = []
+    while True:
+        if isinstance(field, functools.partial):
+            parts += filter(_is_part, (*field.args, *field.keywords.values()))
+            field = field.func
+        elif isinstance(field, types.MethodType):
+            parts.append(field.__self__)
+            field = field.__func__
+        else:
+            break
+    if not isinstance(field, types.FunctionType):
+        return field, parts
+    cells = [cell.cell_contents for cell in field.__closure__ or () if is_filled(cell)]
+    used = [field.__globals__.get(name) for name in field.__code__.co_names]
+    parts += filter(_is_part, (*cells, *used, *(field.__defaults__ or ())))
+    return field.__code__, parts
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, nn.Module | types.FunctionType)
+
+
+def is_filled(cell: types.CellType) -> bool:
+    """Whether a closure's variable has a value by now."""
+    try:
+        cell.cell_contents  # noqa: B018 (raises)
+    except ValueError:
+        return False
+    return True
 
 
 def settings_of(field: Any) -> dict[tuple[int, str], Hashable]:

@@ -56,6 +56,12 @@ class Specimen:
         return torch.tensor(TIMES, dtype=self.x.dtype, device=self.x.device).repeat(number // FEW + 1)[:number]
 
 
+def is_transformed() -> bool:
+    """Whether this runs inside torch.compile or a transform of torch.func, where values cannot be looked at."""
+    functorch = getattr(torch._C, "_functorch")  # noqa: B009 (it has no stubs)
+    return torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None
+
+
 def is_velocity(value: Any, x: Tensor) -> bool:
     """Whether a value can be compared: a finite real tensor shaped like `x`."""
     return (

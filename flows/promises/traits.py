@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from flows.promises.regime import HOOKS, regime_of
+from flows.promises.regime import HOOKS, identity_of, regime_of
 
 # Layers without state or randomness, from which the fields of this package are built.
 PLAIN_LAYERS = (
@@ -39,12 +40,15 @@ class Traits:
     jumps: dict[tuple[float, float], tuple[float, ...]] = field(default_factory=dict)  # in time, by the span of solves
     takes_any_batch: bool = True  # not only that of the caller, as with a tensor captured for it
     examined: set[str] = field(default_factory=set)  # what has been looked at
+    parts: list[weakref.ref[Any]] = field(default_factory=list)  # of a function: what it calls
     settings: dict[tuple[int, str], Hashable] | None = None  # of the field, when it was examined
     changes: dict[tuple[int, str], int] = field(default_factory=dict)  # how often each of them has changed
 
     def forget(self) -> None:
         """Let the next use of the field examine it anew."""
-        for name, value in vars(Traits(self.built_in, settings=self.settings, changes=self.changes)).items():
+        for name, value in vars(
+            Traits(self.built_in, parts=self.parts, settings=self.settings, changes=self.changes)
+        ).items():
             setattr(self, name, value)
 
     def follow(self, settings: dict[tuple[int, str], Hashable]) -> None:
@@ -66,17 +70,21 @@ _KNOWN: WeakKeyDictionary[Any, dict[Hashable, Traits]] = WeakKeyDictionary()
 
 
 def traits_of(field: Any) -> Traits:
-    """The traits of a field as it stands. Before an examination, nothing is known of a stranger."""
+    """The traits of a field as it stands. Before an examination, nothing is known of a stranger.
+
+    Functions are known by their code and by what they call, so that a lambda in a loop is one function.
+    """
+    anchor, parts = identity_of(field)
     try:
-        regimes = _KNOWN.get(field)
+        regimes = _KNOWN.get(anchor)
         if regimes is None:
-            regimes = _KNOWN[field] = {}
+            regimes = _KNOWN[anchor] = {}
     except TypeError:  # no weak reference, or not hashable
         return Traits()
-    regime = regime_of(field)
+    regime = (regime_of(field), *map(id, parts))
     traits = regimes.get(regime)
-    if traits is None:
-        traits = Traits(built_in=is_built_in(field))
+    if traits is None or any(reference() is None for reference in traits.parts):
+        traits = Traits(built_in=is_built_in(field), parts=[weakref.ref(part) for part in parts])
         _keep(regimes, regime, traits)
     return traits
 
@@ -84,11 +92,12 @@ def traits_of(field: Any) -> Traits:
 def remember(field: Any, traits: Traits) -> None:
     """Keep the traits also for the regime that an examination has left, as of lazy layers."""
     try:
-        regimes = _KNOWN.get(field)
+        anchor, parts = identity_of(field)
+        regimes = _KNOWN.get(anchor)
     except TypeError:
         return
     if regimes is not None:
-        _keep(regimes, regime_of(field), traits)
+        _keep(regimes, (regime_of(field), *map(id, parts)), traits)
 
 
 def _keep(regimes: dict[Hashable, Traits], regime: Hashable, traits: Traits) -> None:

@@ -13,6 +13,7 @@ from flows.promises.specimen import FEW, Specimen, attempt, differs, specimen_of
 from flows.promises.traits import Traits
 from flows.promises.untouched import awake, untouched
 
+NEW_OBJECTS = 32
 MAX_BUFFERS = 4  # that a field may return in turn
 
 
@@ -136,19 +137,54 @@ def _look_for_state(subject: Specimen, traits: Traits) -> bool:
                 f"the field {name} returns another value where autograd does not record, so that samples and gradients "
                 "would belong to different flows; let its value not depend on torch.is_grad_enabled()"
             )
-        return False
+        if not _remembers(subject, traits, t, values[0], precision):
+            return False
     if drew:
         reason = "it draws random numbers, as dropout and noise do; call eval() on it, or remove the noise"
     else:
         reason = (
-            "it keeps state between calls (a counter, a cache, numpy's or its own random numbers); let forward depend "
-            "on t, x, context and parameters alone"
+            "it keeps state between calls (a counter, a cache by time, numpy's or its own random numbers); "
+            "let forward depend on t, x, context and parameters alone"
         )
     traits.refuses_solves = (
         f"the field {name} returned different values at the same t and x, so that it is no vector field and a solve "
         f"means nothing: {reason}"
     )
     return True
+
+
+def _remembers(subject: Specimen, traits: Traits, t: Tensor, value: Tensor, precision: float) -> bool:
+    """Whether a value is that of other points, which the field was given at the same time or in the same memory."""
+    other = 0.7 * torch.flip(subject.x, (0,)) + 0.1
+    again, _ = attempt(subject, t, other)
+    nearby, _ = attempt(subject, t * (1 + 64 * torch.finfo(t.dtype).eps), other)
+    if again is None or nearby is None:
+        return False
+    if differs(again, nearby, 10 * precision):
+        return True
+    if torch.equal(again, value):  # keyed by rounded times, unless the field depends on t alone
+        second, third = attempt(subject, t + 0.01, other)[0], attempt(subject, t + 0.02, subject.x)[0]
+        if second is not None and third is not None and differs(second, value, 0.02):
+            return not differs(third, value, 0.3 * float((second - value).abs().max() / value.abs().max()))
+    if subject.frozen is not None or traits.copies_inputs:
+        return False
+    context = () if subject.context is None else (subject.context.clone(),)
+    alive = [t.clone() for _ in range(NEW_OBJECTS)]  # the last of them have identities that were not there before
+    time, place = alive[-1], subject.x.clone()
+    try:
+        with torch.set_grad_enabled(subject.record):
+            call = uncompiled(subject.field)
+            call(time, subject.x.clone(), *context)
+            in_place_of_time = call(time, other.clone(), *context).detach().clone()
+            again = call(alive[-2], other.clone(), *context).detach().clone()
+            call(alive[-3], place, *context)
+        with torch.no_grad():
+            place.copy_(other)
+        with torch.set_grad_enabled(subject.record):
+            in_place_of_points = call(alive[-4], place, *context).detach().clone()
+    except Exception:  # whatever a stranger raises
+        return False
+    return differs(in_place_of_time, again, precision) or differs(in_place_of_points, again, precision)
 
 
 def _repeated(subject: Specimen, t: Tensor) -> list[Tensor]:
