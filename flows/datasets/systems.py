@@ -80,7 +80,7 @@ class DynamicalSystem(Series):
         starts = self.initial_states(num_series, generator).to(torch.float64)
         times = self._times(num_series, num_times, total, generator)
         chunks = zip(starts.split(CHUNK), times.split(CHUNK), strict=True)
-        self.truth = torch.cat([self._solve(*chunk) for chunk in chunks])
+        self.truth = torch.cat([self.solve(*chunk) for chunk in chunks])
         self.noise_scale = noise * self.truth.flatten(0, 1).std(0)
         values = self.truth + self.noise_scale * torch.randn(self.truth.shape, generator=generator, dtype=torch.float64)
         values[:, 0] = self.truth[:, 0]
@@ -133,7 +133,7 @@ class DynamicalSystem(Series):
         start = torch.zeros(n, 1, dtype=torch.float64)
         return torch.cat([start, self.span * _apart(inner), self.span + self.beyond * _apart(later)], 1)
 
-    def _solve(
+    def solve(
         self,
         starts: Tensor,  # (n, *event)
         times: Tensor,  # (n, T)

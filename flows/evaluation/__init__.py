@@ -21,6 +21,7 @@ from flows.evaluation.metrics import (
     Wasserstein2,
 )
 from flows.evaluation.outliers import OutlierScores, outlier_scores, shuffled
+from flows.evaluation.trajectory import TrajectoryEvaluator
 
 __all__ = [
     "AUROC",
@@ -43,6 +44,7 @@ __all__ = [
     "Report",
     "SampleMetric",
     "SlicedWasserstein2",
+    "TrajectoryEvaluator",
     "TwoSampleMetric",
     "Wasserstein1",
     "Wasserstein2",

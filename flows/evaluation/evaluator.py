@@ -17,6 +17,7 @@ from flows.checks import check_seed
 from flows.datasets import Dataset, Energy
 from flows.errors import InvalidTypeError
 from flows.models.cnf import CNF
+from flows.models.neural_ode import NeuralODE
 from flows.solvers import SolverStatistics
 
 if TYPE_CHECKING:
@@ -79,14 +80,17 @@ def default_evaluator(
     seed: int = 0,
     progress_bar: bool = True,
 ) -> Evaluator:
-    """Return the evaluator that suits a flow and its data: of an energy, or of a density.
+    """Return the evaluator that suits a model and its data: of an energy, of a density, or of trajectories.
 
     Raises:
-        TypeError: the model is no `CNF`.
+        TypeError: the model is neither a `CNF` nor a `NeuralODE`.
     """
-    from flows.evaluation.density import DensityEvaluator  # both build on this module
+    from flows.evaluation.density import DensityEvaluator  # all build on this module
     from flows.evaluation.energy import EnergyEvaluator
+    from flows.evaluation.trajectory import TrajectoryEvaluator
 
+    if isinstance(model, NeuralODE):
+        return TrajectoryEvaluator(dataset, progress_bar=progress_bar)
     if not isinstance(model, CNF):
         raise InvalidTypeError(
             f"there is no default evaluator for {type(model).__name__}: pass evaluator=..., a subclass of "

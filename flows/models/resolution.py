@@ -7,6 +7,7 @@ import math
 from flows.solvers import ODESolver
 
 TOLERANCE = 0.05  # nats an example: a solver error up to this may stand, however small the standard error is
+SHARE = 0.1  # of the error of predicted states: a solver error up to this may stand
 DEFICIT = 4.0  # standard errors that a figure may lie below its bound
 ROUNDING = 1e-3  # nats that it may do so where all points agree
 CHECKED_POINTS = 32  # points on which every evaluation takes a solver error
@@ -29,6 +30,30 @@ def solver_fault(solver_error: float | None, standard_error: float, solver: ODES
     if solver_error <= allowed:
         return None
     return f"the solver error of {solver_error:.2g} nats is above {allowed:.2g} nats; {remedy(solver)}"
+
+
+def prediction_fault(solver_error: float, error: float, standard_error: float, solver: ODESolver) -> str | None:
+    """Say what is wrong if the solver error exceeds a tenth of the error and its standard error.
+
+    A worse solve might then be all that the error measures. All are root mean squares in the same units.
+
+    Args:
+        solver_error: NaN where the tighter solve failed.
+        error: of predicted states; NaN where there are none.
+        standard_error: of the error; NaN where it is unknown.
+        solver: of the predictions.
+    """
+    if math.isnan(error):
+        return None
+    if math.isnan(solver_error):
+        return f"the solver error is unknown, since a much tighter solve failed; {remedy(solver)}"
+    allowed = max(SHARE * error, 0.0 if math.isnan(standard_error) else standard_error)
+    if solver_error <= allowed:
+        return None
+    return (
+        f"the solver error of {solver_error:.2g} is large against the error of {error:.2g}, both in standard "
+        f"deviations of the values; {remedy(solver)}"
+    )
 
 
 def bound_fault(

@@ -27,16 +27,27 @@ from flows.plots.images import (
 from flows.plots.metrics import contact_sheet, curves
 from flows.plots.paths import evolution, trajectories
 from flows.plots.plane import density, scatter
+from flows.plots.series import (
+    SeriesPrediction,
+    errors_over_time,
+    phase_portraits,
+    predict_curves,
+    series_figures,
+    time_series,
+    vector_field,
+)
 from flows.plots.solve import steps
 from flows.plots.style import points_to_plot
 from flows.writing import write_result
 
 __all__ = [
+    "SeriesPrediction",
     "class_densities",
     "class_samples",
     "contact_sheet",
     "curves",
     "density",
+    "errors_over_time",
     "evolution",
     "figures",
     "image_classes",
@@ -45,11 +56,16 @@ __all__ = [
     "interpolations",
     "neighbours",
     "pairs",
+    "phase_portraits",
+    "predict_curves",
     "samples",
     "save_samples",
     "scatter",
+    "series_figures",
     "steps",
+    "time_series",
     "trajectories",
+    "vector_field",
 ]
 
 

@@ -1,0 +1,137 @@
+"""Evaluate a neural ODE on time series: errors of its predictions, inside and beyond the training span."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from flows.arguments import checked
+from flows.checks import whole_number
+from flows.datasets import Dataset, Series
+from flows.errors import InvalidTypeError, InvalidValueError
+from flows.evaluation.evaluator import Evaluation, Evaluator, Report
+from flows.evaluation.predictions import Predictions, predict, training_span
+from flows.evaluation.trajectory_report import FIGURES, fault_of, figures, report, score
+from flows.models.neural_ode import NeuralODE
+from flows.objectives.checks import check_contexts
+from flows.solvers import SolverError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CHECKED_SERIES = 8  # on which every evaluation takes a solver error
+
+
+@checked
+@dataclass(frozen=True)
+class TrajectoryEvaluator(Evaluator):
+    """Scores a neural ODE by the error of the states that it predicts from the first state of each series.
+
+    The score of a validation is the mean square error per value as the field sees values, or their negative
+    log-likelihood under N(state, noise²) if the model knows noise: the loss of `TrajectoryMatching`. Reported figures
+    are in the units of the data, or relative to the standard deviation of each entry over the training series.
+
+    Errors count inside the training span, and apart from that beyond it. Where the states without noise are known, as
+    for a `DynamicalSystem` with noise, there are errors against them, too. Standard errors are over series.
+
+    Args:
+        dataset: what to evaluate on.
+        batch_size: series in one solve.
+        max_series: evaluate on the first series of a part alone; None: on all.
+        solver_error_series: series of the test that are solved again at tighter tolerances; 8 of them are even if it is
+            less, and in validation.
+        part: what `test` looks at, `"test"` or `"validation"`.
+        progress_bar: show one in the test.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: the data are no series, or a number is out of range.
+    """
+
+    dataset: Dataset
+    batch_size: int = 1000
+    max_series: int | None = None
+    solver_error_series: int = 100
+    part: str = "test"
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dataset, Series):
+            raise InvalidTypeError(
+                f"TrajectoryEvaluator needs time series, such as flows.datasets.Series, and the data "
+                f"{self.dataset.name!r} are none"
+            )
+        whole_number("batch_size", self.batch_size)
+        if self.max_series is not None:
+            whole_number("max_series", self.max_series, otherwise="None takes all")
+        whole_number("solver_error_series", self.solver_error_series, 0, otherwise="0 takes as few as possible")
+        if self.part not in ("test", "validation"):
+            raise InvalidValueError(f"part must be test or validation, got {self.part!r}")
+
+    @checked
+    def check(self, model: nn.Module) -> None:
+        ode = as_neural_ode(model)
+        if tuple(self.dataset.event_shape) != ode.event_shape:
+            raise InvalidValueError(
+                f"the states of {self.dataset.name!r} have the shape {tuple(self.dataset.event_shape)}, and those of "
+                f"the model {ode.event_shape}"
+            )
+        check_contexts(ode, self.dataset)
+
+    @checked
+    def predictions(self, model: nn.Module, part: str | None = None, until: float | None = None) -> Predictions:
+        """Predict the series of a part, by default the one that `test` looks at.
+
+        Args:
+            until: leave out what comes later than so long after the start of each series. None: nothing.
+        """
+        tests, part = part is None, self.part if part is None else part
+        assert isinstance(self.dataset, Series)  # as checked
+        return predict(
+            as_neural_ode(model),
+            self.dataset,
+            part,
+            self.batch_size,
+            self.max_series,
+            max(self.solver_error_series if tests else 0, CHECKED_SERIES),
+            until,
+            part if tests and self.progress_bar else None,
+        )
+
+    @checked
+    def validate(self, model: nn.Module) -> Evaluation:
+        found = self.predictions(model, "validation")
+        fault = fault_of(found, "all")
+        metrics = figures(found, "all", "")
+        if fault is not None:
+            metrics = {f"{name}_unresolved" if name in FIGURES else name: value for name, value in metrics.items()}
+        numbers = {name: value for name, value in metrics.items() if value is not None}
+        return Evaluation(score(found), {**numbers, "nfe": found.nfe}, found.statistics, fault)
+
+    @checked
+    def test(self, model: nn.Module) -> Report:
+        assert isinstance(self.dataset, Series)  # as checked
+        stopped = None
+        try:
+            found = self.predictions(model)
+        except SolverError as error:
+            stopped = str(error)
+            found = self.predictions(model, until=training_span(self.dataset))
+        return report(found, self.dataset, stopped)
+
+    def pictures(self, model: nn.Module) -> Mapping[str, Figure]:
+        from flows import plots  # slow to import
+
+        assert isinstance(self.dataset, Series)  # as checked
+        return plots.series_figures(as_neural_ode(model), self.dataset, self.part)
+
+
+def as_neural_ode(model: nn.Module) -> NeuralODE:
+    """Return the model, which must be a `NeuralODE`."""
+    if not isinstance(model, NeuralODE):
+        raise InvalidTypeError(
+            f"this evaluator needs a flows.NeuralODE, got {type(model).__name__}; pass another evaluator"
+        )
+    return model
