@@ -31,12 +31,13 @@ ALLOWED = {
     "dynamics": {"divergence", "path_costs", "solvers"},
     "models": MODELS,
     "objectives": ABOVE,
-    "evaluation": ABOVE | {"objectives", "plots"},
-    "plots": ABOVE,
+    "evaluation": ABOVE | {"objectives", "plots", "predictions"},
+    "plots": ABOVE | {"predictions"},
+    "predictions": ABOVE,
     "samples": ABOVE,
     "training": ABOVE | {"evaluation", "objectives", "plots"},
     "compare": ABOVE | {"evaluation", "plots"},
-    "cli": ABOVE | {"compare", "evaluation", "objectives", "plots", "samples", "training"},
+    "cli": ABOVE | {"compare", "evaluation", "objectives", "plots", "predictions", "samples", "training"},
     "__init__": MODELS,
 }
 

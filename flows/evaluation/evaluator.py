@@ -83,12 +83,15 @@ def default_evaluator(
     """Return the evaluator that suits a model and its data: of an energy, of a density, or of trajectories.
 
     Raises:
-        TypeError: the model is neither a `CNF` nor a `NeuralODE`.
+        TypeError: the model is neither a `CNF` nor a `NeuralODE`, or the data do not suit it.
     """
     from flows.evaluation.density import DensityEvaluator  # all build on this module
     from flows.evaluation.energy import EnergyEvaluator
     from flows.evaluation.trajectory import TrajectoryEvaluator
+    from flows.objectives.checks import check_kind
 
+    if isinstance(model, CNF | NeuralODE):
+        check_kind(model, dataset)
     if isinstance(model, NeuralODE):
         return TrajectoryEvaluator(dataset, progress_bar=progress_bar)
     if not isinstance(model, CNF):

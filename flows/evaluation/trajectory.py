@@ -13,10 +13,10 @@ from flows.checks import whole_number
 from flows.datasets import Dataset, Series
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.evaluation.evaluator import Evaluation, Evaluator, Report
-from flows.evaluation.predictions import Predictions, predict, training_span
 from flows.evaluation.trajectory_report import FIGURES, fault_of, figures, report, score
 from flows.models.neural_ode import NeuralODE
 from flows.objectives.checks import check_contexts
+from flows.predictions import Predictions, predict, training_span
 from flows.solvers import SolverError
 
 if TYPE_CHECKING:

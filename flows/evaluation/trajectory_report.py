@@ -9,8 +9,8 @@ from typing import Any
 
 from flows.datasets import Dataset, DynamicalSystem
 from flows.evaluation.evaluator import Report, known, set_apart
-from flows.evaluation.predictions import Mean, Predictions
 from flows.models.resolution import prediction_fault
+from flows.predictions import Mean, Predictions
 
 LEVELS = (0.5, 0.9)  # of predictive intervals
 HORIZONS = 6  # intervals of time for which errors are listed
@@ -175,9 +175,9 @@ def _table(
             rows.append(("unresolved", fault))
     if metrics["unresolved_beyond"] and not bool(found.counts("beyond").any()):
         rows.append(("beyond", f"unknown, the solve stopped: {metrics['unresolved_beyond']}"))
-    shares = {f"{row['from']:.3g}–{row['to']:.3g}": row["relative_error"] for row in horizons}
-    times = [f"t = {span}: {100 * share:.2g} %" for span, share in shares.items() if share is not None]
-    rows.append(("over time", ", ".join(times)))
+    shares = {f"t = {row['from']:.3g}–{row['to']:.3g}": row["relative_error"] for row in horizons}
+    times = [f"{_percent(share)} in {span}" for span, share in shares.items() if share is not None]
+    rows.append(("over time", f"relative error {', '.join(times)}"))
     rows += [("drift", str(drift)) for drift in drifts]
     return [*rows, ("NFE", f"{found.nfe:.0f}")]
 
@@ -197,3 +197,7 @@ def _pm(mean: Mean) -> str:
         return f"{value:.4g}" + (f" ± {error:.2g}" if error > 0 else "")
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"

@@ -18,10 +18,10 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets import DynamicalSystem, Series, SeriesBatch
-from flows.evaluation.predictions import Predictions, model_device, predict, predictive_sd, training_span
 from flows.models.neural_ode import NeuralODE
 from flows.plots.plane import label_plane, square
 from flows.plots.style import DATA, FLOW, MUTED, tidy
+from flows.predictions import Predictions, model_device, predict, predictive_sd, training_span
 from flows.solvers import SolverError
 
 FINE = 300  # times of a curve

@@ -185,7 +185,7 @@ def predict(
             bar.update(len(batch))
     length = max(path.states.shape[1] for path in paths)
     states = _joined([path.states for path in paths], length)
-    noisy = isinstance(dataset, DynamicalSystem) and dataset.noise > 0
+    truth = dataset.true_states(part) if isinstance(dataset, DynamicalSystem) and dataset.noise > 0 else None
     scale = dataset.reference().double().std(0, correction=0)
     return Predictions(
         times=_joined([batch.times for batch in batches], length),
@@ -197,7 +197,7 @@ def predict(
         solver_error=_joined(errors, length) if errors else states[:0],
         sd=_joined(spreads, length) if spreads else None,
         noise=None if model.noise is None else model.noise.detach().double().cpu(),
-        truth=dataset.true_states(part)[:done, :length] if noisy else None,
+        truth=None if truth is None else truth[:done, :length],
         scale=scale.where(scale > 0, 1.0),
         span=training_span(dataset),
         nfe=sum(path.nfe * len(path.states) for path in paths) / done,
