@@ -268,9 +268,8 @@ class Series(Dataset):
         dtype: torch.dtype | None,
     ) -> Iterator[SeriesBatch]:
         batch_size = whole_number("batch_size", batch_size)
-        place = torch.device("cpu") if device is None else torch.device(device)
-        series = self._all.to(place, torch.get_default_dtype() if dtype is None else dtype, self.name)
-        return (series.batch(chosen) for chosen in self.split[split].split(batch_size))
+        parts = self.split[split].split(batch_size)
+        return (self._all.batch(chosen).to(device, dtype, self.name) for chosen in parts)
 
 
 def _split(

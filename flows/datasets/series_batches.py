@@ -45,6 +45,16 @@ class SeriesBatch(Batch):
             observed=self.observed[indices],
         )
 
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None, dataset: str = "series") -> SeriesBatch:
+        """Copy to a device and a dtype; times stay in float64 where the device has it."""
+        return SeriesBatch(
+            convert(self.x, device, dtype, dataset),
+            None if self.context is None else convert(self.context, device, dtype, dataset),
+            times=convert(self.times, device, _exact(device, dtype), dataset),
+            mask=self.mask.to(device),
+            observed=self.observed.to(device),
+        )
+
     def until(self, time: float) -> SeriesBatch:
         """The same series without what was observed later than `time` after the start of each."""
         early = self.mask & (self.times - self.times[:, :1] <= time)
@@ -96,10 +106,9 @@ class AllSeries:
 
     def to(self, device: torch.device, dtype: torch.dtype, dataset: str) -> AllSeries:
         """Copy to a device and a dtype; times of observations stay in float64 where the device has it."""
-        exact = dtype if device.type == "mps" else torch.float64
         times, x, observed = self.points.tensors
-        rows = (convert(times, device, exact, dataset), convert(x, device, dtype, dataset), observed.to(device))
-        points = EndToEnd(self.points.counts, *rows, starts=self.points.starts)
+        times, x = convert(times, device, _exact(device, dtype), dataset), convert(x, device, dtype, dataset)
+        points = EndToEnd(self.points.counts, times, x, observed.to(device), starts=self.points.starts)
         inputs = self.inputs
         if inputs is not None:
             inputs = EndToEnd(inputs.counts, convert(inputs.tensors[0], device, dtype, dataset))
@@ -140,6 +149,11 @@ class SeriesStream(EpochStream):
 
     def next(self) -> SeriesBatch:
         return self._series.batch(self._training[self.draw()])
+
+
+def _exact(device: torch.device | str | None, dtype: torch.dtype | None) -> torch.dtype | None:
+    """float64, or `dtype` on a device that lacks float64."""
+    return dtype if torch.device(device or "cpu").type == "mps" else torch.float64
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:

@@ -99,7 +99,12 @@ class Trajectories(Series):
         names, index = column_names(self.path, **reading)
         roles = roles_of_columns(self.path, names, index, id, time, columns, context_columns, input_columns)
         taken = [place for role in ("columns", "context_columns", "input_columns") for place in roles[role]]
-        table, called = read_table(self.path, taken, **reading, missing=True)
+        try:
+            table, called = read_table(self.path, taken, **reading, missing=True)
+        except InvalidValueError as error:
+            if id is not None:
+                raise
+            raise InvalidValueError(f"{error}; if a column tells series apart, name it: id=...") from error
         (place,) = roles["time"]
         self.time_name = names[place]
         words = read_words(self.path, place, "time", **reading)
