@@ -148,6 +148,8 @@ class StateDynamics:
         x = state[0]
         if self.starts is not None:
             t = self.starts + t
+        if not self.costs:
+            return (checked_value(self.field(t, x), x),)
         if self.estimator is None or self.directions is None:
             sample = FieldSample(checked_value(self.field(t, x), x), x.new_zeros(0, len(x)))
         else:

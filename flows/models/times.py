@@ -47,10 +47,14 @@ class Times:
         rows = values.reshape(len(points), self.length)
         if mask is not None:
             rows = self._compact(rows, mask, tuple(given.shape))
+        if self.counts is not None and len(rows) and bool((self.counts == self.length).all()):
+            self.counts = self.front = self.order = None  # all times count
         self.relative = rows
         if len(rows) and not bool((rows[:, 0] == rows[0, 0]).all()):
             self.starts = rows[:, 0].to(points)
             self.relative = rows - rows[:, :1]
+        if self.counts is None and len(rows) and bool((self.relative == self.relative[:1]).all()):
+            self.relative = self.relative[0]  # the same for all rows, which the solver reads off at once
         self.sign = -1 if len(rows) and rows[:, -1].sum() < rows[:, 0].sum() else 1
         flat = given.reshape(len(points), self.length)
         self.seconds = (flat if self.front is None else flat.gather(1, self.front.to(flat.device))).to(points).T
@@ -108,7 +112,7 @@ class Times:
             return ""
         if self.given.requires_grad:
             return "the derivative to times of shape (*batch, T) takes the field at a time of its own for each row"
-        if gradient == "adjoint":
+        if gradient == "adjoint" and self.relative.ndim == 2:
             return (
                 "gradient='adjoint' solves back through times of shape (*batch, T) with a time of its own for each row"
             )

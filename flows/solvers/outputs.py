@@ -43,7 +43,7 @@ class Outputs(ABC):
         """The number of outputs from `position` on that a step to `t1` covers. The step's end counts."""
 
     @abstractmethod
-    def indices(self, position: int, count: int) -> Sequence[int | slice]:
+    def indices(self, position: int, count: int) -> Sequence[slice]:
         """Where the pieces of `count` outputs from `position` on are among all that are joined."""
 
     @abstractmethod
@@ -54,9 +54,9 @@ class Outputs(ABC):
     def grid(self) -> tuple[Sequence[float], Callable[[State], State]]:
         """Times that hold all outputs, and what takes the joined outputs from the states there, (times, *component)."""
 
-    @abstractmethod
     def join(self, pieces: Sequence[State]) -> State:
         """All pieces in order; each component (outputs, *component)."""
+        return tuple(torch.cat(component) for component in zip(*pieces, strict=True))
 
     @abstractmethod
     def spread(self, gradients: Sequence[Tensor | None], like: State) -> list[Tensor]:
@@ -83,6 +83,7 @@ class SharedTimes(Outputs):
         self.times = self.stops = times
         self.start, self.end, self.size = times[0], times[-1], len(times)
         self._sign = math.copysign(1.0, self.end - self.start)
+        self._later: Tensor | None = None  # the times after the first, on the device of the state
 
     def as_tensor(self) -> Tensor:
         return torch.tensor(self.times, dtype=torch.float64)
@@ -93,18 +94,20 @@ class SharedTimes(Outputs):
             last += 1
         return last - position
 
-    def indices(self, position: int, count: int) -> Sequence[int]:
-        return range(position, position + count)
+    def indices(self, position: int, count: int) -> Sequence[slice]:
+        return [slice(position, position + count)] if count else []
 
     def within(self, method: RungeKutta, step: Step, position: int, count: int) -> Sequence[State]:
-        times = self.times[position + 1 : position + 1 + count]
-        return [step.end if t == step.t1 else interpolate(method, step, t) for t in times]
+        if count <= 1:
+            times = self.times[position + 1 : position + 1 + count]
+            states = [step.end if t == step.t1 else interpolate(method, step, t) for t in times]
+            return [tuple(component[None] for component in state) for state in states]
+        if self._later is None:
+            self._later = self.as_tensor()[1:].to(step.end[0].device)
+        return [interpolate(method, step, self._later[position : position + count])]
 
     def grid(self) -> tuple[Sequence[float], Callable[[State], State]]:
         return self.times, lambda states: tuple(component[1:] for component in states)
-
-    def join(self, pieces: Sequence[State]) -> State:
-        return tuple(torch.stack(component) for component in zip(*pieces, strict=True))
 
     def arrange(self, start: State, joined: State) -> State:
         return tuple(torch.cat([first[None], later]) for first, later in zip(start, joined, strict=True))
@@ -174,9 +177,6 @@ class OwnTimes(Outputs):
             )
 
         return [self.start, *(self._sign * times).tolist()], pick
-
-    def join(self, pieces: Sequence[State]) -> State:
-        return tuple(torch.cat(component) for component in zip(*pieces, strict=True))
 
     def arrange(self, start: State, joined: State) -> State:
         first, *others = (

@@ -67,17 +67,27 @@ def error_estimate(method: RungeKutta, step: Step) -> State:
         return combination(step.slopes, method.error, step.t1 - step.t0)
 
 
-def interpolate(method: RungeKutta, step: Step, t: float) -> State:
-    """The state at a time within a step of an adaptive method.
+def interpolate(
+    method: RungeKutta,
+    step: Step,
+    t: float | Tensor,  # or (N,), on the device of the state
+) -> State:  # (*component), or (N, *component)
+    """The state at a time within a step of an adaptive method, or at each of several.
 
     It is a polynomial in t that meets the values and slopes at both ends of the step. The polynomial is a cubic, or
     a quartic that also meets the value in the middle if the method has coefficients for it.
     """
     assert step.next_slope is not None, "fixed steps end at each output time"
-    dt, x = step.t1 - step.t0, (t - step.t0) / (step.t1 - step.t0)
-    ends = list(zip(step.start, step.end, step.slopes[0], step.next_slope, strict=True))
+    dt = step.t1 - step.t0
+    share = (t - step.t0) / dt
     middle = None if method.middle is None else advance(step.start, step.slopes, method.middle, dt)
-    return tuple(_polynomial(x, dt, *ends[i], None if middle is None else middle[i]) for i in range(len(ends)))
+    states = []
+    for i, end in enumerate(step.end):
+        x = share.to(end).view(-1, *[1] * end.ndim) if isinstance(share, Tensor) else share
+        ends = (step.start[i], end, step.slopes[0][i], step.next_slope[i])
+        y = _polynomial(x, dt, *ends, None if middle is None else middle[i])
+        states.append(torch.where(x == 1, end, y) if isinstance(x, Tensor) else y)  # without its rounding at the end
+    return tuple(states)
 
 
 def interpolate_rows(
