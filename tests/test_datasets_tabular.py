@@ -124,6 +124,7 @@ def test_headers_are_recognised(tmp_path):
 
 
 BAD_CSV = {
+    "a,b,c,d\n1,x,y,3\n2,z,NA,4\n": r"'b' is 'x', not .*; moreover 'c' has words\. Numbers alone: columns=\[a,d\]",
     "a,b\n1,2\n3,x\n": r"bad\.csv: row 2 \(the first data row is row 1\), column 'b' is 'x', not a number; correct it",
     "a,b\n1,2\n3,\n": r"row 2 .* column 'b' is missing \(''\); fill it in",
     "1,2\n3,NA\n": r"row 2 .* column '1' is missing \('NA'\)",

@@ -30,10 +30,11 @@ from flows.training.annotations import SettingsError, check_type
 from flows.training.files import OutputFolderError
 from flows.training.loggers import warnings_above_bars
 from flows.training.runs import without_unused_parts
-from flows.training.settings import complete, instantiate
+from flows.training.settings import complete, instantiate, parameter_names
 
 PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "seed": int,
+    "steps": int | None,
     "output_dir": str | None,
     "output": str | None,
     "device": str | None,
@@ -113,6 +114,13 @@ def print_settings(composed: DictConfig) -> None:
     print(yaml.safe_dump(complete(plain_settings(composed)), sort_keys=False, allow_unicode=True), end="")
 
 
+def as_on_the_command_line(text: str) -> str:
+    """Advice of the library with the full names of settings: `data.columns=[a]` for `columns=[a]`."""
+    own = {*PROGRAM_SETTINGS, "name"}
+    names = "|".join(name for name in parameter_names("flows.datasets.Tabular") if name not in own)
+    return re.sub(rf"(?<![\w.])(?=(?:{names})=)", "data.", text)
+
+
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
     """While entered, warnings of this package are shown without the place in the code, which tells a user nothing."""
@@ -120,7 +128,7 @@ def plain_warnings() -> Iterator[None]:
 
     def plain(message: Any, category: type[Warning], *place: Any) -> str:
         return (
-            f"Warning: {message}\n"
+            f"Warning: {as_on_the_command_line(str(message))}\n"
             if issubclass(category, DataWarning | FieldWarning)
             else usual(message, category, *place)
         )

@@ -17,8 +17,8 @@ from hydra.errors import ConfigCompositionException, HydraException, OverridePar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from flows.cli.arguments import config_folder
-from flows.cli.config import compose_node, plain
+from flows.cli.arguments import OPEN_PARTS, config_folder
+from flows.cli.config import as_on_the_command_line, compose_node, plain
 from flows.cli.grammar import quoted_override
 from flows.cli.terminal import any_encoding
 from flows.errors import FlowsError
@@ -110,7 +110,7 @@ def readable_errors(
             raise JobFailedError(job, reason, code) from None
         if message is None:
             raise
-        report(f"\nError: {message}")
+        report(f"\nError: {as_on_the_command_line(message)}")
         sys.exit(code)
     finally:
         if before is None:
@@ -183,8 +183,8 @@ def resume_command(stop: TrainingInterrupted) -> str:
 
 def sweep_command(folder: Path) -> str:
     """The command that continues an interrupted sweep: the same, in its folder."""
-    own = ("resume=", "output_dir=", "train")
-    given = [shlex.quote(argument) for argument in sys.argv[1:] if not argument.startswith(own)]
+    own = ("resume=", "output_dir=")
+    given = [shlex.quote(one) for one in sys.argv[1:] if not one.startswith(own) and one != "train"]
     return " ".join([*_program(), *given, quoted_override("output_dir", folder), "resume=auto"])
 
 
@@ -204,8 +204,17 @@ def _unknown_setting(full_key: str, program: str | None, arguments: Sequence[str
     if not parent:
         valid += [name for name in _groups_without_default(str(program)) if name not in (*valid, key)]
     key = ABBREVIATIONS.get(key, key)
-    elsewhere = [path for path in flat(complete(plain(config))) if path.endswith(f".{key}")]
+    known = plain(config)
+    if program != "train":  # its parts are empty here, and those of the run in truth
+        parts = OPEN_PARTS[str(program)]
+        known |= {part: value for part, value in _usual_parts().items() if part in parts and not known.get(part)}
+    elsewhere = [path for path in flat(complete(known)) if path.endswith(f".{key}")]
     return no_setting(key, parent, valid, elsewhere)
+
+
+def _usual_parts() -> dict[str, Any]:
+    """The parts of a run on a table, whose settings are asked for most."""
+    return plain(compose_node("train", ["data=tabular"]))
 
 
 def _composed_without(key: str, program: str, arguments: Sequence[str]) -> DictConfig | None:

@@ -13,7 +13,6 @@ from flows.errors import InvalidValueError
 
 # Settings whose value is text as a file system or a shell knows it: the last word of their names.
 LITERAL = {
-    "cache",
     "cache_dir",
     "checkpoint",
     "delimiter",
@@ -23,7 +22,6 @@ LITERAL = {
     "output_dir",
     "path",
     "resume",
-    "root",
     "source",
 }
 FLAGS = {  # options of Hydra and of ours, and whether each takes a value

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flows import plots
 from flows.cli.errors import SweepFailedError, report
 from flows.cli.jobs import failed_jobs, job_records, read_json, sweep_environment
 from flows.errors import FileError
-from flows.training.files import SUMMARY
+from flows.training.files import CONFIG, SUMMARY
 from flows.training.loggers import flat
 from flows.writing import write_result
 
@@ -62,6 +64,8 @@ def sum_up(folder: Path) -> None:
     try:
         write_result(folder / "sweep.csv", _csv(results))
         print(f"\n{sweep_table(results)}\n\nall figures in {folder / 'sweep.csv'}")
+        if note := _note(folder, results):
+            print(note)
         if _draw(folder / "sweep.png", results):
             print(f"all pictures in {folder / 'sweep.png'}")
     except OSError as error:
@@ -147,6 +151,28 @@ def _draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> bool:
         write_result(path, sheet)
         return True
     return False
+
+
+def _note(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Say so if the sweep varies a divergence that plays no part."""
+    if not any(name.partition(".")[0] == "divergence" for result in results.values() for name in result):
+        return None
+    targets = {target for run in results for target in _objectives(folder / run / CONFIG)}
+    if targets != {"flows.objectives.FlowMatching"}:
+        return None
+    return (
+        "\ndivergence plays no part in these figures: flow matching takes an exact divergence or none, and the test "
+        "has its own, evaluation.divergence; a stage of maximum likelihood trains with it"
+    )
+
+
+def _objectives(path: Path) -> list[Any]:
+    """The targets of the objectives in the settings of a run."""
+    try:
+        stages = yaml.safe_load(path.read_text(encoding="utf-8"))["objective"].values()
+        return [stage["objective"]["_target_"] for stage in stages]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return [None]
 
 
 def _title(run: str, result: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from flows.cli.grammar import readable_arguments
 from flows.cli.jobs import current_job, recorded_job
 from flows.cli.resuming import RESUME_SETTINGS, find_run, resumed_config
 from flows.cli.sweeps import sweep_table, sweeping
+from flows.errors import InvalidValueError
 from flows.training.continuing import AUTO
 from flows.training.loggers import flat
 from flows.training.runs import PARTS, build_trainer
@@ -57,6 +58,8 @@ def _train(composed: DictConfig) -> tuple[float | None, str | None]:
         checkpoint = found.checkpoint or AUTO
     from_file = composed.resume not in (None, AUTO)
     trainer = build_trainer(config, checkpoint, network=not from_file or may_download(None, composed.trust))
+    if trainer.resumed_step is not None:
+        trainer.fabric.print(f"resumes after step {trainer.resumed_step:,} of the run in {trainer.source}")
     summary = trainer.fit()
     trainer.fabric.print(summary)  # once, however many processes train
     return summary.validation_score, summary.metrics.get("unresolved")
@@ -69,10 +72,43 @@ def chosen_settings(composed: DictConfig) -> tuple[dict[str, Any], Path | str | 
         check_program_settings({name: composed[name] for name in RESUME_SETTINGS if name in composed})
         return resumed_config(composed.resume, context.overrides.task, composed.trust)
     config = plain_settings(composed)
+    share_steps(config)
     check_parts(config, context.overrides.task)
     if current_job() is not None:
         config["output_dir"] = context.runtime.output_dir  # each job of a sweep has a folder of its own
     return config, None
+
+
+def share_steps(config: dict[str, Any]) -> None:
+    """Give the stages the number of steps that `steps` asks for, in the proportions of their own.
+
+    Warm-ups become shorter or longer with them.
+
+    Raises:
+        InvalidValueError: a stage ends by time, or there are fewer steps than stages.
+    """
+    total = config.pop("steps", None)
+    stages = config.get("objective")
+    if total is None or not isinstance(stages, dict):
+        return
+    given = {name: stage.get("steps") if isinstance(stage, dict) else None for name, stage in stages.items()}
+    before = {name: steps for name, steps in given.items() if isinstance(steps, int) and steps > 0}
+    if uncounted := [f"objective.{name}" for name in given if name not in before]:
+        raise InvalidValueError(
+            f"steps={total} is shared among stages that count steps, and {', '.join(uncounted)} does not; set steps or "
+            "seconds of each stage"
+        )
+    if total < len(before):
+        names = ", ".join(before)
+        raise InvalidValueError(f"steps must be >= {len(before)}, one a stage ({names}), got {total}")
+    left, weight = total, sum(before.values())
+    for place, (name, old) in enumerate(before.items()):
+        later = len(before) - place - 1
+        new = left if later == 0 else min(max(1, round(left * old / weight)), left - later)
+        left, weight = left - new, weight - old
+        stages[name] = {**stages[name], "steps": new}
+        if isinstance(warmup := stages[name].get("warmup_steps"), int):
+            stages[name]["warmup_steps"] = warmup * new // old
 
 
 def check_parts(config: Mapping[str, Any], overrides: Sequence[str]) -> None:

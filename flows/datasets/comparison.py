@@ -289,8 +289,8 @@ def _about_rows(
     missing = round((1 - known) * old["trained_distinct"])
     about = "about " if len(trained) < old["trained_distinct"] else ""
     text = (
-        f"values changed{where}, or rows: {about}{missing:,} of {old['trained_distinct']:,} training rows of the run "
-        f"are missing ({counts})"
+        f"{'values changed' + where if where else 'rows or values changed'}: {about}{missing:,} of "
+        f"{old['trained_distinct']:,} training rows of the run are missing ({counts})"
     )
     return text, doubt
 

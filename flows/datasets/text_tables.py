@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -31,6 +33,7 @@ YEARS = range(1800, 2201)
 NUMBER = re.compile(r"\s*[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)\s*", re.IGNORECASE | re.ASCII)
 LIKE_A_NUMBER = re.compile(r"\s*[+-]?[$€£]?\.?\d")
 MAX_SHOWN = 60  # characters of a value in a message
+MAX_COLUMNS = 20  # in a message
 MAX_FIELD = 131_072  # characters; a longer field has a quote that was left open
 STARTS = {  # of files that are no text, and what to do with them
     b"\x1f\x8b": "is compressed; unpack it with gunzip",
@@ -272,8 +275,9 @@ def _bad_width(rows: Iterable[list[str]], width: int, first: int = 1) -> str | N
 def _bad_value(
     rows: Iterable[list[str]], names: Sequence[str], chosen: Sequence[int], missing: bool = False
 ) -> str | None:
-    """Describe the first row of the wrong length, or the first value that is no number."""
-    for number, row in enumerate(rows, start=1):
+    """Describe the first row of the wrong length, or the first value that is no number and the other such columns."""
+    numbered = iter(enumerate(rows, start=1))
+    for number, row in numbered:
         if wrong := _bad_width([row], len(names), number):
             return wrong
         for i in chosen:
@@ -287,8 +291,36 @@ def _bad_value(
                 shown = row[i] if len(row[i]) <= MAX_SHOWN else f"{row[i][:MAX_SHOWN]}..."
                 cure = _hint(row[i]) or "correct it"
                 found = f"is {shown!r}, not a number; {cure}, or leave the column out with columns=[...]"
-            return f"row {number} (the first data row is row 1), column {names[i]!r} {found}"
+            later = itertools.chain([row], (row for _, row in numbered))
+            others = _other_columns(later, names, chosen, i, missing)
+            return f"row {number} (the first data row is row 1), column {names[i]!r} {found}{others}"
     return None
+
+
+def _other_columns(
+    rows: Iterable[list[str]], names: Sequence[str], chosen: Sequence[int], first: int, missing: bool
+) -> str:
+    """Say which columns but the `first` one have values that are no numbers, and which have numbers alone."""
+    words, gaps = set[int](), Counter[int]()
+    for row in rows:
+        if len(row) != len(names):
+            continue  # told once the columns are mended
+        for i in chosen:
+            if i in words or _is_number(row[i]):
+                continue
+            if row[i].strip().lower() not in MISSING_WORDS:
+                words.add(i)
+            elif not missing:
+                gaps[i] += 1
+    wrong = words | set(gaps) | {first}
+    more = [f"{names[i]!r} has words" for i in chosen if i in words - {first}]
+    more += [f"{names[i]!r} lacks {gaps[i]:,} values" for i in chosen if i in gaps and i not in words]
+    right = [names[i] for i in chosen if i not in wrong]
+    if not more or (len(more) == 1 and wrong == {first}):
+        return ""
+    listed = ", ".join(more[:MAX_COLUMNS]) + (", ..." if len(more) > MAX_COLUMNS else "")
+    whole = f". Numbers alone: columns=[{','.join(right)}]" if 0 < len(right) <= MAX_COLUMNS else ""
+    return f"; moreover {listed}{whole}"
 
 
 def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> bool:

@@ -49,6 +49,8 @@ def pairs(drawn: Tensor, data: Tensor | None, names: Sequence[str] | None = None
             if column == 0 and row > 0:
                 axes.set_ylabel(names[row])
             tidy(axes)
+    if drawn.shape[1] > size:
+        figure.suptitle(f"the first {size} of {drawn.shape[1]} features", fontsize=11)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="upper right", frameon=False)
     return figure
 

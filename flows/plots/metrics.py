@@ -61,8 +61,9 @@ def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] 
             if errors.keys() == set(steps):
                 around = [(value - errors[step], value + errors[step]) for step, value in metrics[name]]
                 axes.fill_between(steps, *zip(*around, strict=True), color=colour, alpha=0.2, linewidth=0)
-        for end in list(itertools.accumulate(stages))[:-1]:
-            axes.axvline(end, color=MUTED, linestyle=":", linewidth=1)
+        for number, end in enumerate(list(itertools.accumulate(stages))[:-1]):
+            label = "next stage" if number == 0 else None
+            axes.axvline(end, color=MUTED, linestyle=":", linewidth=1, label=label)
         if title.startswith("NLL") and entropy is not None:
             axes.axhline(entropy, color=MUTED, linestyle="--", linewidth=1, label="entropy of the data")
         if title.startswith("NLL") and (unresolved := len(metrics.get("validation/nll_unresolved", ()))):

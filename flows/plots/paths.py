@@ -76,6 +76,7 @@ def evolution(
     states = draw_paths(flow, num_points, torch.tensor(times), generator)
     low, high = square(data.cpu())
     figure = Figure(figsize=(2.5 * len(times), 2.9), dpi=120, layout="compressed")
+    figure.suptitle("samples on their way from the base (t = 0) to the data (t = 1)", fontsize=11)
     panels = figure.subplots(1, len(times), sharex=True, sharey=True)
     for axes, t, points in zip(panels, times, states, strict=True):
         counts = histogram(points, low, high, bins=56)

@@ -145,7 +145,6 @@ def _existing(path: str | os.PathLike[str], folder: bool = False) -> Path:
         raise CheckpointError(str(error)) from error
 
 
-@checked
 def _is_shape(sizes: Any) -> bool:
     if sizes is None:
         return True

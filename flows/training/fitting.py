@@ -1,4 +1,4 @@
-"""Does what a checkpoint holds fit the model, the optimiser and the stages of a run?"""
+"""Compares what a checkpoint holds with the model, the optimiser and the stages of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the files in the folder of a run belong to that run, and are they whole?"""
+"""The files in the folder of a run: that they belong to that run, and that they are whole."""
 
 from __future__ import annotations
 

@@ -323,7 +323,7 @@ class Loop:
     def _agree(self) -> tuple[bool, bool]:
         """Return whether to stop because of a signal, and whether to save because minutes are over.
 
-        All processes do the same after the same step: what one of them has noticed.
+        All processes get the same answer: whether any of them has noticed it.
         """
         minutes, stop = self.run.reporting.checkpoint_minutes, self.stop
         overdue = minutes is not None and self.run.unsaved_seconds >= 60 * minutes

@@ -15,9 +15,9 @@ from flows.errors import restored_error, sendable
 
 # Who sends them: people, schedulers, a terminal that closes, limits, a power supply.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPWR")
-ALWAYS = ("SIGINT", "SIGTERM")  # heard even where the program has a handler of its own
+OVERRIDES = ("SIGINT", "SIGTERM")  # heard even where the program has a handler of its own
 REPEATED = ("SIGHUP", "SIGXCPU")  # come again by themselves, from shell and kernel, every second: nobody is impatient
-SAME = 0.3  # seconds in which a second signal is the first one's echo, as `timeout` sends it to process and group
+ECHO_SECONDS = 0.3  # in which a second signal is the first one's echo, as `timeout` sends it to process and group
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -66,7 +66,7 @@ class StopSignals:
             for name in NAMES:
                 number = getattr(signal, name, None)  # Windows lacks most
                 before = None if number is None else signal.getsignal(number)
-                if number is not None and (before is signal.SIG_DFL or (name in ALWAYS and callable(before))):
+                if number is not None and (before is signal.SIG_DFL or (name in OVERRIDES and callable(before))):
                     self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -95,7 +95,7 @@ class StopSignals:
         first = self.requested is None
         if first:
             self.requested, self._since = number, now
-        elif signal.Signals(number).name in REPEATED or (number != signal.SIGINT and now - self._since < SAME):
+        elif signal.Signals(number).name in REPEATED or (number != signal.SIGINT and now - self._since < ECHO_SECONDS):
             return
         self.requested = number
         if self._at_once or not first:

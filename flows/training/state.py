@@ -32,6 +32,7 @@ from flows.training.checkpoint import CheckpointError, describe, fingerprint_ent
 from flows.training.fabric import Fabric
 from flows.training.files import FOLDER, RunFileError
 from flows.training.fitting import check_means, check_optimizer, check_position, load_weights
+from flows.training.identity import check_devices
 from flows.training.loggers import MetricMeans
 from flows.training.stage import Optimization, Stage
 
@@ -175,12 +176,7 @@ class RunState:
                 f"the checkpoint stopped in the stage {position.stage!r}, this run has {', '.join(stages)}; "
                 "resume with the stages that the run was started with"
             )
-        ranks = checkpoint["ranks"]
-        if len(ranks) != self.fabric.world_size:
-            raise CheckpointError(
-                f"the run was started on {len(ranks)} device(s) and is resumed on {self.fabric.world_size}; "
-                "use the same number, since each draws data of its own"
-            )
+        check_devices(checkpoint, self.fabric.world_size)
         started, own_data = checkpoint["data"].get("name"), describe(self.dataset)["name"]
         if started != own_data:
             raise CheckpointError(
@@ -214,7 +210,7 @@ class RunState:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             check_means(checkpoint["means"])
             self.means.load_state_dict(checkpoint["means"])
-            own = ranks[self.fabric.global_rank]
+            own = checkpoint["ranks"][self.fabric.global_rank]
             self._resume_randomness(own, index)
             for name, callback in self._callbacks.items():
                 if name in own["callbacks"]:

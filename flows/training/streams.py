@@ -79,8 +79,8 @@ class UnbreakableStream:
 
     def _give_up(self, error: Exception) -> None:
         """Send a standard stream nowhere once it is broken, so that flushing it at the exit does not fail either."""
-        stream, self_is_gone = self._stream, isinstance(error, OSError) and error.errno in GONE
-        if stream is None or not self_is_gone:
+        stream, gone = self._stream, isinstance(error, OSError) and error.errno in GONE
+        if stream is None or not gone:
             return
         with contextlib.suppress(OSError, ValueError, AttributeError):
             number = stream.fileno()

@@ -210,6 +210,16 @@ class Trainer:
                     "run; choose another output_dir, or resume from last.pt"
                 )
 
+    @property
+    def resumed_step(self) -> int | None:
+        """The step after which the run goes on; None: it starts."""
+        return None if self._checkpoint is None else self._checkpoint["position"]["step"]
+
+    @property
+    def source(self) -> Path | None:
+        """The folder of the run, or the file, that it goes on from; None: it starts."""
+        return self._resumed_folder or self._resumed
+
     def _continues_in_place(self) -> bool:
         source, path = self._resumed_folder, self._output_dir
         return source is not None and path is not None and source.resolve() == path.resolve()

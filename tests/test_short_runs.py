@@ -1,0 +1,58 @@
+"""`steps=...` of the program: the steps of a whole run, shared among its stages."""
+
+import pytest
+
+from flows.cli.config import as_on_the_command_line
+from flows.cli.sweeps import _note
+from flows.cli.train import share_steps
+from flows.errors import InvalidValueError
+
+
+def stages(**steps):
+    return {name: {"steps": number, "warmup_steps": 10} for name, number in steps.items()}
+
+
+@pytest.mark.parametrize(
+    ("before", "total", "after"),
+    [
+        ({"a": 3500, "b": 40}, 200, {"a": 198, "b": 2}),
+        ({"a": 3500, "b": 40}, 2, {"a": 1, "b": 1}),
+        ({"a": 100, "b": 100, "c": 100}, 1000, {"a": 333, "b": 334, "c": 333}),
+        ({"a": 500}, 7, {"a": 7}),
+    ],
+)
+def test_steps_are_shared_in_proportion(before, total, after):
+    config = {"objective": stages(**before), "steps": total}
+    share_steps(config)
+    assert {name: stage["steps"] for name, stage in config["objective"].items()} == after
+    assert sum(after.values()) == total
+    assert all(stage["warmup_steps"] < max(stage["steps"], 1) for stage in config["objective"].values())
+    assert "steps" not in config
+
+
+def test_without_steps_the_stages_keep_theirs():
+    config = {"objective": stages(a=5), "steps": None}
+    share_steps(config)
+    assert config == {"objective": stages(a=5)}
+
+
+def test_stages_that_end_by_time_take_no_part():
+    with pytest.raises(InvalidValueError, match=r"objective\.b does not; set steps or seconds of each stage"):
+        share_steps({"objective": {**stages(a=5), "b": {"seconds": 3}}, "steps": 9})
+
+
+def test_advice_names_settings_in_full():
+    text = "set columns=[a], data.columns=[b] or split_by=content; num_draws=1, name=x"
+    assert as_on_the_command_line(text) == (
+        "set data.columns=[a], data.columns=[b] or data.split_by=content; num_draws=1, name=x"
+    )
+
+
+@pytest.mark.parametrize(("target", "said"), [("FlowMatching", True), ("MaximumLikelihood", False)])
+def test_a_sweep_over_a_divergence_without_effect_says_so(tmp_path, target, said):
+    (tmp_path / "run").mkdir()
+    stage = f"{{objective: {{_target_: flows.objectives.{target}}}}}"
+    (tmp_path / "run/config.yaml").write_text(f"objective: {{a: {stage}}}")
+    note = _note(tmp_path, {"run": {"divergence": "exact"}})
+    assert (note is not None and "plays no part" in note) is said
+    assert _note(tmp_path, {"run": {"seed": 1}}) is None
