@@ -31,7 +31,6 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
     Attributes:
         is_closed_form: whether `log_prob` is a formula, so that millions of values are affordable. Default: `True`.
         has_rsample: whether gradients of draws reach trained parameters. Default: `True`.
-        needs_fit: whether it is of no use before `fit`. Default: `False`.
 
     Args:
         event_shape: shape of a point.
@@ -56,7 +55,6 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
 
     is_closed_form: ClassVar[bool] = True
     has_rsample: ClassVar[bool] = True
-    needs_fit: ClassVar[bool] = False
     _like: Tensor  # has the device and the dtype
 
     def __init__(self, event_shape: int | Sequence[int]) -> None:
@@ -88,6 +86,11 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
     def is_positive_everywhere(self) -> bool:
         """Whether the density is positive on all of ℝᵈ."""
         return self.has_density and _is_real(self.support)
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether `fit` has anything to do. Default: whether the class overrides it."""
+        return type(self).fit is not Base.fit
 
     @property
     def is_trained(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +44,6 @@ class Empirical(Base):
         ```
     """
 
-    needs_fit: ClassVar[bool] = True
     points: Tensor
 
     def __init__(
@@ -73,6 +72,10 @@ class Empirical(Base):
         kept = torch.zeros(num_points or 0, *self.event_shape) if points is None else self._checked(points)
         self._ready = points is not None
         self.register_buffer("points", kept)
+
+    @property
+    def needs_fit(self) -> bool:
+        return self.dataset is not None or not self._ready
 
     def sample(self, shape: int | Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         if not self._ready:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,7 +45,6 @@ class Mixture(Base):
     Source of EM: Dempster, Laird & Rubin 1977. As a base of flows: Izmailov et al. 2020, arXiv:1912.13025.
     """
 
-    needs_fit: ClassVar[bool] = True
     log_weight: Tensor  # (K), up to a constant
     mean: Tensor  # (K, d)
     log_scale: Tensor  # (K, d)
@@ -91,6 +90,10 @@ class Mixture(Base):
     def has_rsample(self) -> bool:  # type: ignore[override]
         """Gradients of a draw do not reach the weights, so draws of a trained mixture carry none."""
         return not self.is_trained
+
+    @property
+    def needs_fit(self) -> bool:
+        return not self._given
 
     @property
     def num_components(self) -> int:

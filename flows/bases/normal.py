@@ -79,6 +79,10 @@ class Normal(Base):
         own = type(self)
         return not self.is_given and own.sample is Normal.sample and own.log_prob is Normal.log_prob
 
+    @property
+    def needs_fit(self) -> bool:
+        return self.fits
+
     def sample(self, shape: int | Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Draw points of shape (*shape, *event); with a generator on its device, then moved."""
         noise = self.standard_normal(shape, generator)

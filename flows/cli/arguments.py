@@ -22,6 +22,7 @@ OPEN_PARTS = {  # of each program: their settings may have any name, as far as H
         "field",
         "divergence",
         "solver",
+        "base",
         "objective",
         "optimizer",
         "optimization",

@@ -17,7 +17,7 @@ from flows.cli.grammar import readable_arguments
 from flows.datasets import Energy
 from flows.datasets.recognition import caution_about_outliers, recognised
 from flows.errors import DataWarning, InvalidValueError
-from flows.evaluation import DensityEvaluator, EnergyEvaluator, aligned
+from flows.evaluation import DensityEvaluator, DistanceEvaluator, EnergyEvaluator, aligned
 from flows.training.amounts import check_evaluation
 from flows.training.files import run_folder
 from flows.training.runs import build_dataset, load_run, place
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def evaluate(composed: DictConfig) -> float:
-    """Evaluate with the composed settings; returns the NLL, or the free energy of an energy without samples."""
+    """Evaluate with the composed settings; returns the NLL, the free energy of an energy, or a distance."""
     with readable_errors():
         settings = plain_settings(composed)
         check_output(settings["output"], ".json")
@@ -62,6 +62,9 @@ def evaluate(composed: DictConfig) -> float:
             "divergence": flow.divergence if settings.get("divergence") else divergence,
             **{name: settings[name] for name in ("points", "batch_size", "solver_error_points", "part", "seed")},
         }
+        has_likelihood = flow.base.is_positive_everywhere
+        if outliers is not None and not has_likelihood:
+            raise InvalidValueError(f"outliers need a likelihood, and this flow has none: {flow.base.why_no_density()}")
         if outliers is not None and not dataset.has_samples:
             raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")
         if isinstance(outliers, str) and outliers != "shuffled":
@@ -74,6 +77,8 @@ def evaluate(composed: DictConfig) -> float:
         if isinstance(dataset, Energy):
             report = EnergyEvaluator(dataset, **options).test(flow)
             likelihood = density.likelihood(flow) if outliers is not None else None
+        elif not has_likelihood:
+            report, likelihood = DistanceEvaluator(dataset, **options).test(flow), None
         else:
             likelihood = density.likelihood(flow)
             report = density.report(likelihood, flow)
@@ -100,4 +105,4 @@ def evaluate(composed: DictConfig) -> float:
         write_result(output, to_json(content))
         first = [("data", f"{dataset.name}, {settings['part']}"), ("solver", flow.solver.method)]
         print(aligned([*first, *rows, ("file", str(output))]))
-        return report.metrics.get("nll", report.metrics.get("free_energy"))
+        return report.metrics.get("nll", report.metrics.get("free_energy", report.metrics.get("wasserstein2")))

@@ -1,6 +1,7 @@
 """How good is a trained model? Evaluators, and the likelihoods, weights and scores that they report."""
 
 from flows.evaluation.density import DensityEvaluator, FlowEvaluator
+from flows.evaluation.distance import DistanceEvaluator, PathEnergy
 from flows.evaluation.energy import EnergyEvaluator, ImportanceWeights, importance_weights
 from flows.evaluation.evaluator import Evaluation, Evaluator, Report, aligned, default_evaluator, seeded
 from flows.evaluation.likelihood import Likelihood, likelihood, part_batches
@@ -31,6 +32,7 @@ __all__ = [
     "BitsPerDim",
     "Coverage",
     "DensityEvaluator",
+    "DistanceEvaluator",
     "EnergyEvaluator",
     "EnergyScore",
     "Evaluation",
@@ -40,6 +42,7 @@ __all__ = [
     "Likelihood",
     "Measurement",
     "OutlierScores",
+    "PathEnergy",
     "PredictiveMetric",
     "Report",
     "SampleMetric",

@@ -25,7 +25,7 @@ from flows.models.cnf import CNF
 from flows.models.mass import Mass, box, exactly, has_mass, mass
 from flows.models.resolution import CHECKED_POINTS
 from flows.naming import by_name
-from flows.objectives.checks import check_contexts, check_levels
+from flows.objectives.checks import check_base, check_contexts, check_levels
 from flows.solvers.stepping import check_step_size
 
 if TYPE_CHECKING:
@@ -145,6 +145,11 @@ class DensityEvaluator(FlowEvaluator):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "metrics", chosen_metrics(self.metrics))
+
+    @checked
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        check_base(as_flow(model), "evaluation=density", "judge it with evaluation=distance")
 
     @checked
     def likelihood(self, flow: CNF, part: str | None = None) -> Likelihood:

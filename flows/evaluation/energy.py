@@ -21,6 +21,7 @@ from flows.evaluation.evaluator import Evaluation, Report, set_apart
 from flows.models.cnf import CNF
 from flows.models.importance import WeightSums, log_weights, log_z
 from flows.models.resolution import CHECKED_POINTS, TOLERANCE, below_zero, bound_fault, remedy, solver_fault
+from flows.objectives.checks import check_base
 from flows.solvers import ODESolver, SolverError, SolverStatistics
 
 LOG = logging.getLogger(__name__)
@@ -253,7 +254,7 @@ class EnergyEvaluator(FlowEvaluator):
 
     @checked
     def check(self, model: nn.Module) -> None:
-        as_flow(model)
+        check_base(as_flow(model), "evaluation=energy", "an energy is judged by importance weights")
         if not isinstance(self.dataset, Energy):
             raise InvalidTypeError(
                 f"EnergyEvaluator needs an energy, got {type(self.dataset).__name__}; use DensityEvaluator for data"

@@ -80,12 +80,13 @@ def default_evaluator(
     seed: int = 0,
     progress_bar: bool = True,
 ) -> Evaluator:
-    """Return the evaluator that suits a model and its data: of an energy, of a density, or of trajectories.
+    """Return the evaluator that suits a model and its data: of an energy, a density, a distance, or of trajectories.
 
     Raises:
         TypeError: the model is neither a `CNF` nor a `NeuralODE`, or the data do not suit it.
     """
     from flows.evaluation.density import DensityEvaluator  # all build on this module
+    from flows.evaluation.distance import DistanceEvaluator
     from flows.evaluation.energy import EnergyEvaluator
     from flows.evaluation.trajectory import TrajectoryEvaluator
     from flows.objectives.checks import check_kind
@@ -99,7 +100,8 @@ def default_evaluator(
             f"there is no default evaluator for {type(model).__name__}: pass evaluator=..., a subclass of "
             "flows.evaluation.Evaluator"
         )
-    kind = EnergyEvaluator if isinstance(dataset, Energy) else DensityEvaluator
+    known_density = model.base.is_positive_everywhere
+    kind = EnergyEvaluator if isinstance(dataset, Energy) else DensityEvaluator if known_density else DistanceEvaluator
     return kind(dataset, seed=seed, progress_bar=progress_bar)
 
 

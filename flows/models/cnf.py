@@ -157,6 +157,8 @@ class CNF(nn.Module):
         points: Tensor,  # (n, *event), training data in data space
     ) -> CNF:
         """Fit the base alone, to what a fitted transform makes of training data; return the flow."""
+        if not self.base.needs_fit:
+            return self
         generator = torch.Generator(self.device).manual_seed(0)  # of dequantisation noise
 
         def to_flow_space(x: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ class FlowMatching(Objective):
             `None`: each point of the batch.
         path: a `ProbabilityPath` or its lower-case name: `"linear"`, `"cosine"` or `"variance_preserving"`.
         coupling: of x₀ and x₁ in the batch: a `Coupling` or its lower-case name, `"independent"`,
-            `"optimal_transport"` or `"sinkhorn"`. The marginal target needs an independent one.
+            `"optimal_transport"`, `"sinkhorn"`, `"unbalanced_transport"` or `"partial_transport"`. The marginal target
+            needs an independent one.
         context_dropout: the probability of replacing an example's context by zeros, which then stand for "no context",
             as `flows.CNF.guided` needs. The marginal target of such a query averages over all contexts.
             [Ho & Salimans 2022, arXiv:2207.12598]
@@ -154,14 +155,17 @@ class FlowMatching(Objective):
         ends = data[queries]
         with torch.no_grad():  # a trained base is trained by the likelihood
             noise = flow.base.sample((len(ends if independent else data),), generator)
+        context = batch.context
         if not independent:
-            noise = coupling.couple(noise, data, batch.context, generator)[queries]
+            chosen, own = coupling.pairs(noise, data, context, generator)
+            noise, ends = noise[chosen[queries]], data[own[queries]]
+            context = None if context is None else context[own]
         device = data.device if generator is None else generator.device
         t = torch.rand(len(ends), generator=generator, dtype=data.dtype, device=device).to(data.device)
         t = (1 - ((1 - t) ** self.time_power).clamp_min(torch.finfo(t.dtype).eps)) * path.last_time
         a, b, a_rate, b_rate = path.coefficients(t.view(-1, *[1] * (data.ndim - 1)))
         position = a * ends + b * noise
-        context, dropped = batch.context, None
+        dropped = None
         if context is not None:
             context = flow.encode(context[queries])
             if self.context_dropout:

@@ -78,7 +78,8 @@ def figures(
     Points in the plane get `samples`, `density`, `trajectories` and `evolution`. Images get `samples`, `trajectories`,
     `neighbours`, `interpolations` and, with classes, `classes`. Other data get `samples` of their first features. A
     conditional flow gets `samples` under the contexts of the data and, for classes in the plane, `class_samples` and
-    `class_densities`. Without points, or if the data lack the contexts of the flow, there are no plots.
+    `class_densities`. Densities are left out if the base has none. Without points, or if the data lack the contexts of
+    the flow, there are no plots.
 
     Args:
         generator: of samples and noise. Default: torch's.
@@ -99,12 +100,14 @@ def figures(
             drawn = flow.sample((count,), generator=generator)
         pictures = {"samples": samples(drawn, reference, dataset.columns)}
         if flow.event_shape == (2,) and context is None:
-            pictures["density"] = density(flow, dataset, evaluated_with=evaluated_with)
+            if flow.base.has_density:
+                pictures["density"] = density(flow, dataset, evaluated_with=evaluated_with)
             pictures["trajectories"] = trajectories(flow, reference, generator=generator)
             pictures["evolution"] = evolution(flow, reference, generator=generator)
         elif flow.event_shape == (2,) and dataset.num_classes is not None:
             pictures["class_samples"] = class_samples(flow, dataset, generator=generator)
-            pictures["class_densities"] = class_densities(flow, dataset, evaluated_with=evaluated_with)
+            if flow.base.has_density:
+                pictures["class_densities"] = class_densities(flow, dataset, evaluated_with=evaluated_with)
     return pictures
 
 

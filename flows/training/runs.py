@@ -109,12 +109,14 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
     check_content(content, file, files.MODEL)
     data = content["data"]
     shape = None if data.get("context_shape") is None else tuple(data["context_shape"])
+    sources = content["ema"].get("base.points")
+    sources = len(sources) if isinstance(sources, torch.Tensor) and sources.ndim else None
     try:
         dtype = dtype_named(content["dtype"])
 
         def build() -> nn.Module:
             levels = data.get("num_levels")
-            return build_model(config, data["event_shape"], None, dtype, context_shape=shape, num_levels=levels)
+            return build_model(config, data["event_shape"], None, dtype, shape, levels, sources)
 
         with torch.random.fork_rng(devices=()):  # weights are drawn, to be replaced
             foreign = foreign_packages({part: config.get(part) for part in ("model", *PARTS)})
@@ -196,6 +198,7 @@ def build_model(
     dtype: torch.dtype | None = None,
     context_shape: Sequence[int] | None = None,
     num_levels: int | None = None,
+    num_points: int | None = None,
 ) -> nn.Module:
     """Build an untrained model from settings.
 
@@ -207,6 +210,7 @@ def build_model(
         dtype: of parameters and constants. `None` (default): torch's default dtype.
         context_shape: of the contexts, for a field that takes it. `None` (default): as in `dataset`.
         num_levels: of discrete data, for transforms that take it. `None` (default): as in `dataset`.
+        num_points: that a base made of points will be loaded with.
 
     Raises:
         SettingsError: names the setting that does not fit.
@@ -233,10 +237,33 @@ def build_model(
         given = _accepted(parts.get("field"), shapes | contexts)
         if dataset is not None:  # else its weights are there already
             _check_amounts(parts, given)
+        if dataset is None and isinstance(parts.get("base"), Mapping):  # the points of its data are in the weights
+            parts["base"] = {name: value for name, value in parts["base"].items() if name != "dataset"}
+        known = shapes | contexts | {"num_points": num_points}
         for part in parts:
             if part not in built and parts[part] is not None:
-                built[part] = instantiate(parts[part], part, **_accepted(parts[part], shapes | contexts))
-        return instantiate(model, "model", **built, **_accepted(model, shapes))
+                built[part] = instantiate(parts[part], part, **_accepted(parts[part], known))
+        found = instantiate(model, "model", **built, **_accepted(model, shapes))
+        if dataset is not None and isinstance(found, CNF) and found.base.needs_fit:
+            _fit_base(found, dataset)
+        return found
+
+
+def _fit_base(flow: CNF, dataset: Dataset) -> None:
+    """Fit the base to the training data.
+
+    Raises:
+        SettingsError: there are none, or it cannot be fitted to them.
+    """
+    if not dataset.has_samples:
+        raise SettingsError(
+            f"base: {type(flow.base).__name__} is fitted to training data, and {dataset.name!r} is an energy without "
+            "samples; choose base=normal or base=student_t"
+        )
+    try:
+        flow.fit_base(dataset.reference())
+    except InvalidValueError as error:
+        raise SettingsError(f"base: {error}") from error
 
 
 @checked

@@ -85,7 +85,7 @@ class _Part:
 
 SOLVES = (DivergenceEstimator, ProbeFamily, ODESolver, ErrorControl)
 PARTS = {
-    "base": _Part((Base,), (Base,)),
+    "base": _Part((Base,), (Base, Dataset)),
     "data": _Part((Dataset,), (Dataset,)),
     "divergence": _Part((DivergenceEstimator,), (DivergenceEstimator, ProbeFamily)),
     "encoder": _Part((Encoder,), (Encoder, *LAYERS)),
