@@ -149,3 +149,38 @@ def test_a_seed_gives_the_same_data():
 def test_settings_out_of_range_are_refused(kind, settings, error, words):
     with pytest.raises(error, match=words):
         kind(**settings)
+
+
+class Decay(DynamicalSystem):
+    """dx/dt = −x, of two numbers in a row."""
+
+    name = "decay"
+
+    def velocity(self, t, x):
+        return -x
+
+    def initial_states(self, n, generator):
+        return torch.rand(n, 1, 2, generator=generator) + 1
+
+
+def test_a_system_of_ones_own_has_states_of_any_shape():
+    data = Decay(num_series=10, irregular=True)
+    assert data.event_shape == (1, 2)
+    batch = data.part("test")
+    expected = batch.x[:, :1] * (-batch.times[..., None, None]).exp()
+    torch.testing.assert_close(batch.x, expected, atol=1e-8, rtol=0)
+
+
+def test_functions_of_wrong_shapes_are_named():
+    class Flat(Decay):
+        def velocity(self, t, x):
+            return -x[:, 0]
+
+    class Few(Decay):
+        def initial_states(self, n, generator):
+            return torch.ones(2, 2)
+
+    with pytest.raises(InvalidValueError, match=r"Flat.velocity\(t, x\) must return the shape of x, \(10, 1, 2\)"):
+        Flat(num_series=10)
+    with pytest.raises(InvalidValueError, match=r"Few.initial_states\(10, generator\) must return .* \(10, \*event\)"):
+        Few(num_series=10)

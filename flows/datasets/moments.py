@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flows.datasets.text_tables import NUMBER
+from flows.datasets.text_tables import NUMBER, hint
 from flows.errors import DataWarning, InvalidValueError
 
 TIME_UNITS = {"days": 86_400.0, "hours": 3_600.0, "minutes": 60.0, "seconds": 1.0}  # in seconds
@@ -48,7 +48,7 @@ def read_moments(words: Sequence[str], column: str, path: Path) -> Moments:
         if moment is not None and not is_number[row]:
             dates[row] = moment
         elif not is_number[row]:
-            cure = "correct it"
+            cure = hint(word) or "correct it"
             if LIKE_A_DATE.fullmatch(word.strip()):
                 cure = "write dates as 2024-01-31 or 2024-01-31T12:00:00, for which the order of day and month is clear"
             raise InvalidValueError(

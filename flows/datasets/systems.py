@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ from flows.arguments import checked
 from flows.checks import check_number, check_seed, fits_in_memory, whole_number
 from flows.datasets.series import Series
 from flows.datasets.series_pieces import Piece
-from flows.errors import ComputationError
+from flows.errors import ComputationError, InvalidValueError
 
 CHUNK = 100  # series in one solve
 TOLERANCE = 1e-10  # of the solves that generate the data, relative and absolute
 EVEN = 1e-3  # share of an even spacing in random times, so that two never coincide
 
 
+@checked
 class DynamicalSystem(Series):
     """Series generated from dx/dt = v(t, x), with noise.
 
@@ -30,6 +31,26 @@ class DynamicalSystem(Series):
     series go on to `span + beyond`, so that predictions beyond the training span can be judged.
 
     To add one: subclass it with `name`, `columns`, `velocity` and `initial_states`, and add a yaml to `conf/data`.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        class Decay(flows.datasets.DynamicalSystem):
+            name = "decay"
+            columns = ("x",)
+
+            def velocity(self, t, x):
+                return -x
+
+            def initial_states(self, n, generator):
+                return torch.rand(n, 1, generator=generator)
+
+        data = Decay(num_series=20, noise=0.05)
+        data.true_states("test").shape  # (4, 74, 1)
+        ```
 
     Args:
         num_series: number N of series, of all splits together.
@@ -50,7 +71,7 @@ class DynamicalSystem(Series):
         InvalidTypeError, InvalidValueError: a setting is no number or out of range.
     """
 
-    columns: tuple[str, ...]
+    columns: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -74,10 +95,11 @@ class DynamicalSystem(Series):
         self.span, self.beyond, self.noise = float(span), float(beyond), float(noise)
         self.irregular, self.seed = irregular, seed
         total = num_times + math.floor((num_times - 1) * beyond / span * (1 + 1e-12))
-        entries = len(self.columns) * CHUNK  # one solve is read off at the times of each of its series
-        fits_in_memory(f"num_times: {total:,} times", total * max(num_series * len(self.columns), entries) * 8)
         generator = torch.Generator().manual_seed(seed)
-        starts = self.initial_states(num_series, generator).to(torch.float64)
+        starts = self._starts(num_series, generator)
+        one = starts[0].numel() * total * 8
+        # One solve is read off at the times of each of its series.
+        fits_in_memory(f"num_times: {total:,} times", one * max(num_series, CHUNK))
         times = self._times(num_series, num_times, total, generator)
         chunks = zip(starts.split(CHUNK), times.split(CHUNK), strict=True)
         self.truth = torch.cat([self.solve(*chunk) for chunk in chunks])
@@ -122,6 +144,26 @@ class DynamicalSystem(Series):
         """The states of a split without noise, (N, T, *event)."""
         chosen = self.split[split]
         return self.truth[chosen, : int(self._all.points.counts[chosen].max())]
+
+    def _starts(self, n: int, generator: torch.Generator) -> Tensor:  # (n, *event)
+        starts = self.initial_states(n, generator).to(torch.float64)
+        entries = "*event" if self.columns is None else str(len(self.columns))
+        if (
+            starts.ndim < 2
+            or len(starts) != n
+            or (self.columns is not None and starts.shape[1:] != (len(self.columns),))
+        ):
+            raise InvalidValueError(
+                f"{type(self).__name__}.initial_states({n}, generator) must return a tensor of shape ({n}, {entries}), "
+                f"got {tuple(starts.shape)}"
+            )
+        slope = self.velocity(torch.tensor(0.0, dtype=torch.float64), starts)
+        if slope.shape != starts.shape:
+            raise InvalidValueError(
+                f"{type(self).__name__}.velocity(t, x) must return the shape of x, {tuple(starts.shape)}, got "
+                f"{tuple(slope.shape)}"
+            )
+        return starts
 
     def _times(self, n: int, inside: int, total: int, generator: torch.Generator) -> Tensor:  # (n, total)
         if not self.irregular:

@@ -257,7 +257,7 @@ def check_text(path: Path) -> None:
             raise FileError(f"{path} {what}")
 
 
-def _hint(field: str) -> str | None:
+def hint(field: str) -> str | None:
     """Return what to do about a value that is no number, where its form tells."""
     return next((hint for form, hint in HINTS if re.fullmatch(form, field.strip(), re.IGNORECASE | re.DOTALL)), None)
 
@@ -267,7 +267,7 @@ def _bad_width(rows: Iterable[list[str]], width: int, first: int = 1) -> str | N
     for number, row in enumerate(rows, start=first):
         if len(row) != width:
             fields = "1 field" if len(row) == 1 else f"{len(row)} fields"
-            cure = (_hint(row[0]) if len(row) == 1 else None) or "correct it"
+            cure = (hint(row[0]) if len(row) == 1 else None) or "correct it"
             return f"row {number} (the first data row is row 1) has {fields}, expected {width}; {cure}"
     return None
 
@@ -289,7 +289,7 @@ def _bad_value(
                 found = f"is missing ({row[i]!r}); fill it in or remove such rows"
             else:
                 shown = row[i] if len(row[i]) <= MAX_SHOWN else f"{row[i][:MAX_SHOWN]}..."
-                cure = _hint(row[i]) or "correct it"
+                cure = hint(row[i]) or "correct it"
                 found = f"is {shown!r}, not a number; {cure}, or leave the column out with columns=[...]"
             later = itertools.chain([row], (row for _, row in numbered))
             others = _other_columns(later, names, chosen, i, missing)
