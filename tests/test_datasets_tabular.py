@@ -18,7 +18,8 @@ from torch.distributions import MultivariateNormal
 
 from flows import CNF
 from flows.datasets import BreastCancer, Table, Tabular
-from flows.datasets.diagnosis import rounding_unit
+from flows.datasets.diagnosis import near_copies
+from flows.datasets.ties import rounding_unit
 from flows.errors import DataWarning, FileError, InvalidTypeError, InvalidValueError
 from flows.evaluation import likelihood, part_batches
 from flows.fields import MLP, Linear
@@ -488,7 +489,8 @@ def test_honest_tables_are_silent():
     Table(random.standard_cauchy((5000, 2)))
     Table(np.exp(3 * NORMAL))
     Table(1e6 + NORMAL)
-    Table(np.c_[NORMAL, NORMAL[:, 0] * NORMAL[:, 1], NORMAL[:, 0] + 1e-3 * random.normal(size=2000)])
+    near, product = NORMAL[:, 0] + 1e-3 * random.normal(size=2000), NORMAL[:, 0] * NORMAL[:, 1]
+    Table(np.c_[NORMAL, product + 0.1 * random.normal(size=2000), near])
     Table(
         np.where(
             random.random((5000, 1)) < 0.5, random.normal(size=(5000, 2)), 5 + 1e-3 * random.normal(size=(5000, 2))
@@ -557,6 +559,65 @@ def test_noise_resumes_bit_for_bit():
     resumed = Table(values, dequantise_columns="auto").train_stream(64, rng(2))
     resumed.load_state_dict(state)
     assert all(torch.equal(resumed.next().x, x) for x in expected)
+
+
+def told_of(table):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Table(torch.as_tensor(table))
+    return " ".join(str(one.message) for one in caught)
+
+
+@pytest.mark.parametrize(
+    ("surface", "group"),
+    [
+        (lambda z, u: [np.cos(u), z[0], np.sin(u)], "'0' and '2'"),
+        (lambda z, u: [z[0], z[1], z[0] ** 2], "'0' and '2'"),
+        (lambda z, u: [z[0], np.abs(z[0])], "'0' and '1'"),
+        (lambda z, u: [z[0], np.exp(z[0])], "'0' and '1'"),
+        (lambda z, u: [z[0], z[1], z[0] * z[1]], "'0' and '1' and '2'"),
+        (lambda z, u: list(z[:3] / np.linalg.norm(z[:3], axis=0)), "'0' and '1' and '2'"),
+        (lambda z, u: [*z, np.sin(2 * z[1])], "'1' and '4'"),
+    ],
+)
+def test_columns_that_follow_from_others_are_named(surface, group):
+    rng = np.random.default_rng(0)
+    told = told_of(np.stack(surface(rng.normal(size=(4, 2000)), rng.uniform(0, 2 * np.pi, 2000)), 1))
+    assert f"rows lie on a curve or surface in the columns {group}, as where" in told
+    assert "drop one with columns" in told
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        lambda r: r.normal(size=(2000, 5)),
+        lambda r: np.exp(2 * r.normal(size=(2000, 3))),
+        lambda r: r.standard_cauchy((2000, 2)).clip(-1e3, 1e3) + r.normal(size=(2000, 2)),
+        lambda r: r.normal(size=(2000, 2)) @ np.array([[1.0, 1.0], [0.0, 1e-4]]),
+        lambda r: np.stack([np.cos(u := r.uniform(0, 6.28, 2000)), np.sin(u)], 1) + 0.01 * r.normal(size=(2000, 2)),
+        lambda r: np.where(r.uniform(size=(2000, 1)) < 0.5, 0.01, 1.0) * r.normal(size=(2000, 3)),
+    ],
+)
+def test_densities_are_no_surfaces(table):
+    for seed in range(3):
+        assert "curve or surface" not in told_of(table(np.random.default_rng(seed)))
+
+
+def test_mild_rounding_is_told_mildly():
+    z = np.random.default_rng(0).normal(size=(1500, 2))
+    mild, strong = told_of(z.round(3)), told_of(z.round(1))
+    assert "repeat values, as rounding leaves them" in mild
+    assert "no meaning" not in mild
+    assert "have no meaning" in strong
+    for told in (mild, strong):
+        assert "dequantise_columns=auto" in told
+
+
+@pytest.mark.parametrize("columns", [3, 12])  # by a tree, and by products
+def test_near_copies_are_counted_in_few_and_many_columns(columns):
+    rows = np.random.default_rng(0).normal(size=(4000, columns))
+    test = np.concatenate([rows[:25] * (1 + 1e-9), rows[25:50], np.random.default_rng(1).normal(size=(150, columns))])
+    assert near_copies(test, rows) == (25, 200)
 
 
 def test_single_repeated_values_cannot_be_dequantised():

@@ -1,5 +1,6 @@
 """Data of a run are recognised: what differs is named, and test points that were trained on are counted."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -71,7 +72,7 @@ OTHER_TABLES = {
         r"no training row of the run is among them",
     ),
     "a column more": (
-        lambda: table(np.hstack([VALUES, VALUES[:, :1] ** 2]), "abcd"),
+        lambda: table(np.hstack([VALUES, VALUES[::-1, :1] ** 2]), "abcd"),
         r"4 columns, .* \('d' added\); set columns=\[a,b,c\]",
     ),
     "a column less": (lambda: table(VALUES[:, :2], "ab"), r"2 columns, those of the run 3 \('c' missing\)"),
@@ -94,6 +95,15 @@ def test_another_table_is_named_and_refused(case):
         exact = table(VALUES[::-1]) if case == "rounded and reversed" else other
         assert found.trained_on("test") == (trained_on(run, exact), other.num_test)
         assert found.trained_on("validation")[0] == trained_on(run, exact, "validation")
+
+
+@pytest.mark.parametrize("part", ["hashes", "without", "steps", "chance", "chance_without"])
+def test_an_edited_entry_for_rounded_rows_is_damaged(part):
+    entry = copy.deepcopy(stored(table()))
+    rounded = entry["fingerprint"]["rounded"]
+    rounded[part] = rounded[part][:1] if part != "chance" else "much"
+    with pytest.raises(InvalidValueError, match=r"data in the checkpoint is damaged.*another checkpoint"):
+        recognised(entry, table(VALUES[::-1] + 1e-4), "test")
 
 
 def test_the_count_is_that_of_a_comparison_by_hand():

@@ -14,7 +14,7 @@ from flows.datasets import Batch
 from flows.divergence import Exact, Hutchinson, Probing
 from flows.errors import FieldWarning
 from flows.objectives import FlowMatching
-from flows.promises import traits_of
+from flows.promises import explained, traits_of
 from flows.promises.jumps import jump_in_space, jumps_in_time
 from flows.training.state import ExponentialMovingAverage
 
@@ -619,3 +619,28 @@ def test_a_field_that_does_not_depend_on_x_is_no_field_of_steps():
     flow = CNF(Drift(), Exact(), ODESolver("rk4", step_size=0.5))
     x = torch.randn(4, 2, dtype=torch.float64)
     torch.testing.assert_close(flow.log_prob(x), flow.base.log_prob(x - 0.5))
+
+
+def test_errors_of_the_field_itself_are_not_explained_by_their_words():
+    class Own(Clean):
+        def forward(self, t, x):
+            raise NotImplementedError("the derivative of this case is not implemented by me")
+
+    with pytest.raises(flows.FlowsError, match=r"cannot be evaluated.*by me") as told:
+        CNF(Own()).sample((3,))
+    assert "second derivative" not in str(told.value)
+    for error in (ValueError("cdist"), RuntimeError("scaled_dot_product_attention: Expected attn_mask dtype")):
+        assert explained(error, "Own") is error
+    assert isinstance(explained(RuntimeError(""), "Own"), RuntimeError)
+
+
+def test_flows_that_were_pickled_with_plain_options_are_read():
+    flow = CNF(Clean(), solver=ODESolver(rtol=1e-3))
+    state = dict(flow.__dict__)
+    for name in ("solver", "divergence"):
+        state[name] = state.pop(f"_{name}")
+    old = CNF.__new__(CNF)
+    old.__setstate__(state)
+    assert old.solver.rtol == 1e-3
+    x = torch.randn(3, 2, dtype=torch.float64)
+    assert torch.equal(old.log_prob(x), flow.log_prob(x))

@@ -1,19 +1,20 @@
-"""What makes the likelihoods of a table meaningless: ties, copies, dependent columns, outliers, row counters."""
+"""Warnings of what makes the likelihoods of a table meaningless.
+
+These are ties, copies, dependent columns, outliers and row counters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flows.datasets.dependence import find_dependence, find_surfaces
+from flows.datasets.ties import MAX_ROWS, Ties, find_ties, row_keys
+
 Values = NDArray[np.float64]
 
-MAX_ROWS = 100_000  # rows that ties and dependence are looked for in
-MAX_REPEATED = 0.1  # of the values of a column; continuous numbers in float32 or float64 repeat less
-ATOM_SHARE = 0.01  # of the rows with one and the same value
-MAX_RESIDUAL = 1e-6  # of the standard deviation, for a column that follows from others
 MAX_WIDTHS = 1e4  # distance of a value from the median in widths of the middle 98%; more is an outlier
 MIN_ROWS_TO_COUNT = 10  # fewer evenly spaced rows may be chance
 NEIGHBOURS = 8  # training rows that a test row is compared with, to tell copies from chance
@@ -21,72 +22,10 @@ CLOSE = 1e-4  # of the distance of the last of these neighbours
 MIN_NEAR_COPIES = 3  # fewer are chance
 NEAR_SHARE = 0.01  # of the test rows, likewise
 MIN_ROWS_TO_LOOK_AT = 200
+MAX_DIMENSION_OF_TREES = 6  # in more, they prune nothing
+ROWS_AT_ONCE = 32  # rows whose distances to all others are in memory
 MAX_DISTANCES = 10**9  # numbers that are compared to find near copies
 MAX_NAMES = 5  # in a message
-
-
-@dataclass(frozen=True)
-class Ties:
-    """Repeated values of a column.
-
-    Attributes:
-        column: position.
-        distinct: number of distinct values.
-        rows: number of rows, copies left out.
-        unit: step of the grid on which all values lie. None if there is none, or if single values repeat among
-            continuous ones.
-    """
-
-    column: int
-    distinct: int
-    rows: int
-    unit: float | None
-
-
-def find_ties(table: Values) -> list[Ties]:
-    """Return the columns whose values repeat. Copies of whole rows count once."""
-    _, first = np.unique(row_keys(table), return_index=True)
-    rows = table[np.sort(first)[:MAX_ROWS]]
-    found = []
-    for column, values in enumerate(rows.T):
-        distinct, counts = np.unique(values, return_counts=True)
-        atoms = counts >= max(3, ATOM_SHARE * len(values))
-        if 1 - len(distinct) / len(values) <= MAX_REPEATED and not atoms.any():
-            continue
-        rest = int(counts[~atoms].sum())
-        mixed = rest >= 0.1 * len(values) and int((~atoms).sum()) > (1 - MAX_REPEATED) * rest
-        found.append(Ties(column, len(distinct), len(values), None if mixed else rounding_unit(distinct)))
-    return found
-
-
-def rounding_unit(
-    distinct: Values,  # (n,), rising
-) -> float | None:
-    """Return the largest step of which all differences are multiples, or None if there is none."""
-    if len(distinct) < 2:
-        return None
-    shifted = distinct - distinct[0]
-    finest = 1e4 * np.finfo(np.float64).eps * np.abs(distinct).max()
-    power = int(np.floor(np.log10(shifted[-1])))
-    while 10.0**power > finest:
-        multiples = shifted / 10.0**power
-        whole = np.rint(multiples)
-        if np.abs(multiples - whole).max() < 1e-3:
-            return float(np.gcd.reduce(whole.astype(np.int64)) * 10.0**power)
-        power -= 1
-    gap = np.diff(distinct).min()
-    multiples = shifted / gap
-    return float(gap) if np.abs(multiples - np.rint(multiples)).max() < 1e-3 else None
-
-
-def row_keys(table: Values) -> NDArray[np.uint64]:
-    """Return a 64-bit hash of each row; equal rows have equal hashes."""
-    bits = np.ascontiguousarray(table + 0.0).view(np.uint64)  # −0 becomes 0
-    factors = np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(
-        1
-    )
-    mixed = bits ^ (bits >> np.uint64(32))  # numbers with few digits differ in their upper bits only
-    return (mixed * factors).sum(1, dtype=np.uint64)
 
 
 def warnings_about(
@@ -98,30 +37,41 @@ def warnings_about(
 ) -> Iterator[str]:
     """Yield one sentence for each kind of trouble."""
     keep = np.array(continuous, dtype=bool)
-    yield from _about_ties(table, columns, keep, source)
+    ties = find_ties(table)
+    yield from _about_ties([found for found in ties if keep[found.column]], columns, source)
     if keep.any():
         yield from _about_copies(row_keys(table[:, keep]), split, source)
         yield from _about_near_copies(table[:, keep], split, source)
         yield from _about_dependence(
             table[split["train"]][:, keep], [columns[i] for i in np.flatnonzero(keep).tolist()], source
         )
+        smooth = [i for i in np.flatnonzero(keep).tolist() if i not in {found.column for found in ties}]
+        yield from _about_surfaces(table[split["train"]][:, smooth], [columns[i] for i in smooth], source)
     yield from _about_outliers(table, split["train"], columns, source)
     yield from _about_counters(table, columns, source)
 
 
-def _about_ties(table: Values, columns: Sequence[str], keep: NDArray[np.bool_], source: str) -> Iterator[str]:
-    found = [ties for ties in find_ties(table) if keep[ties.column]]
-    if not found:
-        return
-    named = listed(f"{columns[t.column]!r} ({t.distinct:,} distinct values in {t.rows:,} rows)" for t in found)
-    who = f"column {named} repeats" if len(found) == 1 else f"columns {named} repeat"
-    cure = "dequantise with dequantise_columns=auto, or drop with columns=[...]"
-    if all(ties.unit is None for ties in found):
-        cure = "drop with columns=[...], or model the rows with the repeated values apart"
-    yield (
-        f"{source}: {who} values, where a density can grow without limit, so likelihoods of this table "
-        f"have no meaning; {cure}"
-    )
+def _about_ties(found: Sequence[Ties], columns: Sequence[str], source: str) -> Iterator[str]:
+    for mild in (False, True):
+        group = [ties for ties in found if ties.is_mild == mild]
+        if not group:
+            continue
+        named = listed(f"{columns[t.column]!r} ({t.distinct:,} distinct values in {t.rows:,} rows)" for t in group)
+        who = f"column {named} repeats" if len(group) == 1 else f"columns {named} repeat"
+        if mild:
+            yield (
+                f"{source}: {who} values, as rounding leaves them. Likelihoods are nearly right while the density is "
+                "wide beside the rounding, and can grow without limit where it is not; dequantise_columns=auto "
+                "rules that out"
+            )
+            continue
+        cure = "dequantise with dequantise_columns=auto, or drop with columns=[...]"
+        if all(ties.unit is None for ties in group):
+            cure = "drop with columns=[...], or model the rows with the repeated values apart"
+        yield (
+            f"{source}: {who} values, where a density can grow without limit, so likelihoods of this table "
+            f"have no meaning; {cure}"
+        )
 
 
 def _about_copies(keys: NDArray[np.uint64], split: Mapping[str, NDArray[np.int64]], source: str) -> Iterator[str]:
@@ -161,17 +111,30 @@ def near_copies(test: Values, train: Values) -> tuple[int, int]:
     Returns:
         The count, and how many test rows were looked at.
     """
-    from scipy.spatial import KDTree  # slow to import
-
     train = train[:MAX_ROWS]
     asked = test[: max(MIN_ROWS_TO_LOOK_AT, MAX_DISTANCES // (train.size or 1))]
     if len(train) < 2 * NEIGHBOURS or not len(asked):
         return 0, len(asked)
     spread = np.subtract(*np.quantile(train, [0.9, 0.1], axis=0))
     scale = np.where(spread > 0, spread, 1)
-    distances = KDTree(train / scale).query(asked / scale, NEIGHBOURS)[0]
+    distances = _nearest_distances(asked / scale, train / scale)
     near = (distances[:, 0] > 0) & (distances[:, 0] < CLOSE * distances[:, -1])
     return int(near.sum()), len(asked)
+
+
+def _nearest_distances(asked: Values, rows: Values) -> Values:  # (n, NEIGHBOURS), rising
+    """The distances to the nearest rows: by a tree in few dimensions, where it prunes, and by products in many."""
+    if rows.shape[1] <= MAX_DIMENSION_OF_TREES:
+        from scipy.spatial import KDTree  # slow to import
+
+        return KDTree(rows).query(asked, NEIGHBOURS)[0]
+    centre = rows.mean(0)
+    asked, rows = asked - centre, rows - centre
+    squares, found = np.square(rows).sum(1), []
+    for block in np.array_split(asked, max(1, len(asked) // ROWS_AT_ONCE)):
+        nearest = np.argpartition(squares - 2 * block @ rows.T, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
+        found.append(np.sort(np.linalg.norm(rows[nearest] - block[:, None], axis=2), axis=1))  # without cancellation
+    return np.concatenate(found)
 
 
 def _about_dependence(train: Values, columns: Sequence[str], source: str) -> Iterator[str]:
@@ -190,36 +153,17 @@ def _about_dependence(train: Values, columns: Sequence[str], source: str) -> Ite
     )
 
 
-def find_dependence(table: Values) -> Iterator[tuple[int, list[int]]]:
-    """Yield each column that is a linear function of those before it, and the ones that it depends on."""
-    centred = table - table.mean(0)
-    sd = centred.std(0)
-    scaled = centred / np.where(sd > 0, sd, 1)
-    basis: list[Values] = []
-    independent: list[int] = []
-    for column in range(table.shape[1]):
-        if len(independent) >= len(table) - 2:
-            return  # so few rows lie in a plane whatever they are
-        residual = scaled[:, column].copy()
-        if basis:
-            directions = np.stack(basis)
-            for _ in range(2):  # the second pass removes the rounding of the first
-                residual -= directions.T @ (directions @ residual)
-        spread = float(np.sqrt(np.mean(residual**2)))
-        if spread > _tolerance(table[:, column], float(sd[column])):
-            basis.append(residual / np.linalg.norm(residual))
-            independent.append(column)
-            continue
-        weights = np.linalg.lstsq(scaled[:, independent], scaled[:, column], rcond=None)[0]
-        yield column, [i for i, weight in zip(independent, weights, strict=True) if abs(weight) > 1e-3]
-
-
-def _tolerance(values: Values, sd: float) -> float:
-    """Return the residual, in standard deviations, that rounding explains."""
-    unit = rounding_unit(np.unique(values))
-    rounded = 0.0 if unit is None or sd == 0 else unit / sd
-    spacing = float(np.spacing(np.abs(values).max())) / sd if sd > 0 else 0.0
-    return max(MAX_RESIDUAL, 4 * spacing, rounded if rounded < 0.01 else 0.0)
+def _about_surfaces(train: Values, columns: Sequence[str], source: str) -> Iterator[str]:
+    dependent = {column for column, _ in find_dependence(train[:MAX_ROWS])}  # which has been said
+    kept = [i for i in range(len(columns)) if i not in dependent]
+    found = [[columns[kept[i]] for i in group] for group in find_surfaces(train[:, kept])]
+    if found:
+        named = "; ".join(" and ".join(map(repr, group)) for group in found[:MAX_NAMES])
+        more = f"; and {len(found) - MAX_NAMES} more groups" if len(found) > MAX_NAMES else ""
+        yield (
+            f"{source}: rows lie on a curve or surface in the columns {named}{more}, as where one is a function of the "
+            "others, so they fill no volume and a density can grow without limit; drop one with columns=[...]"
+        )
 
 
 def _about_outliers(table: Values, train: NDArray[np.int64], columns: Sequence[str], source: str) -> Iterator[str]:

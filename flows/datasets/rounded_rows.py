@@ -92,7 +92,21 @@ class RoundedRows:
         self.groups = _groups(len(self.steps))
         self.without = None if entry["without"] is None else entry["without"].numpy().view(np.uint64)
         self.chance_without = [float(chance) for chance in entry["chance_without"]]
+        self._check_entry()
         self._found: dict[tuple[str, int], Found | None] = {}
+
+    def _check_entry(self) -> None:
+        """Raise `ValueError` unless the parts of the entry fit each other."""
+        groups, shape = len(self.groups), () if self.without is None else self.without.shape
+        width = next(iter(self.rows.values())).shape[1]
+        if self.steps.shape != (width,) or not (np.isfinite(self.steps) & (self.steps > 0)).all():
+            raise ValueError(f"{width} columns have the steps {self.steps.tolist()}")
+        if self.hashes.shape != (min(self.total, MAX_KEPT),):
+            raise ValueError(f"{self.total} rows have {self.hashes.shape} hashes")
+        if (shape[:1] != (groups,) or len(shape) != 2) if groups else shape:
+            raise ValueError(f"{groups} groups of columns have hashes of shape {shape}")
+        if len(self.chance_without) != groups:
+            raise ValueError(f"{groups} groups of columns have {len(self.chance_without)} chances")
 
     @cached_property
     def only_rounding(self) -> bool:

@@ -18,11 +18,12 @@ from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets.base import Dataset
 from flows.datasets.batches import Batch, EpochStream, convert
-from flows.datasets.diagnosis import find_ties, rounding_unit, warnings_about
+from flows.datasets.diagnosis import warnings_about
 from flows.datasets.hashing import content_keys, word_keys
 from flows.datasets.readers import read_groups, read_table
 from flows.datasets.splits import content_split, group_split, random_split
 from flows.datasets.table_columns import choose_columns
+from flows.datasets.ties import find_ties, rounding_unit
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
 
 LOGGER = logging.getLogger("flows")

@@ -178,9 +178,12 @@ class DensityEvaluator(FlowEvaluator):
         """
         batches, _ = part_batches(flow, self.dataset, part, MASS_POINTS, MASS_POINTS)
         batch = next(iter(batches))
-        contexts = [None] if batch.context is None else batch.context.unique(dim=0)[: MASS_CONTEXTS if thorough else 1]
+        contexts, generator = [None], self.generator(flow, "mass")
+        if batch.context is not None:
+            every = batch.context.unique(dim=0)  # in order, so that the first may be an outlier
+            order = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.seed))
+            contexts = every[order[: MASS_CONTEXTS if thorough else 1]]
         low, high = box(batch.x)
-        generator = self.generator(flow, "mass")
         try:
             found = [mass(flow, low, high, one, generator, samples=thorough) for one in contexts]
         except FlowsError as error:  # between the data the field may be stiff, or the transform undefined

@@ -78,7 +78,8 @@ class ImportanceWeights:
         noise = self.probe_error or 0.0
         bias = max(self.probe_bias, noise**2 / 2)
         if noise > MOST_NOISE or bias / 3 > max(TOLERANCE, self._log_z_spread):
-            return f"the noise of the probes raises log Z by {bias:.2g} nats, too much to correct; {cure}"
+            much = f"{bias:.2g} nats" if math.isfinite(bias) else "an unknown amount"
+            return f"the noise of the probes raises log Z by {much}, too much to correct; {cure}"
         if self.known_log_z is not None:
             excess = self.log_z - self.known_log_z
             if below_zero(-excess, self.log_z_se, self.num_samples):

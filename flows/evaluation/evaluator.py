@@ -122,10 +122,10 @@ def aligned(rows: Sequence[tuple[str, str]]) -> str:
 
 def set_apart(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Replace unresolved metrics by None and keep their values as `<name>_unresolved`."""
-    apart = {f"{name}_unresolved": metrics[name] for name in names if metrics.get(name) is not None}
+    apart = {f"{name}_unresolved": known(metrics[name]) for name in names if metrics.get(name) is not None}
     return {**metrics, **{name: None for name in names if name in metrics}, **apart}
 
 
 def known(value: float | None) -> float | None:
-    """Return the value, or None where it is NaN, which JSON does not have."""
-    return None if value is None or math.isnan(value) else value
+    """Return the value, or None where it is NaN or infinite, which JSON does not have."""
+    return None if value is None or not math.isfinite(value) else value

@@ -101,6 +101,13 @@ class CNF(nn.Module):
         """Move or convert all tensors; complex ones keep their imaginary parts."""
         return super()._apply(keeping_complex(fn), recurse)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a flow that was pickled when its options were plain attributes."""
+        for name in ("solver", "divergence"):
+            if name in state:
+                state[f"_{name}"] = state.pop(name)
+        super().__setstate__(state)
+
     @property
     def divergence(self) -> DivergenceEstimator:
         """What estimates the divergence of the field."""

@@ -12,17 +12,17 @@ from torch import nn
 from flows.errors import InvalidValueError
 
 RANDOM = (
-    "{name} is random in training mode, so its output changes from call to call: no step meets a tolerance, and the "
-    "log-density means nothing"
+    "{name} is random in training mode, so its output changes from call to call: no step meets a tolerance, and a "
+    "solve means nothing"
 )
 MIXING = (
     "{name} normalises by the mean and variance of the batch{why}: the velocity of a point depends on the other "
-    "points, and its log-density is not its own"
+    "points, and so would its solution and its log-density"
 )
-EVAL = "Call flow.eval() before solving"
+EVAL = "Call eval() on the model before solving"
 RANDOM_CURE = f"{EVAL}; to train through solves, set its dropout to 0, and regularise with weight_decay instead"
 MIXING_CURE = f"{EVAL}; to train through solves, replace it by nn.GroupNorm or nn.LayerNorm"
-UNTRACKED_CURE = "Replace it by nn.GroupNorm or nn.LayerNorm, or set track_running_stats=True and call flow.eval()"
+UNTRACKED_CURE = "Replace it by nn.GroupNorm or nn.LayerNorm, or set track_running_stats=True and call eval()"
 
 
 def _dropout(module: Any) -> tuple[str, str] | None:

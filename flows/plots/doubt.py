@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flows.models.cnf import CNF
 from flows.models.mass import ALLOWED, mass
-from flows.models.resolution import CHECKED_POINTS, TOLERANCE
+from flows.models.resolution import CHECKED_POINTS, solver_fault
 
 
 def doubt(
@@ -38,7 +38,7 @@ def doubt(
         assert estimate.solver_error is not None  # as asked for
         error = float(estimate.solver_error.double().mean())
         spread = float(estimate.value.double().std()) / len(few) ** 0.5 if len(few) > 1 else 0.0
-        if not error <= max(TOLERANCE, spread):
+        if solver_fault(error, spread, flow.solver) is not None:
             return "unresolved: solver error " + ("unknown" if math.isnan(error) else f"{error:.2g} nats")
     if abs(grid_mass - 1) <= ALLOWED:
         return None

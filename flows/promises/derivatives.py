@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flows.errors import ComputationError, InvalidValueError
+from flows.errors import ComputationError, FlowsError, InvalidValueError
 from flows.promises.failures import explained
 from flows.promises.specimen import is_velocity
 from flows.promises.untouched import awake, untouched
@@ -108,10 +108,12 @@ class _Comparison:
             known = explained(error, self.name)
             if known is not error:
                 raise known from error
+            if isinstance(error, FlowsError):
+                raise
             if self.forward:
                 raise ComputationError(
-                    f"forward-mode products fail for the field {self.name} ({str(error).splitlines()[0]}); use "
-                    "mode='reverse' for the divergence estimator"
+                    f"forward-mode products fail for the field {self.name} ({_first_line(error)}); use mode='reverse' "
+                    "for the divergence estimator"
                 ) from error
             return ""  # the caller's own evaluation will fail
         if first is None:
@@ -150,7 +152,7 @@ class _Comparison:
                 return str(known)
             return (
                 f"the divergence of the field {self.name} cannot be differentiated "
-                f"({str(error).strip().splitlines()[0]}), which training by likelihood needs; flow matching with "
+                f"({_first_line(error)}), which training by likelihood needs; flow matching with "
                 "divergence_weight=0 does not"
             )
 
@@ -174,6 +176,11 @@ def _missing(name: str, what: str, found: Tensor, expected: Tensor, forward: boo
         "be wrong. Look for detach(), .data, numpy, torch.no_grad(), or an autograd.Function whose backward is not the "
         f"derivative of its forward{other}"
     )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:  # (B,)

@@ -32,11 +32,12 @@ _REVERSE = "use mode='reverse' for the divergence estimator"
 # What a message of torch must contain, in lower case, and what to do. The first that fits is used.
 KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
     (("forward ad", "scaled_dot_product"), f"fused attention has no forward mode; {_REVERSE}, or {_ATTENTION}"),
-    (("scaled_dot_product",), _SECOND + _ATTENTION[0].upper() + _ATTENTION[1:] + _NO_CLOSED_FORM),
+    (("derivative", "scaled_dot_product"), _SECOND + _ATTENTION[0].upper() + _ATTENTION[1:] + _NO_CLOSED_FORM),
     (("forward ad", "cdist"), f"torch.cdist has no forward mode; {_CDIST}"),
-    (("cdist",), _SECOND + _CDIST[0].upper() + _CDIST[1:] + _NO_CLOSED_FORM),
-    (("donated buffer",), "the backward pass of compiled code runs once, and a divergence takes several; leave the "
-        "field uncompiled, or use mode='forward' for the divergence estimator"),
+    (("derivative", "cdist"), _SECOND + _CDIST[0].upper() + _CDIST[1:] + _NO_CLOSED_FORM),
+    (("donated buffer",), "the backward pass of compiled code runs once, and an exact divergence takes several; leave "
+        "the field uncompiled, or use mode='forward' or Hutchinson() for the divergence estimator; flow matching with "
+        "divergence_weight=0 takes no divergence"),
     (("double backward",), _COMPILED),
     (("once_differentiable",), _SECOND + "Write the backward of the autograd.Function in differentiable operations"),
     (("forward ad",), f"this operation has no forward mode; {_REVERSE}"),
@@ -65,7 +66,9 @@ KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
         "tensor"),
     (("backward through the graph a second time",), "the field holds a tensor whose graph is gone, such as a value "
         "cached in an earlier call; compute it in forward, or pass it as context"),
-    (("derivative", "not implemented"), _SECOND + "Replace it by basic operations" + _NO_CLOSED_FORM),
+    (("cannot access data pointer",), f"forward-mode products go through no code outside torch; {_REVERSE}, and "
+        "compute with the functions of torch"),
+    (("derivative for", "is not implemented"), _SECOND + "Replace it by basic operations" + _NO_CLOSED_FORM),
 )  # fmt: skip
 
 
@@ -78,11 +81,14 @@ def explained(error: Exception, name: str) -> Exception:
     """
     if isinstance(error, FlowsError):
         return error
+    if not isinstance(error, RuntimeError | TypeError) and not type(error).__module__.startswith("torch"):
+        return error
     kind = type(error).__name__
     text = f"{kind} {error}".lower()
+    lines = str(error).strip().splitlines() or [kind]
     for words, cure in KNOWN:
         if all(word in text for word in words):
-            first = str(error).strip().splitlines()[0].split(". ")[0][:200]
+            first = lines[0].split(". ")[0][:200]
             return ComputationError(f"the field {name} failed: {first}. The reason: {cure}")
     return error
 
