@@ -16,13 +16,6 @@ FAILURE = 1  # the exit code
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert server.run("staged", folder) == 0
-    return state(folder)
-
-
-@pytest.fixture(scope="module")
 def counts():
     found = {"failures": 0, "tracebacks": 0}
     yield found

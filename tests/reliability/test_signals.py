@@ -24,13 +24,6 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert server.run("staged", folder) == 0
-    return state(folder)
-
-
-@pytest.fixture(scope="module")
 def counts():
     found = {"signals": 0, "lost": 0}
     yield found
