@@ -149,6 +149,8 @@ def test_until_counts_from_the_start_of_each_series():
 
 def test_standardise_fits_to_series_as_to_tables():
     data = Series(*ramps())
+    train = data.part("train")
+    assert torch.equal(data.reference(), train.x[train.mask])
     transform = flows.transforms.Standardise(2).fit(data.reference())
     y = transform(data.reference())[0]
     torch.testing.assert_close(y.mean(0), torch.zeros(2, dtype=y.dtype), atol=1e-6, rtol=0)
