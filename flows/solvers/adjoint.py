@@ -80,7 +80,7 @@ class _AdjointDynamics(RightHandSide):
     """d/dt (y, a, ∂L/∂θ) = (f, −aᵀ ∂f/∂y, −aᵀ ∂f/∂θ)."""
 
     def __init__(self, function: RightHandSide, parameters: tuple[Tensor, ...], like: State) -> None:
-        super().__init__(self._derivatives, like, lambda: None)
+        super().__init__(self._derivatives, like, lambda: None, jumps=function.jumps)
         self.function = function
         self.parameters = parameters
 

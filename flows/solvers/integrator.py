@@ -49,10 +49,7 @@ class Integrator:
         method = self.tableau
         if method is None:
             at, pick = outputs.grid()
-            states = integrate_by_torchdiffeq(
-                self.method, function, state, at, self.norm, self.step_size, self.limits, self.options, log
-            )
-            return pick(states)
+            return pick(self._by_torchdiffeq(function, state, at, log))
         pieces: list[State] = []
         position = 0
         for step in self.steps(method, function, state, outputs, log):
@@ -60,6 +57,33 @@ class Integrator:
             pieces += outputs.within(method, step, position, count)
             position += count
         return outputs.join(pieces)
+
+    def _by_torchdiffeq(
+        self, function: RightHandSide, state: State, times: Sequence[float], log: StepLog
+    ) -> State:  # each component (times, *component)
+        """The states at all times; the method starts anew where the function jumps."""
+        jumps = [] if function.jumps is None else function.jumps.between(times[0], times[-1])
+        sign = math.copysign(1.0, times[-1] - times[0])
+        found: list[State] = []
+        goals, first = [*jumps, times[-1]], times[0]
+        for goal in goals:
+            inside = [t for t in times if sign * first < sign * t < sign * goal]
+            points = [first, *inside, goal]
+            piece = integrate_by_torchdiffeq(
+                self.method,
+                function.between(first, goal),
+                state,
+                points,
+                self.norm,
+                self.step_size,
+                self.limits,
+                self.options,
+                log,
+            )
+            state, first = tuple(component[-1] for component in piece), goal
+            begins, ends = int(bool(found)), len(points) - int(goal not in times)
+            found.append(tuple(component[begins:ends] for component in piece))
+        return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
 
     def steps(
         self, method: RungeKutta, function: RightHandSide, state: State, outputs: Outputs, log: StepLog

@@ -5,11 +5,15 @@ from __future__ import annotations
 import bisect
 import copy
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flows.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from flows.solvers.jumps import Jumps
 
 ADJOINT = "adjoint of "  # prefix of a component's name for its adjoint
 PARAMETERS = "gradient of a parameter"  # name of the components of an adjoint solve that belong to parameters
@@ -49,33 +53,61 @@ class RightHandSide:
         like: a state with the shapes, dtype and device to expect.
         count: called once per evaluation.
         ends: where each sample ends, if they end apart. A sample that has ended does not move.
+        jumps: where the dynamics jump in time, if they do.
     """
 
-    def __init__(self, dynamics: Dynamics, like: State, count: Callable[[], None], ends: RowEnds | None = None) -> None:
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        like: State,
+        count: Callable[[], None],
+        ends: RowEnds | None = None,
+        jumps: Jumps | None = None,
+    ) -> None:
         self.dynamics = dynamics
         self.shapes = [tuple(component.shape) for component in like]
         self.dtype, self.device = like[0].dtype, like[0].device
         self.count = count
         self.ends = ends
+        self.jumps = jumps if jumps else None
         self.moving: Tensor | None = None  # (B,), which samples move in this step; None: all
+        self.bounds: tuple[float, float] | None = None  # of the times at which this step may evaluate
 
     def __call__(self, t: float | Tensor, state: State) -> State:
         self.count()
-        is_tensor = isinstance(t, Tensor)
-        time = t.to(self.dtype) if is_tensor else torch.full((), t, dtype=self.dtype, device=self.device)
+        if isinstance(t, Tensor):
+            time = t.to(self.dtype) if self.bounds is None else t.to(self.dtype).clamp(*self.bounds)
+        else:
+            if self.bounds is not None:
+                t = min(max(t, self.bounds[0]), self.bounds[1])
+            time = torch.full((), t, dtype=self.dtype, device=self.device)
         derivatives = self.dynamics(time, state)
         shapes = [tuple(derivative.shape) for derivative in derivatives]
         if shapes != self.shapes:
             raise InvalidValueError(f"the dynamics must return derivatives of shapes {self.shapes}, got {shapes}")
         return self.stop(tuple(derivative.to(self.dtype) for derivative in derivatives))
 
-    def in_step(self, t0: float) -> RightHandSide:
-        """The same function for a step from `t0`, in which only those samples move that end later."""
-        if self.ends is None:
+    def in_step(self, t0: float, t1: float) -> RightHandSide:
+        """The same function for a step, in which only those samples move that end after `t0`."""
+        if self.ends is None and self.jumps is None:
+            return self
+        step = self.between(t0, t1)
+        if self.ends is not None:
+            step = copy.copy(step)
+            step.moving = self.ends.moving(t0)
+        return step
+
+    def between(self, t0: float, t1: float) -> RightHandSide:
+        """The same function, evaluated between the jumps around two times only."""
+        if self.jumps is None:
             return self
         step = copy.copy(self)
-        step.moving = self.ends.moving(t0)
+        step.bounds = self.jumps.around(t0, t1)
         return step
+
+    def restarts(self, t: float) -> bool:
+        """Whether the derivatives jump at `t`, so that those of the step before are of no use."""
+        return self.jumps is not None and t in self.jumps
 
     def moving_share(self, t0: float) -> float:
         """The share of samples that move in a step from `t0`."""

@@ -155,12 +155,13 @@ class _Segment:
             if slope is None and (method.is_adaptive or record.interpolates):
                 if record.draws:
                     set_random_state(record.random, device)
-                slope = function(steps[0].t0, state)
+                slope = function.between(steps[0].t0, steps[0].t1)(steps[0].t0, state)
             for step in steps:
                 if record.draws:
                     set_random_state(step.random, device)
-                moving = function.in_step(step.t0)
-                slope = None if slope is None else moving.stop(slope)
+                moving = function.in_step(step.t0, step.t1)
+                at_a_jump = step is not record.steps[0] and function.restarts(step.t0)
+                slope = None if slope is None or at_a_jump else moving.stop(slope)
                 taken = take_step(method, moving, step.t0, step.t1, state, slope, record.interpolates)
                 inside = step.first_output, step.num_outputs
                 found = task.outputs.within(method, taken, *inside)

@@ -15,6 +15,7 @@ from flows.errors import InvalidTypeError, InvalidValueError
 from flows.solvers.adjoint import solve_with_adjoint
 from flows.solvers.control import ErrorControl, ErrorNorm
 from flows.solvers.integrator import Integrator
+from flows.solvers.jumps import jumps_of
 from flows.solvers.multistep import ADAMS, SCIPY, check_options
 from flows.solvers.outputs import Outputs
 from flows.solvers.problem import ADJOINT, PARAMETERS, Dynamics, State, batch_size_of, component_names
@@ -199,14 +200,16 @@ class ODESolver:
         last time. With times of shape (B, T), each sample has its own, and takes the memory of its own. One solve
         serves all of them. A sample no longer moves after the step that covers its last time.
 
-        Dynamics may have four more attributes:
+        Dynamics may have five more attributes:
 
         - `component_names`: a name for each component, for error control and messages. "state" and "log_density" have
           weights of their own; all others are path costs.
         - `observe(derivatives)`: returns named 0-d tensors, which are kept for every accepted step.
-        - `jumps`: times at which they jump, or their derivatives by the parameters. The adjoint then controls the
-          errors of the parameters' gradients.
         - `fresh()`: returns the same dynamics without tensors that earlier evaluations have cached.
+        - `jumps`: the times at which the derivatives jump, for all samples together, as a switched input does. Steps
+          end there, so that the method keeps its order, and each step sees the values between two jumps only. A method
+          by torchdiffeq starts anew there.
+        - `time_offset`: the largest number that the dynamics add to times, for the rounding of jumps.
 
         Args:
             dynamics: the right-hand side; returns a tuple of derivatives shaped like `state`.
@@ -259,8 +262,7 @@ class ODESolver:
             abs(outputs.end - outputs.start) / 2,  # the error estimate of a single step over everything is unreliable
         )
         forward = Integrator(self.method, norm, limits, self.step_size, self.options)
-        jumps = getattr(dynamics, "jumps", ())
-        counted = 0 if self.adjoint_seminorm and not jumps else num_parameters
+        counted = 0 if self.adjoint_seminorm else num_parameters
         adjoint_norm = replace(
             norm,
             names=(*names, *(ADJOINT + name for name in names), *(PARAMETERS,) * counted),
@@ -269,4 +271,5 @@ class ODESolver:
             atol=self.atol if self.adjoint_atol is None else self.adjoint_atol,
         )
         backward = replace(forward, norm=adjoint_norm)
-        return Task(dynamics, outputs, forward, backward, SolverStatistics(names), Precision(state[0].device))
+        jumps = jumps_of(dynamics, outputs.start, outputs.end, state[0].dtype)
+        return Task(dynamics, outputs, forward, backward, SolverStatistics(names), Precision(state[0].device), jumps)

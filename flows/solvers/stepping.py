@@ -77,28 +77,34 @@ def adaptive_steps(
     attempt has 0.9 r^(−1/p) times the size of this one, within [0.2, 10] times. It is not shorter after an accepted
     attempt, nor longer after a rejected one. When at most four steps would reach the end, they share the rest equally,
     because shorter steps are rejected less often. A single last step may use up the margin of 0.9.
+
+    Where the function jumps, a step ends and the next one starts with a new slope. It is not shorter than the last one
+    would have been without the jump.
     [Hairer, Nørsett & Wanner 1993, II.4]
     """
     t, sign = start, math.copysign(1.0, end - start)
+    goals = iter([*([] if function.jumps is None else function.jumps.between(start, end)), end])
+    goal = next(goals)
     max_step, min_step = limits.max_step, limits.min_step
     finest = 16 * torch.finfo(state[0].dtype).eps * max(abs(start), abs(end))  # shorter: stages have equal times
     if max_step < finest:
         raise InvalidValueError(
             f"max_step must be at least {finest:.2g}, what {state[0].dtype} resolves, got {max_step:g}"
         )
-    slope = function(t, state)
-    size, bad = _initial_size(method, function, state, slope, start, end, norm)
+    first = function.between(t, goal)
+    slope: State | None = first(t, state)
+    size, bad = _initial_size(method, first, state, slope, start, end, norm)
     if bad:
         raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope)
     size = min(max(min(size, limits.first_step), min_step, finest), max_step)
     last: Attempt | None = None
     for _ in range(limits.max_steps):
-        remaining = abs(end - t)
+        remaining, proposed = abs(goal - t), size
         # A last step above min_step needs the margin, or it might be rejected again and again. Rounding of times must
         # not leave a step of its own.
         margin = 1 - TIME_ROUNDING / 2 if size <= min_step else SAFETY
         if size >= margin * remaining and max_step * (1 + TIME_ROUNDING) >= remaining:
-            target = end
+            target = goal
         else:
             if size * SHARED_STEPS > remaining:
                 size = max(remaining / max(2, math.ceil(remaining / size - TIME_ROUNDING)), min_step, finest)
@@ -109,8 +115,8 @@ def adaptive_steps(
                 raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
             raise errors.underflow(log.direction, norm.rtol, norm.atol, t, sign * size, last)
         log.start()
-        moving = function.in_step(t)
-        slope = moving.stop(slope)
+        moving = function.in_step(t, target)
+        slope = moving(t, state) if slope is None else moving.stop(slope)
         step = take_step(method, moving, t, target, state, slope)
         error = error_estimate(method, step)
         ratio, component, sample = norm.worst(error, state, step.end, function.moving_share(t))
@@ -125,10 +131,13 @@ def adaptive_steps(
             if log.accept is not None:
                 log.accept(error)
             yield step
-            if target == end:
-                return
             t, state, slope = target, step.end, step.next_slope
-        size = min(max(size * _growth(ratio, method.order), min_step), max_step)
+        size = size * _growth(ratio, method.order)
+        if accepted and target == goal:
+            if goal == end:
+                return
+            goal, slope, size = next(goals), None, max(size, proposed)
+        size = min(max(size, min_step), max_step)
     raise errors.step_limit(log.direction, limits.max_steps, t, sign * size, last, max_step)
 
 
@@ -148,10 +157,12 @@ def fixed_steps(
             because that slope is also the first one of the next step.
     """
     slope = None
-    for t0, t1 in itertools.pairwise(grid(times, step_size)):
+    stops = times if function.jumps is None else function.jumps.through(times)
+    for t0, t1 in itertools.pairwise(grid(stops, step_size)):
         log.start()
-        moving = function.in_step(t0)
-        step = take_step(method, moving, t0, t1, state, None if slope is None else moving.stop(slope), with_next_slope)
+        moving = function.in_step(t0, t1)
+        known = None if slope is None or function.restarts(t0) else moving.stop(slope)
+        step = take_step(method, moving, t0, t1, state, known, with_next_slope)
         log.record(Attempt(t0, t1 - t0), step.slopes[0])
         yield step
         state, slope = step.end, step.next_slope

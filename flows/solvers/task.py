@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flows.errors import InvalidValueError
 from flows.solvers.integrator import Integrator
+from flows.solvers.jumps import MARGIN, Jumps
 from flows.solvers.outputs import Outputs, OwnTimes, SharedTimes
 from flows.solvers.problem import ADJOINT, Dynamics, RightHandSide, State, batch_size_of
 from flows.solvers.replay import Precision
@@ -30,6 +31,7 @@ class Task:
         backward: how to solve for the adjoint.
         statistics: grow while the task is solved.
         precision: the autocast setting to evaluate the dynamics in.
+        jumps: where the dynamics jump in time.
     """
 
     dynamics: Dynamics
@@ -38,14 +40,16 @@ class Task:
     backward: Integrator
     statistics: SolverStatistics
     precision: Precision
+    jumps: Jumps
 
     def forward_function(self, state: State) -> RightHandSide:
         """The dynamics, counted as evaluations of the forward solve."""
-        return RightHandSide(self.dynamics, state, self.statistics.count_forward, self.outputs.ends)
+        return RightHandSide(self.dynamics, state, self.statistics.count_forward, self.outputs.ends, self.jumps)
 
     def backward_function(self, state: State) -> RightHandSide:
         """The dynamics without cached tensors, counted as evaluations for the gradient."""
-        return RightHandSide(self.dynamics, state, self.statistics.count_backward, self.outputs.ends).fresh()
+        function = RightHandSide(self.dynamics, state, self.statistics.count_backward, self.outputs.ends, self.jumps)
+        return function.fresh()
 
     def forward_log(self, begin: Callable[[], None] | None = None) -> StepLog:
         """Where the forward solve records its steps; `begin` is called before each attempt."""
@@ -65,7 +69,21 @@ class Task:
         assert isinstance(self.outputs, OwnTimes)
         function.ends = None
         end, start = (self.outputs.times[:, j].to(state[0]) for j in (i, i - 1))
-        return _Warped(function, state, start, end - start), (1.0, 0.0)
+        return _Warped(function, state, start, end - start, self._warped_jumps(i, state)), (1.0, 0.0)
+
+    def _warped_jumps(self, i: int, state: State) -> Jumps:
+        """The jumps of all samples, as shares of their intervals from output time `i` − 1 to `i`."""
+        if not self.jumps:
+            return Jumps()
+        assert isinstance(self.outputs, OwnTimes)
+        start, end = (self.outputs.times[:, j : j + 1] for j in (i - 1, i))
+        shares = (torch.tensor(self.jumps.times, dtype=torch.float64) - start) / (end - start)  # NaN in samples at rest
+        inside = (shares >= 0) & (shares <= 1)
+        if not bool(inside.any()):
+            return Jumps()
+        shortest = float((end - start).abs()[inside.any(1)].min())
+        margin = max(self.jumps.margin / shortest, MARGIN * torch.finfo(state[0].dtype).eps)
+        return Jumps(shares[inside].tolist(), margin)
 
     def integrate_adjoint(self, function: RightHandSide, state: State, start: float, end: float) -> State:
         """The state at `end`: the components, the adjoint of each, and the gradients of the parameters."""
@@ -85,8 +103,8 @@ class _Warped(RightHandSide):
     With t = start + s · length, dy/ds = length · f(t, y).
     """
 
-    def __init__(self, function: RightHandSide, like: State, start: Tensor, length: Tensor) -> None:
-        super().__init__(self._derivatives, like, lambda: None)
+    def __init__(self, function: RightHandSide, like: State, start: Tensor, length: Tensor, jumps: Jumps) -> None:
+        super().__init__(self._derivatives, like, lambda: None, jumps=jumps)
         self.function = function
         self.start, self.length = start, length
 
