@@ -96,6 +96,11 @@ class AugmentedDynamics:
         sign = 1 if times[-1] > times[0] else -1
         return {cost.name: sign * component for cost, component in zip(self.costs, components, strict=True)}
 
+    @property
+    def jumps(self) -> Tensor | Sequence[float]:
+        """The times at which the field jumps, onto which the solver steps."""
+        return self.estimator.field.jumps
+
     def fresh(self) -> AugmentedDynamics:
         """The same dynamics without the tensors that the bound field keeps from earlier evaluations."""
         return AugmentedDynamics(self.estimator.fresh(), self.probes, self.costs, self.directions)
@@ -161,6 +166,19 @@ class StateDynamics:
     def path_costs(self, components: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
         """The costs by name, as integrals over |dt|, from the components at the end of a solve."""
         return {cost.name: sign * component for cost, component in zip(self.costs, components, strict=True)}
+
+    @property
+    def jumps(self) -> Tensor | Sequence[float]:
+        """The times at which the field jumps for any of the samples, as the solver counts them."""
+        jumps = self.field.jumps
+        if self.starts is None or not len(jumps):
+            return jumps
+        return torch.as_tensor(jumps, dtype=torch.float64) - self.starts[:, None].to("cpu", torch.float64)
+
+    @property
+    def time_offset(self) -> float:
+        """The largest number that is added to times."""
+        return 0.0 if self.starts is None or not len(self.starts) else float(self.starts.abs().max())
 
     def fresh(self) -> StateDynamics:
         """The same dynamics without the tensors that the bound field keeps from earlier evaluations."""

@@ -31,6 +31,8 @@ class BoundField:
       that passes through a narrow layer.
     - `potential(t, x) -> (B,)`: Φ of a field v = −∇Φ.
     - `receptive_radius`: how many grid sites away, along any axis, a velocity can depend on x.
+    - `correction(t, x) -> (B, *event)`: what a network adds to known equations, of a view such as that of `Physics`.
+    - `jumps`: the times at which the field jumps, (J,) for all samples or (B, J), onto which solves step.
 
     Whether it takes a context is the business of
 
@@ -80,11 +82,37 @@ class BoundField:
         self.encode = self._given_context(self._watched(getattr(field, "encode", None)))
         self.decode = self._given_context(self._watched(getattr(field, "decode", None)))
         self.potential = self._given_context(self._watched(getattr(field, "potential", None)))
+        self.correction: Callable[..., Tensor] | None = None
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         if self._evaluation is not None:
             return self._evaluation(self.field, t, x, *(() if self.context is None else (self.context,)))
         return self.field(t, x) if self.context is None else self.field(t, x, self.context)
+
+    def at(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
+        """The velocity with a context of this evaluation's own, of a field that was bound to none."""
+        return self.field(t, x, *context) if self._evaluation is None else self._evaluation(self.field, t, x, *context)
+
+    @property
+    def jumps(self) -> Tensor | Sequence[float]:  # (J,) or (B, J)
+        """The times at which the field jumps."""
+        return getattr(self.field, "jumps", ())
+
+    def check_times(self, first: Tensor | float | None, last: Tensor | float | None) -> None:
+        """Raise `InvalidValueError` if the field is not known at all times of a solve.
+
+        Args:
+            first, last: the ends of the solve, for all samples or (B,).
+        """
+        del first, last
+
+    def in_units(
+        self,
+        transform: Any,  # from data space to the space of the field
+    ) -> BoundField:
+        """The view for states behind a transform. A network takes any numbers; equations have units."""
+        del transform
+        return self
 
     @property
     def strangers(self) -> list[BoundField]:

@@ -6,6 +6,7 @@ from flows.fields.base import Field
 from flows.fields.concat_squash import ConcatSquashMLP
 from flows.fields.conv import ConvNet
 from flows.fields.equivariant import EquivariantKernel
+from flows.fields.forced import Forced
 from flows.fields.guided import Guided
 from flows.fields.hollow import Hollow
 from flows.fields.linear import Linear
@@ -13,6 +14,7 @@ from flows.fields.mlp import MLP
 from flows.fields.modulation import Modulation
 from flows.fields.multiscale import Multiscale
 from flows.fields.periodic_conv import PeriodicConv
+from flows.fields.physics import Coefficient, Physics
 from flows.fields.planar import Planar
 from flows.fields.potential import Potential
 from flows.fields.time import SinusoidalTime
@@ -24,17 +26,20 @@ __all__ = [
     "Activation",
     "Adapter",
     "BoundField",
+    "Coefficient",
     "ConcatSquashMLP",
     "ConvNet",
     "Elementwise",
     "EquivariantKernel",
     "Field",
+    "Forced",
     "Guided",
     "Hollow",
     "Linear",
     "Modulation",
     "Multiscale",
     "PeriodicConv",
+    "Physics",
     "Planar",
     "Potential",
     "SiLU",

@@ -42,6 +42,8 @@ class Adapter(Field):
         context_shape: shape of the context, needed exactly if `"context"` is among the arguments.
     """
 
+    runs_foreign_code = True
+
     def __init__(
         self,
         module: nn.Module,

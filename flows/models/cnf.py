@@ -195,7 +195,9 @@ class CNF(nn.Module):
         """The field as one solve sees it, with a context that is encoded already; see `encode`.
 
         `flow.divergence.bind(flow.bind())` states the cost and the exactness of the divergence of this flow."""
-        return bind(self.field, context, self.event_shape)
+        view = bind(self.field, context, self.event_shape).in_units(self.transform)
+        view.check_times(0.0, 1.0)
+        return view
 
     @checked
     def encode(

@@ -85,7 +85,7 @@ class NeuralODE(nn.Module):
         context: Tensor | None = None,  # (B, *context)
     ) -> BoundField:
         """The field as one solve sees it."""
-        return bind(self.field, context, self.event_shape)
+        return bind(self.field, context, self.event_shape).in_units(self.transform)
 
     @checked
     def forward(
@@ -142,6 +142,7 @@ class NeuralODE(nn.Module):
         table = Times(times, mask, batch_shape, points)
         directions = draw_directions(path_costs, points, generator)
         bound = self.bind(context)
+        bound.check_times(*table.ends)
         normal = Normal(self.event_shape).to(points.device, points.dtype)
         examine(normal, bound, points, own_times=table.own_times(self.solver.gradient))
         dynamics = StateDynamics(bound, path_costs, directions, table.starts)

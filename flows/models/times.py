@@ -104,6 +104,12 @@ class Times:
         times = self.seconds.detach()
         return (float(times.min()), float(times.max())) if times.numel() else (0.0, 1.0)
 
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The first and the last time of each row, (B,), or of all, (), as given."""
+        rows = self.relative if self.starts is None else self.relative + self.starts.to("cpu", torch.float64)[:, None]
+        return rows[..., 0], rows[..., -1]
+
     def own_times(self, gradient: str) -> str:
         """Why the field will be called with one time per sample, if it will."""
         if self.starts is not None:

@@ -115,6 +115,7 @@ def is_built_in(field: Any) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     kind, own = type(module), module.__dict__
-    known = kind in PLAIN_LAYERS or (kind.__module__.startswith("flows.") and kind.__name__ != "Adapter")
+    own_code = kind.__module__.startswith("flows.") and not getattr(module, "runs_foreign_code", False)
+    known = kind in PLAIN_LAYERS or own_code
     changed = any(own.get(hooks) for hooks in HOOKS) or "forward" in own
     return known and not changed and not any(isinstance(value, Tensor) for value in own.values())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flows import equations
 from flows.arguments import checked
 from flows.bases import Base
 from flows.datasets import Dataset, Density, Energy
@@ -44,6 +45,7 @@ MODULES = (
     "datasets",
     "divergence",
     "encoders",
+    "equations",
     "evaluation",
     "fields",
     "models",
@@ -192,6 +194,8 @@ def _check_target(target: Any, trust: Sequence[str], where: str, part: str) -> N
     allowed = PARTS.get(part, _Part(()))
     kinds = allowed.kinds if is_outer else allowed.inside
     found: Any = _find(target) if package == OWN else None
+    if part == "field" and inspect.isfunction(found) and found.__module__ == equations.__name__:
+        return
     if isinstance(target, str) and target in SAFE_NAMES:
         found = getattr(nn if target.startswith("torch.nn.") else torch.optim, target.rpartition(".")[2])
     concrete = inspect.isclass(found) and not inspect.isabstract(found) and not found.__name__.startswith("_")

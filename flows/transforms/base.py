@@ -30,12 +30,14 @@ class Transform(CheckedMethods, nn.Module, ABC, checks=("forward", "inverse", "c
         term: name of log_det among the terms of the log-density.
         num_levels: number L of levels if the transform makes whole numbers 0, ..., L − 1 continuous. Default: None.
         event_shape: shape of a point. Default: None, any.
+        is_affine: whether y = A x + b, so that equations in data space can be converted exactly. Default: no.
         exact_buffers: names of buffers that stay in float64 when the module is moved to another dtype.
     """
 
     term: str = "scaling"
     num_levels: int | None = None
     event_shape: tuple[int, ...] | None = None
+    is_affine: bool = False
     exact_buffers: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -70,6 +72,13 @@ class Transform(CheckedMethods, nn.Module, ABC, checks=("forward", "inverse", "c
         y: Tensor,  # (B, *event), flow space
     ) -> tuple[Tensor, Tensor]:  # (B, *event) and (B,)
         """Return x and −log_det in nats."""
+
+    def push_velocity(
+        self,
+        velocity: Tensor,  # dx/dt, (B, *event)
+    ) -> Tensor:  # dy/dt, (B, *event)
+        """Return A dx/dt, for an affine transform."""
+        raise InvalidValueError(f"{type(self).__name__} is no affine transform, so velocities depend on x")
 
     def account(
         self, x: Tensor, generator: torch.Generator | None = None
@@ -119,6 +128,11 @@ def in_data_units(
 class Identity(Transform):
     """The identity: data space is flow space."""
 
+    is_affine = True
+
+    def push_velocity(self, velocity: Tensor) -> Tensor:
+        return velocity
+
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return x, x.new_zeros(len(x))
 
@@ -161,6 +175,15 @@ class Compose(Transform):
     @property
     def num_levels(self) -> int | None:
         return self._parts()[0].num_levels
+
+    @property
+    def is_affine(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(part.is_affine for part in self._parts())
+
+    def push_velocity(self, velocity: Tensor) -> Tensor:
+        for transform in self._parts():
+            velocity = transform.push_velocity(velocity)
+        return velocity
 
     def _parts(self) -> list[Transform]:
         return cast("list[Transform]", list(self.transforms.values()))

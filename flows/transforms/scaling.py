@@ -24,6 +24,8 @@ class UnitInterval(Transform):
         num_levels: L.
     """
 
+    is_affine = True
+
     def __init__(self, num_levels: int | None) -> None:
         super().__init__()
         self.scale = checked_levels(num_levels)
@@ -33,6 +35,9 @@ class UnitInterval(Transform):
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return y * self.scale, -self._log_det(y)
+
+    def push_velocity(self, velocity: Tensor) -> Tensor:
+        return velocity / self.scale
 
     def _log_det(self, x: Tensor) -> Tensor:
         return x.new_full((len(x),), -math.prod(x.shape[1:]) * math.log(self.scale))
@@ -56,6 +61,7 @@ class Standardise(Transform):
     """
 
     exact_buffers: ClassVar[tuple[str, ...]] = ("mean", "sd")
+    is_affine = True
     mean: Tensor
     sd: Tensor
 
@@ -100,6 +106,9 @@ class Standardise(Transform):
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x = in_data_units(y * self.sd + self.mean, y.dtype, self.mean.abs() / self.sd)
         return x, self._log_sd(y)
+
+    def push_velocity(self, velocity: Tensor) -> Tensor:
+        return (velocity / self.sd).to(velocity.dtype)
 
     def _log_sd(self, y: Tensor) -> Tensor:
         return self.sd.log().sum().to(y.dtype).expand(len(y))

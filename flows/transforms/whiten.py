@@ -46,6 +46,7 @@ class Whiten(Transform):
     """
 
     exact_buffers: ClassVar[tuple[str, ...]] = ("mean",)
+    is_affine = True
     mean: Tensor
     root: Tensor
     inverse_root: Tensor
@@ -111,6 +112,10 @@ class Whiten(Transform):
         with torch.autocast(x.device.type, enabled=False):  # a lower precision would round the data
             centred = (x.flatten(1) - self.mean).to(self.inverse_root.dtype)
             return (centred @ self.inverse_root).to(x.dtype).view_as(x), self.log_det.to(x.dtype).expand(len(x))
+
+    def push_velocity(self, velocity: Tensor) -> Tensor:
+        root = self.inverse_root.to(velocity.dtype)
+        return (velocity.flatten(1) @ root).view_as(velocity)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(y.device.type, enabled=False):
