@@ -68,11 +68,6 @@ class AugmentedDynamics:
         """The names of the components of the state."""
         return "state", "log_density", *(cost.name for cost in self.costs)
 
-    @property
-    def jumps(self) -> tuple[float, ...]:
-        """Times at which the field is known to jump."""
-        return self.estimator.field.jumps
-
     def initial_state(
         self,
         x: Tensor,  # (B, *event)
@@ -139,11 +134,6 @@ class StateDynamics:
     def component_names(self) -> tuple[str, ...]:
         """The names of the components of the state."""
         return "state", *(cost.name for cost in self.costs)
-
-    @property
-    def jumps(self) -> tuple[float, ...]:
-        """Times at which the field is known to jump."""
-        return self.field.jumps
 
     def initial_state(self, x: Tensor) -> State:
         """The points, with no costs yet."""

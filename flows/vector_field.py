@@ -95,8 +95,13 @@ class BoundField:
 
     @property
     def jumps(self) -> Tensor | Sequence[float]:  # (J,) or (B, J)
-        """The times at which the field jumps."""
-        return getattr(self.field, "jumps", ())
+        """The times at which the field jumps: those that it states, and those that an examination found."""
+        return *getattr(self.field, "jumps", ()), *self.found_jumps
+
+    @property
+    def found_jumps(self) -> tuple[float, ...]:
+        """Times at which an examination found that the field jumps."""
+        return tuple(time for times in self.traits.jumps.values() for time in times)
 
     def check_times(self, first: Tensor | float | None, last: Tensor | float | None) -> None:
         """Raise `InvalidValueError` if the field is not known at all times of a solve.
@@ -118,11 +123,6 @@ class BoundField:
     def strangers(self) -> list[BoundField]:
         """The views that evaluate fields which are not of this package; see `flows.promises`."""
         return [] if self._evaluation is None else [self]
-
-    @property
-    def jumps(self) -> tuple[float, ...]:
-        """Times at which the field is known to jump."""
-        return tuple(time for times in self.traits.jumps.values() for time in times)
 
     @property
     def takes_context(self) -> bool:

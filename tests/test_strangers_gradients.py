@@ -467,7 +467,9 @@ def test_tensors_that_are_used_a_part_of_the_time_get_their_gradients(gradient, 
         with told if one == "adjoint" else nullcontext():
             flow.log_prob(torch.randn(5, 2, dtype=torch.float64)).mean().backward()
         found.append(torch.cat([leaf.grad.flatten() for leaf in field.leaves]))
-    torch.testing.assert_close(*found, rtol=0.3 if gradient == "adjoint" else 1e-8, atol=0.02 * (gradient == "adjoint"))
+    torch.testing.assert_close(
+        *found, rtol=1e-3 if gradient == "adjoint" else 1e-8, atol=1e-3 * (gradient == "adjoint")
+    )
 
 
 class Rates(nn.Module):
@@ -488,11 +490,11 @@ def test_the_adjoint_of_a_field_that_jumps_in_time_misses_no_part(number):
     """d/da_k log p(x) = (z² − 1) / number with z = x exp(−mean a), for the density of x = z exp(mean a)."""
     field, x = Rates(number), torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
     flow = CNF(field, solver=ODESolver(gradient="adjoint"))
-    with pytest.warns(FieldWarning, match="the field Rates jumps in time, near t = .*'checkpoint'"):
+    with pytest.warns(FieldWarning, match="the field Rates jumps in time, near t = .*`jumps`"):
         flow.log_prob(x).sum().backward()
     expected = float(((x * math.exp(-0.3)).square() - 1).sum()) / number
     for rate in field.rates:
-        assert float(rate.grad) == pytest.approx(expected, rel=0.05)
+        assert float(rate.grad) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_adjoint_of_trajectories_that_jump_in_time_misses_no_part():
@@ -502,8 +504,8 @@ def test_the_adjoint_of_trajectories_that_jump_in_time_misses_no_part():
         path = ode.trajectory(torch.ones(3, 1, dtype=torch.float64), [0.0, 0.8], solver_error=False)
     path.states[:, -1].sum().backward()
     scale = 3 * math.exp(0.3 * 0.8)
-    assert float(field.rates[0].grad) == pytest.approx(0.5 * scale, rel=0.05)
-    assert float(field.rates[1].grad) == pytest.approx(0.3 * scale, rel=0.05)
+    assert float(field.rates[0].grad) == pytest.approx(0.5 * scale, rel=1e-4)
+    assert float(field.rates[1].grad) == pytest.approx(0.3 * scale, rel=1e-4)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.Tanh])

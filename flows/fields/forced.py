@@ -158,7 +158,8 @@ class _BoundForced(BoundField):
 
     @property
     def jumps(self) -> Tensor:  # (J,) or (B, J)
-        stated = torch.tensor([*self.forced.stated_jumps, *self.inner.jumps], dtype=torch.float64)
+        stated = [*self.forced.stated_jumps, *self.inner.jumps, *self.found_jumps]
+        stated = torch.tensor(stated, dtype=torch.float64)
         if self.samples is None or not self.forced.stops:
             return stated
         own = self.samples.jumps()

@@ -23,6 +23,7 @@ from flows.promises.traits import Traits, remember
 from flows.promises.untouched import awake, untouched
 from flows.vector_field import BoundField, bind
 
+NEAR = 1e-6  # of the time: a jump that was found is one that the field states
 MAX_SPANS = 16  # of solves for which the jumps of a field are kept
 NUM_TIMES = 33  # at which tensors are looked for that a field uses a part of the time
 
@@ -168,7 +169,7 @@ def look_for_jumps(
 ) -> None:
     """Find at its first use where a stranger's field jumps in time, and warn of it.
 
-    The adjoint leaves the gradients of parameters out of its error control, unless it knows of jumps.
+    Solves step onto the jumps that they know of. Where the field states its own, nothing needs to be said.
     """
     for view in field.strangers:
         traits = view.traits
@@ -188,13 +189,14 @@ def look_for_jumps(
                 continue
         if len(traits.jumps) >= MAX_SPANS:
             traits.jumps.clear()
+        known = torch.as_tensor(view.jumps, dtype=torch.float64).flatten().tolist()
+        found = tuple(t for t in found if all(abs(t - stated) > NEAR * (1 + abs(t)) for stated in known))
         traits.jumps[span] = found
         if found:
             warnings.warn(
                 f"the field {view.name} jumps in time, near t = {in_words(found)}: its value, or its derivative by a "
-                "parameter. gradient='adjoint' therefore controls the errors of the parameters' gradients, which takes "
-                "many steps at each jump; a field that changes smoothly needs fewer, and gradient='checkpoint' gives "
-                "the gradient of the steps that were taken",
+                "parameter. Solves step onto these times from now on. Let the field state them, as an attribute "
+                "`jumps`, so that every solve does, and exactly; a field that changes smoothly needs fewer steps",
                 FieldWarning,
                 stacklevel=4,
             )

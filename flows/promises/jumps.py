@@ -14,7 +14,7 @@ from flows.promises.untouched import awake, untouched
 NUM_NODES = 33  # of each line
 STEEP = 4.0  # times the typical change between two nodes makes one look closer
 MAX_LOOKS = 8  # places that are looked at closer
-HALVINGS = {torch.float64: 24, torch.float32: 12}  # of the distance between two nodes
+HALVINGS = {torch.float64: 44, torch.float32: 12}  # of the distance between two nodes
 LEFT = 0.2  # of the change between two nodes, after the halvings; that of a continuous function has vanished
 LEAST = 1e-3  # of the largest velocity, for a jump that matters
 LEAST_IN_SPACE = 0.02  # the same along lines between points; layers in half precision jump by less
