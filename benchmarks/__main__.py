@@ -12,6 +12,7 @@ from benchmarks import (
     error_bars,
     gradients,
     images,
+    parameters,
     probing_likelihood,
     regularisation,
     training,
@@ -28,6 +29,7 @@ BENCHMARKS = (
     regularisation,
     images,
     error_bars,
+    parameters,
 )
 
 

@@ -154,6 +154,28 @@ class HamiltonJacobi(PathCost):
 
 
 @checked
+@dataclass(frozen=True)
+class CorrectionEnergy(PathCost):
+    """c = ‖correction‖², what a network adds to known equations, as the field sees states.
+
+    It keeps the network from imitating terms of the equations. For `Physics` with a correction.
+
+    Raises:
+        InvalidTypeError: the field has no correction.
+    """
+
+    name: ClassVar[str] = "correction_energy"
+
+    def rate(self, field: BoundField, t: Tensor, x: Tensor, sample: FieldSample) -> Tensor:
+        if field.correction is None:
+            raise InvalidTypeError(
+                f"CorrectionEnergy needs known equations with a network, Physics(correction=...), and {field.name} "
+                "has no correction; for any field use KineticEnergy"
+            )
+        return field.correction(t, x).square().flatten(1).sum(1)
+
+
+@checked
 def draw_directions(
     costs: Iterable[PathCost], x: Tensor, generator: torch.Generator | None = None
 ) -> Tensor | None:  # (P, B, *event)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flows import equations
 from flows.arguments import checked
 from flows.checks import check_number, check_seed, fits_in_memory, whole_number
 from flows.datasets.series import Series
@@ -236,8 +237,7 @@ class Spiral(DynamicalSystem):
         super().__init__(*settings, validation_fraction, test_fraction, split_seed)
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:
-        matrix = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=x.dtype, device=x.device)
-        return x**3 @ matrix
+        return equations.spiral(t, x)
 
     def initial_states(self, n: int, generator: torch.Generator) -> Tensor:
         draws = torch.rand(n, 2, generator=generator, dtype=torch.float64)
@@ -290,9 +290,7 @@ class LotkaVolterra(DynamicalSystem):
         super().__init__(*settings, validation_fraction, test_fraction, split_seed)
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:
-        prey, predators = x.unbind(-1)
-        met = prey * predators
-        return torch.stack([self.alpha * prey - self.beta * met, self.delta * met - self.gamma * predators], -1)
+        return equations.lotka_volterra(t, x, self.alpha, self.beta, self.gamma, self.delta)
 
     def initial_states(self, n: int, generator: torch.Generator) -> Tensor:
         return 0.5 + 2 * torch.rand(n, 2, generator=generator, dtype=torch.float64)
@@ -342,8 +340,7 @@ class Pendulum(DynamicalSystem):
         super().__init__(*settings, validation_fraction, test_fraction, split_seed)
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:
-        angle, speed = x.unbind(-1)
-        return torch.stack([speed, -angle.sin() - self.friction * speed], -1)
+        return equations.pendulum(t, x, friction=self.friction)
 
     def initial_states(self, n: int, generator: torch.Generator) -> Tensor:
         draws = torch.rand(n, 2, generator=generator, dtype=torch.float64)
@@ -396,8 +393,7 @@ class Lorenz(DynamicalSystem):
         super().__init__(*settings, validation_fraction, test_fraction, split_seed)
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:
-        a, b, c = x.unbind(-1)
-        return torch.stack([self.sigma * (b - a), a * (self.rho - c) - b, a * b - self.beta * c], -1)
+        return equations.lorenz(t, x, self.sigma, self.rho, self.beta)
 
     def initial_states(self, n: int, generator: torch.Generator) -> Tensor:
         normal = torch.randn(n, 3, generator=generator, dtype=torch.float64)
@@ -443,8 +439,7 @@ class TwoBody(DynamicalSystem):
         super().__init__(*settings, validation_fraction, test_fraction, split_seed)
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:
-        position, speed = x[..., :2], x[..., 2:]
-        return torch.cat([speed, -position / position.square().sum(-1, keepdim=True) ** 1.5], -1)
+        return equations.two_body(t, x)
 
     def initial_states(self, n: int, generator: torch.Generator) -> Tensor:
         draws = torch.rand(n, 3, generator=generator, dtype=torch.float64)

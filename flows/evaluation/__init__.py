@@ -22,6 +22,7 @@ from flows.evaluation.metrics import (
     Wasserstein2,
 )
 from flows.evaluation.outliers import OutlierScores, outlier_scores, shuffled
+from flows.evaluation.parameters import ParameterEstimate, fitted_parameters, parameter_estimates
 from flows.evaluation.trajectory import TrajectoryEvaluator
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Likelihood",
     "Measurement",
     "OutlierScores",
+    "ParameterEstimate",
     "PathEnergy",
     "PredictiveMetric",
     "Report",
@@ -53,9 +55,11 @@ __all__ = [
     "Wasserstein2",
     "aligned",
     "default_evaluator",
+    "fitted_parameters",
     "importance_weights",
     "likelihood",
     "outlier_scores",
+    "parameter_estimates",
     "part_batches",
     "seeded",
     "shuffled",

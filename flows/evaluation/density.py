@@ -20,6 +20,7 @@ from flows.evaluation.evaluator import Evaluation, Evaluator, Report, known, see
 from flows.evaluation.likelihood import FIGURES, Likelihood, likelihood, part_batches
 from flows.evaluation.metrics import Measurement, SampleMetric, chosen_metrics
 from flows.evaluation.outliers import OutlierScores, outlier_scores
+from flows.evaluation.parameters import with_parameters
 from flows.evaluation.sampled import measured
 from flows.models.cnf import CNF
 from flows.models.mass import Mass, box, exactly, has_mass, mass
@@ -237,13 +238,14 @@ class DensityEvaluator(FlowEvaluator):
     def report(self, result: Likelihood, flow: CNF) -> Report:
         """Write up a likelihood of this flow."""
         entropy, name = self.dataset.entropy, self.evaluated_with(flow)
-        return Report(
+        written = Report(
             metrics=result.metrics(entropy),
             rows=[*result.table(entropy), ("divergence", f"evaluated with {name}")],
             headline=("nll", "bits_per_dim", "gap", "nfe"),
             evaluated_with=name,
             unresolved=result.unresolved(entropy),
         )
+        return with_parameters(written, flow)
 
 
 def as_flow(model: nn.Module) -> CNF:

@@ -13,6 +13,7 @@ from flows.checks import whole_number
 from flows.datasets import Dataset, Series
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.evaluation.evaluator import Evaluation, Evaluator, Report
+from flows.evaluation.parameters import with_parameters
 from flows.evaluation.trajectory_report import FIGURES, fault_of, figures, report, score
 from flows.models.neural_ode import NeuralODE
 from flows.objectives.checks import check_contexts
@@ -119,7 +120,7 @@ class TrajectoryEvaluator(Evaluator):
         except SolverError as error:
             stopped = str(error)
             found = self.predictions(model, until=training_span(self.dataset))
-        return report(found, self.dataset, stopped)
+        return with_parameters(report(found, self.dataset, stopped), model, self.dataset.part("train"))
 
     def pictures(self, model: nn.Module) -> Mapping[str, Figure]:
         from flows import plots  # slow to import

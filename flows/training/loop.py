@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from flows.datasets import Batch
 from flows.errors import ComputationError, FlowsError, InvalidValueError
-from flows.evaluation import Evaluation
+from flows.evaluation import Evaluation, fitted_parameters
+from flows.fields import Physics
 from flows.objectives import LossOutput, Objective
 from flows.solvers import SolverError, SolverStatistics
 from flows.training.fabric import on_first_process
@@ -44,6 +45,7 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.has_physics = any(isinstance(module, Physics) for module in model.modules())
         self.generator: torch.Generator | None = None
 
     def forward(self) -> Tensor:
@@ -56,6 +58,8 @@ class LossModule(nn.Module):
         if self.output.statistics is not None:
             solve = self.output.statistics
             metrics |= {"nfe_forward": solve.nfe_forward, "nfe_backward": solve.nfe_backward, **step_metrics(solve)}
+        if self.has_physics:
+            metrics |= {f"parameter/{name}": value for name, value in fitted_parameters(self.model).items()}
         return metrics
 
 
