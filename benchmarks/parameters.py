@@ -33,7 +33,9 @@ class Problem:
 
 PROBLEMS = {
     "Lotka-Volterra": Problem(
-        lambda seed: LotkaVolterra(num_series=10, num_times=50, span=12.0, beyond=1.0, noise=0.02, irregular=True, seed=seed),
+        lambda seed: LotkaVolterra(
+            num_series=10, num_times=50, span=12.0, beyond=1.0, noise=0.02, irregular=True, seed=seed
+        ),
         equations.lotka_volterra,
         {"alpha": 1.5, "beta": 1.0, "gamma": 3.0, "delta": 1.0},
         {"alpha": 1.0, "beta": 0.6, "gamma": 1.5, "delta": 0.5},
