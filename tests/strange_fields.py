@@ -154,6 +154,18 @@ class WritesItsOutput(Clean):
         return v
 
 
+@strange(**everywhere("mixes the samples"))
+class DividesByTheLargest(Clean):
+    def forward(self, t, x):
+        return self.velocity(t, x / x.abs().max())
+
+
+@strange(log_prob="autograd misses", forward="autograd misses", divergence_matching="autograd misses")
+class DetachesLate(Clean):
+    def forward(self, t, x):
+        return self.velocity(t, torch.where(t.reshape(-1, 1) > 0.6, x.detach(), x))
+
+
 class Remembers(Clean):
     """Base of fields that return what they computed before."""
 

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from strange_fields import STRANGE, USES
+from strange_fields import STRANGE, USES, Clean
 
 import flows
 from flows import CNF, ODESolver
@@ -219,3 +219,14 @@ def test_an_examination_leaves_no_trace_in_containers():
 def test_a_function_of_numpy_is_told_in_words():
     with pytest.raises(flows.FlowsError, match="computes with numpy, which autograd cannot follow"):
         flows.divergence.divergence(np.sin, torch.randn(4, 2))
+
+
+def test_a_field_that_mixes_large_batches_only_is_refused():
+    class Centres(Clean):
+        def forward(self, t, x):
+            return self.velocity(t, x - x.mean(0) if len(x) > 8 else x)
+
+    flow = flows.CNF(Centres())
+    for use in (flow.log_prob, lambda x: flow.sample((len(x),))):
+        with pytest.raises(flows.FlowsError, match="mixes the samples"):
+            use(torch.randn(20, 2, dtype=torch.float64))

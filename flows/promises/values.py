@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def examine_values(
                 return
             value = _look_at_times(subject, traits)
             _look_at_rows(subject, traits, value)
+            _look_at_batch(subject, traits, x.detach(), context)
 
 
 def _look_for_side_effects(subject: Specimen, traits: Traits) -> None:
@@ -282,9 +284,26 @@ def _look_at_rows(subject: Specimen, traits: Traits, value: Tensor) -> None:
     if others(slice(-1), torch.cat([x[:-1], 0.6 * x[-1:] - 0.3])):
         _refuse_rows(subject, traits)
     elif not subject.whole:
-        for rows in (slice(-1), slice(1, None)):
+        for rows in (slice(-1), slice(1, None), *(slice(i, i + 1) for i in range(size))):
             if others(rows, x[rows], None if context is None else context[rows]):
                 _refuse_rows(subject, traits)
+
+
+def _look_at_batch(subject: Specimen, traits: Traits, x: Tensor, context: Tensor | None) -> None:
+    """Whether samples have other velocities in the caller's batch than among a few."""
+    if subject.whole or len(x) <= FEW or traits.refuses_solves or subject.frozen is not None:
+        return
+    t, parts, given = subject.times(1)[0], [], x.clone()
+    with suppress(Exception):  # the comparison below says what happens
+        uncompiled(subject.field)(t.expand(len(x)).clone(), given, *(() if context is None else (context.clone(),)))
+    if not torch.equal(given, x):
+        return  # it writes into large batches, as the solve will say
+    for number in (len(x), FEW):
+        rows = None if context is None else context.detach()[:number]
+        parts.append(attempt(subject, t.expand(number) if traits.expands_time else t, x[:number], rows)[0])
+    whole, few = parts
+    if whole is not None and few is not None and differs(whole[:FEW], few, tolerance(x)):
+        _refuse_rows(subject, traits)
 
 
 def _refuse_rows(subject: Specimen, traits: Traits) -> None:
