@@ -107,7 +107,7 @@ def test_only_the_programs_know_hydra_and_the_terminal():
 
 def test_scripts_only_call_the_programs():
     scripts = sorted((PACKAGE.parent / "scripts").glob("*.py"))
-    assert [path.stem for path in scripts] == ["compare_estimators", "evaluate", "sample", "train"]
+    assert [path.stem for path in scripts] == ["compare_estimators", "evaluate", "predict", "sample", "train"]
     for path in scripts:
         lines, program = [line for line in path.read_text().splitlines() if line], path.stem.partition("_")[0]
         assert lines == ["from flows.cli.main import start", 'if __name__ == "__main__":', f'    start("{program}")']

@@ -32,6 +32,7 @@ OPEN_PARTS = {  # of each program: their settings may have any name, as far as H
     ),
     "evaluate": ("data", "divergence", "solver", "outliers"),
     "sample": ("data", "solver"),
+    "predict": ("solver",),
     "compare_estimators": ("data", "transform", "field", "divergence", "solver"),
 }
 

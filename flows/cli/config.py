@@ -44,6 +44,7 @@ PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "checkpoint": str | None,
     "resume": str | None,
     "num_samples": int,
+    "id": str | None,
     "num_draws": int,
     "guidance": float | None,
     "points": int | None,

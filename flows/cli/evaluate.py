@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -14,18 +15,30 @@ from flows.cli.arguments import refuse
 from flows.cli.config import check_output, plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
-from flows.datasets import Energy
+from flows.datasets import Dataset, Energy
 from flows.datasets.recognition import caution_about_outliers, recognised
 from flows.errors import DataWarning, InvalidValueError
-from flows.evaluation import DensityEvaluator, DistanceEvaluator, EnergyEvaluator, aligned
+from flows.evaluation import (
+    DensityEvaluator,
+    DistanceEvaluator,
+    EnergyEvaluator,
+    OutlierScores,
+    Report,
+    TrajectoryEvaluator,
+    aligned,
+)
+from flows.models.cnf import CNF
+from flows.models.neural_ode import NeuralODE
+from flows.objectives.checks import check_kind
 from flows.training.amounts import check_evaluation
 from flows.training.files import run_folder
-from flows.training.runs import build_dataset, load_run, place
+from flows.training.runs import LoadedRun, build_dataset, load_run, place
 from flows.training.settings import instantiate
 from flows.training.trusted import may_download
 from flows.writing import to_json, write_result
 
 PARTS = ("data", "divergence", "solver")  # as in training unless the settings change them
+SCORES = ("nll", "free_energy", "wasserstein2", "mse")  # the first of them in a report is what the program returns
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,45 +56,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_with_hydra(evaluate, "evaluate", arguments)
 
 
-def evaluate(composed: DictConfig) -> float:
-    """Evaluate with the composed settings; returns the NLL, the free energy of an energy, or a distance."""
+def evaluate(composed: DictConfig) -> float | None:
+    """Evaluate with the composed settings.
+
+    Returns:
+        The NLL, the free energy of an energy, a distance, or the mean square error of predicted time series.
+    """
     with readable_errors():
         settings = plain_settings(composed)
         check_output(settings["output"], ".json")
-        outliers = settings["outliers"] or None
         run = load_run(settings["checkpoint"], settings["trust"])
-        config = with_changes(run.config, {part: settings.get(part) for part in PARTS})
+        of_series = isinstance(run.model, NeuralODE)
+        if of_series:
+            _refuse_densities(settings)
+        parts = [part for part in PARTS if part != "divergence" or not of_series]
+        config = with_changes(run.config, {part: settings.get(part) for part in parts})
         network = may_download(settings.get("data"), settings["trust"])
-        dataset, data = recognised(run.data, build_dataset(config, True, network), settings["part"])
-        flow = place(run.flow, settings["device"], settings["dtype"])
-        flow.divergence, flow.solver = (instantiate(config[name], name) for name in ("divergence", "solver"))
-        divergence = (config.get("evaluation") or {}).get("divergence", "auto")
-        if isinstance(divergence, Mapping):
-            divergence = instantiate(divergence, "evaluation.divergence")
-        options = {
-            "divergence": flow.divergence if settings.get("divergence") else divergence,
-            **{name: settings[name] for name in ("points", "batch_size", "solver_error_points", "part", "seed")},
-        }
-        has_likelihood = flow.base.is_positive_everywhere
-        if outliers is not None and not has_likelihood:
-            raise InvalidValueError(f"outliers need a likelihood, and this flow has none: {flow.base.why_no_density()}")
-        if outliers is not None and not dataset.has_samples:
-            raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")
-        if isinstance(outliers, str) and outliers != "shuffled":
-            raise InvalidValueError(f"outliers must be shuffled, or a data set: data@outliers=NAME; got {outliers!r}")
-        other = None if outliers in (None, "shuffled") else instantiate(outliers, "outliers")
-        if other is not None and (message := caution_about_outliers(run.data, other, settings["part"])):
-            warnings.warn(message, DataWarning, stacklevel=1)
-        density = DensityEvaluator(dataset, num_draws=settings["num_draws"], **options)
-        check_evaluation(density, flow, dataset, part="")
-        if isinstance(dataset, Energy):
-            report = EnergyEvaluator(dataset, **options).test(flow)
-            likelihood = density.likelihood(flow) if outliers is not None else None
-        elif not has_likelihood:
-            report, likelihood = DistanceEvaluator(dataset, **options).test(flow), None
+        dataset = build_dataset(config, True, network)
+        check_kind(run.model, dataset)
+        dataset, data = recognised(run.data, dataset, settings["part"])
+        if of_series:
+            model, report, scores = _tested_series(run, dataset, config, settings)
         else:
-            likelihood = density.likelihood(flow)
-            report = density.report(likelihood, flow)
+            model, report, scores = _tested_density(run, dataset, config, settings)
         rows = list(report.rows)
         content = {
             "checkpoint": str(run.checkpoint),
@@ -89,7 +86,7 @@ def evaluate(composed: DictConfig) -> float:
             "part": settings["part"],
             **report.metrics,
             "evaluated_with": report.evaluated_with,
-            **{part: config[part] for part in PARTS},
+            **{part: config[part] for part in parts},
             "data_differ_from_run": list(data.differences),
         }
         if data.differences and data.hashes:
@@ -98,11 +95,76 @@ def evaluate(composed: DictConfig) -> float:
             rows.append(("caution", f"other data or another split than in the run: {words}"))
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
         output = Path(settings["output"] or default)
-        if outliers is not None and likelihood is not None:
-            scores = density.outliers(flow, likelihood, other)
+        if scores is not None:
             content |= scores.as_dict()
             rows += [*scores.table(), ("scores", str(write_result(output.with_suffix(".csv"), scores.csv())))]
         write_result(output, to_json(content))
-        first = [("data", f"{dataset.name}, {settings['part']}"), ("solver", flow.solver.method)]
+        first = [("data", f"{dataset.name}, {settings['part']}"), ("solver", model.solver.method)]
         print(aligned([*first, *rows, ("file", str(output))]))
-        return report.metrics.get("nll", report.metrics.get("free_energy", report.metrics.get("wasserstein2")))
+        return next((report.metrics[name] for name in SCORES if name in report.metrics), None)
+
+
+Tested = tuple[CNF | NeuralODE, Report, OutlierScores | None]
+
+
+def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Tested:
+    """The flow, its report, and the scores of outliers if they were asked for."""
+    outliers = settings["outliers"] or None
+    flow = place(run.flow, settings["device"], settings["dtype"])
+    flow.divergence, flow.solver = (instantiate(config[name], name) for name in ("divergence", "solver"))
+    divergence = (config.get("evaluation") or {}).get("divergence", "auto")
+    if isinstance(divergence, Mapping):
+        divergence = instantiate(divergence, "evaluation.divergence")
+    options = {
+        "divergence": flow.divergence if settings.get("divergence") else divergence,
+        **{name: settings[name] for name in ("points", "batch_size", "solver_error_points", "part", "seed")},
+    }
+    has_likelihood = flow.base.is_positive_everywhere
+    if outliers is not None and not has_likelihood:
+        raise InvalidValueError(f"outliers need a likelihood, and this flow has none: {flow.base.why_no_density()}")
+    if outliers is not None and not dataset.has_samples:
+        raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")
+    if isinstance(outliers, str) and outliers != "shuffled":
+        raise InvalidValueError(f"outliers must be shuffled, or a data set: data@outliers=NAME; got {outliers!r}")
+    other = None if outliers in (None, "shuffled") else instantiate(outliers, "outliers")
+    if other is not None and (message := caution_about_outliers(run.data, other, settings["part"])):
+        warnings.warn(message, DataWarning, stacklevel=1)
+    density = DensityEvaluator(dataset, num_draws=settings["num_draws"], **options)
+    check_evaluation(density, flow, dataset, part="")
+    if isinstance(dataset, Energy):
+        report = EnergyEvaluator(dataset, **options).test(flow)
+        likelihood = density.likelihood(flow) if outliers is not None else None
+    elif not has_likelihood:
+        report, likelihood = DistanceEvaluator(dataset, **options).test(flow), None
+    else:
+        likelihood = density.likelihood(flow)
+        report = density.report(likelihood, flow)
+    scores = None
+    if outliers is not None and likelihood is not None:
+        scores = density.outliers(flow, likelihood, other)
+    return flow, report, scores
+
+
+def _refuse_densities(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of densities for a run on time series."""
+    given = [name for name in ("divergence", "outliers") if settings[name]]
+    given += ["num_draws"] if settings["num_draws"] != 1 else []
+    if given:
+        raise InvalidValueError(f"{', '.join(given)} is for densities, and this run trained a neural ODE; leave it out")
+
+
+def _tested_series(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Tested:
+    """The neural ODE and its report; series count as points."""
+    model = run.model
+    assert isinstance(model, NeuralODE)  # callers ask
+    model.solver = instantiate(config["solver"], "solver")
+    place(model, settings["device"], settings["dtype"])
+    evaluator = TrajectoryEvaluator(
+        dataset,
+        batch_size=settings["batch_size"],
+        max_series=settings["points"],
+        solver_error_series=settings["solver_error_points"],
+        part=settings["part"],
+    )
+    evaluator.check(model)
+    return model, evaluator.test(model), None

@@ -16,6 +16,7 @@ PROGRAMS = {
     "train": "train a model, test it, and leave everything in one folder",
     "evaluate": "test a trained flow, with error bars",
     "sample": "draw from a trained flow into a file",
+    "predict": "states of a trained neural ODE at any times, with their errors",
     "compare": "compare the divergence estimators on a flow",
 }
 USAGE = "\n".join(

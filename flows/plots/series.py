@@ -280,8 +280,7 @@ def _velocity(model: NeuralODE, x: Tensor, time: float, context: Tensor | None) 
     with torch.no_grad():
         y = model.transform(x.to(model_device(model)))[0].to(model.dtype)
         v = model.bind(own)(torch.tensor(time, dtype=y.dtype, device=y.device), y)
-    _, velocity = torch.func.jvp(lambda y: model.transform.inverse(y)[0], (y,), (v,))
-    return velocity.detach().double().cpu()
+    return torch.func.jvp(lambda y: model.transform.inverse(y)[0], (y,), (v,))[1].detach().double().cpu()
 
 
 @checked
