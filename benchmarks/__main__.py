@@ -15,6 +15,7 @@ from benchmarks import (
     parameters,
     probing_likelihood,
     regularisation,
+    sbi,
     training,
 )
 from flows.errors import FlowsError
@@ -30,6 +31,7 @@ BENCHMARKS = (
     images,
     error_bars,
     parameters,
+    sbi,
 )
 
 

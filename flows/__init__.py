@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         equations,
         evaluation,
         fields,
+        inference,
         objectives,
         path_costs,
         plots,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         transforms,
     )
     from flows.errors import FlowsError
+    from flows.inference import Posterior, infer
     from flows.models.cnf import CNF
     from flows.models.distribution import FlowDistribution
     from flows.models.neural_ode import NeuralODE
@@ -40,6 +42,7 @@ __all__ = [
     "LogProbEstimate",
     "NeuralODE",
     "ODESolver",
+    "Posterior",
     "Sample",
     "Solution",
     "SolverError",
@@ -55,6 +58,8 @@ __all__ = [
     "equations",
     "evaluation",
     "fields",
+    "infer",
+    "inference",
     "load",
     "objectives",
     "path_costs",
@@ -73,6 +78,7 @@ _HOMES = {
     "LogProbEstimate": "flows.models.results",
     "NeuralODE": "flows.models.neural_ode",
     "ODESolver": "flows.solvers",
+    "Posterior": "flows.inference",
     "Sample": "flows.models.results",
     "Solution": "flows.solvers",
     "SolverError": "flows.solvers",
@@ -80,6 +86,7 @@ _HOMES = {
     "Trainer": "flows.training",
     "Trajectory": "flows.models.results",
     "Transport": "flows.models.results",
+    "infer": "flows.inference",
     "load": "flows.training.runs",
 }
 _OTHER_NAMES = {"load": "load_flow"}  # in their homes

@@ -36,6 +36,7 @@ ALLOWED = {
     "predictions": ABOVE,
     "samples": ABOVE,
     "training": ABOVE | {"evaluation", "objectives", "plots"},
+    "inference": ABOVE | {"evaluation", "objectives", "training"},
     "compare": ABOVE | {"evaluation", "plots"},
     "cli": ABOVE | {"compare", "evaluation", "objectives", "plots", "predictions", "samples", "training"},
     "__init__": MODELS,

@@ -1,5 +1,6 @@
 """How good is a trained model? Evaluators, and the likelihoods, weights and scores that they report."""
 
+from flows.evaluation.calibration import Calibration
 from flows.evaluation.density import DensityEvaluator, FlowEvaluator
 from flows.evaluation.distance import DistanceEvaluator, PathEnergy
 from flows.evaluation.energy import EnergyEvaluator, ImportanceWeights, importance_weights
@@ -23,6 +24,7 @@ from flows.evaluation.metrics import (
 )
 from flows.evaluation.outliers import OutlierScores, outlier_scores, shuffled
 from flows.evaluation.parameters import ParameterEstimate, fitted_parameters, parameter_estimates
+from flows.evaluation.posterior import PosteriorEvaluator
 from flows.evaluation.trajectory import TrajectoryEvaluator
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "CRPS",
     "MMD",
     "BitsPerDim",
+    "Calibration",
     "Coverage",
     "DensityEvaluator",
     "DistanceEvaluator",
@@ -45,6 +48,7 @@ __all__ = [
     "OutlierScores",
     "ParameterEstimate",
     "PathEnergy",
+    "PosteriorEvaluator",
     "PredictiveMetric",
     "Report",
     "SampleMetric",

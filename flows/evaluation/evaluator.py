@@ -14,7 +14,7 @@ from torch import nn
 
 from flows.arguments import checked
 from flows.checks import check_seed
-from flows.datasets import Dataset, Energy
+from flows.datasets import Dataset, Energy, Simulations
 from flows.errors import InvalidTypeError
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
@@ -80,7 +80,7 @@ def default_evaluator(
     seed: int = 0,
     progress_bar: bool = True,
 ) -> Evaluator:
-    """Return the evaluator that suits a model and its data: of an energy, a density, a distance, or of trajectories.
+    """Return what suits a model and its data: an energy, a posterior, a density, a distance, or trajectories.
 
     Raises:
         TypeError: the model is neither a `CNF` nor a `NeuralODE`, or the data do not suit it.
@@ -88,6 +88,7 @@ def default_evaluator(
     from flows.evaluation.density import DensityEvaluator  # all build on this module
     from flows.evaluation.distance import DistanceEvaluator
     from flows.evaluation.energy import EnergyEvaluator
+    from flows.evaluation.posterior import PosteriorEvaluator
     from flows.evaluation.trajectory import TrajectoryEvaluator
     from flows.objectives.checks import check_kind
 
@@ -100,8 +101,12 @@ def default_evaluator(
             f"there is no default evaluator for {type(model).__name__}: pass evaluator=..., a subclass of "
             "flows.evaluation.Evaluator"
         )
-    known_density = model.base.is_positive_everywhere
-    kind = EnergyEvaluator if isinstance(dataset, Energy) else DensityEvaluator if known_density else DistanceEvaluator
+    if isinstance(dataset, Energy):
+        kind = EnergyEvaluator
+    elif not model.base.is_positive_everywhere:
+        kind = DistanceEvaluator
+    else:
+        kind = PosteriorEvaluator if isinstance(dataset, Simulations) else DensityEvaluator
     return kind(dataset, seed=seed, progress_bar=progress_bar)
 
 

@@ -74,7 +74,8 @@ class FlowMatching(Objective):
 
     Args:
         target: `"sampled"`, `"marginal"` or `"auto"`. "auto" is marginal for events of up to 8 numbers with an
-            independent coupling and a base with a density in closed form, and sampled otherwise.
+            independent coupling, a base with a density in closed form, and no encoder of contexts (whose contexts are
+            hardly ever equal); it is sampled otherwise.
         num_queries: the number of points x_t where the field is evaluated. Fewer leave a larger pool for the marginal
             target or the coupling. `"auto"` (default): 512 with either of them, otherwise each point of the batch.
             `None`: each point of the batch.
@@ -204,7 +205,8 @@ class FlowMatching(Objective):
     def _is_marginal(self, flow: CNF) -> bool:
         if self.target == "auto":
             few = math.prod(flow.event_shape) <= AUTO_MAX_DIMENSION
-            return self._coupling.is_independent and few and weighs_pairs(flow.base)
+            shared = flow.encoder is None  # others rarely share a context with another point
+            return self._coupling.is_independent and few and shared and weighs_pairs(flow.base)
         return self.target == "marginal"
 
     def _check_base(self, base: Base) -> None:

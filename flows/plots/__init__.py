@@ -12,6 +12,7 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.datasets import Dataset
 from flows.models.cnf import CNF
+from flows.plots.calibration import expected_coverage, ranks
 from flows.plots.classes import class_densities, class_samples
 from flows.plots.features import pairs
 from flows.plots.images import (
@@ -49,6 +50,7 @@ __all__ = [
     "density",
     "errors_over_time",
     "evolution",
+    "expected_coverage",
     "figures",
     "image_classes",
     "image_samples",
@@ -58,6 +60,7 @@ __all__ = [
     "pairs",
     "phase_portraits",
     "predict_curves",
+    "ranks",
     "samples",
     "save_samples",
     "scatter",

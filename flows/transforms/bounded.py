@@ -120,7 +120,7 @@ def bounds_of(event_shape: Sequence[int], bounds: object) -> Bounds:
         low, high = (torch.as_tensor(b, dtype=torch.float64).expand(*event_shape).clone() for b in bounds)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidValueError(f"{expected}, got {bounds!r}") from error
-    if not bool((low < high).all()):
+    if not low.is_meta and not bool((low < high).all()):
         place = tuple((~(low < high)).nonzero()[0].tolist())
         raise InvalidValueError(
             f"{expected}, and low must be below high: at entry {place} they are {low[place]:g} and {high[place]:g}"

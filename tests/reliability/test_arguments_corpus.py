@@ -103,6 +103,7 @@ RESULTS = {  # made by this package for its user to read
     "Likelihood",
     "LogProbEstimate",
     "LossOutput",
+    "Calibration",
     "Measurement",
     "OutlierScores",
     "Report",
