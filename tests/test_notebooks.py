@@ -1,6 +1,7 @@
 """Notebooks: executed in a fresh kernel, with the claims of their text checked on the fresh output."""
 
 import itertools
+import math
 import os
 import re
 from pathlib import Path
@@ -80,7 +81,24 @@ def check_images(text):
     assert float(re.search(r"AUROC (\S+)", text)[1]) > 0.99
 
 
-CLAIMS = {"estimators": check_estimators, "images": check_images}
+def check_inference(text):
+    """The claims of the notebook on posteriors."""
+    rows = re.findall(r"(?:speed|angle|drag) +(\S+) +(\S+) +(\S+)", text)
+    assert len(rows) == 3
+    for true, mean, sd in rows:
+        assert abs(float(true) - float(mean)) < 4 * float(sd)
+    assert float(rows[0][2]) < 0.5 * 15 / math.sqrt(12)  # of the prior's speed
+    assert "outside the prior: -inf" in text
+    assert float(re.search(r"solver error (\S+)", text)[1]) < 1e-2
+    at_truth, at_map = map(float, re.search(r"at the truth (\S+), at the map (\S+)", text).groups())
+    assert at_map > at_truth
+    wide, narrow = (float(p) for p in re.findall(r"ranks are uniform with p = (\S+)", text))
+    assert wide > 1e-4 > narrow
+    right, wrong = (float(share) for share in re.findall(r"expected coverage of 90 % regions: (\S+)", text))
+    assert right > wrong + 0.1
+
+
+CLAIMS = {"estimators": check_estimators, "images": check_images, "inference": check_inference}
 
 
 def test_every_notebook_has_claims():

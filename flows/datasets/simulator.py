@@ -165,10 +165,12 @@ def _takes_batches(simulate: Callable[[Tensor], Any], prior: Prior) -> bool:
     """Whether a batch of parameters gives a batch of observations of the shape that a single row gives."""
     theta = prior.sample(prior.event_shape[0] + 2)  # a number that no row of parameters has
     batch = single = None
-    with contextlib.suppress(Exception):
-        batch = _as_numbers(simulate(theta))
-    with contextlib.suppress(Exception):
-        single = _as_numbers(simulate(theta[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a call that the simulator is not made for
+        with contextlib.suppress(Exception):
+            batch = _as_numbers(simulate(theta))
+        with contextlib.suppress(Exception):
+            single = _as_numbers(simulate(theta[0]))
     if batch is None or batch.ndim == 0 or len(batch) != len(theta):
         return False
     return single is None or single.shape in (batch.shape[1:], (1, *batch.shape[1:]))
