@@ -22,13 +22,7 @@ from flows.training.settings import complete, instantiate
 
 CONF = config_folder()
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-SERIES = ("lorenz", "lotka_volterra", "pendulum", "spiral", "trajectories", "two_body")  # which no CNF is trained on
-CHOICES = [
-    (group, path.stem)
-    for group in GROUPS
-    for path in sorted((CONF / group).glob("*.yaml"))
-    if (group, path.stem) not in [("data", name) for name in SERIES]
-]
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 SHAPES = [(2,), (1, 4, 4), (4, 3)]  # vectors, small images, point sets
 
 
@@ -58,7 +52,8 @@ def composed(tmp_path, *overrides):
                 part[key] = tiny if isinstance(part[key], int) else [tiny] * len(part[key])
     config.reporting.update(QUIET | {"validate_every": 0})
     config.hardware.accelerator = "cpu"
-    config.evaluation.solver_error_points = 0
+    if "solver_error_points" in config.evaluation:
+        config.evaluation.solver_error_points = 0
     return config
 
 
@@ -126,6 +121,16 @@ def table(tmp_path):
 
 
 @pytest.fixture
+def long_table(tmp_path):
+    """40 series of six points in long form."""
+    path = tmp_path / "series.csv"
+    x = torch.randn(40, 6, 2, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [f"{i},{j},{a:.4f},{b:.4f}" for i, series in enumerate(x) for j, (a, b) in enumerate(series)]
+    path.write_text("\n".join(["id,time,x,y", *rows]))
+    return path
+
+
+@pytest.fixture
 def pictures(tmp_path, monkeypatch):
     """A folder of coloured noise in three parts and two classes."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -146,6 +151,8 @@ def test_every_choice_trains(tmp_path, request, group, name):
     data = re.search(r"override /data: (\w+)", text)
     if "HubImages" in (text if data is None else (CONF / "data" / f"{data[1]}.yaml").read_text()):
         overrides.append(f"data.path={request.getfixturevalue('pictures')}")
+    elif (group, name) == ("data", "trajectories"):
+        overrides += [f"data.path={request.getfixturevalue('long_table')}", "data.id=id", "data.time=time"]
     elif group == "data" and "path: ???" in text:
         overrides.append(f"data.path={request.getfixturevalue('table')}")
     elif (group, name) == ("data", "simulator"):
@@ -158,10 +165,8 @@ def test_every_choice_trains(tmp_path, request, group, name):
         overrides += ["objective=reverse_kl"]
     elif (group, name) == ("evaluation", "energy"):
         overrides.insert(0, "data=double_well")
-    elif group != "experiment" and re.search("NeuralODE|TrajectoryMatching|DerivativeMatching", text):
-        if not (CONF / "experiment/spiral.yaml").exists():
-            pytest.skip("there are no time series yet")
-        overrides.insert(0, "experiment=spiral")
+    elif group != "experiment" and re.search("NeuralODE|[tT]rajectory|[dD]erivative", text):
+        overrides.insert(0, "data=spiral")
     dataset = None
     if group == "divergence":
         fields = ["mlp", *(other for kind, other in CHOICES if kind == "field" and other != "mlp")]
