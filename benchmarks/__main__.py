@@ -16,6 +16,7 @@ from benchmarks import (
     probing_likelihood,
     regularisation,
     sbi,
+    series,
     training,
 )
 from flows.errors import FlowsError
@@ -32,6 +33,7 @@ BENCHMARKS = (
     error_bars,
     parameters,
     sbi,
+    series,
 )
 
 
