@@ -157,7 +157,7 @@ def test_every_choice_trains(tmp_path, request, group, name):
         overrides.append(f"data.path={request.getfixturevalue('table')}")
     elif (group, name) == ("data", "simulator"):
         pytest.skip("its function is the user's; see tests/test_simulators.py")
-    elif group == "encoder":
+    elif group == "encoder" or (group, name) == ("evaluation", "posterior"):
         overrides.insert(0, "data=gaussian_mean")
     elif group == "transform" and "dequantise" in text:
         overrides.insert(0, "data=digits")

@@ -89,7 +89,8 @@ def infer(
         theta = posterior.sample((100,), x=torch.zeros(2))
         ```
     """
-    data = Simulator(simulate, prior, num_simulations, seed=seed, **simulator)
+    settings = {"num_test": 100, "seed": seed, **simulator}  # a short test, as its figures go into the folder alone
+    data = Simulator(simulate, prior, num_simulations, **settings)
     return _trained(data, steps, polish, seed, output_dir, progress_bar)
 
 
@@ -149,8 +150,11 @@ class Inference:
         self._posterior = _trained(data, steps, polish, self.seed, output_dir, progress_bar)
         return self._posterior.flow
 
-    def build_posterior(self) -> Posterior:
-        """Return the posterior of the last `train()`."""
+    @checked
+    def build_posterior(self, flow: CNF | None = None) -> Posterior:
+        """Return the posterior of a flow that `train()` has returned; by default the last one."""
+        if flow is not None:
+            return Posterior(flow, self.prior)
         if self._posterior is None:
             raise InvalidValueError("nothing is trained yet: call train() before build_posterior()")
         return self._posterior
