@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks import (
     compilation,
+    data_to_data,
     divergence,
     entropy_gap,
     error_bars,
@@ -30,6 +31,7 @@ BENCHMARKS = (
     entropy_gap,
     regularisation,
     images,
+    data_to_data,
     error_bars,
     parameters,
     sbi,

@@ -42,6 +42,7 @@ class MLP(Perceptron):
         num_frequencies: of the time features, which suit times from 0 to 1; see `SinusoidalTime`. With 0 the field does
             not depend on time.
         context_shape: shape of the context, `None` for an unconditional field.
+        at_rest: start with the velocity 0, so that training starts at the base: for a base that is near the data.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class MLP(Perceptron):
         sine_frequency: float | None = 6.0,
         num_frequencies: int = 8,
         context_shape: int | Sequence[int] | None = None,
+        at_rest: bool = False,
     ) -> None:
         super().__init__(event_shape, hidden, context_shape)
         dimension = math.prod(self.event_shape)
@@ -67,6 +69,10 @@ class MLP(Perceptron):
             nn.init.normal_(layers[0].weight, std=sine_frequency / math.sqrt(dimension))
             nn.init.uniform_(layers[0].bias, -math.pi, math.pi)
         self.modulation = Modulation([*self.hidden, *self.hidden, dimension], context_shape, num_frequencies)
+        if at_rest:
+            with torch.no_grad():
+                for weights in (self.out.weight, self.out.bias, self.modulation.heads.weight[-dimension:]):
+                    weights.zero_()
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         scales, shifts, offset = self._modulate(t, context)
