@@ -98,7 +98,28 @@ def check_inference(text):
     assert right > wrong + 0.1
 
 
-CLAIMS = {"estimators": check_estimators, "images": check_images, "inference": check_inference}
+def check_neural_odes(text):
+    """The claims of the notebook on time series."""
+
+    def number(pattern):
+        return float(re.search(pattern, text)[1])
+
+    error, solver_error = number(r"relative error ([\d.]+), solver"), number(r"solver error (\S+)\n90 %")
+    assert 0.03 < error < 0.06  # it cannot fall below the noise of 3 %
+    assert solver_error < 0.05 * error
+    coverage, spread = number(r"intervals cover ([\d.]+)"), number(r"cover \S+ \+- ([\d.]+)")
+    assert abs(coverage - 0.9) < 0.05 + 2 * spread
+    early, late = number(r"true error to t = 6: ([\d.]+)"), number(r"to t = 12: ([\d.]+)")
+    assert early < late < 0.2
+    assert number(r"solver error at most (\S+)") < 0.01 * late
+
+
+CLAIMS = {
+    "estimators": check_estimators,
+    "images": check_images,
+    "inference": check_inference,
+    "neural_odes": check_neural_odes,
+}
 
 
 def test_every_notebook_has_claims():
