@@ -136,7 +136,7 @@ def own_times(arguments: argparse.Namespace) -> Iterator[str]:
 SYSTEMS: dict[str, Callable[[], DynamicalSystem]] = {
     "lotka_volterra": lambda: flows.datasets.LotkaVolterra(num_series=40),
     "pendulum": lambda: flows.datasets.Pendulum(num_series=40),
-    "spiral": lambda: flows.datasets.Spiral(num_series=40, num_times=200),
+    "spiral": lambda: flows.datasets.Spiral(num_series=40, num_times=100, span=5.0),
 }
 
 

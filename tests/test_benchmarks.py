@@ -46,6 +46,12 @@ def test_a_benchmark_runs_from_the_command_line(capsys) -> None:
     assert re.search(r"\nAnalytic +0 +yes ", printed)
 
 
+def test_times_of_ones_own_cost_the_evaluations_of_their_union(capsys) -> None:
+    main(["series", "own_times"])
+    own, union = re.findall(r"(\d+) evaluations", capsys.readouterr().out)
+    assert own == union
+
+
 def test_a_wrong_argument_is_told_without_a_traceback(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
