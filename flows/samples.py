@@ -6,16 +6,18 @@ import csv
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flows.checks import check_number, fits_in_memory
+from flows.conditions import Conditions
 from flows.datasets import Dataset, one_hot
+from flows.datasets.table_contexts import read_contexts
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.writing import write_result
@@ -68,10 +70,13 @@ def save_samples(
     samples: Tensor,  # (n, *event)
     names: Sequence[str] | None = None,  # of the columns of a .csv; x0, x1, ... by default
     num_levels: int | None = None,  # of discrete samples
+    given: Mapping[str, Sequence[str | float]] | None = None,  # conditions of each sample, for a .csv
+    num_contexts: int = 1,  # that the samples come from in turn, equally many from each
 ) -> Path:
     """Write samples as .npy in their full shape, or as .csv with a header and one flattened sample a row.
 
-    An .npy file holds discrete samples in the smallest unsigned type that has all levels.
+    An .npy file holds discrete samples in the smallest unsigned type that has all levels. With several contexts its
+    shape is (contexts, samples of each, *event). A .csv has the conditions in its first columns.
 
     Raises:
         InvalidValueError: the ending is neither .npy nor .csv.
@@ -80,16 +85,26 @@ def save_samples(
     path = samples_file(path)
     if path.suffix == ".npy":
         kind = samples.numpy().dtype if num_levels is None else np.min_scalar_type(num_levels - 1)
-        return write_result(path, lambda file: np.save(file, samples.numpy().astype(kind)))
+        full = samples.reshape(num_contexts, -1, *samples.shape[1:]) if num_contexts > 1 else samples
+        return write_result(path, lambda file: np.save(file, full.numpy().astype(kind)))
     rows = samples.flatten(1).numpy()
     header = [f"x{i}" for i in range(rows.shape[1])] if names is None else names
-    return write_result(path, lambda file: _write_csv(file, rows, header))
+    return write_result(path, lambda file: _write_csv(file, rows, header, given or {}))
 
 
-def _write_csv(file: BinaryIO, rows: np.ndarray, header: Sequence[str]) -> None:
+def _write_csv(
+    file: BinaryIO, rows: np.ndarray, header: Sequence[str], given: Mapping[str, Sequence[str | float]]
+) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    csv.writer(text, lineterminator="\n").writerow(header)
-    np.savetxt(text, rows, delimiter=",", fmt="%.17g" if rows.dtype == np.float64 else "%.9g")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*given, *header])
+    digits = "%.17g" if rows.dtype == np.float64 else "%.9g"
+    if not given:
+        np.savetxt(text, rows, delimiter=",", fmt=digits)
+    else:
+        for conditions, row in zip(zip(*given.values(), strict=True), rows.tolist(), strict=True):
+            words = [one if isinstance(one, str) else f"{one:.17g}" for one in conditions]
+            writer.writerow([*words, *(digits % value for value in row)])
     text.detach()  # flushes, and leaves the file open
 
 
@@ -97,9 +112,17 @@ def chosen_context(
     context_shape: Sequence[int] | None,
     num_classes: int | None,
     label: int | None = None,
-    values: float | Sequence[float] | None = None,
-) -> Tensor | None:  # (*context), or None if neither is given
+    values: Any = None,
+    conditions: Conditions | None = None,
+) -> Tensor | None:  # (*context) or (n, *context), or None if neither is given
     """The context given by the number of a class or by its values.
+
+    Args:
+        context_shape, num_classes: of the flow.
+        label: the number of a class.
+        values: the numbers of a context. With conditions, words and numbers: by name, in a list in their order, or in a
+            .csv or .parquet file with a context a row.
+        conditions: names and categories of the entries of a context.
 
     Raises:
         InvalidValueError: the flow has no contexts, or the choice does not fit them.
@@ -118,6 +141,22 @@ def chosen_context(
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
             raise InvalidValueError(f"class must be a whole number from 0 to {num_classes - 1}, got {label!r}")
         return one_hot(torch.tensor(label), num_classes)
+    if isinstance(values, str) and conditions is not None and Path(values).suffix:
+        return read_contexts(values, conditions)
+    if isinstance(values, Mapping):
+        if conditions is None:
+            raise InvalidValueError(
+                f"the entries of the contexts of this flow have no names, so context must be a list of numbers, "
+                f"{math.prod(context_shape)} of them, got {values!r}"
+            )
+        return conditions.encode(values)
+    if conditions is not None:
+        listed = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+        if len(listed) != len(conditions):
+            raise InvalidValueError(
+                f"context must have {len(conditions)} entries, such as {conditions.example()}, got {values!r}"
+            )
+        return conditions.encode(dict(zip(conditions.columns, listed, strict=True)))
     try:
         context = torch.tensor(values, dtype=torch.get_default_dtype())
     except (TypeError, ValueError, RuntimeError) as error:

@@ -13,12 +13,16 @@ import flows
 PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
-GROUND = {"arguments", "checks", "equations", "errors", "expectations", "naming", "promises", "vector_field", "writing"}
+GROUND = {
+    *("arguments", "checks", "conditions", "equations", "errors", "expectations", "naming", "promises"),
+    *("vector_field", "writing"),
+}
 MODELS = {"bases", "divergence", "dynamics", "encoders", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
 ALLOWED = {
     "arguments": set(),
     "checks": set(),
+    "conditions": set(),
     "equations": set(),
     "errors": set(),
     "expectations": set(),

@@ -72,7 +72,7 @@ def evaluate(composed: DictConfig) -> float | None:
         parts = [part for part in PARTS if part != "divergence" or not of_series]
         config = with_changes(run.config, {part: settings.get(part) for part in parts})
         network = may_download(settings.get("data"), settings["trust"])
-        dataset = build_dataset(config, True, network)
+        dataset = build_dataset(config, True, network, run.conditions)
         check_kind(run.model, dataset)
         dataset, data = recognised(run.data, dataset, settings["part"])
         if of_series:

@@ -55,16 +55,19 @@ def sample(composed: DictConfig) -> None:
             dataset, unknown = readable_dataset(config, run, network, bool(settings.get("data")))
         context = sampling_contexts(
             run,
-            lambda: recognised(run.data, build_dataset(config, True, network))[0] if dataset is None else dataset,
+            lambda: dataset or recognised(run.data, build_dataset(config, True, network, run.conditions))[0],
             settings["num_samples"],
             settings["class"],
             settings["context"],
         )
-        samples = draw_samples(flow, settings["num_samples"], settings["batch_size"], generator, context)
+        count = settings["num_samples"] if context is None else len(context)
+        samples = draw_samples(flow, count, settings["batch_size"], generator, context)
         samples, noisy = without_noise(run.data, samples)
         columns = run.data.get("columns") if dataset is None else dataset.columns
-        save_samples(output, samples, columns, flow.transform.num_levels)
-        print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}")
+        given = None if run.conditions is None or context is None else run.conditions.decode(context)
+        save_samples(output, samples, columns, flow.transform.num_levels, given, count // settings["num_samples"])
+        contexts = f", {settings['num_samples']:,} for each context" if count > settings["num_samples"] else ""
+        print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}{contexts}")
         if noisy:
             print(f"rounded to the values of the data, since noise was added to them in training: {', '.join(noisy)}")
         if settings["plot"]:
@@ -90,10 +93,15 @@ def sampling_contexts(
     dataset: Callable[[], Dataset],  # called only if the contexts come from the data
     num_samples: int,
     label: int | None = None,
-    values: float | Sequence[float] | None = None,
-) -> Tensor | None:  # (num_samples, *context)
-    """The context of each sample: the chosen one for all, or else contexts of the data."""
-    chosen = chosen_context(run.context_shape, run.num_classes, label, values)
+    values: Any = None,
+) -> Tensor | None:  # (n, *context)
+    """The context of each sample: the chosen one for all, or else contexts of the data.
+
+    With several chosen contexts, `num_samples` of each.
+    """
+    chosen = chosen_context(run.context_shape, run.num_classes, label, values, run.conditions)
+    if chosen is not None and chosen.ndim > len(run.context_shape or ()):
+        return chosen.repeat_interleave(num_samples, 0)
     if chosen is not None:
         return chosen.expand(num_samples, *chosen.shape)
     return None if run.context_shape is None else dataset().contexts(num_samples)
@@ -107,7 +115,7 @@ def readable_dataset(
     If the user has `chosen` them, errors are raised. Only with `network` may they be downloaded.
     """
     try:
-        dataset, _ = recognised(run.data, build_dataset(config, True, network))
+        dataset, _ = recognised(run.data, build_dataset(config, True, network, run.conditions))
     except FlowsError as error:
         if chosen:
             raise

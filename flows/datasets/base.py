@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flows.arguments import CheckedMethods, checked
 from flows.checks import fits_in_memory, whole_number
+from flows.conditions import Conditions
 from flows.datasets.batches import Batch, BatchStream, convert_batch
 from flows.datasets.fingerprint import fingerprint_of_rows
 from flows.errors import InvalidValueError
@@ -48,6 +49,7 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
         context_shape: shape of one context. Default: None, no contexts.
         num_classes: number K of classes if the context is a class. Contexts are then one-hot vectors (K,), and the
             zero vector means "no class". Default: None, no classes.
+        conditions: names and categories of the entries of a context that comes from columns of a table. Default: None.
         num_levels: number L of levels if the data are whole numbers 0, ..., L − 1. A flow must dequantise them.
             Default: None, continuous data.
         bounds: low and high, two tensors (*event), between which all examples lie; ±inf where there is no bound.
@@ -71,6 +73,7 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
     entropy: float | None = None
     context_shape: tuple[int, ...] | None = None
     num_classes: int | None = None
+    conditions: Conditions | None = None
     num_levels: int | None = None
     bounds: tuple[Tensor, Tensor] | None = None
     columns: Sequence[str] | None = None
@@ -78,6 +81,7 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
     has_samples: bool = True
     num_validation: int
     num_test: int
+    labels_identify: bool = False  # whether examples are the same only if their contexts are, too
     label_differences: str = "the classes are numbered otherwise, or examples have other classes"  # for messages
     _fingerprint: dict[str, Any] | None = None
 
@@ -165,6 +169,7 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
             "event_shape": list(self.event_shape),
             "context_shape": None if self.context_shape is None else list(self.context_shape),
             "num_classes": self.num_classes,
+            **({} if self.conditions is None else {"conditions": self.conditions.as_dict()}),
             "num_levels": self.num_levels,
             "columns": None if self.columns is None else list(self.columns),
         }
@@ -180,7 +185,8 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
         if not self.has_samples:
             return {"kind": "unknown"}
         rows = self.rows_for_hashing()
-        return fingerprint_of_rows(rows, self.columns, self.split_settings, self.labels_for_hashing(), self._fixed_rows)
+        labels, joined = self.labels_for_hashing(), self.labels_identify
+        return fingerprint_of_rows(rows, self.columns, self.split_settings, labels, self._fixed_rows, joined)
 
     def rows_for_hashing(self) -> dict[str, np.ndarray]:
         """Return the examples of each split, (n, k), without noise: by default `reference()` and `held_out(...)`."""

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flows.conditions import Conditions
 from flows.datasets.base import Dataset
 from flows.datasets.diagnosis import listed
-from flows.datasets.fingerprint import SPLITS, column_digests, label_digest
+from flows.datasets.fingerprint import SPLITS, column_digests, joined_hashes, label_digest
 from flows.datasets.hashing import digest, hash_rows
 from flows.datasets.rounded_rows import Found, RoundedRows
 from flows.errors import FlowsError, InvalidValueError
@@ -139,6 +140,7 @@ def _compared(stored: Mapping[str, Any], dataset: Dataset) -> Comparison:
         now = list(now) if isinstance(now, tuple) else now
         if key in stored and now != stored[key]:
             differences.append(f"the {what} is {_shown(now)}, {_shown(stored[key])} in the run")
+    differences += _about_conditions(stored.get("conditions"), getattr(dataset, "conditions", None))
     old = stored.get("fingerprint")
     if old is None and "fingerprint" not in stored:
         return Comparison(differences)
@@ -151,11 +153,25 @@ def _compared(stored: Mapping[str, Any], dataset: Dataset) -> Comparison:
     return replace(found, differences=[*differences, *found.differences])
 
 
+def _about_conditions(stored: Mapping[str, Any] | None, now: Conditions | None) -> list[str]:
+    before = Conditions.from_dict(stored)
+    if before is None or now is None or before == now:
+        return []
+    if before.columns != now.columns:
+        return [f"the conditions are {listed(map(repr, now.columns))}, {listed(map(repr, before.columns))} in the run"]
+    changed = [name for name in now.columns if before.categories.get(name) != now.categories.get(name)]
+    return [f"the condition {listed(map(repr, changed))} has other categories than in the run"]
+
+
 def _compare_rows(old: Mapping[str, Any], new: Mapping[str, Any], dataset: Dataset, names: _Names) -> Comparison:
     rows, labels = dataset.rows_for_hashing(), dataset.labels_for_hashing()
     units, differences = old["units"], []
     order, columns = _match_columns(old, new, names, differences)
     hashes = {split: hash_rows(rows[split], units, order) for split in SPLITS}
+    if old.get("label_units") is not None and labels is not None:
+        if any(labels[split].shape[1] != len(old["label_units"]) for split in SPLITS):
+            return Comparison(differences)  # other columns, as the difference of shapes says
+        hashes, labels = joined_hashes(hashes, labels, old["label_units"]), None
     every = np.concatenate([hashes[split] for split in SPLITS])
     trained = old["trained"].numpy().view(np.uint64)
     fixed = old["fixed"] and new["fixed"]

@@ -34,17 +34,19 @@ def warnings_about(
     columns: Sequence[str],
     continuous: Sequence[bool],  # False for a column that noise makes continuous
     source: str,
+    contexts: Mapping[str, Values] | None = None,  # columns that the table is conditional on
 ) -> Iterator[str]:
     """Yield one sentence for each kind of trouble."""
     keep = np.array(continuous, dtype=bool)
     ties = find_ties(table)
     yield from _about_ties([found for found in ties if keep[found.column]], columns, source)
     if keep.any():
-        yield from _about_copies(row_keys(table[:, keep]), split, source)
-        yield from _about_near_copies(table[:, keep], split, source)
-        yield from _about_dependence(
-            table[split["train"]][:, keep], [columns[i] for i in np.flatnonzero(keep).tolist()], source
-        )
+        given = contexts or {}
+        whole = np.column_stack([*given.values(), table[:, keep]])
+        yield from _about_copies(row_keys(whole), split, source)
+        yield from _about_near_copies(whole, split, source)
+        kept = [columns[i] for i in np.flatnonzero(keep).tolist()]
+        yield from _about_dependence(whole[split["train"]], [*given, *kept], source, first=len(given))
         smooth = [i for i in np.flatnonzero(keep).tolist() if i not in {found.column for found in ties}]
         yield from _about_surfaces(table[split["train"]][:, smooth], [columns[i] for i in smooth], source)
     yield from _about_outliers(table, split["train"], columns, source)
@@ -137,8 +139,8 @@ def _nearest_distances(asked: Values, rows: Values) -> Values:  # (n, NEIGHBOURS
     return np.concatenate(found)
 
 
-def _about_dependence(train: Values, columns: Sequence[str], source: str) -> Iterator[str]:
-    found = list(find_dependence(train[:MAX_ROWS]))
+def _about_dependence(train: Values, columns: Sequence[str], source: str, first: int = 0) -> Iterator[str]:
+    found = [(column, others) for column, others in find_dependence(train[:MAX_ROWS]) if column >= first]
     if not found:
         return
     named = listed(

@@ -32,6 +32,7 @@ def fingerprint_of_rows(
     settings: Mapping[str, Any] | None = None,
     labels: Rows | None = None,  # (n, ...) by split
     fixed: bool = True,
+    joined: bool = False,
 ) -> dict[str, Any]:
     """Return the fingerprint of finite data.
 
@@ -46,11 +47,18 @@ def fingerprint_of_rows(
         settings: plain values that decide the split, and what else the training data depend on.
         labels: the class or context of each example, if flows are conditional on it.
         fixed: whether "train" holds all training rows, in the order of training.
+        joined: whether labels are a part of what a row is, as the conditions of a table are.
     """
     units = None if columns is None else rounding_steps(np.concatenate([rows[split] for split in SPLITS]))
     hashes = {split: hash_rows(rows[split], units) for split in SPLITS}
+    joined = joined and labels is not None
+    label_units = None
+    if joined and labels is not None:
+        label_units = rounding_steps(np.concatenate([labels[split] for split in SPLITS])).tolist()
+        hashes, labels = joined_hashes(hashes, labels, label_units), None
     every = np.concatenate([hashes[split] for split in SPLITS])
     trained = np.unique(hashes["train"])
+    rounds = units is not None and fixed and not joined
     return {
         "kind": "rows",
         "rows": {split: len(hashes[split]) for split in SPLITS},
@@ -60,11 +68,12 @@ def fingerprint_of_rows(
         "units": None if units is None else [float(unit) for unit in units],
         "columns": None if units is None else column_digests(rows, units),
         "labels": None if labels is None else label_digest(hashes, labels),
+        **({"label_units": label_units} if joined else {}),
         "settings": dict(settings or {}),
         "fixed": fixed,
         "trained": torch.from_numpy(trained[:MAX_KEPT].view(np.int64).copy()),
         "trained_distinct": len(trained),
-        "rounded": None if units is None or not fixed else rounded_entry({split: rows[split] for split in SPLITS}),
+        "rounded": rounded_entry({split: rows[split] for split in SPLITS}) if rounds else None,
     }
 
 
@@ -110,6 +119,11 @@ def column_digests(
         values = [rounded(rows[split][:, column], units[position]) for split in SPLITS]
         digests.append(digest(np.concatenate(values)))
     return digests
+
+
+def joined_hashes(hashes: Rows, labels: Rows, units: Sequence[float]) -> dict[str, NDArray[np.uint64]]:
+    """Return hashes of rows together with their labels, which are rounded to `units`."""
+    return {split: mix(hashes[split] + STEP * hash_rows(labels[split], units)) for split in SPLITS}
 
 
 def label_digest(hashes: Rows, labels: Rows) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from flows.datasets.table_columns import (
     parquet_index,
     warn_of_lost_digits,
 )
-from flows.datasets.text_tables import MISSING_WORDS, checked_delimiter, names_and_header, read_csv, text_column
+from flows.datasets.text_tables import MISSING_WORDS, NUMBER, checked_delimiter, names_and_header, read_csv, text_column
 from flows.errors import FileError, InvalidTypeError, InvalidValueError, MissingPackageError
 
 
@@ -139,6 +140,39 @@ def read_words(path: Path, column: int, purpose: str, delimiter: str = ",", head
             "in, or remove that row"
         )
     return words
+
+
+def read_rows(path: str | Path) -> list[int]:
+    """Read numbers of rows from a text file, as published splits state them.
+
+    Raises:
+        FileError: the file does not exist or cannot be read.
+        InvalidValueError: a number is no whole one.
+    """
+    path = existing_path("test_rows", path, "file of row numbers")
+    try:
+        words = path.read_text(encoding="utf-8").replace(",", " ").split()
+    except (UnicodeDecodeError, OSError) as error:
+        raise FileError(f"cannot read {path}: {error}") from error
+    wrong = next((word for word in words if not NUMBER.fullmatch(word) or not float(word).is_integer()), None)
+    if wrong is not None:
+        raise InvalidValueError(f"{path} must hold the numbers of rows, whole ones from 0, got {wrong!r}")
+    return [int(float(word)) for word in words]
+
+
+def categorical_columns(path: Path) -> list[int]:
+    """Return the positions of the columns that a Parquet file marks as categories; other files mark none."""
+    if path.suffix.lower() != ".parquet":
+        return []
+    import pyarrow as pa
+
+    schema = _open_parquet(path).schema_arrow
+    try:
+        columns = json.loads((schema.metadata or {}).get(b"pandas", b"{}")).get("columns", [])
+        named = {column["name"] for column in columns if column.get("pandas_type") == "categorical"}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        named = set()
+    return [i for i, field in enumerate(schema) if pa.types.is_dictionary(field.type) or field.name in named]
 
 
 def _top_of_csv(path: Path, delimiter: str, header: bool | None) -> tuple[list[str], list[list[str]], bool]:

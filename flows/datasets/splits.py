@@ -38,6 +38,34 @@ def random_split(
     return dict(zip([*sizes, "train"], parts, strict=True))
 
 
+def published_split(
+    count: int,
+    test_rows: Sequence[int] | ArrayLike,
+    validation_fraction: float,
+    seed: int,
+    source: str,
+    unit: str,
+) -> dict[str, Tensor]:  # split: indices
+    """Take the test part that is given, and a random validation part of the other examples.
+
+    Other arguments and errors are those of `random_split`.
+
+    Raises:
+        InvalidValueError: the test rows are no distinct whole numbers from 0 to below `count`.
+    """
+    rows = np.asarray(test_rows)
+    if rows.ndim != 1 or not len(rows) or rows.dtype.kind not in "iu":
+        raise InvalidValueError(f"test_rows must be a list of whole numbers, got {type(test_rows).__name__} {rows!r}")
+    outside = rows[(rows < 0) | (rows >= count)]
+    if len(outside) or len(np.unique(rows)) < len(rows):
+        what = f"row {outside[0]} does not exist" if len(outside) else "a row comes twice"
+        raise InvalidValueError(f"{source} has {count} {unit}, from 0 to {count - 1}, and in test_rows {what}")
+    others = torch.from_numpy(np.setdiff1d(np.arange(count), rows))
+    parts = random_split(len(others), {"validation": validation_fraction}, seed, source, unit)
+    test = torch.from_numpy(np.sort(rows).astype(np.int64))
+    return {"test": test, **{split: others[chosen] for split, chosen in parts.items()}}
+
+
 def content_split(
     keys: NDArray[np.uint64],  # (n,), pseudo-random numbers that depend on the content of each example
     fractions: Mapping[str, float],

@@ -15,14 +15,16 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from flows.arguments import checked
-from flows.checks import whole_number
+from flows.checks import existing_path, whole_number
+from flows.conditions import Conditions
 from flows.datasets.base import Dataset
 from flows.datasets.batches import Batch, EpochStream, convert
 from flows.datasets.diagnosis import warnings_about
 from flows.datasets.hashing import content_keys, word_keys
-from flows.datasets.readers import read_groups, read_table
-from flows.datasets.splits import content_split, group_split, random_split
+from flows.datasets.readers import read_groups, read_rows, read_table
+from flows.datasets.splits import content_split, group_split, published_split, random_split
 from flows.datasets.table_columns import choose_columns
+from flows.datasets.table_contexts import TableContexts, read_context_columns
 from flows.datasets.ties import find_ties, rounding_unit
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
 
@@ -56,6 +58,9 @@ class Table(Dataset):
     go, and copies stay together; the sizes then only come close to the fractions. With `groups`, rows of a group stay
     in one split.
 
+    With a `context` the density is conditional on other columns, p(values | context). They stay in data units: a flow
+    standardises numbers and takes categories as one-hot vectors by its encoder, see `flows.encoders.Standardised`.
+
     Args:
         values: finite numbers (rows, columns): a tensor, an array, a data frame or nested lists.
         columns: names of the columns. Default: those of a data frame, otherwise "0", "1", ...
@@ -68,15 +73,25 @@ class Table(Dataset):
         quiet: leave out the warnings about values.
         split_by: "position" or "content".
         groups: the group of each row, as numbers or words. Default: each row is its own.
+        context: columns that the density is conditional on: a data frame, a mapping from names to columns, or numbers
+            (rows, columns), which are then called "c0", "c1", ... Columns of words, of truth values and those that
+            pandas marks as categories are categories. Default: none.
+        categories: names of context columns whose numbers are categories.
+        conditions: what another table knows of the context columns, such as `flow.encoder.conditions`; an unknown
+            category is then an error. Default: found out, by the training rows.
+        test_rows: the rows of the test part, from 0, as published splits state them. `validation_fraction` then is of
+            the other rows. Default: chosen at random.
 
     Attributes:
         units: rounding unit of each column that noise is added to, otherwise 0.
         split: the row indices of "train", "validation" and "test".
+        conditions: names and categories of the context columns, or None; `conditions.encode` makes contexts from words.
 
     Raises:
         InvalidTypeError: a value is no number.
         InvalidValueError: the values are no table, a value is NaN or infinite, a column is constant in the training
-            rows, a split would be empty, names repeat, or a column to dequantise has no rounding unit. The message
+            rows, a split would be empty, names repeat, or a column to dequantise has no rounding unit; a column is a
+            value and a condition, a condition is constant or missing, or no training row has a category. The message
             names the row and the column.
 
     Example:
@@ -92,6 +107,9 @@ class Table(Dataset):
     """
 
     columns: list[str]
+    labels_identify = True
+    _contexts: dict[str, Tensor] | None = None
+    _labels: dict[str, np.ndarray] | None = None
 
     def __init__(
         self,
@@ -106,6 +124,10 @@ class Table(Dataset):
         quiet: bool = False,
         split_by: Literal["position", "content"] = "position",
         groups: ArrayLike | None = None,
+        context: Any = None,
+        categories: Sequence[str] = (),
+        conditions: Conditions | None = None,
+        test_rows: Sequence[int] | ArrayLike | None = None,
     ):
         table = _as_table(values, source)
         self.name, self.source = name, source
@@ -119,19 +141,34 @@ class Table(Dataset):
             raise InvalidValueError(f"{source} has several columns called {repeated[0]!r}; give each its own name")
         _check_finite(table, self.columns, source)
         self.event_shape = (table.shape[1],)
+        contexts = None
+        if context is not None:
+            contexts = TableContexts(context, categories, conditions, self.columns, len(table), source)
+            self.conditions, self.context_shape = contexts.conditions, contexts.conditions.shape
+        elif categories:
+            raise InvalidValueError(f"{source}: categories are of the context columns, and there are none")
         fractions = {"test": test_fraction, "validation": validation_fraction}
-        self.split = _split(table.numpy(), fractions, split_seed, source, split_by, groups)
+        whole = table.numpy() if contexts is None else np.hstack([contexts.stable(), table.numpy()])
+        self.split = _split(whole, fractions, split_seed, source, split_by, groups, test_rows)
         self.split_settings = {
             **{f"{split}_fraction": float(fraction) for split, fraction in fractions.items()},
             **{"split_seed": int(split_seed), "split_by": split_by, "groups": groups is not None},
         }
+        if test_rows is not None:
+            self.split_settings["test_rows"] = "given"
         self.num_validation, self.num_test = len(self.split["validation"]), len(self.split["test"])
         self._parts = {split: table[rows] for split, rows in self.split.items()}
+        if contexts is not None:
+            contexts.check(self.split)
+            entries, stable = torch.from_numpy(contexts.entries), contexts.stable()
+            self._contexts = {split: entries[rows] for split, rows in self.split.items()}
+            self._labels = {split: stable[rows.numpy()] for split, rows in self.split.items()}
         _check_varies(self._parts["train"], self.columns, source)
         self.units = _units(table, self.columns, dequantise_columns, source)
         if not quiet:
             rows = {split: indices.numpy() for split, indices in self.split.items()}
-            for message in warnings_about(table.numpy(), rows, self.columns, (self.units == 0).tolist(), source):
+            given = {} if contexts is None else dict(zip(contexts.conditions.columns, contexts.stable().T, strict=True))
+            for message in warnings_about(table.numpy(), rows, self.columns, (self.units == 0).tolist(), source, given):
                 warnings.warn(message, DataWarning, stacklevel=2)
         if self.units.any():
             steps = {name: unit for name, unit in zip(self.columns, self.units.tolist(), strict=True) if unit}
@@ -141,6 +178,9 @@ class Table(Dataset):
 
     def rows_for_hashing(self) -> dict[str, np.ndarray]:
         return {split: rows.numpy() for split, rows in self._parts.items()}
+
+    def labels_for_hashing(self) -> dict[str, np.ndarray] | None:
+        return self._labels
 
     def reordered(self, columns: Sequence[int]) -> Table:
         """Return the same table with its columns in another order."""
@@ -162,14 +202,18 @@ class Table(Dataset):
     ) -> TableStream:
         """Return an endless stream of training rows in float64, reshuffled at each pass."""
         dtype = _exact(device, dtype)
-        return TableStream(self.name, self._parts["train"], self.units, batch_size, generator, device, dtype)
+        train = Batch(self._parts["train"], None if self._contexts is None else self._contexts["train"])
+        return TableStream(self.name, train, self.units, batch_size, generator, device, dtype)
 
     def held_out(self, split: Literal["validation", "test"]) -> Batch:
-        return Batch(self._held_out[split])
+        return Batch(self._held_out[split], None if self._contexts is None else self._contexts[split])
 
     def reference(self) -> Tensor:
         """Return all training rows (n, columns) in float64, with noise where it is added."""
         return self._with_noise("train").clone()
+
+    def reference_contexts(self) -> Tensor | None:
+        return None if self._contexts is None else self._contexts["train"]
 
     def _in_batches(
         self,
@@ -201,6 +245,11 @@ class Tabular(Table):
         dequantise_columns, split_by: see `Table`.
         group_column: a column, by name or position, that says which rows belong together, such as a patient or a day.
             They stay in one split, and the column is no feature. It may hold words. Default: none.
+        context_columns: columns, by name or position, that the density is conditional on; `columns` are then by default
+            all others. They may hold numbers or words. Default: none.
+        categories: context columns whose numbers are categories.
+        conditions: see `Table`.
+        test_rows: the rows of the test part, from 0, or a text file of them; see `Table`.
 
     Raises:
         FileError: the file does not exist or cannot be read.
@@ -220,14 +269,35 @@ class Tabular(Table):
         dequantise_columns: Literal["auto"] | Sequence[str | int] | None = None,
         split_by: Literal["position", "content"] = "position",
         group_column: str | int | None = None,
+        context_columns: Sequence[str | int] = (),
+        categories: Sequence[str | int] = (),
+        conditions: Conditions | None = None,
+        test_rows: str | Path | Sequence[int] | None = None,
     ):
-        groups = None
+        groups, context, named = None, None, list(map(str, categories))
+        reading = {"delimiter": delimiter, "header": header}
+        if context_columns:
+            path = existing_path("path", path, "data file")
+            columns, context, named = read_context_columns(
+                path, columns, context_columns, categories, group_column, reading
+            )
         if group_column is not None:
             columns, groups = read_groups(path, group_column, columns, delimiter, header)
-        values, names = read_table(path, columns, delimiter=delimiter, header=header)
+        values, names = read_table(path, columns, **reading)
         fractions = (validation_fraction, test_fraction, split_seed)
         super().__init__(
-            values, names, name, *fractions, str(path), dequantise_columns, split_by=split_by, groups=groups
+            values,
+            names,
+            name,
+            *fractions,
+            str(path),
+            dequantise_columns,
+            split_by=split_by,
+            groups=groups,
+            context=context,
+            categories=named,
+            conditions=conditions,
+            test_rows=read_rows(test_rows) if isinstance(test_rows, str | Path) else test_rows,
         )
         self.path = Path(path)
 
@@ -276,7 +346,7 @@ class TableStream(EpochStream):
     def __init__(
         self,
         dataset: str,
-        rows: Tensor,  # (n, columns)
+        rows: Batch,  # (n, columns), with their contexts
         units: Tensor,  # (columns,), 0 for no noise
         batch_size: int,
         generator: torch.Generator,
@@ -286,14 +356,17 @@ class TableStream(EpochStream):
         super().__init__(dataset, len(rows), batch_size, generator, device, dtype)
         self._units = units
         self._noisy = bool(units.any())
-        self._rows = rows if self._noisy else convert(rows, self.device, self.dtype, dataset)
+        self._context = None if rows.context is None else convert(rows.context, self.device, self.dtype, dataset)
+        self._rows = rows.x if self._noisy else convert(rows.x, self.device, self.dtype, dataset)
 
     def next(self) -> Batch:
         chosen = self.draw()
+        placed = chosen.to(self.device)
+        context = None if self._context is None else self._context[placed]
         if self._noisy:
             x = _dequantised(self._rows[chosen], self._units, self.generator)
-            return Batch(convert(x, self.device, self.dtype, self.dataset))
-        return Batch(self._rows[chosen.to(self.device)])
+            return Batch(convert(x, self.device, self.dtype, self.dataset), context)
+        return Batch(self._rows[placed], context)
 
 
 def _split(
@@ -303,9 +376,14 @@ def _split(
     source: str,
     split_by: Literal["position", "content"],
     groups: ArrayLike | None,
+    test_rows: Sequence[int] | ArrayLike | None,
 ) -> dict[str, Tensor]:
     if split_by not in ("position", "content"):
         raise InvalidValueError(f"split_by must be 'position' or 'content', got {split_by!r}")
+    if test_rows is not None:
+        if groups is not None or split_by != "position":
+            raise InvalidValueError(f"{source}: test_rows decides the split, so leave out split_by and groups")
+        return published_split(len(table), test_rows, fractions["validation"], seed, source, "rows")
     if groups is None:
         if split_by == "position":
             return random_split(len(table), fractions, seed, source, "rows")

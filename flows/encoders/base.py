@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flows.arguments import CheckedMethods
 from flows.checks import as_shape
+from flows.conditions import Conditions
 from flows.errors import InvalidValueError
 
 
@@ -23,7 +24,13 @@ class Encoder(CheckedMethods, nn.Module, ABC, checks=("forward", "fit")):
     Args:
         context_shape: shape of one context, in data units.
         features_shape: shape of what the field takes as its context.
+
+    Attributes:
+        conditions: names and categories of the entries of a context, for contexts from columns of a table. Default:
+            None, contexts are numbers without names.
     """
+
+    conditions: Conditions | None = None
 
     def __init__(self, context_shape: int | Sequence[int], features_shape: int | Sequence[int]) -> None:
         super().__init__()
@@ -51,11 +58,25 @@ class Encoder(CheckedMethods, nn.Module, ABC, checks=("forward", "fit")):
         """Fit the encoder to contexts of the training part and return it. Default: nothing to fit."""
         return self
 
+    def contexts(self, given: Any) -> Tensor:  # (*batch, *context)
+        """Contexts from words and numbers: a mapping, a list of mappings, or a data frame; see `Conditions.encode`.
+
+        Raises:
+            InvalidValueError: the entries of a context have no names, or `given` does not fit them.
+        """
+        if self.conditions is None:
+            raise InvalidValueError(
+                f"the entries of these contexts have no names; give a tensor of shape {self.context_shape} for each"
+            )
+        return self.conditions.encode(given)
+
 
 def _of_contexts(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def checked_method(self: Encoder, context: Tensor) -> Any:
         if isinstance(context, Tensor) and tuple(context.shape[1:]) != self.context_shape:
+            if self.conditions is not None:
+                self.conditions.check(context)
             raise InvalidValueError(
                 f"a context must have the shape {self.context_shape}, got {tuple(context.shape[1:])} in a batch of "
                 f"shape {tuple(context.shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from flows.arguments import checked
 from flows.checks import whole_number
+from flows.conditions import Conditions
 from flows.encoders.base import Encoder
 from flows.encoders.standardised import Standardised
 from flows.errors import InvalidTypeError, InvalidValueError
@@ -27,7 +29,8 @@ class Embedding(Encoder):
         features: number of features.
         hidden: widths of the perceptron's hidden layers.
         scale: of the contexts before the network, see `Standardised`.
-        network: a module of one's own instead, (B, *context) → (B, features).
+        network: a module of one's own instead, from what `Standardised` returns to (B, features).
+        conditions: of contexts from columns of a table, see `Standardised`.
 
     Raises:
         InvalidTypeError, InvalidValueError: a width is no positive whole number, or the network returns another shape.
@@ -51,11 +54,17 @@ class Embedding(Encoder):
         hidden: Sequence[int] = (64, 64),
         scale: Literal["linear", "log"] = "linear",
         network: nn.Module | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         super().__init__(context_shape, whole_number("features", features))
-        self.standardise = Standardised(self.context_shape, scale)
+        self.conditions = conditions
+        self.standardise = Standardised(self.context_shape, scale, conditions)
         if network is None:
-            widths = [self.standardise.mean.numel(), *(whole_number("hidden", width) for width in hidden), features]
+            widths = [
+                math.prod(self.standardise.features_shape),
+                *(whole_number("hidden", width) for width in hidden),
+                features,
+            ]
             pairs = list(itertools.pairwise(widths))
             layers = [[nn.Linear(a, b), nn.SiLU()] for a, b in pairs[:-1]]
             network = nn.Sequential(nn.Flatten(), *itertools.chain(*layers), nn.Linear(*pairs[-1]))

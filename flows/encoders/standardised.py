@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flows.arguments import checked
+from flows.conditions import Conditions
 from flows.encoders.base import Encoder
 from flows.errors import InvalidValueError
 
@@ -20,12 +21,16 @@ class Standardised(Encoder):
     Mean and standard deviation are those of the training part. Before `fit` they are 0 and 1. Both are buffers in
     float64, so checkpoints hold them. An entry that never varies becomes 0.
 
+    Entries that are categories become one-hot vectors, of which the first so many features hold the numbers.
+
     Args:
         context_shape: shape of one context.
         scale: s, "linear" or "log" for sign(c) log(1 + |c|), which suits counts and heavy tails.
+        conditions: says which entries are categories, for contexts from columns of a table. Default: none are.
 
     Raises:
-        InvalidValueError: `scale` is neither.
+        InvalidValueError: `scale` is neither, or `context_shape` is not that of the conditions. From a call: an entry
+            is NaN or an unknown category.
 
     Example:
         ```python
@@ -43,12 +48,27 @@ class Standardised(Encoder):
     inverse_sd: Tensor  # 0 for an entry that never varies
     _like: Tensor
 
-    def __init__(self, context_shape: int | Sequence[int], scale: Literal["linear", "log"] = "linear") -> None:
+    def __init__(
+        self,
+        context_shape: int | Sequence[int],
+        scale: Literal["linear", "log"] = "linear",
+        conditions: Conditions | None = None,
+    ) -> None:
         super().__init__(context_shape, context_shape)
+        if conditions is not None:
+            if conditions.shape != self.context_shape:
+                raise InvalidValueError(
+                    f"context_shape must be {conditions.shape}, one entry for each of the conditions, got "
+                    f"{self.context_shape}"
+                )
+            known = [conditions.levels(name) for name in conditions.categories]
+            self.features_shape = (len(conditions.numbers) + sum(map(len, known)),)
+        self.conditions = conditions
         if scale not in ("linear", "log"):
             raise InvalidValueError(f"scale must be 'linear' or 'log', got {scale!r}")
         self.scale = scale
-        self.register_buffer("mean", torch.zeros(self.context_shape, dtype=torch.float64))
+        shape = self.context_shape if conditions is None else (len(conditions.numbers),)
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("inverse_sd", torch.ones_like(self.mean))
         self.register_buffer("_like", torch.zeros(()), persistent=False)  # the dtype of the features
 
@@ -69,7 +89,7 @@ class Standardised(Encoder):
         """
         if len(contexts) < 2:
             raise InvalidValueError(f"at least two contexts are needed to standardise by, got {len(contexts)}")
-        scaled = self._scaled(contexts.to(self.mean))
+        scaled = self._scaled(self._parts(contexts)[0])
         if not bool(scaled.isfinite().all()):
             raise InvalidValueError("the contexts to standardise by hold NaN or infinite values")
         sd = scaled.std(0)
@@ -78,7 +98,24 @@ class Standardised(Encoder):
         return self
 
     def forward(self, context: Tensor) -> Tensor:
-        return ((self._scaled(context.to(self.mean)) - self.mean) * self.inverse_sd).to(self._like.dtype)
+        numbers, one_hot = self._parts(context)
+        scaled = ((self._scaled(numbers) - self.mean) * self.inverse_sd).to(self._like.dtype)
+        return torch.cat([scaled, *(part.to(self._like.dtype) for part in one_hot)], 1) if one_hot else scaled
+
+    def _parts(self, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The entries that are numbers, and one-hot vectors of the others."""
+        context = context.to(self.mean)
+        conditions = self.conditions
+        if conditions is None:
+            return context, []
+        if context.device.type == "cpu" or not torch.is_grad_enabled():  # a GPU need not wait in each training step
+            conditions.check(context)
+        places = {name: conditions.columns.index(name) for name in conditions.categories}
+        one_hot = [
+            context[:, place, None] == torch.as_tensor(conditions.levels(name)).to(context)
+            for name, place in places.items()
+        ]
+        return context[:, conditions.numbers], one_hot
 
     def _scaled(self, context: Tensor) -> Tensor:
         return context.sign() * context.abs().log1p() if self.scale == "log" else context

@@ -15,6 +15,7 @@ from torch import nn
 
 from flows.arguments import checked
 from flows.checks import check_seed
+from flows.conditions import Conditions
 from flows.datasets import Dataset
 from flows.datasets.hub import offline
 from flows.encoders import Encoder
@@ -56,6 +57,11 @@ class LoadedRun:
     context_shape: tuple[int, ...] | None  # of the training data
     num_classes: int | None  # None: the contexts are no classes
     data: Mapping[str, Any]  # what identifies the training data, for `flows.datasets.comparison`
+
+    @property
+    def conditions(self) -> Conditions | None:
+        """Names and categories of the entries of a context, if they come from columns of a table."""
+        return Conditions.from_dict(self.data.get("conditions"))
 
     @property
     def flow(self) -> CNF:
@@ -115,8 +121,8 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
         dtype = dtype_named(content["dtype"])
 
         def build() -> nn.Module:
-            levels = data.get("num_levels")
-            return build_model(config, data["event_shape"], None, dtype, shape, levels, sources)
+            known = {"num_levels": data.get("num_levels"), "conditions": Conditions.from_dict(data.get("conditions"))}
+            return build_model(config, data["event_shape"], None, dtype, shape, num_points=sources, **known)
 
         with torch.random.fork_rng(devices=()):  # weights are drawn, to be replaced
             foreign = foreign_packages({part: config.get(part) for part in ("model", *PARTS)})
@@ -173,17 +179,24 @@ def without_unused_parts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @checked
-def build_dataset(config: Mapping[str, Any], of_run: bool = False, network: bool = True) -> Dataset:
+def build_dataset(
+    config: Mapping[str, Any],
+    of_run: bool = False,
+    network: bool = True,
+    conditions: Conditions | None = None,
+) -> Dataset:
     """Build the data that `config["data"]` describes.
 
     Args:
         config: settings.
         of_run: whether they are those of a run from before, whose files may have moved. The error then says so.
         network: whether the data may be downloaded. Settings that come from a file should not.
+        conditions: of the contexts that a trained model knows, for data that take them.
     """
+    known = {} if conditions is None else _accepted(config.get("data"), {"conditions": conditions})
     try:
         with contextlib.nullcontext() if network else offline():
-            return instantiate(_part(config, "data"), "data")
+            return instantiate(_part(config, "data"), "data", **known)
     except SettingsError as error:
         if of_run and isinstance(error.__cause__, FileError):
             raise SettingsError(f"{error}. If the data of the run have moved, say where: data.path=...") from error
@@ -199,6 +212,7 @@ def build_model(
     context_shape: Sequence[int] | None = None,
     num_levels: int | None = None,
     num_points: int | None = None,
+    conditions: Conditions | None = None,
 ) -> nn.Module:
     """Build an untrained model from settings.
 
@@ -211,6 +225,8 @@ def build_model(
         context_shape: of the contexts, for a field that takes it. `None` (default): as in `dataset`.
         num_levels: of discrete data, for transforms that take it. `None` (default): as in `dataset`.
         num_points: that a base made of points will be loaded with.
+        conditions: of contexts from columns of a table. With them the encoder is by default a
+            `flows.encoders.Standardised`. `None` (default): as in `dataset`.
 
     Raises:
         SettingsError: names the setting that does not fit.
@@ -218,6 +234,7 @@ def build_model(
     if dataset is not None:
         context_shape = dataset.context_shape if context_shape is None else context_shape
         num_levels = dataset.num_levels if num_levels is None else num_levels
+        conditions = getattr(dataset, "conditions", None) if conditions is None else conditions
     shapes: dict[str, Any] = {"event_shape": tuple(event_shape)}
     contexts = {} if context_shape is None else {"context_shape": tuple(context_shape)}
     model = config.get("model", DEFAULT_MODEL)
@@ -231,8 +248,11 @@ def build_model(
                 check_levels(built["transform"], dataset)
                 if dataset.has_samples:
                     built["transform"].fit(dataset.reference())
+        if conditions is not None and "encoder" in model_parts(config) and parts.get("encoder") is None:
+            parts["encoder"] = {TARGET: "flows.encoders.Standardised"}
         if parts.get("encoder") is not None:
-            built["encoder"] = _build_encoder(parts["encoder"], contexts, dataset)
+            given = contexts | ({} if conditions is None else {"conditions": conditions})
+            built["encoder"] = _build_encoder(parts["encoder"], given, dataset)
             contexts = {"context_shape": built["encoder"].features_shape}
         given = _accepted(parts.get("field"), shapes | contexts)
         if dataset is not None:  # else its weights are there already

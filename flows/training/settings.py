@@ -28,12 +28,13 @@ TARGET, PARTIAL = "_target_", "_partial_"
 GIVEN = {
     "model": ("field", "divergence", "solver", "base", "transform", "encoder", "event_shape"),
     "field": ("event_shape", "context_shape"),
-    "encoder": ("context_shape",),
+    "encoder": ("context_shape", "conditions"),
     "base": ("event_shape", "num_points", "points"),
     "transform": ("event_shape", "num_levels", "bounds"),
     "optimizer": ("params", "lr"),
     "objective": ("params", "lr"),
     "evaluation": ("dataset", "seed", "progress_bar"),
+    "data": ("conditions",),
 }
 
 

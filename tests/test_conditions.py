@@ -1,0 +1,280 @@
+"""Tables with conditions: columns as contexts in data units, kept with the flow, recognised, and refused by name."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import flows
+from flows.conditions import Conditions
+from flows.datasets import Table, Tabular
+from flows.datasets.comparison import compare
+from flows.encoders import Embedding, Standardised
+from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
+from flows.samples import chosen_context, save_samples
+from flows.training.runs import build_flow
+
+SEX = ("female", "male")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def columns(rows=300, seed=0):
+    rng = np.random.default_rng(seed)
+    age, sex, rooms = rng.uniform(20, 80, rows).round(1), rng.choice(SEX, rows), rng.choice([2, 4, 7], rows)
+    y = 0.1 * age + 2 * (sex == "male") + rooms + rng.normal(size=rows)
+    return {"age": age, "sex": sex, "rooms": rooms, "y": y}
+
+
+def csv_file(path, given):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(given)
+        writer.writerows(zip(*(list(values) for values in given.values()), strict=True))
+    return path
+
+
+@pytest.fixture(scope="module")
+def table_path(tmp_path_factory):
+    return csv_file(tmp_path_factory.mktemp("table") / "homes.csv", columns())
+
+
+def homes(path, **settings):
+    chosen = {"context_columns": ["age", "sex", "rooms"], "categories": ["rooms"], **settings}
+    return Tabular(path, **chosen)
+
+
+def test_contexts_are_the_entries_of_the_columns(table_path):
+    data, given = homes(table_path), columns()
+    assert data.columns == ["y"]
+    assert data.event_shape == (1,)
+    assert data.context_shape == (3,)
+    assert data.conditions == Conditions(["age", "sex", "rooms"], {"sex": SEX, "rooms": (2.0, 4.0, 7.0)})
+    for split in ("validation", "test"):
+        batch, rows = data.held_out(split), data.split[split].numpy()
+        assert batch.context[:, 0].tolist() == given["age"][rows].tolist()
+        assert [SEX[int(i)] for i in batch.context[:, 1]] == given["sex"][rows].tolist()
+        assert batch.context[:, 2].tolist() == given["rooms"][rows].tolist()
+    batch = next(data.train_stream(50, torch.Generator().manual_seed(0)))
+    by_y = {y: i for i, y in enumerate(given["y"].tolist())}
+    assert [given["age"][by_y[y]] for y in batch.x[:, 0].tolist()] == batch.context[:, 0].tolist()
+
+
+def test_numbers_are_standardised_by_the_training_part_and_categories_one_hot(table_path):
+    data = homes(table_path)
+    encoder = Standardised(3, conditions=data.conditions).fit(data.reference_contexts())
+    features = encoder(data.reference_contexts())
+    assert encoder.features_shape == (6,)
+    torch.testing.assert_close(features[:, 0].mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(features[:, 0].std(), torch.tensor(1.0))
+    given = encoder(encoder.contexts({"age": [40, 40], "sex": ["male", "female"], "rooms": 7}))
+    assert given[:, 1:].tolist() == [[0, 1, 0, 0, 1], [1, 0, 0, 0, 1]]
+
+
+def test_one_context_in_words_is_the_same_in_every_form(table_path):
+    conditions = homes(table_path).conditions
+    expected = torch.tensor([42.0, 1.0, 7.0], dtype=torch.float64)
+    assert conditions.encode({"age": 42, "sex": "male", "rooms": 7}).equal(expected)
+    assert conditions.encode([{"age": "42", "sex": "male", "rooms": "7"}]).equal(expected[None])
+    assert conditions.encode(expected[None]).equal(expected[None])
+    assert conditions.decode(expected[None]) == {"age": [42.0], "sex": ["male"], "rooms": [7.0]}
+    assert chosen_context((3,), None, None, [42, "male", 7], conditions).equal(expected)
+
+
+def test_data_frames_and_arrays_give_the_same_table(table_path):
+    pandas = pytest.importorskip("pandas")
+    frame, from_file = pandas.DataFrame(columns()), homes(table_path)
+    frame["rooms"] = frame["rooms"].astype("category")
+    data = Table(frame[["y"]], context=frame[["age", "sex", "rooms"]])
+    assert data.conditions == from_file.conditions
+    assert data.held_out("test").context.equal(from_file.held_out("test").context)
+    assert data.conditions.encode(frame).shape == (300, 3)  # other columns are ignored
+    numbers = Table(frame[["y"]], context=frame[["age"]].to_numpy())
+    assert numbers.conditions == Conditions(["c0"])
+    assert numbers.context_shape == (1,)
+
+
+def test_parquet_files_of_words_and_pandas_categories(tmp_path, table_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(columns())
+    frame["rooms"] = frame["rooms"].astype("category")
+    frame.to_parquet(tmp_path / "homes.parquet")
+    data = Tabular(tmp_path / "homes.parquet", context_columns=["age", "sex", "rooms"])
+    assert data.conditions == homes(table_path).conditions
+    stored = homes(table_path)
+    assert not compare({**stored.description(), "fingerprint": stored.fingerprint()}, data).differences
+
+
+CONFIG = {
+    "transform": {"_target_": "flows.transforms.Standardise"},
+    "field": {"_target_": "flows.fields.MLP", "hidden": [8]},
+    "divergence": {"_target_": "flows.divergence.Auto"},
+    "solver": {"_target_": "flows.ODESolver"},
+}
+
+
+def test_a_flow_on_such_a_table_has_an_encoder_of_its_columns(table_path):
+    data = homes(table_path)
+    flow = build_flow(CONFIG, data.event_shape, data)
+    context = flow.encoder.contexts({"age": 42, "sex": "male", "rooms": 7})
+    batch = data.held_out("test")
+    assert flow.log_prob(batch.x, batch.context).shape == (30,)
+    assert flow.sample(5, context=context).shape == (5, 1)
+    moved = flow.log_prob(batch.x, batch.context + torch.tensor([10.0, 0, 0]))
+    assert not torch.allclose(moved, flow.log_prob(batch.x, batch.context))
+    embedded = build_flow({**CONFIG, "encoder": {"_target_": "flows.encoders.Embedding"}}, (1,), data)
+    assert isinstance(embedded.encoder, Embedding)
+    assert embedded.encoder.contexts({"age": 1, "sex": "male", "rooms": 2}).tolist() == [1, 1, 2]
+    assert embedded.log_prob(batch.x, batch.context).shape == (30,)
+
+
+def test_copies_and_training_rows_are_told_by_values_and_conditions(tmp_path):
+    given = columns(200)
+    given["age"] = given["age"] + 0.001 * np.arange(200)
+    given["y"] = np.tile(np.random.default_rng(1).normal(size=100), 2)  # each value twice, under other conditions
+    path = csv_file(tmp_path / "t.csv", given)
+    data = Tabular(path, context_columns=["age", "sex"], columns=["y"])  # warnings are errors in tests
+    stored = {**data.description(), "fingerprint": data.fingerprint()}
+    assert not compare(stored, Tabular(path, context_columns=["age", "sex"], columns=["y"])).differences
+    other = {**given, "age": given["age"] + 1}
+    found = compare(stored, Tabular(csv_file(tmp_path / "o.csv", other), context_columns=["age", "sex"], columns=["y"]))
+    assert "other rows" in found.text
+    assert found.trained_on("test")[0] == 0
+    fewer = {name: values[: -(len(values) // 10)] for name, values in given.items()}
+    found = compare(stored, Tabular(csv_file(tmp_path / "f.csv", fewer), context_columns=["age", "sex"], columns=["y"]))
+    assert found.differences
+    assert found.trained_on("test")[0] > 0
+
+
+def test_categories_of_a_run_are_known_to_other_data(table_path, tmp_path):
+    data = homes(table_path)
+    males = {name: values[columns()["sex"] == "male"] for name, values in columns().items()}
+    path = csv_file(tmp_path / "males.csv", males)
+    other = homes(path, conditions=data.conditions)
+    assert other.conditions == data.conditions
+    assert (other.held_out("test").context[:, 1] == 1).all()
+    males["sex"] = np.where(np.arange(len(males["sex"])) == 4, "unsaid", males["sex"])
+    with pytest.raises(InvalidValueError, match=r"row 5: column 'sex'.*unknown category 'unsaid'.*'female', 'male'"):
+        homes(csv_file(tmp_path / "new.csv", males), conditions=data.conditions)
+
+
+def test_published_test_rows_are_the_test_part(table_path, tmp_path):
+    rows = tmp_path / "rows.txt"
+    rows.write_text("3\n0.0\n7.000e+00\n")
+    data = homes(table_path, test_rows=rows)
+    assert data.split["test"].tolist() == [0, 3, 7]
+    assert len(data.split["train"]) == 267
+    with pytest.raises(InvalidValueError, match=r"from 0 to 299.*row 300 does not exist"):
+        homes(table_path, test_rows=[300])
+    with pytest.raises(InvalidValueError, match="a row comes twice"):
+        homes(table_path, test_rows=[3, 3])
+    with pytest.raises(InvalidValueError, match="leave out split_by and groups"):
+        homes(table_path, test_rows=[3], split_by="content")
+
+
+BAD_TABLES = [
+    ({"columns": ["y", "age"]}, "'age' cannot be both a value and a condition; take it out of columns or of"),
+    ({"context_columns": ["age", "sx"]}, r"context_columns: .* has no column 'sx'; it has 'age', 'sex', 'rooms', 'y'"),
+    ({"context_columns": ["age", "sex"]}, "categories has 'rooms', which is no condition; add it to context_columns"),
+    ({"context_columns": ["age", "sex", "rooms", "y"]}, "no column is left whose density could be learned"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_TABLES)
+def test_columns_that_cannot_be_conditions_are_refused(table_path, settings, message):
+    with pytest.raises(InvalidValueError, match=message):
+        homes(table_path, **settings)
+
+
+def test_bad_entries_of_conditions_are_refused(tmp_path):
+    def table(**changes):
+        return Tabular(csv_file(tmp_path / "t.csv", columns() | changes), context_columns=["age", "sex"])
+
+    words = columns()["sex"].astype(object)
+    empty = np.where(np.arange(300) == 7, "", words)
+    with pytest.raises(InvalidValueError, match=r"row 8 .*no condition in column 'sex'; fill it in"):
+        table(sex=empty)
+    with pytest.raises(InvalidValueError, match=r"row 8 .*no condition in column 'age'"):
+        table(age=np.where(np.arange(300) == 7, np.nan, columns()["age"]))
+    with pytest.raises(InvalidValueError, match=r"'age' is constant in the 240 training rows.*context_columns="):
+        table(age=np.full(300, 3))
+    with pytest.raises(InvalidValueError, match="'sex' holds a single category, 'male'"):
+        table(sex=np.full(300, "male"))
+    rare = int(Table(np.random.default_rng(0).normal(size=(300, 2))).split["test"][0])
+    with pytest.raises(
+        InvalidValueError, match=rf"row {rare + 1} .*'unsaid' in column 'sex', which no training row has"
+    ):
+        table(sex=np.where(np.arange(300) == rare, "unsaid", words))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"age": 42, "sex": "x", "rooms": 7}, "column 'sex' .*unknown category 'x'; known are 'female', 'male'"),
+        ({"age": 42, "sex": "male", "rooms": 5}, "column 'rooms' .*unknown category 5; known are 2, 4, 7"),
+        ([{"age": 42, "sex": "male", "rooms": 7}, {"age": 42, "rooms": 7}], "row 2: the context lacks 'sex'; it needs"),
+        ({"age": 42, "sx": "male", "rooms": 7}, r"no column 'sx' \(did you mean sex\?\)"),
+        ({"age": [1, 2], "sex": ["male"], "rooms": 7}, r"one length, got \{'age': 2, 'sex': 1\}"),
+        ({"age": None, "sex": "male", "rooms": 7}, r"'age' of the context has no value \(None\)"),
+        ({"age": "old", "sex": "male", "rooms": 7}, "'age' of the context must be a finite number, got 'old'"),
+        (
+            torch.ones(4, 2),
+            r"shape \(3,\), one entry for each of 'age', 'sex', 'rooms', got a tensor of shape \(4, 2\)",
+        ),
+        (torch.tensor([[1.0, 0, 2], [1.0, 2, 2]]), "1 of 2 .*unknown category in column 'sex'.*2 at index 1"),
+        (torch.tensor([[1.0, 0, 2], [torch.nan, 0, 2]]), "1 of 2 contexts hold NaN .*index 1 in column 'age'"),
+    ],
+)
+def test_bad_contexts_are_refused_by_row_and_column(table_path, given, message):
+    data = homes(table_path)
+    flow = build_flow(CONFIG, data.event_shape, data)
+    with pytest.raises(FlowsError, match=message):
+        flow.encoder.contexts(given)
+    if isinstance(given, torch.Tensor):
+        with pytest.raises(InvalidValueError, match=message):
+            flow.log_prob(torch.zeros(len(given), 1), given)
+        with pytest.raises(InvalidValueError, match=message):
+            flow.sample(2, context=given)
+
+
+def test_contexts_of_other_kinds_say_what_is_expected(table_path):
+    with pytest.raises(InvalidTypeError, match=r"a mapping, a list of mappings, a data frame or numbers, got str"):
+        homes(table_path).conditions.encode("male")
+    with pytest.raises(InvalidValueError, match="the entries of these contexts have no names; give a tensor"):
+        Standardised(3).contexts({"age": 3})
+    with pytest.raises(InvalidValueError, match="have no names, so context must be a list of numbers, 2 of them"):
+        chosen_context((2,), None, None, {"age": 3})
+    with pytest.raises(InvalidValueError, match=r"must have 3 entries, such as \{'age': 0.5, 'sex': 'female'"):
+        chosen_context((3,), None, None, [1, 2], homes(table_path).conditions)
+
+
+def test_samples_of_several_contexts_are_written_with_their_conditions(tmp_path, table_path):
+    conditions = homes(table_path).conditions
+    csv_file(tmp_path / "people.csv", {"name": ["Ann", "Bob"], "rooms": [7, 2], "sex": SEX, "age": [30, 60]})
+    contexts = chosen_context((3,), None, None, str(tmp_path / "people.csv"), conditions)
+    assert contexts.tolist() == [[30, 0, 7], [60, 1, 2]]
+    samples, each = torch.arange(4.0)[:, None], contexts.repeat_interleave(2, 0)
+    save_samples(tmp_path / "s.csv", samples, ["y"], given=conditions.decode(each), num_contexts=2)
+    lines = (tmp_path / "s.csv").read_text().splitlines()
+    assert lines == ["age,sex,rooms,y", "30,female,7,0", "30,female,7,1", "60,male,2,2", "60,male,2,3"]
+    save_samples(tmp_path / "s.npy", samples, num_contexts=2)
+    assert np.load(tmp_path / "s.npy").tolist() == [[[0], [1]], [[2], [3]]]
+    csv_file(tmp_path / "less.csv", {"age": [30], "sex": ["male"]})
+    with pytest.raises(InvalidValueError, match=re.escape("less.csv: the context lacks 'rooms'")):
+        chosen_context((3,), None, None, str(tmp_path / "less.csv"), conditions)
+
+
+def test_a_conditions_of_bad_columns_is_refused():
+    with pytest.raises(InvalidValueError, match="at least one column and each name once"):
+        Conditions(["a", "a"])
+    with pytest.raises(InvalidValueError, match="categories are given for 'b', and the conditions are 'a'"):
+        Conditions(["a"], {"b": ["x", "y"]})
+    with pytest.raises(InvalidValueError, match="the categories of 'a' must be two or more"):
+        Conditions(["a"], {"a": ["x"]})
+    with pytest.raises(InvalidValueError, match=r"context_shape must be \(1,\)"):
+        flows.encoders.Standardised(2, conditions=Conditions(["a"]))
