@@ -9,7 +9,7 @@ from torch.distributions import Normal
 
 import flows
 from flows.datasets import GaussianMean
-from flows.evaluation import DensityEvaluator, Measurement
+from flows.evaluation import DensityEvaluator, EnergyEvaluator, Measurement
 from flows.evaluation.metrics import (
     C2ST,
     CRPS,
@@ -149,6 +149,18 @@ def test_metrics_of_a_conditional_flow_use_the_contexts():
     wrong = DensityEvaluator(dataset, metrics=metrics).measured(flows.CNF(Moving(), event_shape=2).guided(0.0))
     assert wrong["mmd"].value > 5 * wrong["mmd"].standard_error
     assert wrong["coverage"].value < 0.85
+
+
+def test_an_energy_with_samples_reports_metrics():
+    dataset = flows.datasets.DoubleWell(num_validation=20, num_test=80, num_reference=50)
+    evaluator = EnergyEvaluator(dataset, metrics=["sliced_wasserstein2"], progress_bar=False)
+    report = evaluator.test(small_flow(dataset))
+    assert report.metrics["sliced_wasserstein2"] > 0
+    assert "sliced_wasserstein2_se" in report.metrics
+    assert "sliced wasserstein2" in dict(report.rows)
+    without = flows.datasets.Phi4([4])
+    with pytest.raises(ValueError, match=r"metrics=\[c2st\] compares draws with samples .* 'phi4.*' has none"):
+        EnergyEvaluator(without, metrics=["c2st"])
 
 
 class Mean(TwoSampleMetric):

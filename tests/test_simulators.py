@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Exponential, Gamma, Independent, LogNormal, MultivariateNormal, Normal, Uniform
+from torch.distributions import Exponential, Gamma, Independent, LogNormal, MultivariateNormal, Normal, Poisson, Uniform
 
 import flows
 from flows.datasets import (
@@ -24,6 +24,7 @@ from flows.datasets import (
 from flows.errors import DataWarning
 from flows.transforms import Unbounded
 
+COUNTS = Independent(Poisson(torch.ones(2)), 1)
 UNIT = box([0.0, 0.0], [1.0, 1.0])
 SMALL = {"num_simulations": 40, "num_test": 10}
 
@@ -102,6 +103,48 @@ def test_simulators_of_many_kinds(simulate, shape):
     assert not torch.equal(other.reference(), data.reference())
 
 
+@pytest.mark.parametrize(
+    "simulate",
+    [
+        lambda theta: theta + 0.1 * torch.randn(2),  # a batch would share the noise
+        lambda theta: np.asarray(theta) + np.array([0.1 * np.random.randn(), 0.0]),
+        lambda theta: torch.cat([theta / theta.norm(), torch.randn_like(theta)], -1),  # a batch would mix its rows
+        lambda theta: theta - theta.mean(),
+    ],
+)
+def test_a_simulator_of_one_row_that_runs_with_a_batch_still_gets_one_row(simulate):
+    seen = []
+
+    def told(theta):
+        seen.append(tuple(theta.shape))
+        return simulate(theta)
+
+    Simulator(told, UNIT, **SMALL)
+    assert seen[-50:] == [(2,)] * 50
+
+
+def test_each_simulation_has_its_own_noise():
+    data = Simulator(lambda theta: theta + 0.1 * torch.randn(2), UNIT, num_simulations=3000, num_test=10)
+    noise = data.reference_contexts() - data.reference()
+    assert len(noise.mul(1e4).round().unique(dim=0)) > 2500
+    torch.testing.assert_close(noise.std(0), torch.full((2,), 0.1), atol=0.01, rtol=0)
+
+
+def test_parameters_that_rounding_puts_on_an_edge_move_inside():
+    """The box [1000, 1001] has 16,384 numbers of float32, so that draws reach its edges."""
+    low, high = torch.full((2,), 1000.0), torch.full((2,), 1001.0)
+    prior = Independent(Uniform(low, high), 1)
+    data = Simulator(lambda theta: theta, prior, num_simulations=20_000, num_test=10, vectorised=True)
+    theta = data.reference()
+    Unbounded(2, data.bounds).check(theta)
+    assert (theta < 1000.0001).any() or (theta > 1000.9999).any()
+    edges = torch.tensor([[1000.0, 1000.5], [1000.5, 1001.0]]).expand(50, 2, 2).reshape(100, 2)
+    Unbounded(2, data.bounds).check(Simulations(edges, edges, prior).reference())
+    exact = Independent(Uniform(low.double(), high.double()), 1)  # draws that are edges only in float32
+    near = torch.full((100, 2), 1000.00001, dtype=torch.float64)
+    Unbounded(2, data.bounds).check(Simulations(near, near, exact).reference())
+
+
 def test_simulations_leave_the_global_random_numbers_alone():
     torch.manual_seed(0)
     np.random.seed(0)
@@ -168,6 +211,14 @@ class NoDensity(torch.distributions.Distribution):
         (lambda: Simulator(lambda theta: theta, Uniform(0.0, 1.0), **SMALL), r"sample\(\(2,\)\) must have the shape"),
         (lambda: Simulator(lambda theta: theta, UNIT, num_simulations=1), "num_simulations must be"),
         (lambda: Simulator(lambda theta: theta, UNIT, **SMALL, invalid="keep"), "invalid"),
+        (
+            lambda: Simulator(lambda theta: theta + torch.randn(2), UNIT, **SMALL, vectorised=True),
+            r"simulations share their noise; draw them for each row, such as torch.randn_like",
+        ),
+        (
+            lambda: Simulator(lambda theta: theta, COUNTS, **SMALL),
+            "has no density, as its parameters are whole numbers",
+        ),
         (lambda: box([0, 1], [1, 1]), "each below its high one"),
         (lambda: Simulations(torch.rand(9, 2), torch.rand(8, 2)), "got 9 rows and 8 observations"),
         (lambda: Simulations(torch.rand(90, 2), torch.rand(90, 2), box([0], [1])), r"prior has parameters of shape"),

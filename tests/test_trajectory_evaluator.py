@@ -1,6 +1,7 @@
 """The evaluator of trajectories: its figures against definitions, standard errors, and when nothing is a result."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import flows
 from flows import ODESolver, plots
 from flows.datasets import LotkaVolterra, Moons, Pendulum, Series, TwoBody
 from flows.errors import InvalidTypeError, InvalidValueError
-from flows.evaluation import TrajectoryEvaluator, default_evaluator
+from flows.evaluation import CRPS, Coverage, EnergyScore, TrajectoryEvaluator, default_evaluator
+from flows.evaluation.trajectory_report import predictive_figures
 from flows.predictions import Mean, predict, training_span
 from flows.transforms import Standardise
 
@@ -105,6 +107,55 @@ def test_the_standard_error_is_the_spread_over_repetitions():
         means.append(found.value)
         errors.append(found.standard_error)
     assert torch.tensor(means).std().item() == pytest.approx(sum(errors) / len(errors), rel=0.15)
+
+
+def test_metrics_of_draws_at_the_true_noise():
+    """Draws and observations are N(state, σ²): CRPS σ/√π, energy score σ Γ(3/2)/Γ(1), coverage 90 %."""
+    data = pendulum(num_series=200, noise=0.1, test_fraction=0.6, beyond=0.0)
+    model = ode(data, tolerance=1e-5, noise=0.1)
+    with torch.no_grad():
+        model.log_noise.data = data.noise_scale.log()
+    metrics = evaluator(data, metrics=["crps", "coverage"]).test(model).metrics
+    # a prediction starts at an observation with noise, so its error is the noise and what becomes of that of the start
+    assert metrics["crps"] == pytest.approx(float(data.noise_scale.mean()) / math.sqrt(math.pi), rel=0.5)
+    found = predict(model, data, "test", 1000, None, 8)
+    exact = replace(found, states=found.truth, mask=found.mask)
+    sizes = data.noise_scale
+    figures = predictive_figures(exact, [CRPS(), Coverage(), EnergyScore()])
+    for name, expected in (("crps", float(sizes.mean()) / math.sqrt(math.pi)), ("coverage", 0.9)):
+        assert abs(figures[name].value - expected) < 4 * figures[name].standard_error + 1e-12, name
+        assert 0 < figures[name].standard_error < 0.1 * expected
+    lower, upper = (math.gamma(1.5) * float(size) for size in (sizes.min(), sizes.max()))
+    assert 0.9 * lower < figures["energy_score"].value < 1.1 * upper
+    fewer = predictive_figures(exact, [CRPS(max_points=100)])["crps"]
+    assert fewer.standard_error > 2 * figures["crps"].standard_error
+
+
+def test_metrics_leave_missing_values_out():
+    data = ragged()
+    model = flows.NeuralODE(Decay(), ODESolver(rtol=1e-9, atol=1e-9), noise=0.1)
+    found = predictive_figures(evaluator(data).predictions(model), [CRPS(num_draws=1000), EnergyScore(num_draws=1000)])
+    exact = 0.1 * (math.sqrt(2 / math.pi) - 1 / math.sqrt(math.pi))  # observations are the states
+    assert found["crps"].value == pytest.approx(exact, rel=0.05)
+    assert found["energy_score"].value == pytest.approx(found["crps"].value, rel=1e-6)
+    report = evaluator(data, metrics=["crps"]).test(model)
+    assert report.unresolved  # the error is that of the solver
+    assert report.metrics["crps"] is None
+    assert report.metrics["crps_unresolved"] == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (["c2st"], r"metrics=\[c2st\] compares two samples, .* take coverage, crps or energy_score"),
+        (["crps"], r"metrics=\[crps\] needs predictions with noise, and this neural ODE predicts one path; train with"),
+        (["fid"], "metrics: unknown SampleMetric 'fid'"),
+    ],
+)
+def test_metrics_that_mean_nothing_are_refused_before_training(metrics, message):
+    data = pendulum()
+    with pytest.raises(InvalidValueError, match=message):
+        evaluator(data, metrics=metrics).check(ode(data))
 
 
 def test_a_single_series_has_no_standard_error():

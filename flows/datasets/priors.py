@@ -66,6 +66,11 @@ class Prior:
                 "yourself and pass flows.datasets.Simulations(theta, x)"
             )
         self.distribution = distribution
+        if _is_discrete(distribution):
+            raise InvalidValueError(
+                f"the prior {show(distribution)} has no density, as its parameters are whole numbers; a flow learns "
+                "densities, so give it continuous parameters, such as flows.datasets.box([0.0], [10.0])"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             few = torch.as_tensor(distribution.sample((2,)))
@@ -96,6 +101,21 @@ class Prior:
         bad = (~theta.isfinite()).any(1).nonzero()
         if len(bad):
             raise InvalidValueError(f"the prior drew NaN or infinite parameters, {theta[int(bad[0])].tolist()}")
+        return self.inside(theta)
+
+    def inside(self, theta: Tensor) -> Tensor:  # (*batch, d) -> (*batch, d)
+        """Move parameters that rounding has put on the edge of the support next to it, in torch's dtype or their own.
+
+        A box [1000, 1001] has 16,000 numbers of float32, so that some of ten thousand draws are its edges.
+        """
+        if self.bounds is None:
+            return theta
+        for dtype in {theta.dtype, torch.get_default_dtype()}:
+            low, high = (bound.to(dtype) for bound in self.bounds)
+            rounded = theta.to(dtype)
+            above, below = (torch.nextafter(edge, other) for edge, other in ((low, high), (high, low)))
+            theta = torch.where((rounded <= low) & (theta >= low), above.to(theta), theta)
+            theta = torch.where((rounded >= high) & (theta <= high), below.to(theta), theta)
         return theta
 
     def log_prob(self, theta: Tensor) -> Tensor:  # (*batch, d) -> (*batch)
@@ -125,6 +145,13 @@ def bounds_of_support(distribution: Any, event_shape: Sequence[int]) -> Bounds |
     except RuntimeError:  # edges of another shape than the parameters
         return None
     return None if bool((low.isinf() & high.isinf()).all()) else (low, high)
+
+
+def _is_discrete(distribution: Any) -> bool:
+    try:
+        return bool(distribution.support.is_discrete)
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def _parts(support: Any) -> list[Any]:

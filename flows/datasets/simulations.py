@@ -79,12 +79,13 @@ class Simulations(Dataset):
                     f"{self.event_shape}"
                 )
             self.bounds = self.prior.bounds
-            for part in parts.values():
+            for name, given in parts.items():
+                part = self._parts[name] = Batch(self.prior.inside(given.x), given.context)
                 outside = self.prior.log_prob(part.x).isinf().nonzero()
                 if len(outside):
                     raise InvalidValueError(
                         f"{len(outside)} of {len(part)} parameters lie outside the support of the prior, the first are "
-                        f"{part.x[int(outside[0])].tolist()}; simulate with parameters drawn from the prior"
+                        f"{given.x[int(outside[0])].tolist()}; simulate with parameters drawn from the prior"
                     )
 
     def train_stream(

@@ -35,7 +35,8 @@ class Simulator(Simulations):
         num_simulations: for training and validation together.
         num_test: further ones, for the test alone.
         validation_fraction: of `num_simulations`.
-        vectorised: whether `simulate` takes a batch; "auto": find out by a few calls.
+        vectorised: whether `simulate` takes a batch, with parameters and noise of its own for each row; "auto": find
+            out by a few calls.
         invalid: "raise" where a simulation holds NaN or infinite values; or "drop" them, which are then counted in
             `num_dropped` and told. The posterior is then the one given that a simulation is valid.
         seed: of all random numbers.
@@ -86,6 +87,12 @@ class Simulator(Simulations):
         known = Prior(prior)
         with seeded(seed):
             self._vectorised = _takes_batches(simulate, known) if vectorised == "auto" else bool(vectorised)
+            if self._vectorised and _shares_noise(simulate, known.sample(1)[0]):
+                raise InvalidValueError(
+                    "the simulator draws some of its random numbers once a batch, so that simulations share their "
+                    "noise; draw them for each row, such as torch.randn_like(theta), or set vectorised=False"
+                )
+        with seeded(seed):
             counts = {"train": self.num_simulations, "test": num_test}
             drawn = {part: self._valid(known.sample(count), invalid) for part, count in counts.items()}
         if self.num_dropped:
@@ -162,18 +169,43 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _takes_batches(simulate: Callable[[Tensor], Any], prior: Prior) -> bool:
-    """Whether a batch of parameters gives a batch of observations of the shape that a single row gives."""
+    """Whether a batch of parameters gives each row an observation of its own, of the shape that a single row gives."""
     theta = prior.sample(prior.event_shape[0] + 2)  # a number that no row of parameters has
-    batch = single = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a call that the simulator is not made for
-        with contextlib.suppress(Exception):
-            batch = _as_numbers(simulate(theta))
-        with contextlib.suppress(Exception):
-            single = _as_numbers(simulate(theta[0]))
+    batch, single = _tried(simulate, theta), _tried(simulate, theta[0])
     if batch is None or batch.ndim == 0 or len(batch) != len(theta):
         return False
-    return single is None or single.shape in (batch.shape[1:], (1, *batch.shape[1:]))
+    if single is None or single.shape == (1, *batch.shape[1:]):
+        return True
+    own = single.shape == batch.shape[1:]
+    return own and not _mixes_rows(simulate, theta, prior) and not _shares_noise(simulate, theta[0])
+
+
+def _mixes_rows(simulate: Callable[[Tensor], Any], theta: Tensor, prior: Prior) -> bool:
+    """Whether the first observation depends on other rows of parameters, as in `theta / theta.norm()`."""
+    found = []
+    for batch in (theta, torch.cat([theta[:1], prior.sample(len(theta) - 1)])):
+        with seeded(0):
+            found.append(_tried(simulate, batch))
+    one, other = found
+    return one is None or other is None or not bool(torch.isclose(one[0], other[0], equal_nan=True).all())
+
+
+def _shares_noise(simulate: Callable[[Tensor], Any], row: Tensor) -> bool:
+    """Whether a number varies from call to call, but not among equal rows of a call, as in `theta + torch.randn(d)`."""
+    equal = row.expand(len(row) + 16, -1)  # so many fair coins hardly ever fall alike
+    one, other = (_tried(simulate, equal.clone()) for _ in range(2))
+    if one is None or other is None or one.shape != other.shape or one.ndim == 0 or len(one) != len(equal):
+        return False
+    alike = (one == one[:1]).all(0) & (other == other[:1]).all(0)
+    return bool((alike & (one[0] != other[0])).any())
+
+
+def _tried(simulate: Callable[[Tensor], Any], theta: Tensor) -> Tensor | None:
+    """What the simulator returns; None where it fails, as it may not be made for such a call."""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        return _as_numbers(simulate(theta))
+    return None
 
 
 def _called(simulate: Callable[[Tensor], Any], theta: Tensor, given: str) -> Tensor:

@@ -52,7 +52,7 @@ class Embedding(Encoder):
         context_shape: int | Sequence[int],
         features: int = 32,
         hidden: Sequence[int] = (64, 64),
-        scale: Literal["linear", "log"] = "linear",
+        scale: Literal["linear", "log", "sqrt"] = "linear",
         network: nn.Module | None = None,
         conditions: Conditions | None = None,
     ) -> None:

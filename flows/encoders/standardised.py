@@ -13,6 +13,8 @@ from flows.conditions import Conditions
 from flows.encoders.base import Encoder
 from flows.errors import InvalidValueError
 
+SCALES = {"linear": torch.as_tensor, "log": torch.log1p, "sqrt": torch.sqrt}  # of |c|
+
 
 @checked
 class Standardised(Encoder):
@@ -25,12 +27,13 @@ class Standardised(Encoder):
 
     Args:
         context_shape: shape of one context.
-        scale: s, "linear" or "log" for sign(c) log(1 + |c|), which suits counts and heavy tails.
+        scale: s, "linear"; "log" for sign(c) log(1 + |c|), which suits heavy tails; or "sqrt" for sign(c) √|c|, which
+            suits counts, for their noise is then of one size.
         conditions: says which entries are categories, for contexts from columns of a table. Default: none are.
 
     Raises:
-        InvalidValueError: `scale` is neither, or `context_shape` is not that of the conditions. From a call: an entry
-            is NaN or an unknown category.
+        InvalidValueError: `scale` is none of them, or `context_shape` is not that of the conditions. From a call: an
+            entry is NaN or an unknown category.
 
     Example:
         ```python
@@ -51,7 +54,7 @@ class Standardised(Encoder):
     def __init__(
         self,
         context_shape: int | Sequence[int],
-        scale: Literal["linear", "log"] = "linear",
+        scale: Literal["linear", "log", "sqrt"] = "linear",
         conditions: Conditions | None = None,
     ) -> None:
         super().__init__(context_shape, context_shape)
@@ -64,8 +67,8 @@ class Standardised(Encoder):
             known = [conditions.levels(name) for name in conditions.categories]
             self.features_shape = (len(conditions.numbers) + sum(map(len, known)),)
         self.conditions = conditions
-        if scale not in ("linear", "log"):
-            raise InvalidValueError(f"scale must be 'linear' or 'log', got {scale!r}")
+        if scale not in SCALES:
+            raise InvalidValueError(f"scale must be 'linear', 'log' or 'sqrt', got {scale!r}")
         self.scale = scale
         shape = self.context_shape if conditions is None else (len(conditions.numbers),)
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
@@ -118,4 +121,4 @@ class Standardised(Encoder):
         return context[:, conditions.numbers], one_hot
 
     def _scaled(self, context: Tensor) -> Tensor:
-        return context.sign() * context.abs().log1p() if self.scale == "log" else context
+        return context.sign() * SCALES[self.scale](context.abs())

@@ -21,7 +21,7 @@ from flows.evaluation.likelihood import FIGURES, Likelihood, likelihood, part_ba
 from flows.evaluation.metrics import Measurement, SampleMetric, chosen_metrics
 from flows.evaluation.outliers import OutlierScores, outlier_scores
 from flows.evaluation.parameters import with_parameters
-from flows.evaluation.sampled import measured
+from flows.evaluation.sampled import measured, with_metrics
 from flows.models.cnf import CNF
 from flows.models.mass import Mass, box, exactly, has_mass, mass
 from flows.models.resolution import CHECKED_POINTS
@@ -221,12 +221,7 @@ class DensityEvaluator(FlowEvaluator):
     @checked
     def test(self, model: nn.Module) -> Report:
         flow = as_flow(model)
-        report = self.report(self.likelihood(flow), flow)
-        found = self.measured(flow)
-        figures = {name: one.value for name, one in found.items()}
-        errors = {f"{name}_se": known(one.standard_error) for name, one in found.items()}
-        rows = [*report.rows, *((name.replace("_", " "), str(one)) for name, one in found.items())]
-        return replace(report, metrics={**report.metrics, **figures, **errors}, rows=rows)
+        return with_metrics(self.report(self.likelihood(flow), flow), self.measured(flow))
 
     @checked
     def measured(self, flow: CNF) -> Mapping[str, Measurement]:

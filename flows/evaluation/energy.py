@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from flows.datasets import Dataset, Energy
 from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
 from flows.evaluation.density import DensityEvaluator, FlowEvaluator, as_flow
 from flows.evaluation.evaluator import Evaluation, Report, set_apart
+from flows.evaluation.metrics import SampleMetric, chosen_metrics
+from flows.evaluation.sampled import with_metrics
 from flows.models.cnf import CNF
 from flows.models.importance import WeightSums, log_weights, log_z
 from flows.models.resolution import CHECKED_POINTS, TOLERANCE, below_zero, bound_fault, remedy, solver_fault
@@ -246,12 +248,32 @@ def _tight_log_weights(flow: CNF, energy: Energy, size: int, generator: torch.Ge
 
 
 @checked
+@dataclass(frozen=True)
 class EnergyEvaluator(FlowEvaluator):
     """Scores a flow by its free energy, E_q[log q − log p̃] over samples of the flow.
 
     The test also takes the likelihood of the energy's own samples, if there are any. `points` limits the number of
     samples of either kind.
+
+    Args:
+        metrics: figures of draws against the energy's own samples: metrics of `flows.evaluation.metrics`, or their
+            lower-case names, such as `["wasserstein2"]`.
+
+    Raises:
+        InvalidValueError: there are metrics, and the energy has no samples.
     """
+
+    metrics: Sequence[SampleMetric | str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "metrics", chosen_metrics(self.metrics))
+        if self.metrics and not self.dataset.has_samples:
+            names = ", ".join(metric.name for metric in chosen_metrics(self.metrics))
+            raise InvalidValueError(
+                f"evaluation.metrics=[{names}] compares draws with samples of the data, and the energy "
+                f"{self.dataset.name!r} has none; leave it out, importance weights judge the flow"
+            )
 
     @checked
     def check(self, model: nn.Module) -> None:
@@ -307,7 +329,10 @@ class EnergyEvaluator(FlowEvaluator):
             entropy = self.dataset.entropy
             try:
                 found = self._density().likelihood(flow)
-                rows, metrics = [*rows, *found.table(entropy)], {**metrics, **found.metrics(entropy)}
+                drawn = with_metrics(
+                    Report(found.metrics(entropy), found.table(entropy)), self._density().measured(flow)
+                )
+                rows, metrics = [*rows, *drawn.rows], {**metrics, **drawn.metrics}
                 faults.append(found.unresolved(entropy))
                 headline += ["nll", "gap"]
             except FlowsError as error:  # where the flow has never been, it may be stiff

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
+from flows.evaluation.evaluator import Report, known
 from flows.evaluation.likelihood import part_batches
 from flows.evaluation.metrics import Measurement, PredictiveMetric, SampleMetric, TwoSampleMetric
 from flows.models.cnf import CNF
@@ -48,6 +50,14 @@ def measured(
                 chosen = batch[: metric.max_points]
                 found[metric.name] = metric(ensemble(flow, chosen, metric.num_draws, generator), chosen.x)
     return {metric.name: found[metric.name] for metric in metrics}
+
+
+def with_metrics(report: Report, found: Mapping[str, Measurement]) -> Report:
+    """Add figures with their standard errors to a report."""
+    figures = {name: known(one.value) for name, one in found.items()}
+    errors = {f"{name}_se": known(one.standard_error) for name, one in found.items()}
+    rows = [*report.rows, *((name.replace("_", " "), str(one)) for name, one in found.items())]
+    return replace(report, metrics={**report.metrics, **figures, **errors}, rows=rows)
 
 
 def first_points(flow: CNF, dataset: Dataset, part: str, count: int, points: int | None) -> Batch:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -12,9 +12,11 @@ from flows.arguments import checked
 from flows.checks import whole_number
 from flows.datasets import Dataset, Series
 from flows.errors import InvalidTypeError, InvalidValueError
-from flows.evaluation.evaluator import Evaluation, Evaluator, Report
+from flows.evaluation.evaluator import Evaluation, Evaluator, Report, set_apart
+from flows.evaluation.metrics import PredictiveMetric, SampleMetric, chosen_metrics
 from flows.evaluation.parameters import with_parameters
-from flows.evaluation.trajectory_report import FIGURES, fault_of, figures, report, score
+from flows.evaluation.sampled import with_metrics
+from flows.evaluation.trajectory_report import FIGURES, fault_of, figures, predictive_figures, report, score
 from flows.models.neural_ode import NeuralODE
 from flows.objectives.checks import check_contexts
 from flows.predictions import Predictions, predict, training_span
@@ -46,9 +48,13 @@ class TrajectoryEvaluator(Evaluator):
             less, and in validation.
         part: what `test` looks at, `"test"` or `"validation"`.
         progress_bar: show one in the test.
+        metrics: figures of draws N(state, noise²) inside the training span, for a model with noise: coverage, CRPS and
+            energy score of `flows.evaluation.metrics`, or their lower-case names. Standard errors are over series.
+        seed: of these draws.
 
     Raises:
-        InvalidTypeError, InvalidValueError: the data are no series, or a number is out of range.
+        InvalidTypeError, InvalidValueError: the data are no series, a number is out of range, or a metric compares two
+            samples, which predicted states are not.
     """
 
     dataset: Dataset
@@ -57,8 +63,11 @@ class TrajectoryEvaluator(Evaluator):
     solver_error_series: int = 100
     part: str = "test"
     progress_bar: bool = True
+    metrics: Sequence[SampleMetric | str] = ()
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", predictive_metrics(self.metrics))
         if not isinstance(self.dataset, Series):
             raise InvalidTypeError(
                 f"TrajectoryEvaluator needs time series, such as flows.datasets.Series, and the data "
@@ -80,6 +89,12 @@ class TrajectoryEvaluator(Evaluator):
                 f"the model {ode.event_shape}"
             )
         check_contexts(ode, self.dataset)
+        if self.metrics and ode.log_noise is None:
+            names = ", ".join(metric.name for metric in predictive_metrics(self.metrics))
+            raise InvalidValueError(
+                f"evaluation.metrics=[{names}] needs predictions with noise, and this neural ODE predicts one path; "
+                "train with model.noise=0.1 objective.trajectory_matching.objective.loss=gaussian, or leave it out"
+            )
 
     @checked
     def predictions(self, model: nn.Module, part: str | None = None, until: float | None = None) -> Predictions:
@@ -120,13 +135,33 @@ class TrajectoryEvaluator(Evaluator):
         except SolverError as error:
             stopped = str(error)
             found = self.predictions(model, until=training_span(self.dataset))
-        return with_parameters(report(found, self.dataset, stopped), model, self.dataset.part("train"))
+        chosen = predictive_metrics(self.metrics)
+        written = with_metrics(report(found, self.dataset, stopped), predictive_figures(found, chosen, self.seed))
+        if written.unresolved is not None:
+            written = replace(written, metrics=set_apart(written.metrics, [metric.name for metric in chosen]))
+        return with_parameters(written, model, self.dataset.part("train"))
 
     def pictures(self, model: nn.Module) -> Mapping[str, Figure]:
         from flows import plots  # slow to import
 
         assert isinstance(self.dataset, Series)  # as checked
         return plots.series_figures(as_neural_ode(model), self.dataset, self.part)
+
+
+def predictive_metrics(given: Sequence[SampleMetric | str]) -> tuple[PredictiveMetric, ...]:
+    """Return the metrics, which must compare each value with draws for it.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: there is none of that name, or one compares two samples.
+    """
+    chosen = chosen_metrics(given)
+    others = [metric.name for metric in chosen if not isinstance(metric, PredictiveMetric)]
+    if others:
+        raise InvalidValueError(
+            f"evaluation.metrics=[{', '.join(others)}] compares two samples, and a neural ODE predicts each series; "
+            "take coverage, crps or energy_score"
+        )
+    return tuple(metric for metric in chosen if isinstance(metric, PredictiveMetric))
 
 
 def as_neural_ode(model: nn.Module) -> NeuralODE:

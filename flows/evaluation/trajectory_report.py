@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from flows.datasets import Dataset, DynamicalSystem
 from flows.evaluation.evaluator import Report, known, set_apart
+from flows.evaluation.metrics import EnergyScore, Measurement, PredictiveMetric
 from flows.models.resolution import prediction_fault
 from flows.predictions import Mean, Predictions
 
@@ -84,6 +87,33 @@ def figures(found: Predictions, region: str, ending: str) -> dict[str, float | N
         figures[f"{name}{ending}_se"] = known(mean.standard_error)
     figures[f"solver_error{ending}"] = known(found.mean(found.solver_error.square(), region).root().value)
     return figures
+
+
+def predictive_figures(
+    found: Predictions, metrics: Sequence[PredictiveMetric], seed: int = 0
+) -> dict[str, Measurement]:
+    """Measure draws N(state, sd²) of a model with noise, inside the training span.
+
+    Coverage and CRPS are means over observed values, the energy score is one over states of which all entries were
+    observed. The first `max_points` of them count.
+    """
+    measured = {}
+    for metric in metrics:
+        assert found.sd is not None  # callers check
+        joint = isinstance(metric, EnergyScore)
+        counts = found.counts("inside")
+        if joint:
+            counts = counts.flatten(2).all(2)
+        counts = counts & (counts.flatten().cumsum(0).view_as(counts) <= metric.max_points)
+        x, states, sd = (part[counts] for part in (found.x, found.states, found.sd.expand_as(found.x)))
+        generator = torch.Generator().manual_seed(seed)
+        draws = states + sd * torch.randn(metric.num_draws, *x.shape, generator=generator, dtype=x.dtype)
+        scores = torch.zeros(counts.shape, dtype=x.dtype)
+        if len(x):
+            scores[counts] = metric.scores(draws.reshape(len(draws), len(x), -1), x.reshape(len(x), -1))
+        mean = Mean.of(scores, counts)
+        measured[metric.name] = Measurement(mean.value, mean.standard_error)
+    return measured
 
 
 @dataclass(frozen=True)
