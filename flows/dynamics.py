@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.arguments import checked
 from flows.divergence import Auto, DivergenceEstimator, FieldSample
 from flows.errors import InvalidValueError
 from flows.path_costs import PathCost
 from flows.promises import without_gradients
-from flows.solvers import State
+from flows.promises.regime import regime_of, settings_of
+from flows.solvers import Compilable, NotCompilableError, State
 from flows.vector_field import BoundField, checked_value
 
 
@@ -100,6 +102,22 @@ class AugmentedDynamics:
         """The same dynamics without the tensors that the bound field keeps from earlier evaluations."""
         return AugmentedDynamics(self.estimator.fresh(), self.probes, self.costs, self.directions)
 
+    def compilable(self) -> Compilable:
+        """What compiled steps need to know; see `flows.ODESolver`."""
+        estimator, costs = self.estimator, self.costs
+        field = estimator.field
+        shared = _compilable(field, (field.context, self.probes, self.directions), costs)
+        if any(reason for view in field.strangers for reason in view.traits.refuses_gradients.values()):
+            raise NotCompilableError(f"the divergence of the field {field.name} has no gradient")
+
+        def rebuild(tensors: Sequence[Tensor]) -> AugmentedDynamics:
+            context, probes, directions = shared.rebuild(tensors)
+            return AugmentedDynamics(estimator.bind(field.given(context)), probes, costs, directions)
+
+        forward = shared.forward_mode or estimator.mode == "forward"
+        key = (shared.key, _hashable(estimator), self.estimator.num_estimates)
+        return replace(shared, key=key, rebuild=rebuild, forward_mode=forward)
+
     def observe(self, derivatives: State) -> dict[str, Tensor]:
         """The standard error of the divergence at one time, the root mean square over the batch, if there is one."""
         if self.estimator.num_estimates == 1 or self.estimator.is_exact:
@@ -153,6 +171,17 @@ class StateDynamics:
         rates = [cost.rate(self.field, t, x, sample) for cost in self.costs]
         return tuple(derivative.to(x) for derivative in (sample.value, *rates))
 
+    def compilable(self) -> Compilable:
+        """What compiled steps need to know; see `flows.ODESolver`."""
+        field, costs = self.field, self.costs
+        shared = _compilable(field, (field.context, self.directions, self.starts), costs)
+
+        def rebuild(tensors: Sequence[Tensor]) -> StateDynamics:
+            context, directions, starts = shared.rebuild(tensors)
+            return StateDynamics(field.given(context), costs, directions, starts)
+
+        return replace(shared, rebuild=rebuild)
+
     def path_costs(self, components: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
         """The costs by name, as integrals over |dt|, from the components at the end of a solve."""
         return {cost.name: sign * component for cost, component in zip(self.costs, components, strict=True)}
@@ -173,6 +202,43 @@ class StateDynamics:
     def fresh(self) -> StateDynamics:
         """The same dynamics without the tensors that the bound field keeps from earlier evaluations."""
         return StateDynamics(self.field.fresh(), self.costs, self.directions, self.starts)
+
+
+def _compilable(field: BoundField, tensors: Sequence[Tensor | None], costs: Sequence[PathCost]) -> Compilable:
+    """What is the same for all dynamics of a field; `rebuild` puts `None` back where tensors were missing.
+
+    Raises:
+        NotCompilableError: the field is no module, or evaluations have to heal its habits.
+    """
+    module = field.field
+    if not isinstance(module, nn.Module):
+        raise NotCompilableError(f"the field {field.name} is no torch.nn.Module, so its tensors are not known")
+    for view in field.strangers:
+        traits = view.traits
+        if traits.copies_inputs or traits.copies_output or traits.frozen_buffers:
+            raise NotCompilableError(f"the field {view.name} writes into its tensors")
+
+    def rebuild(given: Sequence[Tensor]) -> list[Tensor | None]:
+        rest = iter(given)
+        return [None if tensor is None else next(rest) for tensor in tensors]
+
+    present = tuple(tensor is not None for tensor in tensors)
+    settings = frozenset(settings_of(module).items())
+    key = (field.event_shape, regime_of(module), settings, tuple(map(_hashable, costs)), present)
+    return Compilable(key, module, [tensor for tensor in tensors if tensor is not None], rebuild, bool(costs))
+
+
+def _hashable(options: object) -> Hashable:
+    """Options of a class of their own, to be compared.
+
+    Raises:
+        NotCompilableError: they cannot be compared.
+    """
+    try:
+        hash(options)
+    except TypeError:
+        raise NotCompilableError(f"the options of {type(options).__name__} cannot be hashed") from None
+    return type(options), options  # pyright: ignore[reportReturnType]
 
 
 def checked_costs(costs: Sequence[PathCost]) -> tuple[PathCost, ...]:

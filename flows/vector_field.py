@@ -156,6 +156,10 @@ class BoundField:
         """The Jacobian products that the closed form costs as much as."""
         return getattr(self.field, "divergence_cost", 0)
 
+    def given(self, context: Tensor | None) -> BoundField:
+        """The same field with another context."""
+        return bind(self.field, context, self.event_shape)
+
     def fresh(self) -> BoundField:
         """The same binding without the tensors that it keeps, whose graph may be gone."""
         if type(self) is BoundField and getattr(self.field, "bind", None) is None:

@@ -3,19 +3,25 @@
 from flows.solvers.control import ErrorControl
 from flows.solvers.errors import SolverError
 from flows.solvers.gradient_check import GradientCheck, check_gradients
-from flows.solvers.problem import Dynamics, State
+from flows.solvers.problem import Compilable, Dynamics, NotCompilableError, State
+from flows.solvers.programs import Compilations, compilations, many_solves
 from flows.solvers.solver import ODESolver
 from flows.solvers.statistics import Attempt, Solution, SolverStatistics
 
 __all__ = [
     "Attempt",
+    "Compilable",
+    "Compilations",
     "Dynamics",
     "ErrorControl",
     "GradientCheck",
+    "NotCompilableError",
     "ODESolver",
     "Solution",
     "SolverError",
     "SolverStatistics",
     "State",
     "check_gradients",
+    "compilations",
+    "many_solves",
 ]

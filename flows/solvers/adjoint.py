@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flows.errors import InvalidValueError
-from flows.solvers.problem import RightHandSide, State
+from flows.solvers.problem import Compilable, RightHandSide, State
 from flows.solvers.products import reached_gradients
 from flows.solvers.replay import random_state, refuse_second_derivative, same_random_state
 from flows.solvers.task import Task
@@ -83,6 +85,17 @@ class _AdjointDynamics(RightHandSide):
         super().__init__(self._derivatives, like, lambda: None, jumps=function.jumps)
         self.function = function
         self.parameters = parameters
+
+    def count_evaluations(self, number: int) -> None:
+        self.function.count_evaluations(number)
+
+    def compilable(self) -> Compilable:
+        inner, count = self.function.compilable(), len(self.function.shapes)
+
+        def rebuild(tensors: Sequence[Tensor], parameters: Sequence[Tensor], like: State) -> RightHandSide:
+            return _AdjointDynamics(inner.rebuild(tensors, (), like[:count]), tuple(parameters), like)
+
+        return replace(inner, key=("adjoint", inner.key), rebuild=rebuild, parameters=self.parameters)
 
     def _derivatives(self, t: Tensor, state: State) -> State:
         count = len(self.function.shapes)

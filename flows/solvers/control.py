@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from flows.arguments import checked
 from flows.checks import check_number
@@ -93,7 +94,6 @@ class ErrorNorm:
     batch_size: int
     per_sample: bool = False
 
-    @torch.no_grad()
     def __call__(
         self, error: State, before: State, after: State, moving_share: float = 1.0
     ) -> tuple[list[float], list[int]]:
@@ -101,6 +101,13 @@ class ErrorNorm:
 
         The mean is over the samples that move; those that have ended have no error.
         """
+        return self.read(self.measure(error, before, after, moving_share))
+
+    @torch.no_grad()
+    def measure(
+        self, error: State, before: State, after: State, moving_share: float | Tensor = 1.0
+    ) -> Tensor:  # (2, C), for `read`
+        """The errors and the worst samples of all components in one tensor."""
         rows = []
         for name, weight, e, a, b in zip(self.names, self.weights, error, before, after, strict=False):
             tolerance = torch.maximum(a.abs(), b.abs()).mul_(self.rtol).add_(self.atol)
@@ -110,11 +117,19 @@ class ErrorNorm:
         ratios = (squares.amax(1) if self.per_sample else squares.mean(1) / moving_share).sqrt()
         worst = squares.argmax(1)
         exact = torch.promote_types(ratios.dtype, torch.float32)  # bfloat16 cannot represent 257
-        ratios, worst = torch.stack([ratios.to(exact), worst.to(exact)]).tolist()  # waits for the device once
+        return torch.stack([ratios.to(exact), worst.to(exact)])
+
+    def read(self, measured: Tensor) -> tuple[list[float], list[int]]:
+        """Errors and samples from what `measure` found."""
+        ratios, worst = measured.tolist()  # waits for the device once
         return ratios, [int(index) for index in worst]
 
     def worst(self, error: State, before: State, after: State, moving_share: float = 1.0) -> tuple[float, str, int]:
         """The largest error over tolerance with its component and sample. NaN counts as the largest."""
-        ratios, samples = self(error, before, after, moving_share)
+        return self.worst_of(self.measure(error, before, after, moving_share))
+
+    def worst_of(self, measured: Tensor) -> tuple[float, str, int]:
+        """The same from what `measure` found."""
+        ratios, samples = self.read(measured)
         i = max(range(len(ratios)), key=lambda i: math.inf if math.isnan(ratios[i]) else ratios[i])
         return ratios[i], self.names[i], samples[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from flows.solvers import errors
+from flows.solvers.compiled import compiled_steps
 from flows.solvers.control import ErrorNorm
 from flows.solvers.multistep import integrate_by_torchdiffeq
 from flows.solvers.outputs import Outputs
@@ -29,6 +31,7 @@ class Integrator:
         limits: bounds of adaptive steps.
         step_size: of a fixed-step method.
         options: of a method that torchdiffeq runs.
+        compiles: whether the steps of a Runge-Kutta method run as compiled code.
     """
 
     method: str
@@ -36,6 +39,14 @@ class Integrator:
     limits: StepLimits
     step_size: float | None
     options: Mapping[str, Any]
+    compiles: bool = False
+
+    def prepared(self, function: RightHandSide, outputs: Outputs) -> RightHandSide:
+        """The right-hand side with its compiled steps, if they are wanted and there can be any."""
+        if self.compiles:
+            interpolates = not outputs.stops or (self.step_size is None and outputs.size > 2)
+            function.steps = compiled_steps(function, self.tableau, self.norm, interpolates)
+        return function
 
     @property
     def tableau(self) -> RungeKutta | None:
@@ -116,6 +127,8 @@ class Integrator:
         if all_finite(*end):
             return
         span = times[-1] - times[0]
+        function = copy.copy(function)
+        function.steps = None
         failed = errors.blow_up(
             direction, self.method, times[-1], math.copysign(self.step_size or abs(span), span), names, end
         )

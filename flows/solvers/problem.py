@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import bisect
 import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.errors import InvalidValueError
 
 if TYPE_CHECKING:
+    from flows.solvers.compiled import CompiledSteps
     from flows.solvers.jumps import Jumps
 
 ADJOINT = "adjoint of "  # prefix of a component's name for its adjoint
@@ -20,6 +22,31 @@ PARAMETERS = "gradient of a parameter"  # name of the components of an adjoint s
 
 State = tuple[Tensor, ...]
 Dynamics = Callable[[Tensor, State], State]  # (t, state) -> time derivative of each component
+
+
+class NotCompilableError(Exception):
+    """Steps cannot be compiled; the message says why. It does not leave the solver, whose steps then run uncompiled."""
+
+
+@dataclass(frozen=True)
+class Compilable:
+    """What compiled steps need to know of some dynamics.
+
+    Args:
+        key: the computation. Dynamics with equal keys and equal tensors have equal derivatives.
+        module: its parameters and buffers are used.
+        tensors: what else is used and may differ between solves.
+        rebuild: the same dynamics with other tensors in place of `tensors`, and nothing that they have cached.
+        forward_mode: whether derivatives are taken in forward mode.
+        parameters: tensors whose gradients are integrated; those that `module` and `tensors` hold.
+    """
+
+    key: Hashable
+    module: nn.Module
+    tensors: Sequence[Tensor]
+    rebuild: Callable[..., Any]
+    forward_mode: bool = False
+    parameters: Sequence[Tensor] = ()
 
 
 class RowEnds:
@@ -72,20 +99,45 @@ class RightHandSide:
         self.jumps = jumps if jumps else None
         self.moving: Tensor | None = None  # (B,), which samples move in this step; None: all
         self.bounds: tuple[float, float] | None = None  # of the times at which this step may evaluate
+        self.steps: CompiledSteps | None = None  # None: steps run uncompiled
 
     def __call__(self, t: float | Tensor, state: State) -> State:
         self.count()
         if isinstance(t, Tensor):
             time = t.to(self.dtype) if self.bounds is None else t.to(self.dtype).clamp(*self.bounds)
         else:
-            if self.bounds is not None:
-                t = min(max(t, self.bounds[0]), self.bounds[1])
-            time = torch.full((), t, dtype=self.dtype, device=self.device)
+            time = torch.full((), self.bounded(t), dtype=self.dtype, device=self.device)
         derivatives = self.dynamics(time, state)
         shapes = [tuple(derivative.shape) for derivative in derivatives]
         if shapes != self.shapes:
             raise InvalidValueError(f"the dynamics must return derivatives of shapes {self.shapes}, got {shapes}")
         return self.stop(tuple(derivative.to(self.dtype) for derivative in derivatives))
+
+    def bounded(self, t: float) -> float:
+        """The nearest time at which this step may evaluate."""
+        return t if self.bounds is None else min(max(t, self.bounds[0]), self.bounds[1])
+
+    def count_evaluations(self, number: int) -> None:
+        """Count evaluations that compiled code has made."""
+        for _ in range(number):
+            self.count()
+
+    def compilable(self) -> Compilable:
+        """What compiled steps need to know.
+
+        Raises:
+            NotCompilableError: steps cannot be compiled.
+        """
+        found = getattr(self.dynamics, "compilable", None)
+        if found is None:
+            name = getattr(self.dynamics, "__name__", type(self.dynamics).__name__)
+            raise NotCompilableError(f"the dynamics {name} have no method `compilable` that states their tensors")
+        stated: Compilable = found()
+
+        def rebuild(tensors: Sequence[Tensor], parameters: Sequence[Tensor], like: State) -> RightHandSide:
+            return RightHandSide(stated.rebuild(tensors), like, lambda: None)
+
+        return replace(stated, rebuild=rebuild)
 
     def in_step(self, t0: float, t1: float) -> RightHandSide:
         """The same function for a step, in which only those samples move that end after `t0`."""

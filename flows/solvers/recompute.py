@@ -147,7 +147,7 @@ class _Segment:
         self, record: _Record, checkpoint: _Checkpoint, steps: list[_RecordedStep], device: torch.device
     ) -> None:
         task, method = record.task, record.method
-        function = task.backward_function(checkpoint.state)
+        function = task.recompute_function(checkpoint.state)
         self.outputs: list[tuple[int | slice, State]] = []  # where among the outputs, and the states there
         with torch.enable_grad():
             state = self.state = _leaves(checkpoint.state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Step:
     end: State
     slopes: tuple[State, ...]  # the stages k_1, ..., k_s
     next_slope: State | None  # f(t1, end), the first stage of the next step; None where nobody needs it
+    measured: Tensor | None = None  # what `ErrorNorm.measure` found, where the step ran as compiled code
 
 
 def take_step(
@@ -45,20 +47,45 @@ def take_step(
         slope: f(t0, start), if it is already known.
         with_next_slope: whether a fixed step gets its `next_slope` too, for interpolation.
     """
+    compiled = getattr(function, "steps", None)
+    if compiled is not None:
+        step = compiled.take(function, t0, t1, start, slope, with_next_slope)
+        if step is not None:
+            return step
+    wants_next = method.is_adaptive or with_next_slope
+    return Step(
+        t0,
+        t1,
+        start,
+        *evaluate_stages(method, function, stage_times(method, t0, t1), t1 - t0, start, slope, wants_next),
+    )
+
+
+def stage_times(method: RungeKutta, t0: float, t1: float) -> list[float]:
+    """The times of all stages, and the end of the step."""
     dt = t1 - t0
-    slopes = [function(t0, start) if slope is None else slope]
+    return [t0, *(t1 if node == 1.0 else t0 + node * dt for node in method.nodes), t1]
+
+
+def evaluate_stages(
+    method: RungeKutta,
+    function: Callable[[Any, State], State],
+    times: Sequence[float] | Sequence[Tensor],  # of the stages, and the end
+    dt: float | Tensor,
+    start: State,
+    slope: State | None,
+    wants_next: bool,
+) -> tuple[State, tuple[State, ...], State | None]:
+    """The end of a step, all its slopes, and the slope at its end if it is wanted."""
+    slopes = [function(times[0], start) if slope is None else slope]
     end = start
-    for node, row in zip(method.nodes, method.coefficients, strict=True):
+    for t, row in zip(times[1:], method.coefficients, strict=False):
         end = advance(start, slopes, row, dt)
-        slopes.append(function(t1 if node == 1.0 else t0 + node * dt, end))
-    next_slope = None
-    if method.is_adaptive and method.last_stage_is_next:
-        next_slope = slopes[-1]
-    else:
-        end = advance(start, slopes, method.weights, dt)
-        if method.is_adaptive or with_next_slope:
-            next_slope = function(t1, end)
-    return Step(t0, t1, start, end, tuple(slopes), next_slope)
+        slopes.append(function(t, end))
+    if method.next_is_a_stage:
+        return end, tuple(slopes), slopes[-1]
+    end = advance(start, slopes, method.weights, dt)
+    return end, tuple(slopes), function(times[-1], end) if wants_next else None
 
 
 def error_estimate(method: RungeKutta, step: Step) -> State:
@@ -129,14 +156,16 @@ def _hermite(x: float | Tensor, y0: Tensor, y1: Tensor, slope0: Tensor, slope1: 
     return left * (1 + 2 * x) * y0 + right * (3 - 2 * x) * y1 + left * x * slope0 - right * (1 - x) * slope1
 
 
-def advance(start: State, slopes: Sequence[State], weights: Sequence[float], dt: float) -> State:
+def advance(start: State, slopes: Sequence[State], weights: Sequence[float], dt: float | Tensor) -> State:
     """start + dt Σ_i w_i k_i."""
     increments = combination(slopes, weights, dt)
     return tuple(y + increment for y, increment in zip(start, increments, strict=True))
 
 
-def combination(slopes: Sequence[State], weights: Sequence[float], dt: float) -> State:
+def combination(slopes: Sequence[State], weights: Sequence[float], dt: float | Tensor) -> State:
     """dt Σ_i w_i k_i, without the terms of weight 0."""
+    if isinstance(dt, Tensor):
+        return tuple(dt * component for component in combination(slopes, weights, 1.0))
     terms = [(dt * weight, slope) for weight, slope in zip(weights, slopes, strict=False) if weight]
     (scale, first), *rest = terms
     totals = [scale * component for component in first]

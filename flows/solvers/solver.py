@@ -19,6 +19,7 @@ from flows.solvers.jumps import jumps_of
 from flows.solvers.multistep import ADAMS, SCIPY, check_options
 from flows.solvers.outputs import Outputs
 from flows.solvers.problem import ADJOINT, PARAMETERS, Dynamics, State, batch_size_of, component_names
+from flows.solvers.programs import expects_many_solves
 from flows.solvers.recompute import solve_with_checkpoints
 from flows.solvers.replay import Precision
 from flows.solvers.statistics import Solution, SolverStatistics
@@ -73,6 +74,11 @@ class ODESolver:
         max_step: the longest adaptive step. By default there is no limit, but the first step covers at most half of the
             solve.
         error_control: which components drive the step size.
+        compile: run each step of a Runge-Kutta method as compiled code: all stages, the divergence, path costs and the
+            norm of the error in one program, with its gradients. It takes a C++ compiler, and seconds to a minute for
+            each batch size, up to four for a model. The first step is compared with uncompiled code. What cannot be
+            compiled runs uncompiled, and `flows.solvers.compilations()` says why. Second derivatives need
+            `compile=False`. `"auto"`: compile where gradients are computed in a long run, as `flows.Trainer` announces.
         options: further options: `max_order` of Adams methods, `max_iters` of implicit_adams, and `solver` of
             scipy_solver, such as `{"solver": "RK45"}`.
 
@@ -93,6 +99,7 @@ class ODESolver:
     max_step: float | None = None
     error_control: ErrorControl = field(default_factory=ErrorControl)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    compile: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -102,6 +109,8 @@ class ODESolver:
         self._check_numbers()
         if not isinstance(self.adjoint_seminorm, bool):
             raise InvalidValueError(f"adjoint_seminorm must be true or false, got {self.adjoint_seminorm!r}")
+        if not isinstance(self.compile, bool) and self.compile != "auto":
+            raise InvalidValueError(f"compile must be true, false or 'auto', got {self.compile!r}")
         if not isinstance(self.error_control, ErrorControl):
             raise InvalidValueError(f"error_control must be an ErrorControl, got {self.error_control!r}")
         if not isinstance(self.options, Mapping):
@@ -147,6 +156,11 @@ class ODESolver:
                     )
         if self.method not in RUNGE_KUTTA:
             check_options(self.method, self.options)
+            if self.compile is True:
+                raise InvalidValueError(
+                    f"compile=True is for Runge-Kutta methods, and {self.method!r} is run by another package; choose "
+                    "a method such as 'dopri5' or 'rk4', or compile=False"
+                )
             if self.gradient == "checkpoint":
                 raise InvalidValueError(
                     f"method {self.method!r} cannot start again from a checkpoint, because its steps depend on "
@@ -261,7 +275,10 @@ class ODESolver:
             float("inf") if self.max_step is None else self.max_step,
             abs(outputs.end - outputs.start) / 2,  # the error estimate of a single step over everything is unreliable
         )
-        forward = Integrator(self.method, norm, limits, self.step_size, self.options)
+        compiles = self.compile is True or (
+            self.compile == "auto" and expects_many_solves() and torch.is_grad_enabled()
+        )
+        forward = Integrator(self.method, norm, limits, self.step_size, self.options, compiles)
         counted = 0 if self.adjoint_seminorm else num_parameters
         adjoint_norm = replace(
             norm,

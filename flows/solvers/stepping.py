@@ -35,7 +35,6 @@ class StepLog:
     observed: dict[str, list[tuple[float, Tensor]]] = field(default_factory=dict)
     observe: Callable[[State], Mapping[str, Tensor]] | None = None  # of the derivatives at accepted steps
     begin: Callable[[], None] | None = None  # called before each attempt
-    accept: Callable[[State], None] | None = None  # called with the error estimate of each accepted adaptive step
 
     def start(self) -> None:
         """Announce an attempt."""
@@ -118,8 +117,10 @@ def adaptive_steps(
         moving = function.in_step(t, target)
         slope = moving(t, state) if slope is None else moving.stop(slope)
         step = take_step(method, moving, t, target, state, slope)
-        error = error_estimate(method, step)
-        ratio, component, sample = norm.worst(error, state, step.end, function.moving_share(t))
+        measured = step.measured
+        if measured is None:
+            measured = norm.measure(error_estimate(method, step), state, step.end, function.moving_share(t))
+        ratio, component, sample = norm.worst_of(measured)
         shortest = size <= min_step * (1 + TIME_ROUNDING)
         accepted = ratio <= 1 or (shortest and math.isfinite(ratio))
         last = Attempt(t, target - t, accepted, ratio, component, sample)
@@ -128,8 +129,6 @@ def adaptive_steps(
             raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
         if accepted:
             assert step.next_slope is not None
-            if log.accept is not None:
-                log.accept(error)
             yield step
             t, state, slope = target, step.end, step.next_slope
         size = size * _growth(ratio, method.order)

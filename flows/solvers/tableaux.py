@@ -59,9 +59,14 @@ class RungeKutta:
         return self.weights[-1] == 0 and self.coefficients[-1] == self.weights[:-1]
 
     @property
+    def next_is_a_stage(self) -> bool:
+        """Whether an adaptive step knows the slope at its end without another evaluation."""
+        return self.is_adaptive and self.last_stage_is_next
+
+    @property
     def evaluations(self) -> int:
         """Evaluations of the dynamics per step."""
-        return len(self.weights) - (1 if self.is_adaptive and self.last_stage_is_next else 0)
+        return len(self.weights) - (1 if self.next_is_a_stage else 0)
 
     @cached_property
     def error_constant(self) -> float:

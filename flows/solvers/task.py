@@ -14,7 +14,15 @@ from flows.errors import InvalidValueError
 from flows.solvers.integrator import Integrator
 from flows.solvers.jumps import MARGIN, Jumps
 from flows.solvers.outputs import Outputs, OwnTimes, SharedTimes
-from flows.solvers.problem import ADJOINT, Dynamics, RightHandSide, State, batch_size_of
+from flows.solvers.problem import (
+    ADJOINT,
+    Compilable,
+    Dynamics,
+    NotCompilableError,
+    RightHandSide,
+    State,
+    batch_size_of,
+)
 from flows.solvers.replay import Precision
 from flows.solvers.statistics import SolverStatistics
 from flows.solvers.stepping import StepLog
@@ -44,12 +52,17 @@ class Task:
 
     def forward_function(self, state: State) -> RightHandSide:
         """The dynamics, counted as evaluations of the forward solve."""
-        return RightHandSide(self.dynamics, state, self.statistics.count_forward, self.outputs.ends, self.jumps)
+        function = RightHandSide(self.dynamics, state, self.statistics.count_forward, self.outputs.ends, self.jumps)
+        return self.forward.prepared(function, self.outputs)
 
     def backward_function(self, state: State) -> RightHandSide:
         """The dynamics without cached tensors, counted as evaluations for the gradient."""
         function = RightHandSide(self.dynamics, state, self.statistics.count_backward, self.outputs.ends, self.jumps)
         return function.fresh()
+
+    def recompute_function(self, state: State) -> RightHandSide:
+        """The same for steps of the forward solve that are taken again."""
+        return self.forward.prepared(self.backward_function(state), self.outputs)
 
     def forward_log(self, begin: Callable[[], None] | None = None) -> StepLog:
         """Where the forward solve records its steps; `begin` is called before each attempt."""
@@ -91,7 +104,8 @@ class Task:
         components = self.statistics.components
         names = (*components, *(ADJOINT + name for name in components))
         log = StepLog("adjoint", self.backward.norm.names, self.statistics.backward_attempts)
-        states = self.backward.integrate(function, state, SharedTimes(times), log)
+        outputs = SharedTimes(times)
+        states = self.backward.integrate(self.backward.prepared(function, outputs), state, outputs, log)
         reached = tuple(component[-1] for component in states)
         self.backward.check_finite(function, state, times, reached, names, "adjoint")
         return reached
@@ -111,6 +125,9 @@ class _Warped(RightHandSide):
     def _derivatives(self, s: Tensor, state: State) -> State:
         first, *others = self.function(self.start + s * self.length, state)
         return (self.length.view(-1, *[1] * (first.ndim - 1)) * first, *(self.length * other for other in others))
+
+    def compilable(self) -> Compilable:
+        raise NotCompilableError("samples have times of their own, and gradient='adjoint'")
 
     def fresh(self) -> RightHandSide:
         renewed = copy.copy(self)

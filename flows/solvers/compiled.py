@@ -1,0 +1,165 @@
+"""Steps of a Runge-Kutta method by compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flows.promises.specimen import is_transformed
+from flows.solvers.control import ErrorNorm
+from flows.solvers.problem import Compilable, NotCompilableError, RightHandSide, State
+from flows.solvers.programs import COMPILATIONS, Lifted, Program, program_for
+from flows.solvers.runge_kutta import Step, combination, evaluate_stages, stage_times
+from flows.solvers.tableaux import RungeKutta
+
+NUM_SETTINGS = 4  # numbers before the times of the stages: dt, share of moving samples, rtol, atol
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Which of a solve's programs a step needs."""
+
+    records: bool  # autograd
+    evaluates_first: bool  # the slope at the start is not known
+    evaluates_next: bool  # the slope at the end is wanted, and is no stage
+    stops: bool  # some samples do not move
+    mode: Hashable  # other modes of torch
+
+
+class CompiledSteps:
+    """Takes the steps of one solve by compiled code: all stages and the norm of the error in one call.
+
+    Programs are kept with the model. Times, step size and tolerances are numbers that they read, weights are arguments,
+    so nothing is compiled again when they change.
+
+    Args:
+        function: the right-hand side.
+        method: coefficients.
+        norm: of the error.
+        interpolates: whether all stages are wanted.
+    """
+
+    def __init__(self, function: RightHandSide, method: RungeKutta, norm: ErrorNorm, interpolates: bool) -> None:
+        self.compilable: Compilable = function.compilable()
+        self.method = method
+        self.norm = norm
+        self.interpolates = interpolates
+        self.lifted = Lifted(self.compilable)
+        self.needs_gradients = any(tensor.requires_grad for tensor in self.lifted.tensors)
+        kind = replace(norm, rtol=0.0, atol=0.0, batch_size=0)  # these are read, or follow from shapes
+        self.key = (self.compilable.key, method, kind, interpolates, self.lifted.key)
+        self._programs: dict[_Kind, Program | None] = {}
+
+    def take(
+        self, function: RightHandSide, t0: float, t1: float, start: State, slope: State | None, with_next_slope: bool
+    ) -> Step | None:
+        """The step that `take_step` takes; `None` if it cannot be compiled."""
+        method = self.method
+        known = () if slope is None else slope
+        records = torch.is_grad_enabled() and (self.needs_gradients or any(y.requires_grad for y in (*start, *known)))
+        wants_next = (method.is_adaptive or with_next_slope) and not method.next_is_a_stage
+        kind = _Kind(records, slope is None, wants_next, function.moving is not None, _modes(start[0].device.type))
+        if kind not in self._programs:
+            shapes = tuple((tuple(y.shape), y.dtype, y.device) for y in (*start, *self.lifted.tensors))
+            compared = -1 if method.is_adaptive else None  # all but the measure of the error
+            self._programs[kind] = program_for(self.compilable.module, (self.key, kind), shapes, compared)
+        program = self._programs[kind]
+        if program is None or program.refused:
+            return None
+        times = [function.bounded(t) for t in stage_times(method, t0, t1)]
+        settings = [t1 - t0, function.moving_share(t0), self.norm.rtol, self.norm.atol, *times]
+        numbers = torch.tensor(settings, dtype=start[0].dtype, device=start[0].device)
+        given = [*start, *known]
+        if records:  # as all states but the first of a solve do: one program less
+            given = [y if y.requires_grad else y.detach().requires_grad_() for y in given]
+        masks = () if function.moving is None else (function.moving,)
+        arguments = [numbers, *(y.contiguous() for y in given), *masks, *self.lifted.tensors]
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return self._run(kind, len(start), tensors)
+
+        with torch.set_grad_enabled(records):
+            found = program(run, arguments, self.compilable.forward_mode)
+        if found is None:
+            return None
+        function.count_evaluations(len(method.nodes) + kind.evaluates_first + kind.evaluates_next)
+        return self._step(kind, t0, t1, start, slope, found)
+
+    def _run(self, kind: _Kind, count: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The step as a function of tensors alone; see `_step` for what it returns."""
+        method = self.method
+        numbers, *rest = tensors
+        start, rest = tuple(rest[:count]), rest[count:]
+        slope = None
+        if not kind.evaluates_first:
+            slope, rest = tuple(rest[:count]), rest[count:]
+        moving = None
+        if kind.stops:
+            moving, *rest = rest
+        lifted = list(rest)
+        for place in self.lifted.parameters:
+            lifted[place] = lifted[place].detach().requires_grad_()
+        dt, share, rtol, atol = numbers[:NUM_SETTINGS].unbind()
+        times = numbers[NUM_SETTINGS:].unbind()
+        with self.lifted.replaced(lifted):
+            given = [lifted[place] for place in self.lifted.given]
+            parameters = [lifted[place] for place in self.lifted.parameters]
+            function = self.compilable.rebuild(given, parameters, start)
+            function.moving = moving
+            end, slopes, next_slope = evaluate_stages(method, function, times, dt, start, slope, kind.evaluates_next)
+        found = [*end]
+        for stage in self._kept(kind):
+            found += slopes[stage]
+        if kind.evaluates_next:
+            assert next_slope is not None
+            found += next_slope
+        if method.is_adaptive:
+            with torch.no_grad():
+                error = combination(slopes, method.error, dt)
+                found.append(replace(self.norm, rtol=rtol, atol=atol).measure(error, start, end, share))  # pyright: ignore[reportArgumentType]
+        return tuple(found)
+
+    def _kept(self, kind: _Kind) -> list[int]:
+        """The stages that a program returns."""
+        last = len(self.method.nodes)
+        first = 0 if kind.evaluates_first else 1
+        if self.interpolates:
+            return list(range(first, last + 1))
+        kept = [] if first else [0]
+        return [*kept, last] if self.method.next_is_a_stage and last not in kept else kept
+
+    def _step(
+        self, kind: _Kind, t0: float, t1: float, start: State, slope: State | None, found: tuple[Tensor, ...]
+    ) -> Step:
+        count, method = len(start), self.method
+        states = [found[i : i + count] for i in range(0, len(found) - count + 1, count)]
+        end, *rest = states
+        kept = dict(zip(self._kept(kind), rest, strict=False))
+        if slope is not None:
+            kept[0] = slope
+        next_slope = kept[len(method.nodes)] if method.next_is_a_stage else None
+        if kind.evaluates_next:
+            next_slope = rest[len(self._kept(kind))]
+        slopes = tuple(kept[stage] for stage in range(len(method.nodes) + 1)) if self.interpolates else (kept[0],)
+        return Step(t0, t1, start, end, slopes, next_slope, found[-1] if method.is_adaptive else None)
+
+
+def _modes(device: str) -> Hashable:
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return autocast, torch.is_inference_mode_enabled()
+
+
+def compiled_steps(
+    function: RightHandSide, method: RungeKutta | None, norm: ErrorNorm, interpolates: bool
+) -> CompiledSteps | None:
+    """The compiled steps of a solve; `None`, which is said once, where the right-hand side does not allow them."""
+    if method is None or is_transformed():
+        return None
+    try:
+        return CompiledSteps(function, method, norm, interpolates)
+    except NotCompilableError as reason:
+        COMPILATIONS.refuse(str(reason))
+        return None

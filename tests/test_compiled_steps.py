@@ -1,0 +1,258 @@
+"""Compiled steps: they compute what uncompiled ones do, compile seldom, and say where they cannot."""
+
+import copy
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flows
+from flows.divergence import Analytic, Auto, Exact, Hutchinson
+from flows.fields import MLP, ConcatSquashMLP
+from flows.path_costs import HamiltonJacobi, JacobianNorm, KineticEnergy, TotalDerivative
+from flows.solvers import ErrorControl, compilations, many_solves, programs
+from flows.solvers.tableaux import RUNGE_KUTTA
+
+ODESolver = flows.ODESolver
+
+
+@pytest.fixture
+def account(monkeypatch):
+    """What a test compiles, and why it does not; without the code generation that takes minutes."""
+    monkeypatch.setattr(torch, "compile", _without_code)
+    found = programs.Compilations()
+    monkeypatch.setattr(programs, "COMPILATIONS", found)
+    monkeypatch.setattr("flows.solvers.compiled.COMPILATIONS", found)
+    torch._dynamo.reset()
+    return found
+
+
+def _without_code(function, options=None, **settings):
+    return _compile(function, backend="aot_eager", **settings)
+
+
+_compile = torch.compile
+
+
+def flow_with(solver, divergence=None, hidden=(6, 5), **options):
+    torch.manual_seed(0)
+    return flows.CNF(ConcatSquashMLP((2,), hidden, **options), divergence or Analytic(), solver).double()
+
+
+def both(flow, compute):
+    """What `compute` gives with uncompiled and with compiled steps."""
+    found = []
+    for compiles in (False, True):
+        flow.zero_grad()
+        flow.solver = replace(flow.solver, compile=compiles)
+        found.append(compute(flow))
+    return found
+
+
+def step(flow, x, costs=(), context=None):
+    estimate = flow.estimate_log_prob(
+        x, context, torch.Generator().manual_seed(1), solver_error=False, path_costs=costs
+    )
+    loss = estimate.value.mean() + sum(cost.mean() for cost in estimate.path_costs.values())
+    loss.backward()
+    gradients = torch.cat([parameter.grad.flatten() for parameter in flow.parameters()])
+    counts = (estimate.nfe, estimate.statistics.nfe_backward, len(estimate.statistics.attempts))
+    return estimate.value.detach(), gradients, *(cost.detach() for cost in estimate.path_costs.values()), counts
+
+
+def assert_equal(found, expected):
+    assert found[-1] == expected[-1]
+    for one, other in zip(found[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+GRADIENTS = ("backprop", "checkpoint", "adjoint")
+
+
+@pytest.mark.parametrize("gradient", ["backprop", pytest.param("checkpoint", marks=pytest.mark.slow), "adjoint"])
+def test_compiled_steps_are_the_same_steps(account, gradient):
+    flow = flow_with(ODESolver("bosh3", rtol=1e-3, atol=1e-3, gradient=gradient))
+    x = torch.randn(7, 2, dtype=torch.float64)
+    eager, compiled = both(flow, lambda flow: step(flow, x))
+    assert_equal(compiled, eager)
+    assert account.count == {"backprop": 1, "checkpoint": 2, "adjoint": 2}[gradient]
+    assert not account.reasons
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(1.5)
+    eager, changed = both(flow, lambda flow: step(flow, x))
+    assert_equal(changed, eager)
+    assert (changed[0] - compiled[0]).abs().max() > 1e-3
+    assert account.count <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(
+    "divergence",
+    [Exact(), Exact("forward"), Hutchinson(2), Hutchinson(2, mode="forward"), Auto(), flows.divergence.XTrace(4)],
+    ids=lambda estimator: f"{type(estimator).__name__}-{getattr(estimator, 'mode', None)}",
+)
+def test_every_way_to_the_divergence_compiles(account, divergence, gradient):
+    context_shape = (1,) if isinstance(divergence, Hutchinson) else None
+    flow = flow_with(ODESolver("bosh3", gradient=gradient), divergence, context_shape=context_shape)
+    context = None if context_shape is None else torch.randn(7, 1, dtype=torch.float64)
+    x = torch.randn(7, 2, dtype=torch.float64)
+    costs = (KineticEnergy(0.1), JacobianNorm(0.1), TotalDerivative(0.1))
+    eager, compiled = both(flow, lambda flow: step(flow, x, costs, context))
+    assert_equal(compiled, eager)
+    assert account.count > 0
+    assert not account.reasons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "fehlberg2", "adaptive_heun", "rk4", "euler", "heun3"])
+def test_every_method_compiles(account, method):
+    adaptive = RUNGE_KUTTA[method].is_adaptive
+    flow = flow_with(ODESolver(method, step_size=None if adaptive else 0.25))
+    x = torch.randn(5, 2, dtype=torch.float64)
+    eager, compiled = both(flow, lambda flow: step(flow, x))
+    assert_equal(compiled, eager)
+    assert account.count == 1
+    assert not account.reasons
+
+
+@pytest.mark.slow
+def test_potentials_and_errors_by_sample_compile(account):
+    solver = ODESolver("bosh3", error_control=ErrorControl(per_sample=True, path_costs=1.0))
+    torch.manual_seed(0)
+    flow = flows.CNF(flows.fields.Potential((2,), (6, 6)), solver=solver).double()
+    x = torch.randn(5, 2, dtype=torch.float64)
+    eager, compiled = both(flow, lambda flow: step(flow, x, (HamiltonJacobi(0.1),)))
+    assert_equal(compiled, eager)
+    assert account.count == 1
+    assert not account.reasons
+
+
+def test_samples_and_trajectories_use_the_same_steps(account):
+    flow = flow_with(ODESolver("bosh3", rtol=1e-3, atol=1e-3))
+    times = torch.tensor([[0.0, 0.3, 1.0], [0.0, 0.5, 0.6], [0.0, 0.2, 0.7]], dtype=torch.float64)
+    x = torch.randn(3, 2, dtype=torch.float64)
+
+    def compute(flow):
+        ode = flows.NeuralODE(flow.field, flow.solver)
+        with torch.no_grad():
+            paths = ode.trajectory(x, times, solver_error=False)
+            shared = ode.trajectory(x, times[0], solver_error=False)
+            return paths.states, shared.states, flow.sample((3,), generator=torch.Generator().manual_seed(0)), paths.nfe
+
+    eager, compiled = both(flow, compute)
+    assert_equal(compiled, eager)
+    assert account.count > 0
+    assert not account.reasons
+
+
+def test_few_batch_sizes_are_compiled(account, monkeypatch, caplog):
+    monkeypatch.setattr(programs, "MAX_SIZES", 1)
+    flow = flow_with(ODESolver("heun2", step_size=0.5, compile=True), hidden=(3,))
+    points = torch.randn(6, 2, dtype=torch.float64)
+    expected = replace_solver(flow, compile=False).log_prob(points).detach()
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "flows"):
+        for size in (6, 5, 4, 6, 5):
+            torch.testing.assert_close(flow.log_prob(points[:size]), expected[:size])
+        loose = replace_solver(flow, step_size=0.25).log_prob(points)
+    assert (loose - expected).abs().max() > 0
+    assert account.count == 1
+    assert [record.message for record in caplog.records] == [f"solver steps run uncompiled: {account.reasons[0]}"]
+    assert "give batches equal sizes" in account.reasons[0]
+
+
+def replace_solver(flow, **settings):
+    other = copy.copy(flow)
+    other.solver = replace(flow.solver, **settings)
+    return other
+
+
+class Dropping(torch.nn.Module):
+    event_shape = (2,)
+
+    def forward(self, t, x):
+        return torch.nn.functional.dropout(x, 0.5)
+
+
+class Deciding(torch.nn.Module):
+    event_shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, t, x):
+        return self.scale * x if float(self.scale) > 0 else -x
+
+
+def test_what_cannot_be_compiled_runs_uncompiled(account):
+    flow = flows.CNF(Deciding(), Exact(), ODESolver("heun2", step_size=0.5, compile=True)).double()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    value = flow.log_prob(x)
+    torch.testing.assert_close(value, replace_solver(flow, compile=False).log_prob(x))
+    assert account.count == 0
+    assert "torch.compile cannot follow the field" in account.reasons[0]
+    solver = ODESolver("heun2", step_size=0.5, compile=True)
+    end = solver.solve(lambda t, state: (-state[0],), (x,), (0.0, 1.0)).end[0]
+    assert end.shape == x.shape
+    assert "have no method `compilable`" in account.reasons[1]
+
+
+def test_what_draws_random_numbers_is_not_compiled(account):
+    program = programs.Program()
+    assert program(lambda x: (torch.rand_like(x),), [torch.ones(2)], False) is None
+    assert "draws random numbers" in account.reasons[0]
+    assert account.count == 0
+
+
+def test_wrong_code_is_noticed(account, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: lambda x: (x + 1e-2,))
+    assert programs.Program()(lambda x: (2 * x,), [torch.zeros(3)], False) is None
+    assert "gave other values" in account.reasons[0]
+
+
+def test_a_missing_compiler_is_one_sentence(account, monkeypatch):
+    def fail(*arguments, **settings):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nlong\ntext")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert programs.Program()(lambda x: (2 * x,), [torch.zeros(3)], False) is None
+    assert account.reasons == [programs.NO_COMPILER]
+
+
+def test_auto_compiles_in_long_runs_only(account):
+    flow = flow_with(ODESolver("heun2", step_size=0.5, compile="auto"), hidden=(3,))
+    x = torch.randn(4, 2, dtype=torch.float64)
+    flow.log_prob(x)
+    with many_solves(False):
+        flow.log_prob(x)
+    with many_solves(), torch.no_grad():
+        flow.log_prob(x)
+    assert account.count == 0
+    with many_solves():
+        flow.log_prob(x).sum().backward()
+    assert account.count == 1
+
+
+def test_settings_of_compilation_are_checked():
+    with pytest.raises(ValueError, match="compile"):
+        ODESolver(compile="maybe")
+    with pytest.raises(ValueError, match="compile=True is for Runge-Kutta methods"):
+        ODESolver("explicit_adams", step_size=0.1, compile=True)
+    assert compilations() is programs.COMPILATIONS
+
+
+@pytest.mark.slow
+def test_generated_code_computes_the_same():
+    """Once with the code generation that users get."""
+    torch._dynamo.reset()
+    before = compilations().count
+    torch.manual_seed(0)
+    flow = flows.CNF(MLP((2,), (8, 8)), solver=ODESolver("bosh3")).double()
+    x = torch.randn(7, 2, dtype=torch.float64)
+    eager, compiled = both(flow, lambda flow: step(flow, x, (KineticEnergy(0.1),)))
+    assert_equal(compiled, eager)
+    assert compilations().count == before + 1
+    assert compilations().seconds > 0
