@@ -226,6 +226,52 @@ def test_the_weak_form_is_that_of_single_windows():
     torch.testing.assert_close(found, torch.stack(windows).square().mean(), rtol=1e-3, atol=0)
 
 
+def test_a_series_shorter_than_a_window_is_one_window():
+    times = [torch.linspace(0, 1, 9), torch.tensor([0.0, 0.4, 1.0])]
+    values = [torch.randn(len(t), 2, generator=torch.Generator().manual_seed(len(t))) for t in times]
+    data = Series(times * 4, values * 4)
+    batch, model = data._all.batch(torch.tensor([0, 1])), decay()  # a long series and a short one
+    alone = [DerivativeMatching(window=4)(model, data._all.batch(torch.tensor([i]))).loss for i in (0, 1)]
+    found = DerivativeMatching(window=4)(model, batch).loss
+    torch.testing.assert_close(found, (5 * alone[0] + alone[1]) / 6)  # the long one has five windows
+
+
+class Uniform(nn.Module):
+    event_shape = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.speed = nn.Parameter(torch.ones(2))
+
+    def forward(self, t, x):
+        return self.speed.expand_as(x)
+
+
+@pytest.mark.parametrize("gone", [slice(5, None), slice(3, 6)], ids=["the end", "the middle"])
+def test_values_that_were_not_observed_are_no_targets(gone):
+    """On straight lines the loss at the truth is zero, and away from it that of the observed values."""
+    times = torch.arange(10.0)
+    x = times[:, None].expand(10, 2).clone()
+    x[gone, 1] = torch.nan
+    batch = Series([times] * 8, [x] * 8, missing="mask").part("train")
+    model = flows.NeuralODE(Uniform())
+    output, slope = gradient(DerivativeMatching(window=2), model, batch)
+    assert output.loss.item() < 1e-25
+    assert slope.abs().max().item() < 1e-12
+    with torch.no_grad():
+        model.field.speed += torch.tensor([0.1, 0.2])
+    jolted = replace(batch, x=batch.x + 100 * (~batch.observed))
+    assert torch.equal(DerivativeMatching()(model, batch).loss, DerivativeMatching()(model, jolted).loss)
+
+
+def test_derivative_matching_refuses_data_without_a_window():
+    x = torch.ones(5, 2)
+    x[1:, 1] = torch.nan
+    data = Series([torch.arange(5.0)] * 6, [x] * 6, missing="mask")
+    with pytest.raises(FlowsError, match="nothing to compare; use objective=trajectory_matching"):
+        DerivativeMatching().check(decay(), data)
+
+
 def path_between(data, start, first, last, shares, model):
     """∫ v dt over one interval, along the true path."""
     times = torch.cat([first[None], first + (last - first) * shares[1:, 0]])

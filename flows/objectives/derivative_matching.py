@@ -14,6 +14,7 @@ from flows.arguments import checked
 from flows.bases import Normal
 from flows.checks import whole_number
 from flows.datasets import Batch, Dataset
+from flows.errors import InvalidValueError
 from flows.models.examination import examine
 from flows.models.neural_ode import NeuralODE
 from flows.models.precision import suitable_context
@@ -43,7 +44,9 @@ class DerivativeMatching(Objective):
     the field is taken at interpolated, noisy states. [Brunel 2008; Messenger & Bortz 2021, arXiv:2007.02848]
 
     The curve is cubic in each interval; at the observations it has the values and slopes of local parabolas. Missing
-    values are first interpolated between the observed ones next to them.
+    values are first interpolated between the observed ones next to them. Windows of an entry of the state begin and end
+    where it was observed, so that no interpolated value is a target. After the last observation of an entry the state
+    is unknown, and windows do not go there. A series shorter than a window is one window.
 
     ```python
     import torch
@@ -56,12 +59,14 @@ class DerivativeMatching(Objective):
     ```
 
     Args:
-        window: w, in intervals between observations. Longer windows average noise, and blur fast changes.
+        window: w, in intervals between observations; a window goes on until the next observed value. Longer windows
+            average noise, and blur fast changes.
         smoothing: the number of neighbouring observations to which each parabola is fitted; 3 (default) goes through
             them, more average noise.
 
     Raises:
-        InvalidValueError: a number is no whole number in its range.
+        InvalidValueError: a number is no whole number in its range; `check`: an entry is observed in no training series
+            after its first state.
     """
 
     recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 20}
@@ -76,6 +81,12 @@ class DerivativeMatching(Objective):
     def check(self, model: nn.Module, dataset: Dataset) -> None:
         super().check(model, dataset)
         check_series(model, dataset)
+        batch = series_of(dataset.part("train"))
+        if not bool(windows(batch.observed & like(batch.mask, batch.x), self.window)[1].any()):
+            raise InvalidValueError(
+                f"no training series of {dataset.name!r} has all entries of the state observed after its first time, "
+                "so that derivative matching has nothing to compare; use objective=trajectory_matching"
+            )
 
     def __call__(self, model: NeuralODE, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         series = series_of(batch)
@@ -91,13 +102,36 @@ class DerivativeMatching(Objective):
         integral = torch.nn.functional.pad(
             (steps * (weights * values).sum(0)).cumsum(1), (0, 0) * (y.ndim - 2) + (1, 0)
         )  # from the first time to each
-        width = min(self.window, y.shape[1] - 1)
-        whole = mask[:, width:]
-        span = (times[:, width:] - times[:, :-width]).where(whole, 1)
-        misses = (y - integral)[:, width:] - (y - integral)[:, :-width]
-        squares = (misses / like(span, y).to(y)).square().flatten(2).mean(2)
-        loss = squares.where(whole, 0).sum() / whole.sum().clamp(min=1)
+        ends, counts = windows(series.observed & like(mask, y), self.window)
+        t = like(times, y).expand(y.shape)
+        span = (t.gather(1, ends) - t).where(counts, 1)
+        path = y - integral  # constant along a solution
+        squares = ((path.gather(1, ends) - path) / span.to(y)).square()
+        loss = squares.where(counts, 0).sum() / counts.sum().clamp(min=1)
         return LossOutput(loss, {"derivative_error": loss.detach()})
+
+
+def windows(
+    observed: Tensor,  # (B, T, *event)
+    width: int,  # in intervals
+) -> tuple[Tensor, Tensor]:  # (B, T, *event) each
+    """Where the window that begins at each value ends, and which values begin one.
+
+    A window ends at the first observed value of the same entry at least `width` intervals later, and none goes beyond
+    the last time to which all entries were observed. Where no window of an entry fits, its only one is the whole.
+    """
+    length = observed.shape[1]
+    index = torch.arange(length, device=observed.device).view(1, -1, *[1] * (observed.ndim - 2)).expand_as(observed)
+    known_until = index.where(observed, -1).amax(1, keepdim=True).flatten(2).amin(2)  # (B, 1)
+    observed = observed & (index <= known_until.view(-1, *[1] * (observed.ndim - 1)))
+    first = index.where(observed, length - 1).amin(1, keepdim=True)
+    last = index.where(observed, 0).amax(1, keepdim=True)
+    following = index.where(observed, length).flip(1).cummin(1).values.flip(1)
+    none = torch.full_like(following[:, :width], length)
+    ends = torch.cat([following[:, width:], none], 1)
+    begins = observed & (ends < length)
+    whole = ~begins.any(1, keepdim=True) & (index == first) & (last > first)
+    return torch.where(whole, last, ends.where(begins, 0)), begins | whole
 
 
 def _velocities(
