@@ -214,6 +214,13 @@ def _to_tensor(name: str, value: Any) -> Iterator[str]:
     if hasattr(value, "to_numpy"):  # of pandas, polars or pyarrow
         yield f"write torch.as_tensor({name}.to_numpy())"
     elif isinstance(value, Sequence | float | int) and not isinstance(value, str | bytes | bool):
-        yield f"write torch.tensor({name})"
+        rows = [row for row in value if isinstance(row, Sequence | Tensor)] if isinstance(value, Sequence) else []
+        if len({len(row) for row in rows if not isinstance(row, Tensor) or row.ndim}) > 1:
+            yield (
+                "its rows have different lengths: pad them, as torch.nn.utils.rnn.pad_sequence does, and say with a "
+                "mask, where one is taken, which entries count"
+            )
+        else:
+            yield f"write torch.{'stack' if rows and isinstance(rows[0], Tensor) else 'tensor'}({name})"
     elif hasattr(value, "__array__"):
         yield f"write torch.as_tensor({name})"

@@ -16,8 +16,6 @@ from flows.datasets.systems import DynamicalSystem
 from flows.models.neural_ode import NeuralODE
 from flows.solvers import ODESolver, SolverStatistics
 
-SLACK = 0.02  # share of the longest training series by which others may go on and count as inside
-
 
 @dataclass(frozen=True)
 class Mean:
@@ -135,17 +133,6 @@ def predictive_sd(
     return ((high - low).abs() / 2).reshape(states.shape)
 
 
-def training_span(dataset: Series) -> float:
-    """How long training series go on, from their first to their last time.
-
-    Series of irregular times end here and there. Where no span is stated, 2 % beyond the longest is not yet beyond.
-    """
-    if isinstance(dataset, DynamicalSystem):
-        return dataset.span
-    batch = dataset.part("train")
-    return (1 + SLACK) * float((batch.times[:, -1] - batch.times[:, 0]).max())
-
-
 def predict(
     model: NeuralODE,
     dataset: Series,
@@ -155,6 +142,7 @@ def predict(
     checked: int = 0,
     until: float | None = None,
     progress: str | None = None,
+    span: float | None = None,
 ) -> Predictions:
     """Predict the series of a part from their first states.
 
@@ -164,6 +152,7 @@ def predict(
         checked: series whose solver error is computed, from the first on.
         until: leave out what comes later than so long after the start of each series.
         progress: title of a progress bar; None: none.
+        span: how long the series go on that the model was trained on; None: those of the dataset.
 
     Raises:
         SolverError: a solve cannot go on.
@@ -204,7 +193,7 @@ def predict(
         noise=None if model.noise is None else model.noise.detach().double().cpu(),
         truth=None if truth is None else truth[:done, :length],
         scale=scale.where(scale > 0, 1.0),
-        span=training_span(dataset),
+        span=dataset.training_span if span is None else span,
         nfe=sum(path.nfe * len(path.states) for path in paths) / done,
         solver=model.solver,
         statistics=max((path.statistics for path in paths), key=lambda solve: solve.nfe_forward),

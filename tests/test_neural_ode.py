@@ -8,7 +8,7 @@ from torch import nn
 
 import flows
 from benchmarks import error_bars
-from flows.errors import FlowsError, InvalidValueError
+from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
 from flows.path_costs import JacobianNorm, KineticEnergy
 from flows.solvers import ODESolver, SolverError
 
@@ -278,3 +278,19 @@ def test_a_frozen_part_in_half_precision_does_not_decide_the_dtype():
     field.encoder.half()
     assert ode.dtype == torch.float64
     assert ode(starts(3), (0.0, 1.0)).dtype == torch.float64
+
+
+def test_a_state_that_explodes_says_when_by_the_clock_of_its_row():
+    ode, x0 = flows.NeuralODE(Explosion()), torch.tensor([[0.1], [2.0]], dtype=torch.float64)
+    with pytest.raises(SolverError, match=r"at t = 0\.(50|49)\d*, .*sample 1 has grown from 2 to .* explode") as e:
+        ode.trajectory(x0, [0.0, 1.0])
+    assert "Rows start apart" not in str(e.value)
+    with pytest.raises(SolverError, match=r"count from the start of each: in row 1 it is t = 7\.(5|49)"):
+        ode.trajectory(x0, torch.tensor([[3.0, 4.0], [7.0, 8.0]], dtype=torch.float64))
+
+
+def test_rows_of_different_lengths_need_a_mask():
+    ode = flows.NeuralODE(Explosion())
+    for times in ([[0.0, 1.0], [0.0, 0.5, 1.0]], [torch.zeros(2), torch.zeros(3)]):
+        with pytest.raises(InvalidTypeError, match=r"rows have different lengths: pad them, .* mask"):
+            ode.trajectory(torch.zeros(2, 1), times)

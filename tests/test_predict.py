@@ -87,6 +87,10 @@ def test_predictions_are_those_of_the_model_with_their_errors(trained, tmp_path,
     (file,) = (tmp_path / "run/predictions").iterdir()
     assert file.suffix == ".csv"
     assert len(read_table(file)[0]) == 20
+    assert "training series went" not in out
+    code, out, err = trained("predict", "checkpoint=run", "initial=[1.0,0.5]", "times=[3,13,13.5,15]", "plot=false")
+    assert code == 0, err
+    assert "2 of 4 times, from t = 13.5 on, lie further from the start than any training series went (10)" in out
 
     data = flows.datasets.Trajectories(tmp_path / "new/p.csv", id="id", columns=["angle", "speed"], split_by="time")
     assert data.ids == ["0", "1"]  # the file is one of those that training reads
@@ -140,13 +144,22 @@ def test_evaluate_works_on_such_runs(trained, tmp_path):
     again = json.loads((tmp_path / "again.json").read_text())
     for name in ("mse", "relative_error", "nll", "coverage_90", "mse_beyond"):
         assert again[name] == pytest.approx(summary[f"test_{name}"], rel=1e-4)
-    changes = ("data.noise=0.5", "points=3", "part=validation", "solver.step_size=0.1", "output=other.json")
+    changes = (
+        "data.noise=0.5",
+        "data.span=14",
+        "points=3",
+        "part=validation",
+        "solver.step_size=0.1",
+        "output=other.json",
+    )
     with pytest.warns(DataWarning, match="differ from those of the run"):
         code, out, err = trained("evaluate", "checkpoint=run", *changes)
     other = json.loads((tmp_path / "other.json").read_text())
     assert code == 0, err
     assert (other["series"], other["part"], other["solver"]["step_size"]) == (min(3, 2), "validation", 0.1)
     assert "caution" in out
+    assert other["training_span"] == summary["test_training_span"] == 10  # that of the run, not of the other data
+    assert other["mse_beyond"] is not None  # of validation series that go on to 14
     for wrong in ("outliers=shuffled", "divergence=exact", "num_draws=4"):
         code, _, err = trained("evaluate", "checkpoint=run", wrong)
         assert code == 2

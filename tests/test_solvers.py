@@ -1,6 +1,7 @@
 """The solver against closed-form solutions, its statistics, and how it fails."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flows.solvers import ODESolver, SolverError, errors
 from flows.solvers.control import ErrorNorm
 from flows.solvers.runge_kutta import error_estimate, take_step
 from flows.solvers.solver import METHODS
+from flows.solvers.statistics import Attempt
 from flows.solvers.tableaux import RUNGE_KUTTA
 
 FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": 3, "implicit_adams": 4}
@@ -205,13 +207,25 @@ def test_underflow_says_where_and_what_to_try(method):
     solver = ODESolver(method, rtol=1e-4, atol=1e-4, max_steps=10**5)
     with pytest.raises(
         SolverError,
-        match=r"forward solve underflowed at t = 0.[45].*, dt = .*no step meets rtol.*, limited by the state of "
-        r"sample 2\. Try \(1\) .*; \(2\) .*rk4.*; \(3\) ",
+        match=r"forward solve underflowed at t = 0.[45].*, dt = .*: the state of sample 2 has grown from 2 to .* and "
+        r"seems to explode in finite time\. Try \(1\) a solve that ends before; ",
     ) as e:
         solver.solve(explosive, (torch.tensor([[0.1], [0.5], [2.0], [0.2]]),), (0.0, 1.0))
     assert e.value.t == pytest.approx(0.5, abs=0.02)
     assert 0 < e.value.dt < 1e-14
     assert (e.value.component, e.value.sample) == ("state", 2)
+
+
+def test_underflow_without_growth_advises_other_tolerances():
+    last = Attempt(0.5, 1e-15, False, 3.0, "state", 1)
+    states = (torch.ones(2, 1),), (torch.tensor([[5.0], [900.0]]),)
+    assert errors.explosion(*states, last) == ""
+    error = errors.underflow("forward", 1e-4, 1e-4, 0.5, 1e-15, last, errors.explosion(*states, last))
+    assert re.search(
+        r"forward solve underflowed at t = 0.5, dt = .*no step meets rtol.*, limited by the state of sample 1\. "
+        r"Try \(1\) .*; \(2\) .*rk4.*; \(3\) ",
+        str(error),
+    )
 
 
 def test_a_non_finite_field_is_named_as_such():

@@ -13,7 +13,7 @@ from flows.datasets import LotkaVolterra, Moons, Pendulum, Series, TwoBody
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.evaluation import CRPS, Coverage, EnergyScore, TrajectoryEvaluator, default_evaluator
 from flows.evaluation.trajectory_report import predictive_figures
-from flows.predictions import Mean, predict, training_span
+from flows.predictions import Mean, predict
 from flows.transforms import Standardise
 
 torch.set_default_dtype(torch.float64)
@@ -86,7 +86,7 @@ def test_figures_are_means_over_observed_values():
     error = (torch.exp(-0.9 * own) * batch.x[:, :1, 0] - batch.x[..., 0]) ** 2
     counts = batch.observed[..., 0].clone()
     counts[:, 0] = False
-    inside = own <= training_span(data) * (1 + 1e-9)
+    inside = own <= data.training_span * (1 + 1e-9)
     for ending, region in (("", inside), ("_beyond", ~inside)):
         chosen = counts & region
         expected = float(error[chosen].mean()) if chosen.any() else None

@@ -165,6 +165,7 @@ def _tested_series(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any], 
         max_series=settings["points"],
         solver_error_series=settings["solver_error_points"],
         part=settings["part"],
+        span=run.data.get("training_span"),  # the data may be others than those of the run
     )
     evaluator.check(model)
     return model, evaluator.test(model), None

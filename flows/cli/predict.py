@@ -64,6 +64,8 @@ def predict(composed: DictConfig) -> None:
         print(f"{len(initial.ids):,} x {len(times):,} states, {span}, in {output}")
         told = error[~error.isnan()]
         print(f"largest solver error {told.max().item():.1e}" if len(told) else "the solver error is unknown")
+        if (beyond := _beyond(times, run.data.get("training_span"))) is not None:
+            print(beyond)
         if settings["plot"]:
             print(f"picture in {_draw(output, initial, times, columns, states, error, sd)}")
 
@@ -95,6 +97,18 @@ def _solved(model: NeuralODE, initial: Initial, times: Tensor, batch_size: int) 
             parts.append([part for part in (path.states, path.solver_error, sd) if part is not None])
     states, error, *sd = (torch.cat(each).flatten(2).double().cpu() for each in zip(*parts, strict=True))
     return states, error, sd[0] if sd else None
+
+
+def _beyond(times: Tensor, span: float | None) -> str | None:
+    """Say which states lie beyond the time that training series took; None if none do, or nothing is known."""
+    late = times[(times - times[0]).abs() > (math.inf if span is None else span * (1 + 1e-9))]
+    if not len(late):
+        return None
+    return (
+        f"{len(late):,} of {len(times):,} times, from t = {late[0].item():g} on, lie further from the start than any "
+        f"training series went ({span:.4g}): nothing was learned about such predictions, and the solver error does not "
+        "tell their error"
+    )
 
 
 def _lines(

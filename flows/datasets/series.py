@@ -32,6 +32,7 @@ from flows.datasets.splits import checked_fractions, content_split, random_split
 from flows.errors import InvalidValueError
 
 FEWEST = 4  # series: two to train on, one for validation, one for test
+SLACK = 0.02  # share of the longest training series by which others may go on and count as inside its span
 TIME_STEP = 2.0**-30  # of the largest time: finer differences of times are rounding
 
 
@@ -193,6 +194,23 @@ class Series(Dataset):
     def part(self, split: str) -> SeriesBatch:
         """All series of a split, in float64."""
         return self._all.batch(self.split[split])
+
+    @property
+    def training_span(self) -> float:
+        """How long training series go on, from their first to their last time.
+
+        Series of irregular times end here and there: 2 % beyond the longest is not yet beyond.
+        """
+        return (1 + SLACK) * float(self._durations("train").max())
+
+    def description(self) -> dict[str, Any]:
+        return {**super().description(), "training_span": self.training_span}
+
+    def _durations(self, split: str) -> Tensor:
+        """The time that each example of a split takes."""
+        points, chosen = self._all.points, self.split[split]
+        first, times = points.starts[chosen], points.tensors[0]
+        return times[first + points.counts[chosen] - 1] - times[first]
 
     def train_stream(
         self,

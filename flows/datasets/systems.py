@@ -141,6 +141,10 @@ class DynamicalSystem(Series):
         del x
         return {}
 
+    @property
+    def training_span(self) -> float:
+        return self.span
+
     def true_states(self, split: str) -> Tensor:
         """The states of a split without noise, (N, T, *event)."""
         chosen = self.split[split]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from flows.arguments import checked
-from flows.checks import whole_number
+from flows.checks import check_number, whole_number
 from flows.datasets import Dataset, Series
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.evaluation.evaluator import Evaluation, Evaluator, Report, set_apart
@@ -19,7 +19,7 @@ from flows.evaluation.sampled import with_metrics
 from flows.evaluation.trajectory_report import FIGURES, fault_of, figures, predictive_figures, report, score
 from flows.models.neural_ode import NeuralODE
 from flows.objectives.checks import check_contexts
-from flows.predictions import Predictions, predict, training_span
+from flows.predictions import Predictions, predict
 from flows.solvers import SolverError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class TrajectoryEvaluator(Evaluator):
         metrics: figures of draws N(state, noise²) inside the training span, for a model with noise: coverage, CRPS and
             energy score of `flows.evaluation.metrics`, or their lower-case names. Standard errors are over series.
         seed: of these draws.
+        span: how long the series went on that the model was trained on; None: those of `dataset`.
 
     Raises:
         InvalidTypeError, InvalidValueError: the data are no series, a number is out of range, or a metric compares two
@@ -65,6 +66,7 @@ class TrajectoryEvaluator(Evaluator):
     progress_bar: bool = True
     metrics: Sequence[SampleMetric | str] = ()
     seed: int = 0
+    span: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", predictive_metrics(self.metrics))
@@ -77,6 +79,8 @@ class TrajectoryEvaluator(Evaluator):
         if self.max_series is not None:
             whole_number("max_series", self.max_series, otherwise="None takes all")
         whole_number("solver_error_series", self.solver_error_series, 0, otherwise="0 takes as few as possible")
+        if self.span is not None:
+            check_number("span", self.span, at_least=0)
         if self.part not in ("test", "validation"):
             raise InvalidValueError(f"part must be test or validation, got {self.part!r}")
 
@@ -114,6 +118,7 @@ class TrajectoryEvaluator(Evaluator):
             max(self.solver_error_series if tests else 0, CHECKED_SERIES),
             until,
             part if tests and self.progress_bar else None,
+            self.span,
         )
 
     @checked
@@ -134,7 +139,7 @@ class TrajectoryEvaluator(Evaluator):
             found = self.predictions(model)
         except SolverError as error:
             stopped = str(error)
-            found = self.predictions(model, until=training_span(self.dataset))
+            found = self.predictions(model, until=self.dataset.training_span if self.span is None else self.span)
         chosen = predictive_metrics(self.metrics)
         written = with_metrics(report(found, self.dataset, stopped), predictive_figures(found, chosen, self.seed))
         if written.unresolved is not None:

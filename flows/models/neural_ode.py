@@ -153,7 +153,10 @@ class NeuralODE(nn.Module):
             extra += others
             if self.solver.gradient == "adjoint":
                 look_for_jumps(normal, bound, points, [*self.field.parameters(), *others], table.span)
-        solution = table.solve(self.solver, dynamics, dynamics.initial_state(start), extra)
+        try:
+            solution = table.solve(self.solver, dynamics, dynamics.initial_state(start), extra)
+        except SolverError as error:
+            raise table.at_its_own_time(error) from error
         states = self._in_data_space(table.spread(table.differentiable_states(bound, solution.states[0])))
         error = None
         if solver_error:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flows.errors import InvalidValueError
-from flows.solvers import Dynamics, ODESolver, Solution, SolverStatistics, State
+from flows.solvers import Dynamics, ODESolver, Solution, SolverError, SolverStatistics, State
 from flows.vector_field import BoundField
 
 
@@ -109,6 +109,16 @@ class Times:
         """The first and the last time of each row, (B,), or of all, (), as given."""
         rows = self.relative if self.starts is None else self.relative + self.starts.to("cpu", torch.float64)[:, None]
         return rows[..., 0], rows[..., -1]
+
+    def at_its_own_time(self, error: SolverError) -> SolverError:
+        """The failure of a solve, with the time of the row that it befell."""
+        if self.starts is None or error.sample is None or error.sample >= len(self.starts):
+            return error
+        own = error.t + float(self.starts[error.sample])
+        return error.retold(
+            f"{error}. Rows start apart, and these times count from the start of each: in row {error.sample} it is "
+            f"t = {own:.6g}"
+        )
 
     def own_times(self, gradient: str) -> str:
         """Why the field will be called with one time per sample, if it will."""

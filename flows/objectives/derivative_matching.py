@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flows.arguments import checked
 from flows.bases import Normal
 from flows.checks import whole_number
-from flows.datasets import Batch, Dataset
+from flows.datasets import Batch, Dataset, Series
 from flows.errors import InvalidValueError
 from flows.models.examination import examine
 from flows.models.neural_ode import NeuralODE
@@ -81,7 +81,8 @@ class DerivativeMatching(Objective):
     def check(self, model: nn.Module, dataset: Dataset) -> None:
         super().check(model, dataset)
         check_series(model, dataset)
-        batch = series_of(dataset.part("train"))
+        assert isinstance(dataset, Series)  # as checked
+        batch = dataset.part("train")
         if not bool(windows(batch.observed & like(batch.mask, batch.x), self.window)[1].any()):
             raise InvalidValueError(
                 f"no training series of {dataset.name!r} has all entries of the state observed after its first time, "

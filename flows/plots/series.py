@@ -21,7 +21,7 @@ from flows.datasets import DynamicalSystem, Series, SeriesBatch
 from flows.models.neural_ode import NeuralODE
 from flows.plots.plane import label_plane, square
 from flows.plots.style import DATA, FLOW, MUTED, tidy
-from flows.predictions import Predictions, model_device, predict, predictive_sd, training_span
+from flows.predictions import Predictions, model_device, predict, predictive_sd
 from flows.solvers import SolverError
 
 FINE = 300  # times of a curve
@@ -62,7 +62,7 @@ def series_figures(model: NeuralODE, dataset: Series, part: str = "test") -> dic
     try:
         found = predict(model, dataset, part, ERRORS, ERRORS, ERRORS)
     except SolverError:
-        until = training_span(dataset)
+        until = dataset.training_span
         found = predict(model, dataset, part, ERRORS, ERRORS, ERRORS, until)
     pictures = {"series": time_series(drawn), "errors": errors_over_time(found)}
     if drawn.states.shape[-1] > 1:
@@ -80,7 +80,7 @@ def predict_curves(model: NeuralODE, dataset: Series, part: str = "test", num_se
     batches = dataset.test_batches if part == "test" else dataset.validation_batches
     batch = next(iter(batches(num_series, device, model.dtype if device.type == "mps" else torch.float64)))
     assert isinstance(batch, SeriesBatch)  # those of a `Series` are
-    span = training_span(dataset)
+    span = dataset.training_span
     try:
         times, states, error = _curves(model, batch)
     except SolverError:

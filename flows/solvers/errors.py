@@ -10,6 +10,8 @@ from flows.solvers.problem import ADJOINT, PARAMETERS, State, batch_size_of, mea
 from flows.solvers.statistics import Attempt
 
 TRAINING_ADVICE = "while training, a lower learning rate, a smaller gradient_clip or a regulariser"
+EXPLOSION_ADVICE = ("a solve that ends before", "a field that grows less fast with the state", TRAINING_ADVICE)
+GROWTH = 1e3  # from which on a state that cannot be followed is said to explode
 
 
 class SolverError(ComputationError):
@@ -48,9 +50,16 @@ def step_limit(
     dt: float,
     last: Attempt | None = None,
     max_step: float = math.inf,
+    growth: str = "",
 ) -> SolverError:
-    """The solve takes too many steps, because the field is stiff or because of `max_step`."""
-    if abs(dt) < max_step:
+    """The solve takes too many steps, because the field is stiff or because of `max_step`.
+
+    Args:
+        growth: how far the state has grown, if it explodes; see `explosion`.
+    """
+    if growth:
+        cause, advice = f": {growth}", EXPLOSION_ADVICE
+    elif abs(dt) < max_step:
         cause = f"{'' if last is None else _limited(last)}: the field is stiff there"
         advice = ("larger rtol and atol", TRAINING_ADVICE, "a larger max_steps")
     else:
@@ -66,16 +75,19 @@ def step_limit(
     )
 
 
-def underflow(direction: str, rtol: float, atol: float, t: float, dt: float, last: Attempt | None) -> SolverError:
+def underflow(
+    direction: str, rtol: float, atol: float, t: float, dt: float, last: Attempt | None, growth: str = ""
+) -> SolverError:
     """Steps are too short for times of this dtype."""
+    advice = (
+        "larger tolerances (float32 resolves about 1e-6) or float64",
+        "a fixed-step method such as rk4, if the field jumps in t or x",
+        TRAINING_ADVICE,
+    )
+    cause = f"no step meets rtol = {rtol:g} and atol = {atol:g}{'' if last is None else _limited(last)}"
     return SolverError(
-        f"the {direction} solve underflowed at t = {t:.6g}, dt = {dt:.2g}: no step meets rtol = {rtol:g} and "
-        f"atol = {atol:g}{'' if last is None else _limited(last)}. "
-        + _advice(
-            "larger tolerances (float32 resolves about 1e-6) or float64",
-            "a fixed-step method such as rk4, if the field jumps in t or x",
-            TRAINING_ADVICE,
-        ),
+        f"the {direction} solve underflowed at t = {t:.6g}, dt = {dt:.2g}: {growth or cause}. "
+        + _advice(*(EXPLOSION_ADVICE if growth else advice)),
         t,
         dt,
         None if last is None else last.component,
@@ -139,6 +151,18 @@ def blow_up(direction: str, method: str, t: float, dt: float, names: Sequence[st
         name,
         sample,
     )
+
+
+def explosion(begin: State, state: State, last: Attempt | None) -> str:
+    """Say how far the state that limits steps has grown, if it seems to explode; else nothing."""
+    if last is None or last.sample is None or last.sample >= len(state[0]):
+        return ""
+    before, now = (float(component[0][last.sample].detach().abs().max()) for component in (begin, state))
+    usual = float(begin[0].detach().abs().max()) or 1.0
+    if not now > GROWTH * max(before, usual):
+        return ""
+    grown = f"has grown from {before:.2g} to {now:.2g} and seems to explode in finite time"
+    return f"the state of sample {last.sample} {grown}"
 
 
 def gave_up(method: str, t: float, dt: float, last: Attempt) -> SolverError:

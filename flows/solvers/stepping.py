@@ -97,6 +97,7 @@ def adaptive_steps(
         raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope)
     size = min(max(min(size, limits.first_step), min_step, finest), max_step)
     last: Attempt | None = None
+    begin = state
     for _ in range(limits.max_steps):
         remaining, proposed = abs(goal - t), size
         # A last step above min_step needs the margin, or it might be rejected again and again. Rounding of times must
@@ -112,7 +113,8 @@ def adaptive_steps(
         if size < min(finest, remaining):
             if last is not None and last.error is not None and math.isnan(last.error):
                 raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
-            raise errors.underflow(log.direction, norm.rtol, norm.atol, t, sign * size, last)
+            growth = errors.explosion(begin, state, last)
+            raise errors.underflow(log.direction, norm.rtol, norm.atol, t, sign * size, last, growth)
         log.start()
         moving = function.in_step(t, target)
         slope = moving(t, state) if slope is None else moving.stop(slope)
@@ -137,7 +139,8 @@ def adaptive_steps(
                 return
             goal, slope, size = next(goals), None, max(size, proposed)
         size = min(max(size, min_step), max_step)
-    raise errors.step_limit(log.direction, limits.max_steps, t, sign * size, last, max_step)
+    growth = errors.explosion(begin, state, last)
+    raise errors.step_limit(log.direction, limits.max_steps, t, sign * size, last, max_step, growth)
 
 
 def fixed_steps(
