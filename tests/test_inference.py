@@ -68,6 +68,15 @@ def test_observations_may_come_with_the_call_and_in_batches():
     assert estimate.solver_error.max() < 1e-3
 
 
+def test_parameters_and_observations_broadcast_as_in_torch():
+    x, theta = torch.randn(5, 2), torch.randn(3, 1, 2)
+    posterior = exact().given(x)
+    truth = Independent(Normal(x / 2, math.sqrt(0.5)), 1)
+    for given in (theta[0, 0], theta, theta.expand(3, 5, 2)):
+        torch.testing.assert_close(posterior.log_prob(given), truth.log_prob(given), atol=1e-4, rtol=0)
+        assert posterior.estimate_log_prob(given).value.shape == truth.log_prob(given).shape
+
+
 def test_the_map_is_the_mode():
     x = torch.tensor([1.0, -2.0])
     found = exact().map(x, num_init=50, num_to_optimize=3, steps=60)
@@ -100,6 +109,20 @@ def test_a_bounded_posterior_has_the_support_of_the_prior():
         (lambda: exact().sample((2,)), r"needs an observation: pass x=..., or write posterior.given\(x\)"),
         (lambda: exact().given(torch.zeros(3)), r"must have the shape \(2,\), as the simulations had, got \(3,\)"),
         (lambda: exact().log_prob(torch.zeros(2), torch.zeros(2) / 0), "observation holds NaN or infinite"),
+        (
+            lambda: Posterior(bounded_flow()).log_prob(torch.tensor([[0.5, 0.0], [torch.nan, 0.0]]), torch.zeros(2)),
+            "1 of the parameters to evaluate hold NaN",
+        ),
+        (lambda: exact().given(torch.zeros(2, dtype=torch.cfloat)), "must hold real numbers, got torch.complex64"),
+        (
+            lambda: exact().log_prob(torch.zeros(4, 2), torch.zeros(5, 2)),
+            r"shape \(4, 2\) do not broadcast with observations of the batch shape \(5,\): expected \(\*batch, 2\)",
+        ),
+        (
+            lambda: Inference(box([0.0], [1.0])).append_simulations(torch.rand(4, 1), torch.rand(5, 1)),
+            r"each row of parameters needs its observation, got theta of shape \(4, 1\) and x of shape \(5, 1\)",
+        ),
+        (lambda: Posterior(exact().flow, box([0.0], [1.0])), r"prior has parameters of shape \(1,\), and the flow"),
         (lambda: exact().given("rainy"), "must be a tensor or an array of numbers, got str"),
         (lambda: exact().map(torch.zeros(4, 2)), r"map takes one observation, got a batch of shape \(4, 2\)"),
         (lambda: Inference(box([0.0], [1.0])).train(), "call append_simulations"),
@@ -171,6 +194,14 @@ def test_an_exact_posterior_is_calibrated():
     assert found.coverage_error < 1.63 / math.sqrt(600)  # Kolmogorov's 1 % point
     levels = torch.tensor([0.1, 0.5, 0.9])
     torch.testing.assert_close(found.expected_coverage(levels), levels.double(), atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize("draws", [2, 9])
+def test_few_draws_do_not_bias_the_coverage(draws):
+    found = pairs(n=6000, draws=draws)
+    for level in (0.3, 0.9):
+        coverage = float(found.expected_coverage(torch.tensor([level]))[0])
+        assert abs(coverage - level) < 4 * found.coverage_se(level)
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(0.6, 0.0), (1.6, 0.0), (1.0, 0.4)])

@@ -6,7 +6,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Exponential, Gamma, Independent, LogNormal, MultivariateNormal, Normal, Poisson, Uniform
+from torch.distributions import (
+    Dirichlet,
+    Exponential,
+    Gamma,
+    Independent,
+    LogNormal,
+    MultivariateNormal,
+    Normal,
+    Poisson,
+    Uniform,
+)
 
 import flows
 from flows.datasets import (
@@ -219,6 +229,7 @@ class NoDensity(torch.distributions.Distribution):
             lambda: Simulator(lambda theta: theta, COUNTS, **SMALL),
             "has no density, as its parameters are whole numbers",
         ),
+        (lambda: Prior(Dirichlet(torch.ones(3))), "add up to 1; leave the last one out"),
         (lambda: box([0, 1], [1, 1]), "each below its high one"),
         (lambda: Simulations(torch.rand(9, 2), torch.rand(8, 2)), "got 9 rows and 8 observations"),
         (lambda: Simulations(torch.rand(90, 2), torch.rand(90, 2), box([0], [1])), r"prior has parameters of shape"),

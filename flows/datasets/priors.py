@@ -66,10 +66,14 @@ class Prior:
                 "yourself and pass flows.datasets.Simulations(theta, x)"
             )
         self.distribution = distribution
-        if _is_discrete(distribution):
+        if getattr(_support(distribution), "is_discrete", False):
             raise InvalidValueError(
                 f"the prior {show(distribution)} has no density, as its parameters are whole numbers; a flow learns "
                 "densities, so give it continuous parameters, such as flows.datasets.box([0.0], [10.0])"
+            )
+        if _support(distribution) is constraints.simplex:
+            raise InvalidValueError(
+                f"the prior {show(distribution)} has no density, as its parameters add up to 1; leave the last one out"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -133,9 +137,8 @@ class Prior:
 
 def bounds_of_support(distribution: Any, event_shape: Sequence[int]) -> Bounds | None:
     """Return low and high of each parameter, ±inf without a bound; None if there are none or they are unknown."""
-    try:
-        support = distribution.support
-    except (AttributeError, NotImplementedError):
+    support = _support(distribution)
+    if support is None:
         return None
     edges = [_edges(part) for part in _parts(support)]
     if any(edge is None for edge in edges):
@@ -147,11 +150,11 @@ def bounds_of_support(distribution: Any, event_shape: Sequence[int]) -> Bounds |
     return None if bool((low.isinf() & high.isinf()).all()) else (low, high)
 
 
-def _is_discrete(distribution: Any) -> bool:
+def _support(distribution: Any) -> Any:
     try:
-        return bool(distribution.support.is_discrete)
+        return distribution.support
     except (AttributeError, NotImplementedError):
-        return False
+        return None
 
 
 def _parts(support: Any) -> list[Any]:

@@ -76,8 +76,16 @@ class Calibration:
         self,
         levels: Tensor,  # (k,), credibilities between 0 and 1
     ) -> Tensor:  # (k,)
-        """The share of true parameters inside credible regions of these levels; equal to them if calibrated."""
-        return (self.closer.unsqueeze(1) < levels.to(self.closer)).double().mean(0)
+        """The share of true parameters inside credible regions of these levels; equal to them if calibrated.
+
+        A rank r among L draws stands for the levels from r/(L + 1) to (r + 1)/(L + 1), so that the expectation is
+        exact for any L.
+        """
+        return self._inside(levels).mean(0)
+
+    def _inside(self, levels: Tensor) -> Tensor:  # (n, k)
+        ranks = (self.closer * self.num_draws).round().unsqueeze(1)
+        return (levels.to(self.closer) * (self.num_draws + 1) - ranks).clamp(0, 1)
 
     @property
     def coverage_error(self) -> float:

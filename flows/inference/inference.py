@@ -126,6 +126,11 @@ class Inference:
     @checked
     def append_simulations(self, theta: Tensor, x: Tensor) -> Inference:
         """Add parameters (n, d), drawn from the prior, and their observations (n, *observation)."""
+        if theta.ndim == 0 or x.ndim == 0 or len(theta) != len(x):
+            raise InvalidValueError(
+                f"each row of parameters needs its observation, got theta of shape {tuple(theta.shape)} and x of shape "
+                f"{tuple(x.shape)}"
+            )
         for name, new, old in (("theta", theta, self._theta), ("x", x, self._observations)):
             if old and new.shape[1:] != old[0].shape[1:]:
                 raise InvalidValueError(

@@ -59,6 +59,11 @@ class Posterior(Distribution):
             )
         self.flow = flow
         self.prior = None if prior is None else Prior(prior)
+        if self.prior is not None and self.prior.event_shape != tuple(flow.event_shape):
+            raise InvalidValueError(
+                f"the prior has parameters of shape {self.prior.event_shape}, and the flow has points of shape "
+                f"{tuple(flow.event_shape)}"
+            )
         self.x = None if x is None else self._observation(x)
         batch = torch.Size() if self.x is None else self.x.shape[: self.x.ndim - self._ndim]
         super().__init__(batch, torch.Size(flow.event_shape), validate_args=False)
@@ -98,8 +103,9 @@ class Posterior(Distribution):
     @checked(own=("x",))
     def log_prob(self, value: Tensor, x: Any = None) -> Tensor:  # (*batch)
         """log p(θ | x) in nats, −∞ outside the support; see `estimate_log_prob` for its error."""
+        value, observed = self._broadcast(value, self._given(x))
         inside, theta = self._inside(value)
-        density = self.flow.log_prob(theta, self._given(x))
+        density = self.flow.log_prob(theta, observed)
         return torch.where(inside, density, -torch.inf)
 
     @checked(own=("x",))
@@ -107,7 +113,8 @@ class Posterior(Distribution):
         self, theta: Tensor, x: Any = None, generator: torch.Generator | None = None
     ) -> LogProbEstimate:
         """log p(θ | x) with its standard error and its solver error, of points inside the support."""
-        return self.flow.estimate_log_prob(theta, self._given(x), generator)
+        theta, observed = self._broadcast(theta, self._given(x))
+        return self.flow.estimate_log_prob(theta, observed, generator)
 
     @checked(own=("x",))
     def map(
@@ -180,6 +187,8 @@ class Posterior(Distribution):
             raise InvalidTypeError(
                 f"an observation must be a tensor or an array of numbers, got {type(x).__name__}"
             ) from error
+        if observed.is_complex():
+            raise InvalidTypeError(f"an observation must hold real numbers, got {observed.dtype}")
         observed = observed.detach().to(self.flow.device)
         observed = observed if observed.is_floating_point() else observed.to(self.flow.dtype)
         shape = self.flow.context_shape
@@ -193,11 +202,25 @@ class Posterior(Distribution):
             return observed[0]  # a batch of one, as `sbi` keeps observations
         return observed
 
+    def _broadcast(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The parameters with the batch dimensions of both, as densities of torch have it, and the observations."""
+        batch = x.shape[: x.ndim - self._ndim]
+        try:
+            both = torch.broadcast_shapes(theta.shape[:-1], batch)
+        except RuntimeError as error:
+            raise InvalidValueError(
+                f"parameters of shape {tuple(theta.shape)} do not broadcast with observations of the batch shape "
+                f"{tuple(batch)}: expected (*batch, {self.event_shape[0]})"
+            ) from error
+        return theta.expand(*both, *theta.shape[-1:]), x
+
     def _inside(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Which points lie inside the support, and the points with those outside moved to its middle."""
         bounded = self._bounded()
         if bounded is None or tuple(theta.shape[-1:]) != tuple(self.event_shape):
             return torch.ones(theta.shape[:-1], dtype=torch.bool, device=theta.device), theta
+        if bool(theta.isnan().any()):
+            raise InvalidValueError(f"{int(theta.isnan().any(-1).sum())} of the parameters to evaluate hold NaN")
         inside = ((theta > bounded.low.to(theta)) & (theta < bounded.high.to(theta))).all(-1)
         middle = bounded.inverse(theta.new_zeros(1, *self.event_shape))[0][0]
         return inside, torch.where(inside.unsqueeze(-1), theta, middle)
