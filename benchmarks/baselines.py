@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -14,9 +15,8 @@ from flows.bases import Normal
 from flows.datasets import Batch
 from flows.fields import Field
 from flows.models.cnf import CNF
-from flows.objectives import FlowMatching, MaximumLikelihood
+from flows.objectives import FlowMatching
 from flows.solvers import ODESolver
-from flows.training.compile import compiled
 
 
 class LikelihoodMethod(ABC):
@@ -82,14 +82,13 @@ class Flows(LikelihoodMethod):
 
 
 class CompiledFlows(Flows):
-    """This package with `hardware.compile=true`."""
+    """This package with `ODESolver(compile=True)`."""
 
     name = "flows, compiled"
 
     def __init__(self, field: Field, tolerance: float = 1e-5) -> None:
         super().__init__(field, tolerance)
-        self.code = compiled(self.flow, MaximumLikelihood())  # kept open: leaving it undoes the compilation
-        self.code.__enter__()
+        self.flow.solver = replace(self.flow.solver, compile=True)
 
 
 class PublishedFFJORD(LikelihoodMethod):

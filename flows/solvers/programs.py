@@ -36,6 +36,15 @@ class Compilations:
     seconds: float = 0.0
     reasons: list[str] = field(default_factory=list)  # why some steps ran uncompiled, each once
 
+    def __str__(self) -> str:
+        found = [f"{self.count} programs of solver steps in {self.seconds:.1f} s"] if self.count else []
+        return "; ".join(found + [f"uncompiled: {reason}" for reason in self.reasons])
+
+    def since(self, before: Compilations) -> Compilations:
+        """What has come after an earlier account."""
+        reasons = [reason for reason in self.reasons if reason not in before.reasons]
+        return Compilations(self.count - before.count, self.seconds - before.seconds, reasons)
+
     def refuse(self, reason: str) -> None:
         """Say once why steps run uncompiled."""
         if reason not in self.reasons:

@@ -5,77 +5,93 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from flows.divergence import Analytic, DivergenceEstimator, FieldSample
+from flows.divergence import DivergenceEstimator, FieldSample
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.objectives import Objective
-from flows.objectives.base import active_costs
-from flows.path_costs import draw_directions
 from flows.promises import raise_explained
+from flows.solvers import ODESolver
+from flows.training.stage import Stage
 from flows.vector_field import BoundField
 
 WAY_OUT = "Use divergence.mode=forward, a field with a closed form and divergence=analytic, or hardware.compile=false"
+LONG_STEPS, LONG_SECONDS = 1000, 120.0  # of a stage that wins back on a CPU what compiling takes
 
 
 @contextmanager
-def compiled(flow: nn.Module, objective: Any) -> Iterator[None]:
-    """Run the field and its divergence as compiled code inside the context.
+def compiled(model: nn.Module, objective: Any) -> Iterator[None]:
+    """Run compiled code inside the context.
 
-    Path costs that take Jacobian products of their own stay as they are. The first steps take long, since they
-    compile (a minute and more on a CPU).
+    An objective that solves takes compiled steps, as with `ODESolver(compile=True)`. For any other the field is
+    compiled, with its divergence where the objective takes it.
 
     Raises:
-        ValueError: training would differentiate twice, which compiled code cannot.
+        ValueError: the objective would differentiate compiled code twice, which cannot be; or the solver takes no
+            Runge-Kutta steps.
     """
-    assert isinstance(flow, CNF)  # `stages_to_compile` chooses no stage of another model
-    own, call = flow.divergence, flow.field._compiled_call_impl  # what nn.Module.compile sets
-    estimator = compilable_divergence(flow, objective)
-    if estimator is not None:
-        flow.divergence = _Compiled(estimator, forward=estimator.bind(flow.bind()).mode == "forward")
-    flow.field.compile()
+    if _solves(objective):
+        with _compiled_steps(model):
+            yield
+        return
+    field = _field_of(model)
+    call = field._compiled_call_impl  # what nn.Module.compile sets
+    own = model.divergence if isinstance(model, CNF) else None
+    if isinstance(model, CNF):
+        estimator = matched_divergence(model, objective)
+        if estimator is not None:
+            model.divergence = _Compiled(estimator, forward=estimator.bind(model.bind()).mode == "forward")
+    field.compile()
     try:
         yield
     except RuntimeError as error:
         if "double backward" not in str(error):
-            raise_explained(error, type(flow.field).__name__)
+            raise_explained(error, type(field).__name__)
         raise InvalidValueError(
             "hardware.compile=true does not go with this field or objective: something within an evaluation calls "
-            f"autograd, such as a value_and_divergence or a path cost by torch.autograd.grad. {WAY_OUT}"
+            f"autograd, such as a value_and_divergence by torch.autograd.grad. {WAY_OUT}"
         ) from error
     finally:
-        flow.divergence = own
-        flow.field._compiled_call_impl = call
+        if isinstance(model, CNF) and own is not None:
+            model.divergence = own
+        field._compiled_call_impl = call
+
+
+@contextmanager
+def _compiled_steps(model: Any) -> Iterator[None]:
+    solver = model.solver
+    model.solver = replace(solver, compile=True)
+    try:
+        yield
+    finally:
+        model.solver = solver
 
 
 def stages_to_compile(
-    setting: bool | Literal["auto"], device: str, flow: nn.Module, objectives: Mapping[str, Any]
+    setting: bool | Literal["auto"], device: str, model: nn.Module, stages: Mapping[str, Stage]
 ) -> tuple[set[str], list[str]]:
-    """The objectives to train compiled, and notices about the others.
+    """The stages to train compiled, and notices about the others.
 
     Args:
-        setting: `"auto"`: all that can be, if `device` is "cuda".
+        setting: `"auto"`: all that can be if `device` is "cuda"; elsewhere those that solve and are long.
 
     Raises:
-        ValueError: the setting is `True`, and an objective cannot be.
+        ValueError: the setting is `True`, and a stage cannot be.
     """
-    if not setting or (setting == "auto" and device != "cuda"):
-        return set(), []
-    if not isinstance(flow, CNF):
-        if setting == "auto":
-            return set(), []
-        raise InvalidTypeError(
-            f"hardware.compile=true is for flows.CNF, got {type(flow).__name__}; compile the model yourself by "
-            "model.compile(), and leave hardware.compile=false"
-        )
-    chosen, notices = set(), []
-    for name, objective in objectives.items():
+    chosen: set[str] = set()
+    notices: list[str] = []
+    if not setting:
+        return chosen, notices
+    for name, stage in stages.items():
+        if setting == "auto" and device != "cuda" and not (_solves(stage.objective) and is_long(stage)):
+            continue
         try:
-            compilable_divergence(flow, objective)
+            _check(model, stage.objective)
             chosen.add(name)
         except ValueError as reason:
             if setting != "auto":
@@ -84,48 +100,62 @@ def stages_to_compile(
     return chosen, notices
 
 
-def compilable_divergence(flow: CNF, objective: Any) -> DivergenceEstimator | None:
-    """The estimator that the objective uses, if it uses one.
+def is_long(stage: Stage) -> bool:
+    """Whether a stage is long enough to win back what compiling takes.
 
-    A function that is no `Objective` is taken to use the flow's.
+    Settings decide, not times that were measured, so that a resumed run compiles what the first one did.
+    """
+    if stage.steps is not None:
+        return stage.steps >= LONG_STEPS
+    return (stage.seconds or 0.0) >= LONG_SECONDS
+
+
+def _check(model: Any, objective: Any) -> None:
+    """Raise `ValueError` if a stage cannot be compiled."""
+    if _solves(objective):
+        if not isinstance(getattr(model, "solver", None), ODESolver):
+            raise InvalidTypeError(
+                f"hardware.compile=true is for flows.CNF and flows.NeuralODE, got {type(model).__name__}; compile the "
+                "model yourself by model.compile(), and leave hardware.compile=false"
+            )
+        with _compiled_steps(model):
+            return
+    _field_of(model)
+    if isinstance(model, CNF):
+        matched_divergence(model, objective)
+
+
+def _solves(objective: Any) -> bool:
+    return getattr(objective, "solves", True)  # a function that is no `Objective` may solve
+
+
+def _field_of(model: Any) -> nn.Module:
+    field = getattr(model, "field", None)
+    if not isinstance(field, nn.Module):
+        raise InvalidTypeError(
+            f"hardware.compile=true is for flows.CNF and flows.NeuralODE, got {type(model).__name__}; compile the "
+            "model yourself by model.compile(), and leave hardware.compile=false"
+        )
+    return field
+
+
+def matched_divergence(flow: CNF, objective: Any) -> DivergenceEstimator | None:
+    """The estimator that an objective uses which solves nothing, if it uses one.
 
     Raises:
         ValueError: it differentiates backwards within an evaluation.
     """
-    solves = getattr(objective, "solves", True)
-    assumed = flow.divergence if solves else None
-    taken = objective.divergence(flow) if isinstance(objective, Objective) else assumed
+    taken = objective.divergence(flow) if isinstance(objective, Objective) else None
     if taken is None:
         return None
-    estimator = taken.bind(flow.bind())
-    if solves and flow.solver.gradient == "adjoint":
+    if taken.bind(flow.bind()).mode == "reverse":
+        name = type(taken.bind(flow.bind())).__name__
         raise InvalidValueError(
-            "hardware.compile=true does not go with solver.gradient=adjoint, whose backward pass calls autograd at "
-            "each evaluation; use solver.gradient=backprop or checkpoint"
-        )
-    if estimator.mode == "reverse":
-        name = type(estimator).__name__
-        raise InvalidValueError(
-            f"hardware.compile=true does not go with divergence {name}(mode='reverse'): training differentiates its "
-            f"vector-Jacobian products once more, and torch.compile has no double backward. {WAY_OUT}"
-            f"{'' if solves else '; this objective can also do without, by its divergence_weight=0'}"
-        )
-    costs = active_costs(getattr(objective, "regularizers", ()))
-    norms = draw_directions(costs, torch.zeros(1, *flow.event_shape), torch.Generator()) is not None
-    if norms and _takes_norms_in_reverse(estimator):
-        raise InvalidValueError(
-            f"hardware.compile=true does not go with a path cost that needs the norm of the Jacobian of "
-            f"{type(flow.field).__name__}: {type(estimator).__name__}() takes it by vector-Jacobian products, and "
-            "torch.compile has no double backward. Use divergence=hutchinson with divergence.mode=forward, a field "
-            "with value_divergence_and_products such as MLP, or hardware.compile=false"
+            f"hardware.compile=true does not go with divergence {name}(mode='reverse') of an objective that solves "
+            "nothing: training differentiates its vector-Jacobian products once more, and torch.compile has no double "
+            f"backward. {WAY_OUT}; this objective can also do without, by its divergence_weight=0"
         )
     return taken
-
-
-def _takes_norms_in_reverse(estimator: DivergenceEstimator) -> bool:
-    if isinstance(estimator, Analytic):
-        return estimator.field.value_divergence_and_products is None
-    return type(estimator).with_jacobian_norm is DivergenceEstimator.with_jacobian_norm
 
 
 class _Compiled(DivergenceEstimator):

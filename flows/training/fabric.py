@@ -55,7 +55,9 @@ class Hardware:
             it, 32-true elsewhere.
         deterministic: on a GPU, use algorithms that give the same bits each time, some of them slower. Without it the
             order of sums differs from run to run there. A CPU always gives the same bits.
-        compile: run the field and its divergence through torch.compile; `"auto"`: on a GPU, the stages that can be.
+        compile: train with compiled code: stages that solve take compiled steps, as with `solver.compile`, which
+            concerns validation and the test as well; for other stages, such as flow matching, the field is compiled.
+            `"auto"`: on a GPU all stages that can be; elsewhere stages that solve, of 1000 steps or two minutes.
     """
 
     accelerator: str | Accelerator = "auto"

@@ -23,10 +23,10 @@ from flows.errors import ComputationError, FlowsError, InvalidTypeError, Invalid
 from flows.evaluation import Evaluator, Report, aligned, default_evaluator
 from flows.naming import in_words
 from flows.objectives import Objective
-from flows.solvers import SolverError
+from flows.solvers import Compilations, SolverError, compilations, many_solves
 from flows.training.callbacks import Reporting
 from flows.training.checkpoint import CheckpointError, describe, find_checkpoint, load_checkpoint
-from flows.training.compile import compiled, stages_to_compile
+from flows.training.compile import compiled, is_long, stages_to_compile
 from flows.training.continuing import AUTO, discard_unsaved, saved_state, was_killed_early
 from flows.training.fabric import Hardware, build_fabric, deterministic_algorithms, on_first_process
 from flows.training.files import (
@@ -71,6 +71,7 @@ class Summary:
     device: str
     seed: int
     output_dir: str
+    compilations: Compilations = field(default_factory=Compilations)  # of solver steps, by this process
 
     @property
     def validation_score(self) -> float | None:
@@ -98,6 +99,9 @@ class Summary:
             "device": self.device,
             "seed": self.seed,
             "output_dir": self.output_dir,
+            "compilations": self.compilations.count,
+            "compile_seconds": self.compilations.seconds,
+            "uncompiled_because": self.compilations.reasons,
         }
 
     def __str__(self) -> str:
@@ -108,7 +112,10 @@ class Summary:
         if self.position.best_step not in (None, self.position.step):
             rows.append(("weights", f"of step {self.position.best_step:,}, the best on the validation part"))
         time = f"{training}, {self.evaluation_seconds:.1f} s for the test, {self.total_seconds:.1f} s in all"
-        return aligned([*rows, ("time", time), ("files", self.output_dir)])
+        rows.append(("time", time))
+        if str(self.compilations):
+            rows.append(("compiled", str(self.compilations)))
+        return aligned([*rows, ("files", self.output_dir)])
 
 
 @checked(own=("dataset",))
@@ -185,9 +192,8 @@ class Trainer:
         self._callbacks = self.reporting.standard_callbacks()
         self.fabric = build_fabric(self.hardware, self._callbacks)
         self.optimization.check(self.fabric.world_size)
-        objectives = {name: stage.objective for name, stage in self.stages.items()}
         self._compiled, self._notices = stages_to_compile(
-            self.hardware.compile, self.fabric.device.type, model, objectives
+            self.hardware.compile, self.fabric.device.type, model, self.stages
         )
         self._starts_over = False  # in a folder where this run was killed before it saved anything
         if resume == AUTO:
@@ -285,6 +291,7 @@ class Trainer:
             state.resume(self._checkpoint, self.stages, best)
             position = state.position
         on_first_process(self.fabric, lambda: mark_folder(self.folder, state.run))
+        self._compilations = copy.deepcopy(compilations())
         self._started = time.perf_counter() - position.seconds  # as if a resumed run had never stopped
         with StopSignals() as stop:
             loop = Loop(run, OptimizerStep(run, loss, module, self.optimization), stop, foreign_packages(self.config))
@@ -329,7 +336,8 @@ class Trainer:
             if state.position.stage != name:
                 state.begin(index, name, stage)
             compiles = name in self._compiled
-            with compiled(self.model, stage.objective) if compiles else contextlib.nullcontext():
+            code = compiled(self.model, stage.objective) if compiles else contextlib.nullcontext()
+            with code, many_solves(is_long(stage)):
                 loop.train(stage)
 
     def _test(self, run: Run) -> Summary:
@@ -372,6 +380,7 @@ class Trainer:
             device=str(self.fabric.device),
             seed=self.seed,
             output_dir=str(self.folder),
+            compilations=compilations().since(self._compilations),
         )
         run.call("on_summary", summary)
         with run.writing(self.folder / SUMMARY):
