@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks import (
     compilation,
+    conditional_table,
     data_to_data,
     divergence,
     entropy_gap,
@@ -19,6 +20,7 @@ from benchmarks import (
     sbi,
     series,
     training,
+    uci,
 )
 from flows.errors import FlowsError
 
@@ -36,6 +38,8 @@ BENCHMARKS = (
     parameters,
     sbi,
     series,
+    uci,
+    conditional_table,
 )
 
 

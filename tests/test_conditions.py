@@ -278,3 +278,82 @@ def test_a_conditions_of_bad_columns_is_refused():
         Conditions(["a"], {"a": ["x"]})
     with pytest.raises(InvalidValueError, match=r"context_shape must be \(1,\)"):
         flows.encoders.Standardised(2, conditions=Conditions(["a"]))
+
+
+def trained(data, steps=150):
+    flow = build_flow(CONFIG, data.event_shape, data)
+    stream, objective = data.train_stream(256, torch.Generator().manual_seed(0)), flows.objectives.FlowMatching()
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        objective(flow, next(stream), torch.Generator().manual_seed(1)).loss.backward()
+        optimizer.step()
+    return flow.requires_grad_(False)
+
+
+def test_a_single_value_is_tested_by_its_crps_and_its_intervals(table_path):
+    data = homes(table_path)
+    flow = build_flow(CONFIG, data.event_shape, data)
+    flow.field.out.weight.data.zero_()
+    flow.field.out.bias.data.zero_()
+    found = flows.evaluation.DensityEvaluator(data, progress_bar=False).measured(flow)
+    assert list(found) == ["crps", "coverage"]
+    none = flows.evaluation.DensityEvaluator(data, metrics=[], progress_bar=False).measured(flow)
+    assert none == {}
+    plane = Tabular(table_path, columns=["y", "age"], context_columns=["sex"], dequantise_columns=["age"])
+    flow = build_flow(CONFIG, plane.event_shape, plane)
+    assert flows.evaluation.DensityEvaluator(plane, progress_bar=False).measured(flow) == {}
+
+
+@pytest.mark.slow
+def test_pictures_follow_the_conditions(table_path):
+    data = homes(table_path)
+    flow = trained(data)
+    pictures = flows.plots.figures(flow, data, torch.Generator().manual_seed(0))
+    assert list(pictures) == ["samples", "predictive_intervals", "samples_by_category"]
+    axes = pictures["predictive_intervals"].axes[0]
+    (median,) = (line for line in axes.get_lines() if line.get_label() == "median")
+    slope = np.polyfit(median.get_xdata(), median.get_ydata(), 1)[0]
+    assert 0.05 < slope < 0.15  # y = 0.1 age + ...
+    titles = [each.get_title() for each in pictures["samples_by_category"].axes]
+    assert [title for title in titles if title] == ["sex: female", "sex: male", "rooms: 2", "rooms: 4", "rooms: 7"]
+    plane = Tabular(table_path, columns=["y", "age"], context_columns=["rooms", "sex"], dequantise_columns=["age"])
+    pictures = flows.plots.figures(build_flow(CONFIG, plane.event_shape, plane), plane)
+    assert len(pictures["predictive_intervals"].axes) == 2
+
+
+def test_plots_of_conditions_say_what_they_need(table_path):
+    moons = flows.datasets.Moons(num_validation=10, num_test=10)
+    flow = flows.CNF(flows.fields.MLP(2, hidden=(4,)))
+    with pytest.raises(InvalidValueError, match=r"one or two values given columns of a table, got 'moons'.*no cond"):
+        flows.plots.predictive_intervals(flow, moons)
+    data = Tabular(table_path, columns=["y"], context_columns=["sex"])
+    with pytest.raises(InvalidValueError, match="needs a condition that is a number; use samples_by_category"):
+        flows.plots.predictive_intervals(build_flow(CONFIG, (1,), data), data)
+    data = Tabular(table_path, columns=["y"], context_columns=["age"])
+    with pytest.raises(InvalidValueError, match="needs a condition that holds categories"):
+        flows.plots.samples_by_category(build_flow(CONFIG, (1,), data), data)
+
+
+def test_regression_tables_take_their_published_split(tmp_path):
+    table = np.random.default_rng(0).normal(size=(50, 4)).round(6)
+    table[:, 1] = 3.0
+    np.savetxt(tmp_path / "data.txt", table)
+    (tmp_path / "test_rows_2.txt").write_text("4\n0\n")
+    data = flows.datasets.UCIRegression(tmp_path, split=2)
+    assert data.conditions.columns == ("x0", "x2")
+    assert data.held_out("test").x[:, 0].tolist() == table[[0, 4], 3].tolist()
+    assert data.held_out("test").context.tolist() == table[[0, 4]][:, [0, 2]].tolist()
+    with pytest.raises(FlowsError, match=r"test_rows_0\.txt"):
+        flows.datasets.UCIRegression(tmp_path)
+
+
+def test_the_entropy_of_the_generated_table_is_right():
+    conditional_table = pytest.importorskip("benchmarks.conditional_table")
+    table = conditional_table.conditional_table(2000)
+    draws = np.random.default_rng(0)
+    for name, (draw, entropy) in conditional_table.KINDS.items():
+        counts, edges = np.histogram(draw(draws, 400_000), bins=400)
+        share, width = counts[counts > 0] / 400_000, np.diff(edges)[counts > 0]
+        assert abs(-(share * np.log(share / width)).sum() - entropy) < 0.01, name
+    assert 0.5 < table.entropy < 2.5

@@ -153,6 +153,10 @@ def test_every_choice_trains(tmp_path, request, group, name):
         overrides.append(f"data.path={request.getfixturevalue('pictures')}")
     elif (group, name) == ("data", "trajectories"):
         overrides += [f"data.path={request.getfixturevalue('long_table')}", "data.id=id", "data.time=time"]
+    elif (group, name) == ("data", "uci"):
+        np.savetxt(tmp_path / "data.txt", np.random.default_rng(0).normal(size=(60, 3)))
+        (tmp_path / "test_rows_0.txt").write_text("0 1 2 3 4 5")
+        overrides.append(f"data.path={tmp_path}")
     elif group == "data" and "path: ???" in text:
         overrides.append(f"data.path={request.getfixturevalue('table')}")
     elif (group, name) == ("data", "simulator"):

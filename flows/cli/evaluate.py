@@ -27,6 +27,7 @@ from flows.evaluation import (
     TrajectoryEvaluator,
     aligned,
 )
+from flows.evaluation.sampled import with_metrics
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
 from flows.objectives.checks import check_kind
@@ -129,7 +130,7 @@ def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any],
     other = None if outliers in (None, "shuffled") else instantiate(outliers, "outliers")
     if other is not None and (message := caution_about_outliers(run.data, other, settings["part"])):
         warnings.warn(message, DataWarning, stacklevel=1)
-    density = DensityEvaluator(dataset, num_draws=settings["num_draws"], **options)
+    density = DensityEvaluator(dataset, num_draws=settings["num_draws"], metrics=_metrics(config), **options)
     check_evaluation(density, flow, dataset, part="")
     if isinstance(dataset, Energy):
         report = EnergyEvaluator(dataset, **options).test(flow)
@@ -138,11 +139,20 @@ def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any],
         report, likelihood = DistanceEvaluator(dataset, **options).test(flow), None
     else:
         likelihood = density.likelihood(flow)
-        report = density.report(likelihood, flow)
+        report = with_metrics(density.report(likelihood, flow), density.measured(flow))
     scores = None
     if outliers is not None and likelihood is not None:
         scores = density.outliers(flow, likelihood, other)
     return flow, report, scores
+
+
+def _metrics(config: Mapping[str, Any]) -> list[Any] | None:
+    """The metrics of draws that the run reports; None: those that suit the data."""
+    chosen = config.get("evaluation") or {}
+    given = chosen.get("metrics") if str(chosen.get("_target_")).endswith(".DensityEvaluator") else None
+    if given is None:
+        return None
+    return [instantiate(one, "evaluation.metrics") if isinstance(one, Mapping) else one for one in given]
 
 
 def _refuse_densities(settings: Mapping[str, Any]) -> None:

@@ -27,9 +27,10 @@ from flows.datasets.series_batches import SeriesBatch
 from flows.datasets.simulations import Simulations
 from flows.datasets.simulator import Simulator
 from flows.datasets.systems import DynamicalSystem, Lorenz, LotkaVolterra, Pendulum, Spiral, TwoBody
-from flows.datasets.tabular import BreastCancer, Table, Tabular
+from flows.datasets.tabular import BreastCancer, Diabetes, Table, Tabular
 from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
 from flows.datasets.trajectories import Trajectories
+from flows.datasets.uci import UCIRegression
 
 __all__ = [
     "SIR",
@@ -44,6 +45,7 @@ __all__ = [
     "ConditionalDensity",
     "Dataset",
     "Density",
+    "Diabetes",
     "Digits",
     "DoubleWell",
     "DynamicalSystem",
@@ -83,6 +85,7 @@ __all__ = [
     "TwoBody",
     "TwoMoons",
     "TwoSpirals",
+    "UCIRegression",
     "box",
     "one_hot",
 ]

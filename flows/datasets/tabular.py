@@ -340,6 +340,46 @@ class BreastCancer(Table):
         )
 
 
+@checked
+class Diabetes(Table):
+    """Progression of diabetes in 442 patients given ten columns of a year before.
+
+    Part of scikit-learn. The progression is a whole number from 25 to 346, to which noise of one unit is added. The
+    conditions are age, sex (a category), body mass index, mean blood pressure and six blood values s1, ..., s6.
+    [Efron, Hastie, Johnstone & Tibshirani 2004, Least angle regression, Annals of Statistics 32, 407]
+
+    Args:
+        context_columns: conditions to take, by name. Default: all ten.
+        validation_fraction, test_fraction, split_seed: see `Table`.
+    """
+
+    def __init__(
+        self,
+        context_columns: Sequence[str] | None = None,
+        validation_fraction: float = 0.15,
+        test_fraction: float = 0.15,
+        split_seed: int = 0,
+    ):
+        from sklearn.datasets import load_diabetes
+
+        data: Any = load_diabetes(scaled=False)
+        names = [str(name) for name in data.feature_names]
+        chosen = choose_columns(context_columns, names, "diabetes")
+        super().__init__(
+            data.target[:, None],
+            columns=["progression"],
+            name="diabetes",
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            split_seed=split_seed,
+            source="diabetes",
+            dequantise_columns=["progression"],
+            quiet=True,  # the docstring says it
+            context={names[i]: data.data[:, i] for i in chosen},
+            categories=["sex"] if "sex" in [names[i] for i in chosen] else (),
+        )
+
+
 class TableStream(EpochStream):
     """Batches of rows without replacement, with new noise in each batch where columns are dequantised."""
 

@@ -93,6 +93,8 @@ class Standardised(Encoder):
         if len(contexts) < 2:
             raise InvalidValueError(f"at least two contexts are needed to standardise by, got {len(contexts)}")
         scaled = self._scaled(self._parts(contexts)[0])
+        if not self.mean.numel():  # categories alone
+            return self
         if not bool(scaled.isfinite().all()):
             raise InvalidValueError("the contexts to standardise by hold NaN or infinite values")
         sd = scaled.std(0)

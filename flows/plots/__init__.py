@@ -14,6 +14,7 @@ from flows.datasets import Dataset
 from flows.models.cnf import CNF
 from flows.plots.calibration import expected_coverage, ranks
 from flows.plots.classes import class_densities, class_samples
+from flows.plots.conditions import condition_figures, predictive_intervals, samples_by_category
 from flows.plots.features import pairs
 from flows.plots.images import (
     image_classes,
@@ -60,8 +61,10 @@ __all__ = [
     "pairs",
     "phase_portraits",
     "predict_curves",
+    "predictive_intervals",
     "ranks",
     "samples",
+    "samples_by_category",
     "save_samples",
     "scatter",
     "series_figures",
@@ -81,7 +84,8 @@ def figures(
     Points in the plane get `samples`, `density`, `trajectories` and `evolution`. Images get `samples`, `trajectories`,
     `neighbours`, `interpolations` and, with classes, `classes`. Other data get `samples` of their first features. A
     conditional flow gets `samples` under the contexts of the data and, for classes in the plane, `class_samples` and
-    `class_densities`. Densities are left out if the base has none. Without points, or if the data lack the contexts of
+    `class_densities`. One or two values given columns of a table get `predictive_intervals` and `samples_by_category`.
+    Densities are left out if the base has none. Without points, or if the data lack the contexts of
     the flow, there are no plots.
 
     Args:
@@ -111,6 +115,7 @@ def figures(
             pictures["class_samples"] = class_samples(flow, dataset, generator=generator)
             if flow.base.has_density:
                 pictures["class_densities"] = class_densities(flow, dataset, evaluated_with=evaluated_with)
+        pictures |= condition_figures(flow, dataset, generator)
     return pictures
 
 

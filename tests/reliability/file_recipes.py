@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from flows.datasets.splits import random_split
+
 VALUES = np.random.default_rng(0).normal(size=(30, 2)).round(6)
 
 
@@ -37,6 +39,22 @@ def damage(
     """Write a file with another recipe, then damage it."""
     RECIPES[recipe](path, **options)
     path.write_bytes(_damaged(path.read_bytes(), cut, flip, add))
+
+
+CONDITIONS = {
+    "words": lambda i: ("red", "blue")[i % 2],
+    "truths": lambda i: i % 2 == 0,
+    "one": lambda i: "red",
+    "constant": lambda i: 3,
+    "rare": lambda i: "rare" if i == random_split(60, FRACTIONS, 0, "", "rows")["test"][0] else ("red", "blue")[i % 2],
+}
+FRACTIONS = {"test": 0.1, "validation": 0.1}
+
+
+def csv_with_condition(path: Path, kind: str) -> None:
+    """A value y and a condition c."""
+    values = np.random.default_rng(0).normal(size=60).round(6).tolist()
+    path.write_text("c,y\n" + "".join(f"{CONDITIONS[kind](i)},{y}\n" for i, y in enumerate(values)))
 
 
 ARRAYS = {
