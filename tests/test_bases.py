@@ -152,7 +152,9 @@ def test_the_posterior_of_a_pool_is_bayes_rule(name, restricted):
         torch.testing.assert_close(curvature, divergence, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mixture", "student_t", "uniform", "normal"])
+@pytest.mark.parametrize(
+    "name", ["uniform", "normal", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixture", "student_t"))]
+)
 def test_the_marginal_target_is_the_conditional_expectation(name):
     """Against a Monte Carlo of E[x₁ | x_t]: x₁ from the data, weighed by the density of x_t given x₁."""
     base, data = BASES[name](), BASES["mixture"]()
@@ -204,7 +206,7 @@ def trained(base, objective, steps=150, data=None, batch_size=256, rate=5e-3, hi
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("student_t", "mixture", "laplace", "stranger")]
 
 
-@pytest.mark.parametrize("target", ["sampled", "marginal"])
+@pytest.mark.parametrize("target", ["marginal", pytest.param("sampled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["normal", *SLOW])
 def test_flow_matching_from_any_density_reaches_the_entropy(name, target):
     """The data is a normal of known density; a target that supposes N(0, I) leaves the flow nats away."""
@@ -235,7 +237,7 @@ def test_a_trained_base_gets_its_gradient_from_the_likelihood(kind, gradient):
         torch.testing.assert_close(gradient[index], slope, rtol=1e-5, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize("kind", [Normal, StudentT])
+@pytest.mark.parametrize("kind", [pytest.param(Normal, marks=pytest.mark.slow), StudentT])
 def test_the_reverse_kl_trains_a_base_through_its_draws(kind):
     """With a fixed field, draws lead the base to where the flow has the moments of the target."""
     target = dist.MultivariateNormal(torch.tensor([1.0, -2.0]), torch.tensor([[0.5, 0.0], [0.0, 2.0]]))
@@ -374,3 +376,81 @@ def test_a_source_in_data_units_goes_through_the_transform():
     assert flow.base.dataset is None
     with pytest.raises(NoDensityError, match=r"Empirical \(of 'moons'\) is a source of points"):
         flow.log_prob(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("name", ["mixture", "normal", "laplace"])
+def test_autocast_does_not_round_a_base(name):
+    """Draws, densities and the marginal target are those of the base's own precision."""
+    base = BASES[name]().float()
+    pool = torch.randn(6, 2, dtype=torch.float32)
+    a, b = torch.full((2, 6, 1), 0.5, dtype=torch.float32)
+
+    def found():
+        z = base.sample((6,), rng())
+        mean, curvature = base_posterior(base, z, pool, a, b, pool, None, torch.zeros_like(pool))
+        return z, base.log_prob(z), mean, curvature
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = found()
+    for one, other in zip(rounded, found(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_support_of_a_distribution_follows_its_parameters():
+    """Loaded, it is that of the saved one; events and batches are told apart."""
+    narrow, wide = (TorchDistribution(dist.Uniform(torch.zeros(2), width * torch.ones(2))) for width in (1.0, 5.0))
+    narrow.load_state_dict(wide.state_dict())
+    z = torch.tensor([[3.0, 3.0], [3.0, 6.0]])
+    expected = torch.tensor([-2 * math.log(5), -math.inf])
+    torch.testing.assert_close(narrow.log_prob(z), expected)
+    assert narrow.float().support.base_constraint.upper_bound.dtype == torch.float32
+    simplex = TorchDistribution(dist.Dirichlet(torch.ones(2, 3)))
+    drawn = simplex.sample((4,), rng())
+    assert simplex.log_prob(drawn).shape == (4,)
+    state = torch.get_rng_state()
+    assert bool((simplex.log_prob(drawn + 1) == -math.inf).all())
+    assert torch.equal(state, torch.get_rng_state())  # a density draws nothing
+
+
+def test_a_flow_within_bounds_is_no_base_for_the_likelihood():
+    """Its density is 0 outside, also where it is the base of a base."""
+    inner = CNF(MLP(2, hidden=(4,)), transform=flows.transforms.Unbounded(2, bounds=(0.0, 1.0)))
+    for base in (inner, CNF(MLP(2, hidden=(4,)), base=inner)):
+        flow = CNF(MLP(2, hidden=(4,)), base=base)
+        assert not flow.base.is_positive_everywhere
+        with pytest.raises(TypeError, match="MaximumLikelihood needs a base whose density is positive everywhere"):
+            MaximumLikelihood()(flow, Batch(torch.rand(4, 2)))
+    free = CNF(MLP(2, hidden=(4,)), transform=flows.transforms.Unbounded(2))
+    scaled = CNF(MLP(2, hidden=(4,)), transform=flows.transforms.Standardise((2,)))
+    assert all(CNF(MLP(2, hidden=(4,)), base=base).base.is_positive_everywhere for base in (free, scaled))
+
+
+def test_a_fixed_flow_stays_in_evaluation_mode():
+    """Training moves no running statistics of a base whose weights are fixed."""
+
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+
+        def forward(self, t, x):
+            return self.layers(x)
+
+    inner = CNF(Normed(), event_shape=2).eval()
+    flow = CNF(MLP(2, hidden=(4,)), base=inner).train()
+    before = copy.deepcopy(flow.base.state_dict())
+    MaximumLikelihood()(flow, Batch(torch.randn(8, 2))).loss.backward()
+    assert flow.training
+    assert not flow.base.flow.field.training
+    for name, tensor in flow.base.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_normal_that_is_to_be_fitted_says_so():
+    base = Normal(2, fit=True)
+    for use in (lambda: base.sample((3,)), lambda: base.log_prob(torch.zeros(1, 2))):
+        with pytest.raises(ValueError, match=r"Normal\(fit=True\) has not been fitted to data; call flow.fit_ends"):
+            use()
+    fitted = Normal(2, fit=True).fit(torch.randn(50, 2))
+    base.load_state_dict(fitted.state_dict())
+    assert torch.equal(base.sample((3,), rng()), fitted.sample((3,), rng()))

@@ -171,7 +171,9 @@ class Shifted(Density):
         return Moons().sample(n, generator) + 1
 
 
-@pytest.mark.parametrize("base", ["moons", "mixture", "learned", "student_t"])
+@pytest.mark.parametrize(
+    "base", ["moons", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixture", "learned", "student_t"))]
+)
 def test_a_run_resumes_bit_for_bit_and_is_loaded(base, tmp_path):
     """The base is saved with its averaged weights; a resumed run ends where an uninterrupted one does."""
     data = EightGaussians(num_validation=50, num_test=60, num_reference=200)
@@ -263,3 +265,87 @@ def test_a_mixture_is_fitted_in_flow_space():
     config["base"]["num_components"] = 1000
     with pytest.raises(SettingsError, match=r"base: num_components=1000 need at least as many points .* got 61"):
         build_model(config, (2,), data)
+
+
+def test_a_flow_that_starts_at_rest_ends_no_worse_than_its_base(tmp_path):
+    """Steps that lead away are not kept: the best weights are those of the start, and a resumed run knows them."""
+    data = EightGaussians(num_validation=200, num_test=60, num_reference=500)
+
+    def trainer(folder, steps=3, **options):
+        torch.manual_seed(0)
+        base = Mixture(2, 8, trainable=True)
+        flow = CNF(MLP(2, hidden=(8,), at_rest=True), base=base, solver=flows.ODESolver("rk4", step_size=0.25))
+        stage = Stage(flows.objectives.MaximumLikelihood(), steps=steps, batch_size=16, learning_rate=0.1)
+        flow.fit_ends(data.reference())
+        hardware, reporting = Hardware(accelerator="cpu"), Reporting(**QUIET | {"validate_every": 1})
+        evaluator = DensityEvaluator(data, solver_error_points=8, progress_bar=False)
+        return Trainer(
+            flow, data, {"likelihood": stage}, evaluator=evaluator, hardware=hardware, reporting=reporting,
+            output_dir=folder, **options,
+        )  # fmt: skip
+
+    whole = trainer(tmp_path / "whole")
+    x = data.held_out("validation").x
+    start = -float(whole.model.base.log_prob(x).detach().mean())
+    summary = whole.fit()
+    scores = [
+        (line["step"], line["validation/score"])
+        for line in map(json.loads, (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines())
+        if "validation/score" in line
+    ]
+    assert [step for step, _ in scores] == [0, 1, 2, 3]
+    assert scores[0][1] == pytest.approx(start, abs=1e-5)
+    with torch.no_grad():
+        end = -float(whole.model.log_prob(x).mean())
+    assert end == pytest.approx(min(score for _, score in scores), abs=1e-5)
+    assert end <= start + 1e-6
+    assert summary.position.best_step == 0
+    trainer(tmp_path / "part", steps=1).fit()
+    again = trainer(tmp_path / "again", resume=tmp_path / "part")
+    assert again.fit().position.best_step == 0
+    for file in ("last", "best"):
+        own, other = (
+            torch.load(tmp_path / run / "checkpoints" / f"{file}.pt", weights_only=True) for run in ("whole", "again")
+        )
+        for name, tensor in own["ema"].items():
+            assert torch.equal(tensor, other["ema"][name]), (file, name)
+
+
+def test_other_starts_are_not_validated(tmp_path):
+    """A flow from N(0, I) knows nothing of the data, so its first weights are no candidate."""
+    data = EightGaussians(num_validation=50, num_test=60, num_reference=100)
+    flow = CNF(MLP(2, hidden=(4,)), solver=flows.ODESolver("rk4", step_size=0.5))
+    stages = {"flow_matching": Stage(FlowMatching(), steps=1, batch_size=16)}
+    hardware, reporting = Hardware(accelerator="cpu"), Reporting(**QUIET)
+    summary = Trainer(
+        flow, data, stages, hardware=hardware, reporting=reporting, output_dir=tmp_path / "run"
+    ).fit()  # fmt: skip
+    assert summary.position.best_step == 1
+
+
+class Stubborn(DensityEvaluator):
+    """Cannot judge the weights that it sees first."""
+
+    seen = 0
+
+    def validate(self, model):
+        type(self).seen += 1
+        if self.seen == 1:
+            raise flows.errors.InvalidValueError("these weights have no score")
+        return super().validate(model)
+
+
+def test_a_start_without_a_score_is_trained_all_the_same(tmp_path, caplog):
+    data = EightGaussians(num_validation=50, num_test=60, num_reference=100)
+    flow = small_flow(flows.bases.StudentT(2), data)
+    trainer = Trainer(
+        flow,
+        data,
+        {"flow_matching": Stage(FlowMatching(), steps=1, batch_size=16)},
+        evaluator=Stubborn(data, progress_bar=False),
+        hardware=Hardware(accelerator="cpu"),
+        reporting=Reporting(**QUIET),
+        output_dir=tmp_path / "run",
+    )
+    assert trainer.fit().position.best_step == 1
+    assert "these weights were not compared with the best" in caplog.text

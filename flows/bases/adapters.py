@@ -44,12 +44,8 @@ class TorchDistribution(Base):
                 f"the base {name} draws points of shape {tuple(own)}, and the field's event_shape is "
                 f"{self.event_shape}; give it parameters of that shape, e.g. loc=torch.zeros({self.event_shape})"
             )
-        try:
-            self._support = distribution.support
-            discrete = bool(self._support is not None and self._support.is_discrete)
-        except NotImplementedError:
-            self._support, discrete = None, False
-        if discrete:
+        support = _support(distribution)
+        if support is not None and support.is_discrete:
             raise InvalidTypeError(
                 f"a flow starts from a continuous distribution, and {name} is discrete; choose another base"
             )
@@ -67,7 +63,8 @@ class TorchDistribution(Base):
 
     @property
     def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.real, 0) if self._support is None else self._support
+        stated = _support(self.distribution)  # made of its tensors as they are now
+        return super().support if stated is None else stated
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -92,11 +89,11 @@ class TorchDistribution(Base):
     ) -> Tensor:  # (*batch)
         """The log-density in nats; −∞ outside of the support."""
         check_points("z", z, self.event_shape, batched=False)
-        if self.is_positive_everywhere or self._support is None:
+        support = self.support
+        if self.is_positive_everywhere:
             return self.distribution.log_prob(z)
-        inside = self._support.check(z)
-        inside = inside.flatten(z.ndim - len(self.event_shape)).all(-1) if inside.shape == z.shape else inside
-        middle = self.sample(()).detach()
+        inside = support.check(z)  # (*batch)
+        middle = self.sample((), torch.Generator().manual_seed(0)).detach()  # any point inside
         safe = torch.where(inside.view(*inside.shape, *[1] * len(self.event_shape)), z, middle)
         return torch.where(inside, self.distribution.log_prob(safe), -torch.inf)
 
@@ -130,7 +127,8 @@ class FlowBase(Base):
             raise InvalidTypeError("a flow of whole numbers cannot be a base: its transform dequantises")
         if hasattr(flow, "bind") and stated.bind().context_shape is not None:
             raise InvalidTypeError("a flow that needs a context cannot be a base, which has none")
-        self.flow = flow if trainable else copy.deepcopy(flow).requires_grad_(False)
+        self.trainable = trainable
+        self.flow = flow if trainable else copy.deepcopy(flow).requires_grad_(False).eval()
         self.to(getattr(flow, "device", None), getattr(flow, "dtype", None))
 
     @property
@@ -140,6 +138,23 @@ class FlowBase(Base):
     @property
     def support(self) -> constraints.Constraint:
         return getattr(getattr(self.flow, "base", None), "support", super().support)
+
+    @property
+    def is_positive_everywhere(self) -> bool:
+        inner, transform = getattr(self.flow, "base", None), getattr(self.flow, "transform", None)
+        positive = inner.is_positive_everywhere if isinstance(inner, Base) else super().is_positive_everywhere
+        return positive and getattr(transform, "is_defined_everywhere", True)  # it is 0 where the transform is not
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return getattr(getattr(self.flow, "base", None), "has_rsample", True)
+
+    def train(self, mode: bool = True) -> FlowBase:
+        """Set the mode; a flow with fixed weights stays in evaluation mode."""
+        super().train(mode)
+        if not self.trainable:
+            self.flow.eval()
+        return self
 
     def why_no_density(self) -> str:
         inner = getattr(self.flow, "base", None)
@@ -186,6 +201,14 @@ def as_base(base: Any, event_shape: Sequence[int]) -> Base:
             "the same points"
         )
     return base
+
+
+def _support(distribution: Distribution) -> constraints.Constraint | None:
+    """Where the density is positive; `None` where the distribution does not say."""
+    try:
+        return distribution.support
+    except NotImplementedError:
+        return None
 
 
 def _tensors(owner: Any, path: str = "") -> Iterator[tuple[str, Any, Any, Tensor]]:

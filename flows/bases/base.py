@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -57,6 +58,13 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
     has_rsample: ClassVar[bool] = True
     _like: Tensor  # has the device and the dtype
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let every base draw and compute densities in its own precision, whatever autocast asks for."""
+        for name in ("sample", "log_prob"):
+            if name in vars(cls):
+                setattr(cls, name, _in_own_precision(vars(cls)[name]))
+        super().__init_subclass__(**options)
+
     def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__()
         self.event_shape = as_shape("event_shape", event_shape)
@@ -86,6 +94,11 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
     def is_positive_everywhere(self) -> bool:
         """Whether the density is positive on all of ℝᵈ."""
         return self.has_density and _is_real(self.support)
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether this is N(0, I), which formulas know. Default: no."""
+        return False
 
     @property
     def needs_fit(self) -> bool:
@@ -154,6 +167,19 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
         size = (*as_shape("shape", shape, at_least=0), *(self.event_shape if event_shape is None else event_shape))
         device = self.device if generator is None else generator.device
         return torch.rand(size, generator=generator, dtype=self.dtype, device=device).to(self.device)
+
+
+def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method without autocast, which would round a density by tenths of a nat."""
+
+    @functools.wraps(method)
+    def precise(self: Base, *arguments: Any, **named: Any) -> Any:
+        if not torch.is_autocast_enabled(self.device.type):
+            return method(self, *arguments, **named)
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *arguments, **named)
+
+    return precise
 
 
 def _is_real(support: constraints.Constraint) -> bool:

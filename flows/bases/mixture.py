@@ -103,7 +103,7 @@ class Mixture(Base):
     @property
     def factor(self) -> Tensor:  # (K, d, d)
         """Cholesky factors of the covariances."""
-        unit = self.lower.tril(-1) + torch.eye(self.lower.shape[-1]).to(self.lower)
+        unit = self.lower.tril(-1) + _identity(self.lower)
         return unit * self.log_scale.exp().unsqueeze(-2)
 
     def sample(self, shape: int | Sequence[int], generator: torch.Generator | None = None) -> Tensor:
@@ -133,8 +133,7 @@ class Mixture(Base):
     def whitening(self) -> tuple[Tensor, Tensor]:  # (K, d, d) and (K, d)
         """Return L⁻¹ and L⁻¹ μ of each component, for Σ = L Lᵀ."""
         factor = self.factor
-        identity = torch.eye(factor.shape[-1]).to(factor).expand_as(factor)
-        whitening = torch.linalg.solve_triangular(factor, identity, upper=False)
+        whitening = torch.linalg.solve_triangular(factor, _identity(factor).expand_as(factor), upper=False)
         return whitening, torch.einsum("kij,kj->ki", whitening, self.mean)
 
     def log_constant(self) -> Tensor:  # (K)
@@ -196,6 +195,10 @@ class Mixture(Base):
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
         self._ready = True
+
+
+def _identity(like: Tensor) -> Tensor:  # (d, d), made where it is used: a copy would wait for a GPU
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def _unit(factor: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ class Normal(Base):
         if fit and (mean is not None or covariance is not None):
             raise InvalidValueError("fit=True takes mean and covariance from the data; leave out mean and covariance")
         self.fits, self.full = fit, covariance_type == "full"
+        self._ready = not fit
         self.is_given = mean is not None or covariance is not None or fit or trainable
         if not self.is_given:
             return
@@ -85,6 +86,7 @@ class Normal(Base):
 
     def sample(self, shape: int | Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Draw points of shape (*shape, *event); with a generator on its device, then moved."""
+        self._require_fit()
         noise = self.standard_normal(shape, generator)
         if not self.is_given:
             return noise
@@ -96,6 +98,7 @@ class Normal(Base):
         z: Tensor,  # (*batch, *event)
     ) -> Tensor:  # (*batch)
         """log N(z; μ, Σ) in nats."""
+        self._require_fit()
         check_points("z", z, self.event_shape, batched=False)
         noise, log_det = (z, None) if not self.is_given else (self.whitened(z - self._centre(z)), self.log_scale.sum())
         squares = noise.square().flatten(z.ndim - len(self.event_shape)).sum(-1)
@@ -127,7 +130,9 @@ class Normal(Base):
     def factor(self) -> Tensor:  # (d, d)
         """L, the Cholesky factor of the covariance."""
         scale = self.log_scale.exp()
-        return (self.lower.tril(-1) + torch.eye(len(scale)).to(scale)) * scale if self.full else scale.diag()
+        if not self.full:
+            return scale.diag()
+        return (self.lower.tril(-1) + torch.eye(len(scale), dtype=scale.dtype, device=scale.device)) * scale
 
     def fit(self, points: Tensor, to_flow_space: Callable[[Tensor], Tensor] | None = None) -> Normal:
         """Take mean and covariance of points (n, *event), if the base was built with `fit=True`.
@@ -145,7 +150,19 @@ class Normal(Base):
                 self.log_scale.copy_(factor.diagonal().log())
                 if self.full:
                     self.lower.copy_(factor / factor.diagonal())
+            self._ready = True
         return self
+
+    def _require_fit(self) -> None:
+        if not self._ready:
+            raise InvalidValueError(
+                "Normal(fit=True) has not been fitted to data; call flow.fit_ends(data.reference()) or "
+                "base.fit(points), or give mean and covariance"
+            )
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._ready = True
 
     def _centre(self, z: Tensor) -> Tensor:
         return self.mean.view(self.event_shape)

@@ -30,7 +30,7 @@ from flows.evaluation import (
 from flows.evaluation.sampled import with_metrics
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
-from flows.objectives.checks import check_kind
+from flows.objectives.checks import check_base, check_kind
 from flows.training.amounts import check_evaluation
 from flows.training.files import run_folder
 from flows.training.runs import LoadedRun, build_dataset, load_run, place
@@ -121,8 +121,8 @@ def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any],
         **{name: settings[name] for name in ("points", "batch_size", "solver_error_points", "part", "seed")},
     }
     has_likelihood = flow.base.is_positive_everywhere
-    if outliers is not None and not has_likelihood:
-        raise InvalidValueError(f"outliers need a likelihood, and this flow has none: {flow.base.why_no_density()}")
+    if outliers is not None:
+        check_base(flow, "outliers", "leave out outliers")
     if outliers is not None and not dataset.has_samples:
         raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")
     if isinstance(outliers, str) and outliers != "shuffled":

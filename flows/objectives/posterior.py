@@ -31,6 +31,20 @@ def base_posterior(
     a E‖x₁ − m‖²/b². For other normal bases the same holds after whitening; any other base is asked for its `log_prob`
     at all pairs of a query and a point of the pool.
     """
+    with torch.autocast(noise.device.type, enabled=False):  # the target is divided by 1 − t, which costs digits
+        return _base_posterior(base, noise, ends, a, b, pool, possible, offset)
+
+
+def _base_posterior(
+    base: Base,
+    noise: Tensor,
+    ends: Tensor,
+    a: Tensor,
+    b: Tensor,
+    pool: Tensor | None,
+    possible: Tensor | None,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     if is_own(base, Normal):
         return _normal_posterior(base, noise, ends, a, b, pool, possible, offset)
     if is_own(base, Mixture) and pool is not None:

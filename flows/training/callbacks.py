@@ -214,6 +214,8 @@ class EvaluationWarning:
                 run.call("on_expensive_solve", solve)
 
     def on_validation_end(self, run: Run, evaluation: Evaluation | None, is_best: bool) -> None:
+        if not run.position.step:  # a flow at rest takes fewer evaluations than is usual
+            return
         if evaluation is not None and (warning := self._validation(evaluation.statistics)):
             run.warn(f"in validation, {warning}")
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flows.bases import Base
 from flows.datasets import Batch
 from flows.errors import ComputationError, FlowsError, InvalidValueError
 from flows.evaluation import Evaluation, fitted_parameters
@@ -186,6 +187,9 @@ class Loop:
         run.stage_is_over = stage.done(position.step_in_stage, position.seconds_in_stage) >= 1
         if position.step_in_stage == 0:
             run.call("on_save")
+            if position.step == 0 and position.validated is None and knows_the_data(run.model):
+                with self._signals_at_once():
+                    self._validate(stage)  # training may end no better than it began
         else:
             self._look(stage)  # the process that came here first died before it could
         while not run.stage_is_over:
@@ -209,11 +213,15 @@ class Loop:
     def _look(self, stage: Stage) -> None:
         """Validate, draw, and whatever else comes after a step; a signal ends it at once if this step is saved."""
         run, position = self.run, self.state.position
-        at_once = run.saved == position.step and self.fabric.world_size == 1
-        with self.stop.at_once() if at_once else contextlib.nullcontext():
+        with self._signals_at_once():
             if run.due("validate") and position.validated != position.step:
                 self._validate(stage)
             run.call("on_step_end")
+
+    def _signals_at_once(self) -> contextlib.AbstractContextManager[None]:
+        """While entered, a signal ends the run at once if this step is saved."""
+        at_once = self.run.saved == self.state.position.step and self.fabric.world_size == 1
+        return self.stop.at_once() if at_once else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _saving_after_failures(self) -> Iterator[None]:
@@ -287,10 +295,11 @@ class Loop:
                 position.best_score, position.best_step = evaluation.score, position.step
         except FlowsError as error:
             message = self._where("validation", error, stage)
-            if not isinstance(error, SolverError):
+            at_start = position.step == 0 and not isinstance(error, MemoryLimitError)  # training may mend the weights
+            if not at_start and not isinstance(error, SolverError):
                 kind = ComputationError if isinstance(error, ComputationError) else InvalidValueError
                 raise kind(message) from error
-            if self.step.optimization.on_solver_error == "raise":
+            if not at_start and self.step.optimization.on_solver_error == "raise":
                 raise error.retold(message) from error
             run.warn(f"these weights were not compared with the best: {message}")
         position.validated = position.step
@@ -365,6 +374,12 @@ class Loop:
         total = "" if stage.steps is None else f" of {stage.steps}"
         in_stage = f"step {position.step_in_stage}{total} in the stage {position.stage}"
         return f"{exactly} step {position.step} ({in_stage}{saved})"
+
+
+def knows_the_data(model: nn.Module) -> bool:
+    """Return whether the model may suit the data before it is trained: a flow that starts elsewhere than at N(0, I)."""
+    base = getattr(model, "base", None)
+    return isinstance(base, Base) and not base.is_standard
 
 
 def step_metrics(statistics: SolverStatistics) -> Mapping[str, float]:

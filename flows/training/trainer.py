@@ -125,7 +125,8 @@ class Trainer:
     The model is any module for which there are an objective and an evaluator. The exponential moving average of its
     weights is what is validated, tested, drawn and returned; each stage after the first starts from it.
     `checkpoints/last.pt` continues the run bit for bit (on a GPU with `deterministic`), `checkpoints/best.pt` had the
-    lowest validation score.
+    lowest validation score. Where a flow starts from another base than N(0, I), the weights before the first step are
+    validated, too, so that training a flow that begins at a fitted base leaves it no worse than that base.
 
     ```python
     import flows

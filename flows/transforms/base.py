@@ -58,6 +58,11 @@ class Transform(CheckedMethods, nn.Module, ABC, checks=("forward", "inverse", "c
             self._buffers[name] = kept.double()
         return self
 
+    @property
+    def is_defined_everywhere(self) -> bool:
+        """Whether it takes all points but a set without volume. Default: whether the class has no `check`."""
+        return type(self).check is Transform.check
+
     @abstractmethod
     def forward(
         self,
@@ -206,6 +211,10 @@ class Compose(Transform):
             y, log_det = transform.inverse(y)
             total = total + log_det
         return y, total
+
+    @property
+    def is_defined_everywhere(self) -> bool:
+        return all(part.is_defined_everywhere for part in self._parts())
 
     def check(self, x: Tensor) -> None:
         self._parts()[0].check(x)

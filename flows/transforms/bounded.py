@@ -62,6 +62,10 @@ class Unbounded(Transform):
         self.register_buffer("low", low)
         self.register_buffer("high", high)
 
+    @property
+    def is_defined_everywhere(self) -> bool:
+        return not bool((self.low.isfinite() | self.high.isfinite()).any())
+
     def check(self, x: Tensor) -> None:
         outside = (x <= self.low) | (x >= self.high)
         if outside.any():

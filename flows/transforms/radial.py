@@ -73,6 +73,10 @@ class NormalRadius(Transform):
         self.register_buffer("centres", torch.full((num_groups, num_quantiles), 0.5 * math.log(self.size)))  # of u
         self.register_buffer("scale", torch.ones(num_groups, 1))
 
+    @property
+    def is_defined_everywhere(self) -> bool:
+        return True  # but in the origin
+
     def check(self, x: Tensor) -> None:
         if not self._groups(x).any(-1).all():
             raise InvalidValueError(
