@@ -141,6 +141,10 @@ class BoundField:
         many = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in given.values())
         return many or sum(parameter.kind in by_place for parameter in given.values()) > 2
 
+    def suits_contexts(self, shape: Sequence[int]) -> bool:
+        """Whether contexts of this shape are those that the field was built for."""
+        return self.context_shape is None or self.context_shape == tuple(shape)
+
     @property
     def dimension(self) -> int:
         """The number of entries of one point."""

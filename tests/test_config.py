@@ -73,6 +73,9 @@ class Points(Table):
         return {part: rows.flatten(1).numpy() for part, rows in self._parts.items()}
 
 
+NEEDS_INPUTS = "forced"  # a field for series with inputs; the rest of these data have none
+
+
 def first_shape(field):
     """The first event shape that a field is made for."""
     for shape in SHAPES:
@@ -173,9 +176,13 @@ def test_every_choice_trains(tmp_path, request, group, name):
         overrides.insert(0, "data=spiral")
     dataset = None
     if group == "divergence":
-        fields = ["mlp", *(other for kind, other in CHOICES if kind == "field" and other != "mlp")]
+        others = (other for kind, other in CHOICES if kind == "field" and other not in ("mlp", NEEDS_INPUTS))
+        fields = ["mlp", *others]
         config, shape = first_pair(tmp_path, fields, [name])
         dataset = Points(shape)
+    elif (group, name) == ("field", NEEDS_INPUTS):
+        overrides[:0] = ["data=trajectories", f"data.path={request.getfixturevalue('long_table')}", "data.id=id"]
+        config = composed(tmp_path, *overrides, "data.columns=[x]", "data.input_columns=[y]")
     elif group == "field":
         config, shape = first_pair(tmp_path, [name], ["auto"])
         dataset = Points(shape)

@@ -201,3 +201,53 @@ def test_contexts_come_inline_or_from_columns(tmp_path):
         read_initial([1.0, 2.0, 3.0], ["x", "y"], (2,))
     with pytest.raises(InvalidValueError, match="NaN or infinite"):
         read_initial([1.0, float("nan")], ["x", "y"], (2,))
+
+
+def driven_table(path, lengths):
+    """Series that are driven by u, in long form; sample times of u are those of the series."""
+    rows = ["id,time,x,u,dose"]
+    for i, length in enumerate(lengths):
+        rows += [f"{i},{0.25 * k},{(i + k) % 3 / 2},{(k + i) % 2},{i % 2}" for k in range(length)]
+    path.write_text("\n".join(rows))
+
+
+def test_a_run_with_inputs_predicts_and_is_evaluated_on_tables_of_any_length(run, tmp_path):
+    driven_table(tmp_path / "train.csv", [6, 7, 8, 6, 7, 8])
+    driven_table(tmp_path / "other.csv", [9, 11, 10, 12])
+    tiny = [word for word in TINY if not word.startswith(("data", "field", "model"))]
+    data = ["data=trajectories", "data.path=train.csv", "data.id=id", "data.columns=[x]", "data.input_columns=[u]"]
+    code, _, err = run("train", *data, *tiny)
+    assert code == 2
+    assert "inputs that change in time, u, and the field MLP would read the whole table" in err
+    assert "field=forced" in err
+    forced = ("field=forced", "field.field.hidden=[8]", "data.context_columns=[dose]")
+    code, _, err = run("train", *data, *tiny, *forced, "output_dir=run")
+    assert code == 0, err
+    with pytest.warns(DataWarning, match="differ from those of the run") as told:
+        code, _, err = run("evaluate", "checkpoint=run", "data.path=other.csv")
+    assert code == 0, err
+    assert "shape of contexts" not in str(told[0].message)
+
+    (tmp_path / "u.csv").write_text("dose,time,u\n1,0,0.5\n1,2,1\n1,3,-1\n")
+    arguments = ("predict", "checkpoint=run", "initial=[0.4]", "times=[0,1,3]", "plot=false", "output=p.csv")
+    code, _, err = run(*arguments, "context=u.csv")
+    assert code == 0, err
+    model = load_flow(tmp_path / "run")
+    table = torch.tensor([[[0.0, 0.5, 1], [2, 1, 1], [3, -1, 1]]], dtype=torch.float64)
+    with torch.no_grad():
+        states = model.trajectory(torch.tensor([[0.4]], dtype=torch.float64), [0.0, 1.0, 3.0], table).states
+    found = torch.from_numpy(read_table(tmp_path / "p.csv", ["x"])[0])
+    torch.testing.assert_close(found.view(1, 3, 1), states.double(), rtol=1e-6, atol=1e-6)
+    assert run(*arguments, "context=[[0,0.5,1],[2,1,1],[3,-1,1]]")[0] == 0
+    assert torch.equal(found, torch.from_numpy(read_table(tmp_path / "p.csv", ["x"])[0]))
+    (tmp_path / "wrong.csv").write_text("time,u\n0,1\n3,1\n")
+    (tmp_path / "short.csv").write_text("time,u,dose\n0,1,1\n2,1,1\n")
+    for context, words in {
+        "context=null": "driven by inputs: give context=inputs.csv, with the columns time, u, dose",
+        "context=wrong.csv": "lacks the columns dose of the inputs",
+        "context=[1,2,3]": "got the shape (3,)",
+        "context=short.csv": "end at t = 2, and states are wanted until t = 3",
+    }.items():
+        code, _, err = run(*arguments, context)
+        assert code == 2
+        assert words in err

@@ -37,16 +37,22 @@ def read_initial(
     context_shape: Sequence[int] | None = None,
     context_columns: Sequence[str] = (),
     id_column: str | None = None,
+    input_columns: Sequence[str] = (),
 ) -> Initial:
     """Read initial states: numbers of one or several, or a file.
 
     Args:
-        context: the numbers of a context for all; None: from the columns `context_columns` of the file.
+        context: the numbers of a context for all; None: from the columns `context_columns` of the file. For a model
+            with inputs u(t), a table (S, 1 + k) of them, or a file with the columns `input_columns`.
+        input_columns: of inputs, their times first and static covariates last; none for other models.
 
     Raises:
         FileError, InvalidValueError: the states or contexts are missing or have another shape; says which.
     """
-    known = None if context is None else _one_context(context, context_shape)
+    if input_columns:
+        known = _table_of_inputs(context, input_columns)
+    else:
+        known = None if context is None else _one_context(context, context_shape)
     if context_shape is not None and known is None and not context_columns:
         raise InvalidValueError(
             f"the model needs a context of shape {tuple(context_shape)} for each initial state: give context=[...]"
@@ -153,6 +159,30 @@ def _inline_states(given: Any, columns: Sequence[str], event_shape: Sequence[int
             "initial holds NaN or infinite values; a state with missing values cannot be solved from"
         )
     return values.reshape(-1, *event_shape)
+
+
+def _table_of_inputs(given: Any, columns: Sequence[str]) -> Tensor:  # (S, 1 + k)
+    shown = ", ".join(columns)
+    if given is None:
+        raise InvalidValueError(
+            f"the model is driven by inputs: give context=inputs.csv, with the columns {shown}, or context=[[...],...] "
+            "with a row of these numbers for each sample"
+        )
+    if not isinstance(given, str):
+        values = _numbers("context", given)
+        if values.ndim != 2 or values.shape[1] != len(columns) or not len(values):
+            raise InvalidValueError(
+                f"context must be a table of inputs with the columns {shown}, got the shape {tuple(values.shape)}"
+            )
+        return values
+    path = existing_path("context", given, "file of inputs")
+    names, _ = column_names(path)
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise InvalidValueError(
+            f"{path} lacks the columns {', '.join(missing)} of the inputs; it needs {shown}, and has {', '.join(names)}"
+        )
+    return torch.from_numpy(read_table(path, list(columns))[0])
 
 
 def _one_context(given: Any, context_shape: Sequence[int] | None) -> Tensor:

@@ -53,6 +53,7 @@ def predict(composed: DictConfig) -> None:
             run.context_shape,
             run.config["data"].get("context_columns") or (),
             settings["id"],
+            _columns_of_inputs(run),
         )
         check_size(len(initial.ids), len(times), len(columns))
         place(model, settings["device"], settings["dtype"])
@@ -82,6 +83,13 @@ def neural_ode_of(run: LoadedRun) -> NeuralODE:
             "states; draw from a flow with: flows sample checkpoint=..."
         )
     return run.model
+
+
+def _columns_of_inputs(run: LoadedRun) -> list[str]:
+    """The columns of a table of inputs, of a run with `data.input_columns`; else none."""
+    data = run.config["data"]
+    inputs = run.data.get("input_columns") or []
+    return [str(data.get("time", "time")), *inputs, *map(str, data.get("context_columns") or ())] if inputs else []
 
 
 def _solved(model: NeuralODE, initial: Initial, times: Tensor, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:

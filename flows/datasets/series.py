@@ -204,7 +204,11 @@ class Series(Dataset):
         return (1 + SLACK) * float(self._durations("train").max())
 
     def description(self) -> dict[str, Any]:
-        return {**super().description(), "training_span": self.training_span}
+        return {
+            **super().description(),
+            "training_span": self.training_span,
+            "input_columns": list(self.input_columns),
+        }
 
     def _durations(self, split: str) -> Tensor:
         """The time that each example of a split takes."""

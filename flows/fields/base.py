@@ -28,6 +28,7 @@ class Field(nn.Module, ABC):
 
     receptive_radius: int | None = None  # in sites of the grid, the axes after the first; None: all of x
     periodic: bool = False  # whether the grid wraps around
+    takes_inputs: bool = False  # whether it reads inputs u(t), sampled at times of their own, from its context
     divergence_cost: int = 0  # Jacobian products that value_and_divergence costs as much as
 
     def __init__(self, event_shape: int | Sequence[int], context_shape: int | Sequence[int] | None) -> None:

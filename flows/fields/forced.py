@@ -114,6 +114,10 @@ class Forced(Field):
         return _BoundForced(self, context)
 
     @property
+    def takes_inputs(self) -> bool:
+        return self.signal is None
+
+    @property
     def divergence_cost(self) -> int:
         return bind(self.field, event_shape=self.event_shape).divergence_cost
 
@@ -164,6 +168,12 @@ class _BoundForced(BoundField):
             return stated
         own = self.samples.jumps()
         return torch.cat([own, stated.expand(len(own), -1)], 1)
+
+    def suits_contexts(self, shape: Sequence[int]) -> bool:
+        """Whether contexts have the columns that it was built for; the number of samples may be any."""
+        if self.forced.signal is not None or self.context_shape is None:
+            return super().suits_contexts(shape)
+        return len(shape) == 2 and shape[1] == self.context_shape[1]
 
     def check_times(self, first: Tensor | float | None, last: Tensor | float | None) -> None:
         if self.samples is not None:

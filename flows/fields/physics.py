@@ -169,6 +169,10 @@ class Physics(Field):
         return _BoundPhysics(self, context)
 
     @property
+    def takes_inputs(self) -> bool:
+        return self.takes_context and not self.correction_takes_context
+
+    @property
     def runs_foreign_code(self) -> bool:
         """Whether the equations are not of this package."""
         known = self.known.func if isinstance(self.known, functools.partial) else self.known

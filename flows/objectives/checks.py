@@ -10,6 +10,7 @@ from torch import nn
 from flows.bases import NoDensityError
 from flows.datasets import Dataset, Series
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
+from flows.fields import Field
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
 from flows.transforms import Transform
@@ -107,7 +108,17 @@ def check_contexts(model: CNF | NeuralODE, dataset: Dataset) -> None:
         raise InvalidValueError(
             f"the field {name} needs contexts of shape {stated}, and the data {dataset.name!r} has none"
         )
-    if stated is not None and shape is not None and tuple(stated) != tuple(shape):
+    if shape is None or stated is None:
+        return
+    inputs = dataset.input_columns if isinstance(dataset, Series) else []
+    if inputs and isinstance(model.field, Field) and not model.field.takes_inputs:
+        raise InvalidValueError(
+            f"the data {dataset.name!r} have inputs that change in time, {', '.join(inputs)}, and the "
+            f"field {name} would read the whole table of them, the future too, as numbers that stay constant; use "
+            "field=forced, which takes u(t) at each time, or leave data.input_columns out"
+        )
+    suits = tuple(stated) == tuple(shape) if isinstance(model, CNF) else view.suits_contexts(shape)
+    if not suits:
         raise InvalidValueError(f"{has}, and the field {name} was built for contexts of shape {tuple(stated)}")
 
 
