@@ -1,4 +1,4 @@
-"""Neural ODEs on time series: a step beside torchdiffeq's, the cost of own times, and a start without solves."""
+"""Neural ODEs on time series: beside torchdiffeq and diffrax, the cost of own times, and a start without solves."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchdiffeq import odeint
 
 import flows
+from benchmarks import diffrax_example
 from benchmarks.devices import machine
 from flows.datasets import Batch, DynamicalSystem, SeriesBatch
 from flows.objectives import DerivativeMatching, TrajectoryMatching
@@ -24,11 +25,13 @@ RTOL, ATOL = 1e-7, 1e-9
 
 def add_command(benchmarks: Any) -> None:
     """Add `series` to the commands."""
-    description = "Neural ODEs: the spiral beside torchdiffeq, times of one's own, derivative matching first."
+    description = (
+        "Neural ODEs: the demonstrations of torchdiffeq and diffrax, times of one's own, derivative matching first."
+    )
     part = benchmarks.add_parser("series", help=description, description=description)
     part.add_argument("parts", nargs="*", metavar="PART", default=[], help=f"of {', '.join(PARTS)}; default: all")
     part.add_argument("--steps", type=int, default=500, help="of the spiral (%(default)s)")
-    part.add_argument("--seeds", type=int, default=3, help="of the spiral (%(default)s)")
+    part.add_argument("--seeds", type=int, default=3, help="of the spiral and of neural_ode (%(default)s)")
     part.set_defaults(run=_print_report)
 
 
@@ -190,4 +193,34 @@ def _error(ode: flows.NeuralODE, held: Batch) -> float:
         return float("inf")
 
 
-PARTS = {"spiral": spiral, "own_times": own_times, "warm_start": warm_start}
+def neural_ode(arguments: argparse.Namespace) -> Iterator[str]:
+    """Diffrax's example `neural_ode`, beside diffrax where it is installed."""
+    data = flows.datasets.Oscillator(num_series=366, num_times=100)  # 256 of them in training
+    for seed in range(arguments.seeds):
+        loss, seconds = _example(data, seed)
+        yield f"neural_ode, seed {seed}: loss {loss:.5f} in {seconds:.0f} s of CPU time"
+        yield f"  {diffrax_example.beside(data, seed)}"
+
+
+def _example(data: DynamicalSystem, seed: int) -> tuple[float, float]:
+    """The mean square error over all training states at the end, and the CPU seconds of training."""
+    torch.manual_seed(seed)
+    field = flows.fields.MLP((2,), (64, 64), "softplus", sine_frequency=None, num_frequencies=0)
+    ode = flows.NeuralODE(field, flows.ODESolver(rtol=1e-3, atol=1e-6))
+    optimizer = torch.optim.Adam(ode.parameters(), lr=3e-3)
+    stream = data.train_stream(32, torch.Generator().manual_seed(seed), dtype=ode.dtype)
+    begin = time.process_time()
+    for horizon in (0.1, 1.0):
+        objective = TrajectoryMatching(horizon=horizon)
+        for _ in range(diffrax_example.STEPS):
+            optimizer.zero_grad()
+            objective(ode, next(stream)).loss.backward()
+            optimizer.step()
+    seconds = time.process_time() - begin
+    batch = data.part("train").to(None, ode.dtype)
+    with torch.no_grad():
+        states = ode(batch.x[:, 0], batch.times)
+    return float((states - batch.x).square().mean()), seconds
+
+
+PARTS = {"spiral": spiral, "neural_ode": neural_ode, "own_times": own_times, "warm_start": warm_start}

@@ -79,6 +79,17 @@ def pendulum(
     return torch.stack([speed, -stiffness * angle.sin() - friction * speed], -1)
 
 
+@with_divergence(lambda t, x, frequency: torch.zeros_like(x[..., 0]))
+def oscillator(
+    t: Tensor,
+    x: Tensor,  # (*batch, 2)
+    frequency: float | Tensor = 1.0,
+) -> Tensor:
+    """An oscillator whose rates saturate: x′ = ω y/(1 + y), y′ = −ω x/(1 + x) with ω = `frequency`."""
+    a, b = (x / (1 + x)).unbind(-1)
+    return torch.stack([frequency * b, -frequency * a], -1)
+
+
 @with_divergence(lambda t, x, sigma, rho, beta: (-sigma - 1 - beta) * torch.ones_like(x[..., 0]))
 def lorenz(
     t: Tensor,

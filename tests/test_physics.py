@@ -13,7 +13,7 @@ from flows.training.settings import instantiate
 from flows.training.trusted import UntrustedConfigError, check_trusted
 from flows.transforms import Compose, Logit, Standardise, Whiten
 
-SYSTEMS = {"spiral": 2, "lotka_volterra": 2, "pendulum": 2, "lorenz": 3, "two_body": 4}
+SYSTEMS = {"spiral": 2, "lotka_volterra": 2, "pendulum": 2, "lorenz": 3, "two_body": 4, "oscillator": 2}
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

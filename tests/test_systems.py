@@ -10,7 +10,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from scipy.integrate import solve_ivp
 
-from flows.datasets import DynamicalSystem, Lorenz, LotkaVolterra, Pendulum, Spiral, TwoBody
+from flows.datasets import DynamicalSystem, Lorenz, LotkaVolterra, Oscillator, Pendulum, Spiral, TwoBody
 from flows.datasets.recognition import refuse_other_data
 from flows.errors import InvalidTypeError, InvalidValueError
 
@@ -26,7 +26,8 @@ def system(name: str, **settings) -> DynamicalSystem:
 
 
 def test_there_is_a_yaml_for_each_system():
-    assert {get_class(CONFIGS[name]._target_) for name in SYSTEMS} >= {Lorenz, LotkaVolterra, Pendulum, Spiral, TwoBody}
+    known = {Lorenz, LotkaVolterra, Oscillator, Pendulum, Spiral, TwoBody}
+    assert {get_class(CONFIGS[name]._target_) for name in SYSTEMS} >= known
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -55,6 +56,7 @@ def test_conserved_quantities_stay_constant(name):
 def test_what_is_conserved():
     conserved = {name: list(system(name).conserved(system(name).truth)) for name in SYSTEMS}
     assert conserved["lotka_volterra"] == ["invariant"]
+    assert conserved["oscillator"] == ["invariant"]
     assert conserved["pendulum"] == ["energy"]
     assert conserved["two_body"] == ["energy", "angular_momentum"]
     damped = Pendulum(num_series=5, friction=0.3)
@@ -73,6 +75,16 @@ def test_the_spiral_is_that_of_torchdiffeq():
     torch.testing.assert_close(slope, -0.4 * (x**6).sum(-1))
     assert float(data.truth[:, 0].norm(dim=1).min()) >= 1
     assert float(data.truth[:, 0].norm(dim=1).max()) <= 2
+
+
+def test_the_oscillator_is_that_of_diffrax():
+    """The velocity is (s₂, −s₁) with s = x / (1 + x), from initial states in [−0.6, 1]²."""
+    data = system("oscillator", num_series=400)
+    s = data.truth / (1 + data.truth)
+    torch.testing.assert_close(data.velocity(torch.tensor(0.0), data.truth), torch.stack([s[..., 1], -s[..., 0]], -1))
+    starts = data.truth[:, 0]
+    assert float(starts.min()) == pytest.approx(-0.6, abs=0.01)
+    assert float(starts.max()) == pytest.approx(1.0, abs=0.01)
 
 
 def test_orbits_start_at_their_nearest_point_and_stay_within_the_farthest():

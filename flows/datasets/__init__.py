@@ -26,7 +26,7 @@ from flows.datasets.series import Series
 from flows.datasets.series_batches import SeriesBatch
 from flows.datasets.simulations import Simulations
 from flows.datasets.simulator import Simulator
-from flows.datasets.systems import DynamicalSystem, Lorenz, LotkaVolterra, Pendulum, Spiral, TwoBody
+from flows.datasets.systems import DynamicalSystem, Lorenz, LotkaVolterra, Oscillator, Pendulum, Spiral, TwoBody
 from flows.datasets.tabular import BreastCancer, Diabetes, Table, Tabular
 from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
 from flows.datasets.trajectories import Trajectories
@@ -66,6 +66,7 @@ __all__ = [
     "Moons",
     "MoonsByClass",
     "NoData",
+    "Oscillator",
     "Particles",
     "Pendulum",
     "Phi4",

@@ -356,6 +356,50 @@ class Pendulum(DynamicalSystem):
 
 
 @checked
+class Oscillator(DynamicalSystem):
+    """An oscillator whose rates saturate: dx/dt = y/(1 + y), dy/dt = −x/(1 + x).
+
+    Conserved: x − log(1 + x) + y − log(1 + y). Initial states are uniform in [−0.6, 1]². These are the data of the
+    example `neural_ode` of diffrax. [Kidger 2021, arXiv:2202.02435]
+
+    Args:
+        num_series, num_times, span, beyond, noise, irregular, seed: see `DynamicalSystem`.
+        validation_fraction, test_fraction, split_seed: see `Series`.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: a setting is no number or out of range.
+    """
+
+    name = "oscillator"
+    columns = ("x", "y")
+
+    def __init__(
+        self,
+        num_series: int = 100,
+        num_times: int = 50,
+        span: float = 10.0,
+        beyond: float = 5.0,
+        noise: float = 0.0,
+        irregular: bool = False,
+        seed: int = 0,
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+    ):
+        settings = (num_series, num_times, span, beyond, noise, irregular, seed)
+        super().__init__(*settings, validation_fraction, test_fraction, split_seed)
+
+    def velocity(self, t: Tensor, x: Tensor) -> Tensor:
+        return equations.oscillator(t, x)
+
+    def initial_states(self, n: int, generator: torch.Generator) -> Tensor:
+        return 1.6 * torch.rand(n, 2, generator=generator, dtype=torch.float64) - 0.6
+
+    def conserved(self, x: Tensor) -> Mapping[str, Tensor]:
+        return {"invariant": (x - x.log1p()).sum(-1)}
+
+
+@checked
 class Lorenz(DynamicalSystem):
     """A chaotic system: dx/dt = σ(y − x), dy/dt = x(ρ − z) − y, dz/dt = x y − β z.
 
