@@ -175,7 +175,8 @@ def test_a_posterior_is_learned():
         grid = torch.linspace(-1, 1, 2002)[1:-1].unsqueeze(1)
         truth = (-((grid[:, 0] - x) ** 2) / 0.08).exp()
         truth = truth / truth.sum()
-        learned = posterior.log_prob(grid, torch.tensor([x])).detach().exp() * 2 / 2001
+        with torch.no_grad():  # a graph of the solve would take gigabytes
+            learned = posterior.log_prob(grid, torch.tensor([x])).exp() * 2 / 2001
         assert (truth - learned).abs().sum() / 2 < 0.12  # total variation
 
 

@@ -137,7 +137,8 @@ def _find_target(path: Any, part: str) -> _Target:
     except (TypeError, ValueError):  # some functions written in C tell nothing
         all_parameters, is_open = {}, True
     try:
-        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+        of_fields = dataclasses.is_dataclass(function)  # annotated in the modules that declare them
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) and not of_fields else function)
     except Exception:  # an annotation may name what only type checkers import
         hints = {}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
