@@ -295,11 +295,12 @@ class Loop:
                 position.best_score, position.best_step = evaluation.score, position.step
         except FlowsError as error:
             message = self._where("validation", error, stage)
-            at_start = position.step == 0 and not isinstance(error, MemoryLimitError)  # training may mend the weights
-            if not at_start and not isinstance(error, SolverError):
+            if position.step == 0 and not isinstance(error, MemoryLimitError):
+                pass  # training may mend the weights
+            elif not isinstance(error, SolverError):
                 kind = ComputationError if isinstance(error, ComputationError) else InvalidValueError
                 raise kind(message) from error
-            if not at_start and self.step.optimization.on_solver_error == "raise":
+            elif self.step.optimization.on_solver_error == "raise":
                 raise error.retold(message) from error
             run.warn(f"these weights were not compared with the best: {message}")
         position.validated = position.step
