@@ -29,10 +29,17 @@ class Mean:
         cls,
         values: Tensor,  # (N, ...)
         counts: Tensor,  # (N, ...), bool: which values count
+        series: Tensor | None = None,  # (N,), which series each row is a piece of
     ) -> Mean:
-        """Divide the sum by the number; the standard error is that of a ratio of two means over series."""
+        """Divide the sum by the number; the standard error is that of a ratio of two means over series.
+
+        Pieces of one series are not independent, so they count together. Where all are of the same, each counts.
+        """
         sums = values.where(counts, 0.0).flatten(1).sum(1)
         numbers = counts.flatten(1).sum(1).double()
+        labels, place = (None, None) if series is None else series.unique(return_inverse=True)
+        if labels is not None and place is not None and len(labels) > 1:
+            sums, numbers = (part.new_zeros(len(labels)).index_add(0, place, part) for part in (sums, numbers))
         sums, numbers = sums[numbers > 0], numbers[numbers > 0]
         if not len(sums):
             return cls(math.nan, math.nan)
@@ -63,6 +70,7 @@ class Predictions:
     noise: Tensor | None  # (*event), the same as the field sees it
     truth: Tensor | None  # (N, T, *event), the states without noise, if they are known and observations have it
     scale: Tensor  # (*event), standard deviation of the values of the training series
+    series: Tensor  # (N,), which series of the dataset each row is a piece of
     span: float  # how long training series go on
     nfe: float  # evaluations of the field, the mean over the solves
     solver: ODESolver
@@ -96,9 +104,14 @@ class Predictions:
         """Errors in standard deviations of the values."""
         return error / self.scale
 
+    @property
+    def num_series(self) -> int:
+        """The number of different series."""
+        return len(self.series.unique())
+
     def mean(self, values: Tensor, region: str = "inside", of_truth: bool = False) -> Mean:
         """The mean of values (M, T, *event) of the first M series."""
-        return Mean.of(values, self.counts(region, of_truth)[: len(values)])
+        return Mean.of(values, self.counts(region, of_truth)[: len(values)], self.series[: len(values)])
 
     def nll(self) -> Tensor:  # (N, T, *event)
         """−log N(x; state, sd²) of each value, in nats."""
@@ -193,6 +206,7 @@ def predict(
         noise=None if model.noise is None else model.noise.detach().double().cpu(),
         truth=None if truth is None else truth[:done, :length],
         scale=scale.where(scale > 0, 1.0),
+        series=torch.tensor([dataset.examples[i].series for i in dataset.split[part][:done].tolist()]),
         span=dataset.training_span if span is None else span,
         nfe=sum(path.nfe * len(path.states) for path in paths) / done,
         solver=model.solver,

@@ -158,6 +158,24 @@ def test_metrics_that_mean_nothing_are_refused_before_training(metrics, message)
         evaluator(data, metrics=metrics).check(ode(data))
 
 
+def test_pieces_of_a_series_count_together():
+    """Cutting series into windows does not make more of them: the standard error stays about what it was."""
+    t, generator = torch.linspace(0, 10, 101), torch.Generator().manual_seed(0)
+    speeds = torch.rand(20, 1, generator=generator)
+    values = [(speed * t).sin()[:, None] for speed in speeds]
+    whole, cut = (
+        Series([t] * 20, values, window=window, test_fraction=0.5, validation_fraction=0.1) for window in (None, 11)
+    )
+    errors = []
+    for data in (whole, cut):
+        found = evaluator(data).predictions(flows.NeuralODE(Decay(0.0)))
+        assert found.num_series == 10
+        errors.append(found.mean(found.x.square(), "all"))
+    assert errors[1].value == pytest.approx(errors[0].value)
+    assert errors[1].standard_error == pytest.approx(errors[0].standard_error)
+    assert evaluator(cut).test(flows.NeuralODE(Decay(0.0))).metrics["series"] == 10
+
+
 def test_a_single_series_has_no_standard_error():
     found = Mean.of(torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool))
     assert found.value == 1

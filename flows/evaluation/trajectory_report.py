@@ -29,7 +29,7 @@ def report(found: Predictions, dataset: Dataset, stopped: str | None = None) -> 
     """
     faults = {region: fault_of(found, region) for region in REGIONS}
     faults["beyond"] = faults["beyond"] or stopped
-    metrics: dict[str, Any] = {"series": len(found.states), "values": int(found.counts("all").sum())}
+    metrics: dict[str, Any] = {"series": found.num_series, "values": int(found.counts("all").sum())}
     for region, ending in REGIONS.items():
         own = figures(found, region, ending)
         taken_back = [name + ending for name in FIGURES] if faults[region] is not None else []
@@ -111,7 +111,7 @@ def predictive_figures(
         scores = torch.zeros(counts.shape, dtype=x.dtype)
         if len(x):
             scores[counts] = metric.scores(draws.reshape(len(draws), len(x), -1), x.reshape(len(x), -1))
-        mean = Mean.of(scores, counts)
+        mean = Mean.of(scores, counts, found.series)
         measured[metric.name] = Measurement(mean.value, mean.standard_error)
     return measured
 
@@ -142,7 +142,11 @@ def _drifts(found: Predictions, dataset: Dataset) -> list[_Drift]:
     drifts = []
     for name, value in dataset.conserved(found.states).items():
         moved = (value - value[:, :1]).square()
-        size = Mean.of(moved, counts).root() if bool(moved[counts].isfinite().all()) else Mean(math.nan, math.nan)
+        size = (
+            Mean.of(moved, counts, found.series).root()
+            if bool(moved[counts].isfinite().all())
+            else Mean(math.nan, math.nan)
+        )
         drifts.append(_Drift(name, size, float(value[:, 0].std(correction=0))))
     return drifts
 
@@ -155,7 +159,7 @@ def _horizons(found: Predictions) -> list[dict[str, float | None]]:
     for low, high in ((end * k / HORIZONS, end * (k + 1) / HORIZONS) for k in range(HORIZONS)):
         within = (found.horizon > low) & (found.horizon <= high * (1 + 1e-9))
         counts = found.counts("all") & within.view(*within.shape, *[1] * (squares.ndim - 2))
-        error = Mean.of(squares, counts).root()
+        error = Mean.of(squares, counts, found.series).root()
         rows.append(
             {
                 "from": low,
@@ -178,9 +182,7 @@ def _table(
     for region, ending in REGIONS.items():
         if not bool(found.counts(region).any()):
             continue
-        where = (
-            f"{len(found.states):,} series, " + ("to" if region == "inside" else "beyond") + f" t = {found.span:.4g}"
-        )
+        where = f"{found.num_series:,} series, " + ("to" if region == "inside" else "beyond") + f" t = {found.span:.4g}"
         rows.append(("MSE" if not ending else "beyond", f"{_shown(metrics, 'mse', ending)} ({where})"))
         rows.append(
             ("relative error", f"{_shown(metrics, 'relative_error', ending, percent=True)} of the standard deviation")
