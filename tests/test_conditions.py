@@ -1,6 +1,7 @@
 """Tables with conditions: columns as contexts in data units, kept with the flow, recognised, and refused by name."""
 
 import csv
+import json
 import re
 
 import numpy as np
@@ -357,3 +358,37 @@ def test_the_entropy_of_the_generated_table_is_right():
         share, width = counts[counts > 0] / 400_000, np.diff(edges)[counts > 0]
         assert abs(-(share * np.log(share / width)).sum() - entropy) < 0.01, name
     assert 0.5 < table.entropy < 2.5
+
+
+@pytest.mark.slow
+def test_a_run_on_a_table_with_conditions_from_end_to_end(table_path, tmp_path, monkeypatch, capsys):
+    from flows.cli import evaluate, sample, train
+
+    monkeypatch.chdir(tmp_path)
+    conditions = [f"data.path={table_path}", "data.context_columns=[age,sex,rooms]", "data.categories=[rooms]"]
+    tiny = ["field.hidden=[8]", "solver=rk4", "solver.step_size=0.25", "reporting.progress_bar=false"]
+    steps = "objective.flow_matching.steps"
+    rest = ["objective=flow_matching", "reporting.plot_every=null", "hardware.accelerator=cpu", "output_dir=run"]
+    train.main(["data=tabular", *conditions, *tiny, *rest, f"{steps}=4", "objective.flow_matching.batch_size=16"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_crps"] > 0
+    assert 0 <= summary["test_coverage"] <= 1
+    sample.main(["checkpoint=run", "context={age: 42, sex: male, rooms: 7}", "num_samples=2", "output=s.csv"])
+    lines = (tmp_path / "s.csv").read_text().splitlines()
+    assert lines[0] == "age,sex,rooms,y"
+    assert all(line.startswith("42,male,7,") for line in lines[1:])
+    evaluate.main(["checkpoint=run", "output=e.json", "device=cpu"])
+    tested = json.loads((tmp_path / "e.json").read_text())
+    assert tested["nll"] == pytest.approx(summary["test_nll"])
+    assert tested["coverage"] == pytest.approx(summary["test_coverage"], abs=0.1)
+    train.main(["resume=run", f"{steps}=6"])
+    other = columns() | {"age": columns()["age"] + 1}
+    changed = csv_file(tmp_path / "changed.csv", other)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["resume=run", f"{steps}=8", f"data.path={changed}"])
+    assert stopped.value.code == 2
+    assert "the run was started on other data or another split" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sample.main(["checkpoint=run", "context={age: 42, sex: other, rooms: 7}"])
+    assert "unknown category 'other'; known are 'female', 'male'" in capsys.readouterr().err
