@@ -494,6 +494,13 @@ class CNF(nn.Module):
         place = context.ndim - self._context_ndim(context)
         own, leading = context.shape[place:], context.shape[:place]
         encoded = self.encode(context.reshape(-1, *own))
+        if encoded.device.type == "cpu" or not torch.is_grad_enabled():  # a GPU need not wait in each training step
+            bad = (~encoded.isfinite()).reshape(len(encoded), -1).any(1).nonzero()
+            if len(bad):
+                raise InvalidValueError(
+                    f"{len(bad)} of {len(encoded)} contexts hold NaN or infinite values, the first at index "
+                    f"{bad[0].item()}; remove or repair them"
+                )
         features = encoded.shape[1:]
         try:
             return encoded.reshape(*leading, *features).expand(*batch_shape, *features).reshape(-1, *features)
