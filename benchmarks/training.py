@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.baselines import (
     MatchingLoss,
 )
 from benchmarks.devices import add_device, machine
+from benchmarks.diffrax_baseline import Diffrax
 from benchmarks.time_budget import train, train_and_look
 from benchmarks.training_report import EVALUATION, PAIRED, STEP, Report, nll_table, picture, timing_table
 from flows.compare.timing import alternating_medians
@@ -29,6 +31,7 @@ from flows.evaluation import likelihood
 from flows.fields import ConcatSquashMLP, Field
 from flows.models.cnf import CNF
 from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood
+from flows.solvers import compilations
 from flows.training import Stage
 from flows.transforms import Standardise, Transform
 from flows.writing import to_json
@@ -58,7 +61,12 @@ def add_command(benchmarks: Any) -> None:
         help="steps of flow matching before timing, as untrained networks take fewer evaluations (%(default)s)",
     )
     part.add_argument("--each", type=float, default=5.0, help="seconds per timing, at least (%(default)s)")
-    part.add_argument("--compile", action="store_true", help="also time this project with hardware.compile=true")
+    part.add_argument(
+        "--compile", action="store_true", help="also time this project with solver.compile=true, and diffrax"
+    )
+    part.add_argument(
+        "--cpu-time", action="store_true", help="measure CPU time, which other programs on the machine do not disturb"
+    )
     part.add_argument("--output", type=Path, default=Path("runs/benchmarks/training"), help="folder (%(default)s)")
     part.set_defaults(run=_print_report)
 
@@ -77,8 +85,11 @@ def _print_report(arguments: argparse.Namespace) -> None:
         arguments.each,
         arguments.compile,
         device=arguments.device,
+        clock=time.process_time if arguments.cpu_time else time.perf_counter,
     )
     print("\n".join(timing_table(report)), flush=True)
+    if arguments.compile:
+        print(f"compiled: {compilations()}")
     if arguments.seconds:
         report.nll.update(after_equal_time(dataset, arguments.seconds, arguments.batch, device=arguments.device))
         print("\n".join(nll_table(report, dataset.entropy, arguments.seconds)))
@@ -123,6 +134,7 @@ def measure(
     hidden: Sequence[int] = (64, 64, 64),
     progress: bool = True,
     device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Report:
     """Measure times of steps and of evaluations, and how far the log-densities agree."""
     report = Report()
@@ -139,15 +151,27 @@ def measure(
         report.evaluations[method.name] = method.evaluations_of_a_step(x)
     title = (lambda text: text) if progress else (lambda text: None)
     steps = {method.name: _gradient(method.field, lambda m=method: -m(x).mean()) for method in methods}
-    report.times[STEP] = alternating_medians(steps, seconds_each, progress=title(STEP))
     evaluations = {method.name: torch.no_grad()(lambda m=method: m(many)) for method in methods}
+    if compile and torch.device(device).type == "cpu":
+        try:
+            other = Diffrax(start, TOLERANCE)
+        except ImportError as error:
+            report.missing[Diffrax.name] = str(error)
+        else:
+            few, rest = other.asarray(x.numpy()), other.asarray(many.numpy())
+            report.agreement[other.name] = float((other.log_prob(x) - reference).abs().max())
+            report.evaluations[other.name] = other.evaluations(few), 0
+            steps[other.name], evaluations[other.name] = lambda: other.step(few), lambda: other.evaluate(rest)
+    report.times[STEP] = alternating_medians(steps, seconds_each, progress=title(STEP), clock=clock)
     name = EVALUATION.format(points)
-    report.times[name] = alternating_medians(evaluations, seconds_each, progress=title(name))
+    report.times[name] = alternating_medians(evaluations, seconds_each, progress=title(name), clock=clock)
     for coupling in COUPLINGS:
         found, missing = matchings(start, coupling)
         report.missing |= missing
         cases = {name: _gradient(own, lambda loss=loss: loss(x)) for name, (own, loss) in found.items()}
-        report.times[PAIRED[coupling]] = alternating_medians(cases, seconds_each / 2, 500, title(PAIRED[coupling]))
+        report.times[PAIRED[coupling]] = alternating_medians(
+            cases, seconds_each / 2, 500, title(PAIRED[coupling]), clock
+        )
     return report
 
 

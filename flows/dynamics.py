@@ -17,6 +17,8 @@ from flows.promises.regime import regime_of, settings_of
 from flows.solvers import Compilable, NotCompilableError, State
 from flows.vector_field import BoundField, checked_value
 
+PIECE = 2000  # samples of a large batch that are evaluated at once on a CPU: about 0.75 of the time of 10,000
+
 
 def differentiable(
     estimates: Tensor,  # of the divergence
@@ -80,13 +82,26 @@ class AugmentedDynamics:
     def __call__(self, t: Tensor, state: State) -> State:
         x = state[0]
         if self.directions is None:
-            sample = self.estimator(t, x, self.probes)
+            sample = self._in_pieces(t, x) if self._is_large(t, x) else self.estimator(t, x, self.probes)
         else:
             sample = self.estimator.with_jacobian_norm(t, x, self.probes, self.directions)
         rates = [cost.rate(self.estimator.field, t, x, sample) for cost in self.costs]
         derivatives = (sample.value, -differentiable(sample.estimates, self.estimator), *rates)
         # Autocast computes them in fewer digits.
         return tuple(derivative.to(x) for derivative in derivatives)
+
+    def _is_large(self, t: Tensor, x: Tensor) -> bool:
+        """Whether an evaluation without gradients would leave the processor's cache, and can be cut."""
+        if len(x) < 2 * PIECE or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return False
+        field = self.estimator.field
+        return self.probes is None and t.ndim == 0 and field.context is None and field.traits.built_in
+
+    def _in_pieces(self, t: Tensor, x: Tensor) -> FieldSample:
+        """The evaluation in pieces of the batch, whose samples do not depend on each other."""
+        samples = [self.estimator(t, piece) for piece in x.tensor_split(round(len(x) / PIECE))]
+        value = torch.cat([sample.value for sample in samples])
+        return FieldSample(value, torch.cat([sample.estimates for sample in samples], dim=1))
 
     def path_costs(self, components: Sequence[Tensor], times: Sequence[float]) -> dict[str, Tensor]:
         """The costs by name, as integrals over |dt|, from the components at the end of a solve through `times`."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import regularisation
+from benchmarks import gpu, regularisation
 from benchmarks.baselines import own_matching
 from benchmarks.entropy_gap import compare, timed
 from benchmarks.entropy_gap_report import line, save
@@ -194,3 +194,10 @@ def test_settings_of_each_regularisation_case_are_of_one_likelihood(data):
 def test_a_density_with_an_experiment_of_its_name_trains_by_it():
     assert recipe("gaussian") == settings("data=gaussian")
     assert recipe("moons")["objective"] == settings("experiment=moons")["objective"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs_on_a_cpu():
+    rows = list(gpu.report("cpu", batch=4, points=6, images=2, channels=8, seconds=0.01, hidden=(3,)))
+    assert not [row for row in rows if row.startswith("failed")]
+    assert sum("compiled" in row and "first call" in row for row in rows) == 4

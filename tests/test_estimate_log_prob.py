@@ -130,3 +130,23 @@ def test_shapes_seeds_and_gradients(many):
         assert not torch.equal(getattr(first, name), getattr(other, name))
         assert getattr(first, name).requires_grad == (name == "value")
     assert torch.equal(first.value, flow.log_prob(points, generator=torch.Generator().manual_seed(0)))
+
+
+def test_large_batches_are_evaluated_in_pieces(monkeypatch):
+    flow = flows.CNF(flows.fields.MLP((2,), (8, 8))).double()
+    x, sizes = torch.randn(11, 2, dtype=torch.float64), []
+    expected = flow.log_prob(x).detach()
+    monkeypatch.setattr("flows.dynamics.PIECE", 5)
+    monkeypatch.setattr(
+        flows.divergence.Analytic,
+        "__call__",
+        lambda self, t, x, probes=None, call=flows.divergence.Analytic.__call__: (
+            sizes.append(len(x)) or call(self, t, x, probes)
+        ),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(flow.log_prob(x), expected, rtol=1e-13, atol=1e-13)
+    assert set(sizes) == {5, 6}
+    sizes.clear()
+    flow.log_prob(x)
+    assert 11 in sizes
