@@ -59,19 +59,23 @@ class _BoundGuided(BoundField):
 
     def __init__(self, field: Guided, context: Tensor | None) -> None:
         super().__init__(field, context)
-        self.given = bind(field.conditional, context)
-        self.without = bind(field.conditional, None if context is None else torch.zeros_like(context))
+        self.conditional = bind(field.conditional, context)
+        self.unconditional = bind(field.conditional, None if context is None else torch.zeros_like(context))
         self.value_and_divergence = self._guided_closed_form()
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return torch.lerp(self.without(t, x), self.given(t, x), self.field.weight)
+        return torch.lerp(self.unconditional(t, x), self.conditional(t, x), self.field.weight)
 
     @property
     def strangers(self) -> list[BoundField]:
-        return self.given.strangers
+        return self.conditional.strangers
 
     def _guided_closed_form(self) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None:
-        without, given, weight = self.without.value_and_divergence, self.given.value_and_divergence, self.field.weight
+        without, given, weight = (
+            self.unconditional.value_and_divergence,
+            self.conditional.value_and_divergence,
+            self.field.weight,
+        )
         if without is None or given is None:
             return None
         return lambda t, x: tuple(torch.lerp(a, b, weight) for a, b in zip(without(t, x), given(t, x), strict=True))
