@@ -198,9 +198,13 @@ def _check_target(target: Any, trust: Sequence[str], where: str, part: str) -> N
         return
     if isinstance(target, str) and target in SAFE_NAMES:
         found = getattr(nn if target.startswith("torch.nn.") else torch.optim, target.rpartition(".")[2])
-    if isinstance(found, type) and not inspect.isabstract(found) and not found.__name__.startswith("_"):
-        if issubclass(found, kinds or ()) and found.__module__.split(".")[0] in (OWN, "torch"):
-            return
+    if (
+        isinstance(found, type)
+        and issubclass(found, kinds or ())
+        and not (inspect.isabstract(found) or found.__name__.startswith("_"))
+        and found.__module__.split(".")[0] in (OWN, "torch")
+    ):
+        return
     names = ", ".join(dict.fromkeys(kind.__name__ for kind in kinds)) or "nothing at all"
     advice = f"; if you trust that package, pass trust=[{package}]" if package and package != OWN else ""
     raise UntrustedConfigError(
