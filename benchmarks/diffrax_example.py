@@ -11,13 +11,13 @@ import time
 from flows.datasets import DynamicalSystem
 
 STEPS, RATE, BATCH, WIDTH = 500, 3e-3, 32, 64
-PACKAGES = ("diffrax", "optax")
+PACKAGES = ("diffrax", "equinox", "optax")
 
 
 def beside(data: DynamicalSystem, seed: int) -> str:
     """What to print of diffrax beside ours."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        return f"{' and '.join(missing)} not installed"
+        return f"{', '.join(missing)} not installed"
     loss, seconds, compiling = train(data, seed)
     return f"diffrax {loss:.5f} in {seconds:.0f} s, and {compiling:.0f} s to compile"
 
@@ -58,9 +58,9 @@ def train(data: DynamicalSystem, seed: int) -> tuple[float, float, float]:
         updates, moments = optimizer.update(gradients, moments)
         return equinox.apply_updates(model, updates), moments
 
-    moments = optimizer.init(equinox.filter(model, equinox.is_inexact_array))
     seconds = compiling = 0.0
     for length in (len(times) // 10, len(times)):
+        moments = optimizer.init(equinox.filter(model, equinox.is_inexact_array))
         for i in range(STEPS):
             draw, key = jax.random.split(draw)
             chosen = states[jax.random.choice(key, len(states), (BATCH,), replace=False), :length]
