@@ -42,6 +42,7 @@ def box(low: float | Sequence[float], high: float | Sequence[float]) -> Independ
     return Independent(Uniform(lows, highs), 1)
 
 
+@checked
 class Prior:
     """A prior as this package uses it.
 

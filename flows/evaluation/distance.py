@@ -140,6 +140,7 @@ class DistanceEvaluator(FlowEvaluator):
         return plots.figures(flow, self.dataset, self.generator(flow, "plots"))
 
 
+@checked
 @dataclass(frozen=True)
 class PathEnergy:
     """E ∫‖v‖² dt over paths, beside the squared Wasserstein-2 distance of their ends, in flow space."""

@@ -24,6 +24,7 @@ STEP = 1e-4  # of an unbounded number, for central differences
 TOLERANCE = 1e-9  # of their solves
 
 
+@checked
 @dataclass(frozen=True)
 class ParameterEstimate:
     """A fitted parameter."""

@@ -21,6 +21,7 @@ from flows.datasets.hub import offline
 from flows.encoders import Encoder
 from flows.errors import FileError, InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
+from flows.models.neural_ode import NeuralODE
 from flows.models.precision import working_dtype
 from flows.objectives import MaximumLikelihood
 from flows.objectives.checks import check_kind, check_levels
@@ -79,7 +80,7 @@ class LoadedRun:
 
 
 @checked
-def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: nn.Module | None = None) -> Any:
+def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: CNF | NeuralODE | None = None) -> Any:
     """Load a trained model: a `flows.CNF`, or the `flows.NeuralODE` of a run on time series.
 
     It has its averaged weights, is in evaluation mode and lies on the CPU.
