@@ -174,9 +174,10 @@ def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def precise(self: Base, *arguments: Any, **named: Any) -> Any:
-        if not torch.is_autocast_enabled(self.device.type):
+        kind = self.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return method(self, *arguments, **named)
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             return method(self, *arguments, **named)
 
     return precise

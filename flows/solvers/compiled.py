@@ -12,7 +12,7 @@ from flows.promises.specimen import is_transformed
 from flows.solvers.control import ErrorNorm
 from flows.solvers.problem import Compilable, NotCompilableError, RightHandSide, State
 from flows.solvers.programs import COMPILATIONS, Lifted, Program, program_for
-from flows.solvers.runge_kutta import Step, combination, evaluate_stages, stage_times
+from flows.solvers.runge_kutta import Step, combination, stage_times, take_step
 from flows.solvers.tableaux import RungeKutta
 
 NUM_SETTINGS = 4  # numbers before the times of the stages: dt, share of moving samples, rtol, atol
@@ -109,17 +109,17 @@ class CompiledSteps:
             parameters = [lifted[place] for place in self.lifted.parameters]
             function = self.compilable.rebuild(given, parameters, start)
             function.moving = moving
-            end, slopes, next_slope = evaluate_stages(method, function, times, dt, start, slope, kind.evaluates_next)
-        found = [*end]
+            step = take_step(method, function, 0.0, 0.0, start, slope, kind.evaluates_next, (times, dt))
+        found = [*step.end]
         for stage in self._kept(kind):
-            found += slopes[stage]
+            found += step.slopes[stage]
         if kind.evaluates_next:
-            assert next_slope is not None
-            found += next_slope
+            assert step.next_slope is not None
+            found += step.next_slope
         if method.is_adaptive:
             with torch.no_grad():
-                error = combination(slopes, method.error, dt)
-                found.append(replace(self.norm, rtol=rtol, atol=atol).measure(error, start, end, share))  # pyright: ignore[reportArgumentType]
+                error = combination(step.slopes, method.error, dt)
+                found.append(replace(self.norm, rtol=rtol, atol=atol).measure(error, start, step.end, share))  # pyright: ignore[reportArgumentType]
         return tuple(found)
 
     def _kept(self, kind: _Kind) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from flows.solvers.problem import State, rows_of
 from flows.solvers.tableaux import RungeKutta
 
-Function = Callable[[float, State], State]  # (t, state) -> derivatives
+Function = Callable[[Any, State], State]  # (t, state) -> derivatives
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def take_step(
     start: State,
     slope: State | None = None,
     with_next_slope: bool = False,
+    moments: tuple[Sequence[Any], Tensor] | None = None,
 ) -> Step:
     """Take one differentiable step.
 
@@ -46,46 +47,31 @@ def take_step(
         start: the state at t0.
         slope: f(t0, start), if it is already known.
         with_next_slope: whether a fixed step gets its `next_slope` too, for interpolation.
+        moments: the times of all stages and the end, and the length of the step, where compiled code has them as
+            tensors.
     """
     compiled = getattr(function, "steps", None)
     if compiled is not None:
         step = compiled.take(function, t0, t1, start, slope, with_next_slope)
         if step is not None:
             return step
-    wants_next = method.is_adaptive or with_next_slope
-    return Step(
-        t0,
-        t1,
-        start,
-        *evaluate_stages(method, function, stage_times(method, t0, t1), t1 - t0, start, slope, wants_next),
-    )
-
-
-def stage_times(method: RungeKutta, t0: float, t1: float) -> list[float]:
-    """The times of all stages, and the end of the step."""
-    dt = t1 - t0
-    return [t0, *(t1 if node == 1.0 else t0 + node * dt for node in method.nodes), t1]
-
-
-def evaluate_stages(
-    method: RungeKutta,
-    function: Callable[[Any, State], State],
-    times: Sequence[float] | Sequence[Tensor],  # of the stages, and the end
-    dt: float | Tensor,
-    start: State,
-    slope: State | None,
-    wants_next: bool,
-) -> tuple[State, tuple[State, ...], State | None]:
-    """The end of a step, all its slopes, and the slope at its end if it is wanted."""
+    times, dt = (stage_times(method, t0, t1), t1 - t0) if moments is None else moments
     slopes = [function(times[0], start) if slope is None else slope]
     end = start
     for t, row in zip(times[1:], method.coefficients, strict=False):
         end = advance(start, slopes, row, dt)
         slopes.append(function(t, end))
     if method.next_is_a_stage:
-        return end, tuple(slopes), slopes[-1]
+        return Step(t0, t1, start, end, tuple(slopes), slopes[-1])
     end = advance(start, slopes, method.weights, dt)
-    return end, tuple(slopes), function(times[-1], end) if wants_next else None
+    wants_next = method.is_adaptive or with_next_slope
+    return Step(t0, t1, start, end, tuple(slopes), function(times[-1], end) if wants_next else None)
+
+
+def stage_times(method: RungeKutta, t0: float, t1: float) -> list[float]:
+    """The times of all stages, and the end of the step."""
+    dt = t1 - t0
+    return [t0, *(t1 if node == 1.0 else t0 + node * dt for node in method.nodes), t1]
 
 
 def error_estimate(method: RungeKutta, step: Step) -> State:
