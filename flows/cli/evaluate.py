@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(
             arguments,
             {
-                "transform": "a trained flow keeps its own",
+                **dict.fromkeys(("model", "field", "transform", "base", "encoder"), "a trained model keeps its own"),
+                "objective": "nothing is trained",
                 "evaluation": "use divergence=..., batch_size=..., num_draws=... or solver_error_points=...",
             },
         )
