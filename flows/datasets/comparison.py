@@ -138,7 +138,7 @@ def _compared(stored: Mapping[str, Any], dataset: Dataset) -> Comparison:
     for key, what in SHAPES.items():
         now = getattr(dataset, key, None)
         now = list(now) if isinstance(now, tuple) else now
-        if key == "context_shape" and getattr(dataset, "input_columns", None) and stored.get(key):
+        if key == "context_shape" and now and getattr(dataset, "input_columns", None) and stored.get(key):
             now = [*stored[key][:1], *now[1:]]  # inputs may have any number of samples
         if key in stored and now != stored[key]:
             differences.append(f"the {what} is {_shown(now)}, {_shown(stored[key])} in the run")
