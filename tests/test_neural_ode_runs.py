@@ -108,7 +108,7 @@ def test_the_settings_of_a_file_describe_its_weights(tmp_path):
     config = read_settings(content["config"])
     for changes, message in (
         ({"field": {**FIELD, "hidden": [100_000]}}, "the model of the settings needs a tensor of"),
-        ({"model": {"_target_": "flows.NeuralODE"}}, "log_noise unexpected"),
+        ({"model": {"_target_": "flows.NeuralODE"}}, "log_noise is unexpected"),
         ({"model": {"_target_": "flows.CNF"}}, "do not describe a model: they have no divergence"),
         ({"model": {"_target_": "os.system"}}, "model"),
         ({"model": {"_target_": "flows.fields.MLP"}}, "model"),

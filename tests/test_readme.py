@@ -24,6 +24,7 @@ RUNS = {  # the run that a checkpoint in a command stands for
     "runs/8gaussians/2026-01-31_12-00-00": (),
     "runs/moons/2026-01-31_12-00-00": ("data=moons",),
     "runs/classes": ("data=moons_by_class",),
+    "runs/tank": ("data=trajectories", "data.path=x.csv", "data.input_columns=[inflow]", "field=forced"),
     "runs/glucose": ("model=neural_ode", "data=trajectories", "data.path=x.csv", "objective=trajectory_matching"),
     "RUN": ("experiment=digits",),
 }
