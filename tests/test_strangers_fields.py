@@ -1,6 +1,7 @@
 """Fields of strangers give the numbers of a clean twin, or an error that names the broken promise."""
 
 import collections
+import re
 import warnings
 
 import numpy as np
@@ -51,12 +52,17 @@ def test_a_strange_field_is_right_or_refused(case, use):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "`torch.jit.", DeprecationWarning)  # torch's own forward mode uses it
-        if words and words != "^$":
+        if words and not words.startswith("^$"):
             with pytest.raises(flows.FlowsError, match=words):
                 used(case.make(), use, shape)
             assert torch.is_grad_enabled()
             return
-        result = used(case.make(), use, shape)
+        try:
+            result = used(case.make(), use, shape)
+        except flows.FlowsError as error:
+            by_chance = words is not None and words.startswith("^$|")
+            if not by_chance or re.search(words[3:], str(error)) is None:
+                raise
     if words is None:
         torch.testing.assert_close(result, used(case.twin(), use, shape), rtol=1e-6, atol=1e-9)
 
