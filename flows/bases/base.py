@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from flows.arguments import CheckedMethods, checked
 from flows.checks import as_shape
-from flows.errors import InvalidTypeError
+from flows.errors import InvalidTypeError, InvalidValueError
 
 
 class NoDensityError(InvalidTypeError):
@@ -57,6 +57,7 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
     is_closed_form: ClassVar[bool] = True
     has_rsample: ClassVar[bool] = True
     _like: Tensor  # has the device and the dtype
+    _ready: bool = True  # False until what is fitted to data has been fitted or loaded
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Let every base draw and compute densities in its own precision, whatever autocast asks for."""
@@ -143,6 +144,18 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
         A base with data of its own takes them to flow space by `to_flow_space`.
         """
         return self
+
+    def _require_fit(self, name: str, instead: str) -> None:
+        """Refuse to draw from, or to judge by, what neither data nor arguments have set."""
+        if not self._ready:
+            raise InvalidValueError(
+                f"{name} has not been fitted to data; call flow.fit_ends(data.reference()) or base.fit(points), or "
+                f"give {instead}"
+            )
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._ready = True
 
     def hold(self, trained: bool, **tensors: Tensor) -> None:
         """Keep tensors in checkpoints: parameters if they are `trained`, otherwise buffers."""

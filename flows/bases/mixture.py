@@ -107,7 +107,7 @@ class Mixture(Base):
         return unit * self.log_scale.exp().unsqueeze(-2)
 
     def sample(self, shape: int | Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-        self._require_fit()
+        self._require_fit("Mixture", "means and covariances")
         shape = as_shape("shape", shape, at_least=0)
         noise = self.standard_normal(shape, generator).reshape(-1, self.mean.shape[1])
         with torch.no_grad():
@@ -122,7 +122,7 @@ class Mixture(Base):
         z: Tensor,  # (*batch, *event)
     ) -> Tensor:  # (*batch)
         """The log-density in nats."""
-        self._require_fit()
+        self._require_fit("Mixture", "means and covariances")
         check_points("z", z, self.event_shape, batched=False)
         flat = z.flatten(z.ndim - len(self.event_shape)).reshape(-1, self.mean.shape[1])
         whitening, shift = self.whitening()
@@ -184,17 +184,6 @@ class Mixture(Base):
             self.lower.copy_(_unit(factor))
         self._ready = True
         return self
-
-    def _require_fit(self) -> None:
-        if not self._ready:
-            raise InvalidValueError(
-                "Mixture has not been fitted to data; call flow.fit_ends(data.reference()) or base.fit(points), or "
-                "give means and covariances"
-            )
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*args, **options)
-        self._ready = True
 
 
 def _identity(like: Tensor) -> Tensor:  # (d, d), made where it is used: a copy would wait for a GPU

@@ -86,7 +86,7 @@ class Normal(Base):
 
     def sample(self, shape: int | Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Draw points of shape (*shape, *event); with a generator on its device, then moved."""
-        self._require_fit()
+        self._require_fit("Normal(fit=True)", "mean and covariance")
         noise = self.standard_normal(shape, generator)
         if not self.is_given:
             return noise
@@ -98,7 +98,7 @@ class Normal(Base):
         z: Tensor,  # (*batch, *event)
     ) -> Tensor:  # (*batch)
         """log N(z; μ, Σ) in nats."""
-        self._require_fit()
+        self._require_fit("Normal(fit=True)", "mean and covariance")
         check_points("z", z, self.event_shape, batched=False)
         noise, log_det = (z, None) if not self.is_given else (self.whitened(z - self._centre(z)), self.log_scale.sum())
         squares = noise.square().flatten(z.ndim - len(self.event_shape)).sum(-1)
@@ -152,17 +152,6 @@ class Normal(Base):
                     self.lower.copy_(factor / factor.diagonal())
             self._ready = True
         return self
-
-    def _require_fit(self) -> None:
-        if not self._ready:
-            raise InvalidValueError(
-                "Normal(fit=True) has not been fitted to data; call flow.fit_ends(data.reference()) or "
-                "base.fit(points), or give mean and covariance"
-            )
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*args, **options)
-        self._ready = True
 
     def _centre(self, z: Tensor) -> Tensor:
         return self.mean.view(self.event_shape)
