@@ -21,6 +21,15 @@ def _float64_and_seed():
     torch.set_default_dtype(before)
 
 
+@pytest.fixture(autouse=True)
+def _coarse_pictures(monkeypatch):
+    """Pictures of densities have few pixels unless a test asks for more: each is a solve."""
+    from flows import plots
+
+    for draw, pixels in ((plots.density, 24), (plots.class_densities, 24)):
+        monkeypatch.setattr(draw.__wrapped__, "__defaults__", (pixels,))  # what the check of arguments calls
+
+
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Run a script in this process, in an empty folder; returns exit code, stdout and stderr."""

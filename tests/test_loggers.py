@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import flows
-from flows import plots
 from flows.training import (
     HParams,
     JSONLinesLogger,
@@ -47,7 +46,6 @@ CONFIG = {"seed": 0, "field": {"hidden": [8, 8], "activation": "silu"}, "solver"
 
 
 def test_a_run_can_be_read_in_tensorboard(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots.density, "__defaults__", (16,))
     dataset = small_gaussian()
     flow = small_flow(dataset, flows.divergence.Hutchinson(num_probes=2))
     summary = small_trainer(tmp_path, dataset, flow=flow, config=CONFIG, log_every=2, plot_every=0).fit()

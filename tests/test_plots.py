@@ -24,7 +24,6 @@ class ZeroField(torch.nn.Module):
 
 
 def test_points_of_the_plane_get_four_pictures(monkeypatch):
-    monkeypatch.setattr(plots.density, "__defaults__", (8,))
     dataset = small_gaussian()
     pictures = plots.figures(small_flow(dataset), dataset, torch.Generator().manual_seed(0))
     assert list(pictures) == ["samples", "density", "trajectories", "evolution"]

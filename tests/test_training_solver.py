@@ -400,7 +400,7 @@ def quick_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("estimator", [Analytic(), Hutchinson(2, mode="forward")])
+@pytest.mark.parametrize("estimator", [Analytic(), pytest.param(Hutchinson(2, mode="forward"), marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_compiled_training_is_training(tmp_path, quick_compiler, estimator):
     costly = MaximumLikelihood({"kinetic": KineticEnergy(0.1), "jacobian": JacobianNorm(0.1)})
