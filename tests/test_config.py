@@ -154,7 +154,7 @@ def test_every_choice_trains(tmp_path, request, group, name):
     overrides = [f"{group}={name}"]
     text = (CONF / group / f"{name}.yaml").read_text()
     data = re.search(r"override /data: (\w+)", text)
-    if "HubImages" in (text if data is None else (CONF / "data" / f"{data[1]}.yaml").read_text()):
+    if "ImageFiles" in (text if data is None else (CONF / "data" / f"{data[1]}.yaml").read_text()):
         overrides.append(f"data.path={request.getfixturevalue('pictures')}")
     elif (group, name) == ("data", "trajectories"):
         overrides += [f"data.path={request.getfixturevalue('long_table')}", "data.id=id", "data.time=time"]

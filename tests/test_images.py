@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
 from flows.cli.config import compose_node
-from flows.datasets import Digits, HubImages, Images, LabelledImages, PhotoPatches
+from flows.datasets import Digits, ImageFiles, Images, LabelledImages, PhotoPatches
 from flows.errors import DataWarning, FileError, InvalidTypeError, InvalidValueError, MissingPackageError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -246,54 +246,56 @@ def check(dataset, written, parts=tuple(COUNTS)):
 def test_folder_parquet_and_saved_data_are_the_same(tmp_path, mode):
     written = write_folder(tmp_path / "pictures", mode=mode)
     settings = {"validation_split": "validation", "name": "mine"}
-    dataset = HubImages(path=tmp_path / "pictures", **settings)
+    dataset = ImageFiles(path=tmp_path / "pictures", **settings)
     assert dataset.event_shape == ((3, 6, 5) if mode == "RGB" else (1, 6, 5))
     assert (dataset.name, dataset.num_levels, dataset.num_validation, dataset.num_test) == ("mine", 256, 8, 6)
     check(dataset, written)
 
     loaded = datasets.load_dataset(str(tmp_path / "pictures"))
     loaded.save_to_disk(str(tmp_path / "saved"))
-    check(HubImages(path=tmp_path / "saved", **settings), written)
+    check(ImageFiles(path=tmp_path / "saved", **settings), written)
     (tmp_path / "parquet").mkdir()
     for part, split in loaded.items():
         split.to_parquet(str(tmp_path / "parquet" / f"{part}-00000-of-00001.parquet"))
-    by_class = HubImages(path=tmp_path / "parquet", conditional=True, **settings)
+    by_class = ImageFiles(path=tmp_path / "parquet", conditional=True, **settings)
     check(by_class, written)
     assert by_class.num_classes == 2
 
 
 def test_parts_that_are_missing_are_cut_off_the_training_part(tmp_path):
     written = write_folder(tmp_path / "pictures", parts=("train",))
-    dataset = HubImages(path=tmp_path / "pictures", validation_fraction=0.2, test_fraction=0.1)
+    dataset = ImageFiles(path=tmp_path / "pictures", validation_fraction=0.2, test_fraction=0.1)
     parts = [joined(dataset.validation_batches(9)), joined(dataset.test_batches(9)), dataset.reference()]
     assert [len(part) for part in parts] == [6, 3, 21]
     assert {image.astype(np.uint8).tobytes() for image in torch.cat(parts).numpy()} == set(written["train"])
     file = tmp_path / "train.parquet"
     datasets.load_dataset(str(tmp_path / "pictures"))["train"].to_parquet(str(file))
-    again = HubImages(path=file, validation_fraction=0.2, test_fraction=0.1)
+    again = ImageFiles(path=file, validation_fraction=0.2, test_fraction=0.1)
     assert torch.equal(joined(again.test_batches(9)).sort(0).values, parts[1].sort(0).values)
-    assert not torch.equal(joined(HubImages(path=file, split_seed=1).test_batches(9)), parts[1])
+    assert not torch.equal(joined(ImageFiles(path=file, split_seed=1).test_batches(9)), parts[1])
     with pytest.raises(
         ValueError, match=r"no split 'test', only 'train'; name another one with test_split, or set a fraction"
     ):
-        HubImages(path=file, test_fraction=None)
+        ImageFiles(path=file, test_fraction=None)
     with pytest.raises(
         ValueError, match=r"train\.parquet has 30 images, too few to split: 27 training, 0 test, 3 valid"
     ):
-        HubImages(path=file, test_fraction=0.01)
+        ImageFiles(path=file, test_fraction=0.01)
 
 
 def test_pictures_are_brought_to_one_mode_and_size(tmp_path):
     write_folder(tmp_path / "pictures", parts=("train",), kinds=("all",))
     Image.new("L", (9, 4), 77).save(tmp_path / "pictures/train/all/0.png")
     Image.new("RGBA", (4, 9), (10, 20, 30, 255)).save(tmp_path / "pictures/train/all/1.png")
-    dataset = HubImages(path=tmp_path / "pictures", mode="RGB", size=[4, 4], validation_fraction=0.3, test_fraction=0.3)
+    dataset = ImageFiles(
+        path=tmp_path / "pictures", mode="RGB", size=[4, 4], validation_fraction=0.3, test_fraction=0.3
+    )
     parts = [joined(dataset.validation_batches(9)), joined(dataset.test_batches(9)), dataset.reference()]
     flat = torch.cat(parts)
     assert flat.shape == (15, 3, 4, 4)
     constant = flat[(flat == flat[:, :, :1, :1]).flatten(1).all(1)][:, :, 0, 0].tolist()
     assert sorted(constant) == [[10, 20, 30], [77, 77, 77]]
-    assert HubImages(path=tmp_path / "pictures", mode="L", size=[3, 2]).event_shape == (1, 3, 2)
+    assert ImageFiles(path=tmp_path / "pictures", mode="L", size=[3, 2]).event_shape == (1, 3, 2)
 
 
 def test_a_camera_held_sideways(tmp_path):
@@ -304,9 +306,10 @@ def test_a_camera_held_sideways(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: a quarter turn clockwise
     for i in range(20):
-        Image.fromarray(pixels).save(folder / f"{i}.png", exif=exif)
-    (batch,) = HubImages(path=tmp_path / "pictures").test_batches(2)
-    assert torch.equal(batch.x[0, 0], torch.from_numpy(np.rot90(pixels, -1).copy()).double())
+        Image.fromarray(pixels + np.uint8(i)).save(folder / f"{i}.png", exif=exif)
+    (batch,) = ImageFiles(path=tmp_path / "pictures").test_batches(2)
+    turned = torch.from_numpy(np.rot90(pixels, -1).copy()).double()
+    assert torch.equal(batch.x[0, 0] - batch.x[0, 0].min(), turned)
 
 
 def test_hub_names(monkeypatch, tmp_path):
@@ -317,11 +320,13 @@ def test_hub_names(monkeypatch, tmp_path):
 
     def serve(source):
         asked.append(source)
-        pictures = [Image.fromarray(noise(1, (4, 4), seed=i).numpy()[0]) for i in range(60)]
-        columns = {"img" if "cifar" in source else "image": pictures, "label": [i % 10 for i in range(60)]}
-        kinds = {name: datasets.Image() for name in columns} | {"label": datasets.ClassLabel(num_classes=10)}
-        split = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
-        return datasets.DatasetDict({"train": split, "validation" if "imagenet" in source else "test": split})
+        splits = {}
+        for start, split in enumerate(("train", "validation" if "imagenet" in source else "test")):
+            pictures = [Image.fromarray(noise(1, (4, 4), seed=60 * start + i).numpy()[0]) for i in range(60)]
+            columns = {"img" if "cifar" in source else "image": pictures, "label": [i % 10 for i in range(60)]}
+            kinds = {name: datasets.Image() for name in columns} | {"label": datasets.ClassLabel(num_classes=10)}
+            splits[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+        return datasets.DatasetDict(splits)
 
     monkeypatch.setattr(datasets, "load_dataset", serve)
     for name, source in names.items():
@@ -340,7 +345,7 @@ def test_a_missing_download_says_what_would_provide_it(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(FileError) as caught:
-        HubImages(source="ylecun/mnist")
+        ImageFiles(source="ylecun/mnist")
     for part in (
         "'ylecun/mnist' is not in the local cache",
         "cannot be downloaded (Couldn't reach 'ylecun/mnist' on the Hub)",
@@ -353,7 +358,7 @@ def test_a_missing_download_says_what_would_provide_it(monkeypatch):
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(MissingPackageError, match=r"reading ylecun/mnist needs .* pip install -e '\.\[images\]'"):
-        HubImages(source="ylecun/mnist")
+        ImageFiles(source="ylecun/mnist")
 
 
 # Every picture is used, or its absence is said
@@ -399,7 +404,7 @@ HALVES = {"validation_fraction": 0.2, "test_fraction": 0.2}
 def test_no_picture_is_lost(names, tmp_path):
     names = [name.replace(".Jpg", ".Bmp").replace(".jpeg", ".gif") for name in names]  # without loss
     written = write_pictures(tmp_path / "pictures", names)
-    parts = read_pictures(HubImages(path=tmp_path / "pictures", mode="L", **HALVES))
+    parts = read_pictures(ImageFiles(path=tmp_path / "pictures", mode="L", **HALVES))
     assert sum(map(len, parts.values())) == len(names)
     assert set.union(*parts.values()) == set(written.values())
 
@@ -407,7 +412,7 @@ def test_no_picture_is_lost(names, tmp_path):
 def test_class_folders_without_splits(tmp_path):
     names = numbered("bus/{}.png", "train/{}.png", "car/{}.png")
     written = write_pictures(tmp_path / "pictures", names)
-    dataset = HubImages(path=tmp_path / "pictures", conditional=True, **HALVES)
+    dataset = ImageFiles(path=tmp_path / "pictures", conditional=True, **HALVES)
     assert dataset.num_classes == 3
     batch = dataset.held_out("test")
     by_pixels = {pixels: name.split("/")[0] for name, pixels in written.items()}
@@ -422,26 +427,26 @@ def test_class_folders_without_splits(tmp_path):
 def test_split_folders(words, pattern, tmp_path):
     names = [pattern.format(word, i) for word in words for i in range(4)]
     written = write_pictures(tmp_path / "pictures", names)
-    parts = read_pictures(HubImages(path=tmp_path / "pictures"))
+    parts = read_pictures(ImageFiles(path=tmp_path / "pictures"))
     for word, part in zip(words, ("train", "validation", "test"), strict=True):
         assert parts[part] == {pixels for name, pixels in written.items() if word in name}
 
 
 def test_splits_without_classes(tmp_path):
     write_pictures(tmp_path / "pictures", numbered("train/{}.png", "test/{}.png"))
-    dataset = HubImages(path=tmp_path / "pictures")
+    dataset = ImageFiles(path=tmp_path / "pictures")
     assert (dataset.num_validation, dataset.num_test, dataset.labels("train")) == (1, 10, None)
     with pytest.raises(InvalidValueError, match="have no classes to condition on"):
-        HubImages(path=tmp_path / "pictures", conditional=True)
+        ImageFiles(path=tmp_path / "pictures", conditional=True)
 
 
 def test_classes_in_one_split_alone(tmp_path):
     write_pictures(tmp_path / "pictures", numbered("train/a/{}.png", "train/b/{}.png", "test/{}.png"))
-    dataset = HubImages(path=tmp_path / "pictures")
+    dataset = ImageFiles(path=tmp_path / "pictures")
     assert sorted(dataset.labels("train").unique().tolist()) == [0, 1]
     assert dataset.labels("test") is None
     with pytest.raises(InvalidValueError, match=r"10 images of the split 'test' have no class, .* sort them into fold"):
-        HubImages(path=tmp_path / "pictures", conditional=True)
+        ImageFiles(path=tmp_path / "pictures", conditional=True)
 
 
 def test_missing_classes_of_saved_data(tmp_path):
@@ -450,9 +455,9 @@ def test_missing_classes_of_saved_data(tmp_path):
     for missing in (None, -1):
         rows = {"image": pictures, "label": [missing, 0, *[1] * 18]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "set.parquet"))
-        assert HubImages(path=tmp_path / "set.parquet").labels("train") is None
+        assert ImageFiles(path=tmp_path / "set.parquet").labels("train") is None
         with pytest.raises(InvalidValueError, match="1 images of the split 'train' have no class"):
-            HubImages(path=tmp_path / "set.parquet", conditional=True)
+            ImageFiles(path=tmp_path / "set.parquet", conditional=True)
 
 
 def test_files_that_are_not_used_are_counted(tmp_path):
@@ -462,13 +467,13 @@ def test_files_that_are_not_used_are_counted(tmp_path):
     (folder / "train/.DS_Store").write_text("hidden")
     words = r"31 files found, 20 pictures used; not used: 10 in spare, which is no split, 1 no pictures \(\.txt\)"
     with pytest.warns(DataWarning, match=words):
-        assert HubImages(path=folder).num_test == 10
+        assert ImageFiles(path=folder).num_test == 10
 
 
 def test_names_that_speak_of_splits(tmp_path):
     write_pictures(tmp_path / "pictures", numbered("train_{}.png", "test_{}.png"))
     with pytest.warns(DataWarning, match="names of files begin with splits .10 'test', 10 'train'., .* sub-folders"):
-        assert HubImages(path=tmp_path / "pictures", **HALVES).num_test == 4
+        assert ImageFiles(path=tmp_path / "pictures", **HALVES).num_test == 4
 
 
 def test_linked_folders_are_followed_once(tmp_path):
@@ -476,7 +481,7 @@ def test_linked_folders_are_followed_once(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "pictures")
-    parts = read_pictures(HubImages(path=tmp_path / "pictures"))
+    parts = read_pictures(ImageFiles(path=tmp_path / "pictures"))
     assert sum(map(len, parts.values())) == len(written)
 
 
@@ -500,7 +505,7 @@ def parquet(path, count, start=0):
 def test_folders_of_parquet_files(names, sizes, tmp_path):
     for i, name in enumerate(names):
         parquet(tmp_path / "set" / name, 10, 10 * i)
-    parts = read_pictures(HubImages(path=tmp_path / "set"))
+    parts = read_pictures(ImageFiles(path=tmp_path / "set"))
     assert tuple(len(parts[part]) for part in ("train", "validation", "test")) == sizes
 
 
@@ -509,10 +514,10 @@ def test_parquet_files_of_no_split_are_counted(tmp_path):
         parquet(tmp_path / "set" / name, 10, 10 * i)
     words = "3 files found, 2 Parquet files used; not used: 1 of no split, such as extra.parquet"
     with pytest.warns(DataWarning, match=words):
-        HubImages(path=tmp_path / "set")
+        ImageFiles(path=tmp_path / "set")
     write_pictures(tmp_path / "set", ["preview.png"])
     with pytest.raises(InvalidValueError, match="holds 1 pictures and 3 Parquet files; move one kind elsewhere"):
-        HubImages(path=tmp_path / "set")
+        ImageFiles(path=tmp_path / "set")
 
 
 def test_splits_that_are_not_used_are_counted(tmp_path):
@@ -520,9 +525,9 @@ def test_splits_that_are_not_used_are_counted(tmp_path):
     split = datasets.Dataset.from_dict({"image": [Image.new("L", (3, 3), i) for i in range(20)]}, features=features)
     datasets.DatasetDict(train=split, extra=split.select(range(10))).save_to_disk(str(tmp_path / "saved"))
     with pytest.warns(DataWarning, match=r"split 'extra' \(10 images\) is not used; name it with"):
-        HubImages(path=tmp_path / "saved")
+        ImageFiles(path=tmp_path / "saved")
     with pytest.raises(InvalidValueError, match="validation_split and test_split are both 'test'"):
-        HubImages(path=tmp_path / "saved", validation_split="test")
+        ImageFiles(path=tmp_path / "saved", validation_split="test")
 
 
 # Bad files
@@ -533,26 +538,28 @@ def test_bad_pictures(tmp_path):
     write_folder(tmp_path / "pictures", parts=("train",), kinds=("all",))
     Image.new("L", (5, 6)).save(folder / "3.png")
     with pytest.raises(ValueError, match=r"3\.png has the mode L, but .*\.png has RGB; convert all with mode=RGB or L"):
-        HubImages(path=tmp_path / "pictures")
+        ImageFiles(path=tmp_path / "pictures")
     Image.new("P", (5, 6)).save(folder / "3.png")
     with pytest.raises(ValueError, match=r"3\.png has the mode P; convert pictures to grey or colour with mode="):
-        HubImages(path=tmp_path / "pictures")
+        ImageFiles(path=tmp_path / "pictures")
     Image.new("I;16", (5, 6)).save(folder / "3.png")
-    with pytest.raises(ValueError, match=r"3\.png has the mode I;16, with more than 256 levels; save it with 8 bits"):
-        HubImages(path=tmp_path / "pictures", mode="L")
+    with pytest.raises(
+        ValueError, match=r"3\.png has the mode I;16, with more than 256 levels; keep them with num_lev"
+    ):
+        ImageFiles(path=tmp_path / "pictures")
     Image.new("RGB", (7, 6)).save(folder / "3.png")
     with pytest.raises(ValueError, match=r"3\.png has 7 × 6 pixels .*, but .*\.png has 5 × 6; scale .* size=\["):
-        HubImages(path=tmp_path / "pictures")
+        ImageFiles(path=tmp_path / "pictures")
     whole = (folder / "2.png").read_bytes()
     (folder / "3.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FileError, match=r"all/3\.png cannot be read as a picture \(.*\); repair or remove it"):
-        HubImages(path=tmp_path / "pictures")
+        ImageFiles(path=tmp_path / "pictures")
     (folder / "3.png").write_bytes(b"not a picture")
     with pytest.raises(FileError, match=r"all/3\.png cannot be read as a picture \(cannot identify"):
-        HubImages(path=tmp_path / "pictures")
+        ImageFiles(path=tmp_path / "pictures")
     (folder / "3.png").write_bytes(whole)
     with pytest.raises(ValueError, match=r"\.png has the value \d+, which is no level from 0 to 16; set num_levels"):
-        HubImages(path=tmp_path / "pictures", num_levels=17)
+        ImageFiles(path=tmp_path / "pictures", num_levels=17)
 
 
 def test_bad_pictures_in_parquet_are_named_by_row(tmp_path):
@@ -560,7 +567,7 @@ def test_bad_pictures_in_parquet_are_named_by_row(tmp_path):
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(str(tmp_path / "set.parquet"))
     with pytest.raises(FileError, match=r"image 4 of the split 'train' of .*set\.parquet \(4\.png\) cannot be read"):
-        HubImages(path=tmp_path / "set.parquet")
+        ImageFiles(path=tmp_path / "set.parquet")
 
 
 def png():
@@ -573,41 +580,45 @@ def png():
 
 def test_bad_places_and_settings(tmp_path):
     with pytest.raises(FileError, match=r"no folder or file of images at .*nowhere; a relative path starts at"):
-        HubImages(path=tmp_path / "nowhere")
+        ImageFiles(path=tmp_path / "nowhere")
     (tmp_path / "set.parquet").write_bytes(b"no table")
-    with pytest.raises(
-        FileError, match=r"set\.parquet cannot be read as a folder of pictures, Parquet files or a saved"
-    ):
-        HubImages(path=tmp_path / "set.parquet")
+    with pytest.raises(FileError, match=r"set\.parquet is not a whole Parquet file"):
+        ImageFiles(path=tmp_path / "set.parquet")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileError, match=r"empty cannot be read as .* doesn't contain any data files"):
-        HubImages(path=tmp_path / "empty")
+    with pytest.raises(FileError, match=r"empty holds no images: expected a folder of pictures, .* found no files"):
+        ImageFiles(path=tmp_path / "empty")
     with pytest.raises(ValueError, match=r"set either source to the name of a data set on the hub or path"):
-        HubImages()
+        ImageFiles()
     with pytest.raises(ValueError, match=r"mode must be L \(grey\) or RGB, or null .* got 'CMYK'"):
-        HubImages(path=tmp_path, mode="CMYK")
+        ImageFiles(path=tmp_path, mode="CMYK")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(FileError, match=r"is no regular file but a (device|pipe)"):
-            HubImages(path=path)
+            ImageFiles(path=path)
     with pytest.raises(InvalidTypeError, match=r"size must be \[height, width\] in pixels, .* got 32"):
-        HubImages(path=tmp_path, size=32)
+        ImageFiles(path=tmp_path, size=32)
     with pytest.raises(InvalidTypeError, match="each entry of size must be a whole number >= 1, got True"):
-        HubImages(path=tmp_path, size=[True, 8])
+        ImageFiles(path=tmp_path, size=[True, 8])
     with pytest.raises(ValueError, match=r"size must be \[height, width\] in pixels, such as \[32, 32\], got \[8\]"):
-        HubImages(path=tmp_path, size=[8])
+        ImageFiles(path=tmp_path, size=[8])
     features = datasets.Features({"a": datasets.Image(), "b": datasets.Image(), "n": datasets.Value("int64")})
-    rows = {"a": [Image.new("L", (3, 3))] * 20, "b": [Image.new("L", (3, 3))] * 20, "n": list(range(20))}
+    rows = {
+        "a": [Image.new("L", (3, 3), i) for i in range(20)],
+        "b": [Image.new("L", (3, 3), i) for i in range(20)],
+        "n": list(range(20)),
+    }
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(
         ValueError, match=r"two has 2 columns of pictures among 'a', 'b', 'n'; name the right one with image=..."
     ):
-        HubImages(path=tmp_path / "two")
+        ImageFiles(path=tmp_path / "two")
     with pytest.raises(ValueError, match="two has no column 'c'; it has 'a', 'b', 'n'"):
-        HubImages(path=tmp_path / "two", image="c")
-    with pytest.raises(ValueError, match=r"the column 'n' holds .*, not classes"):
-        HubImages(path=tmp_path / "two", image="a", label="n")
-    assert HubImages(path=tmp_path / "two", image="b").event_shape == (1, 3, 3)
+        ImageFiles(path=tmp_path / "two", image="c")
+    with pytest.raises(ValueError, match=r"the column 'b' holds .*, not classes"):
+        ImageFiles(path=tmp_path / "two", image="a", label="b")
+    with pytest.raises(ValueError, match=r"20 classes \('0', '1', '2', '3', '4', \.\.\.\) have a single image"):
+        ImageFiles(path=tmp_path / "two", image="a", label="n", conditional=True)
+    assert ImageFiles(path=tmp_path / "two", image="b").event_shape == (1, 3, 3)
 
 
 @pytest.mark.parametrize("name", ["digits", "photo_patches"])

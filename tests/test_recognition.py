@@ -17,7 +17,7 @@ from flows.datasets import (
     DoubleWell,
     Gaussian,
     GaussianMean,
-    HubImages,
+    ImageFiles,
     Images,
     LabelledImages,
     Phi4,
@@ -357,18 +357,18 @@ def test_a_folder_of_pictures_with_a_file_more_or_renamed(tmp_path):
         Image.fromarray(np.random.default_rng(i).integers(256, size=(4, 4), dtype=np.uint8)).save(
             folder / f"{i:02}.png"
         )
-    run = stored(HubImages(path=folder))
+    run = stored(ImageFiles(path=folder))
     folder.rename(tmp_path / "moved")
     moved = tmp_path / "moved"
-    refuse_other_data(run, HubImages(path=moved))
+    refuse_other_data(run, ImageFiles(path=moved))
     with pytest.raises(InvalidValueError, match="split_seed is 1, 0 in the run"):
-        refuse_other_data(run, HubImages(path=moved, split_seed=1))
+        refuse_other_data(run, ImageFiles(path=moved, split_seed=1))
     (moved / "05.png").rename(moved / "zz.png")
     with pytest.raises(InvalidValueError, match="the split is another one, as the rows come in another order"):
-        refuse_other_data(run, HubImages(path=moved))
+        refuse_other_data(run, ImageFiles(path=moved))
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(moved / "00b.png")
     with pytest.warns(DataWarning, match=r"1 row was added .* \d of 4 test points are training points"):
-        recognised(run, HubImages(path=moved), "test")
+        recognised(run, ImageFiles(path=moved), "test")
 
 
 def gaussian(mean=1.0, **settings):

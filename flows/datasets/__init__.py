@@ -15,8 +15,8 @@ from flows.datasets.conditional import ConditionalDensity, GaussianMean, MoonsBy
 from flows.datasets.curves import Moons, Pinwheel, SwissRoll, TwoSpirals
 from flows.datasets.density import Density
 from flows.datasets.energies import DoubleWell, Energy, Funnel, NoData
-from flows.datasets.hub import HubImages
 from flows.datasets.image_density import ImageDensity
+from flows.datasets.image_files import ImageFiles
 from flows.datasets.images import Digits, Images, LabelledImages
 from flows.datasets.lattice import FreeField, Phi4
 from flows.datasets.particles import Particles
@@ -31,6 +31,8 @@ from flows.datasets.tabular import BreastCancer, Diabetes, Table, Tabular
 from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
 from flows.datasets.trajectories import Trajectories
 from flows.datasets.uci import UCIRegression
+
+HubImages = ImageFiles  # its name in runs from before 0.2
 
 __all__ = [
     "SIR",
@@ -58,6 +60,7 @@ __all__ = [
     "GaussianMixturePosterior",
     "HubImages",
     "ImageDensity",
+    "ImageFiles",
     "Images",
     "LabelledImages",
     "Lorenz",

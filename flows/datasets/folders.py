@@ -106,6 +106,24 @@ def find_tables(folder: Path) -> Found | None:
     return Found(found, {})
 
 
+def every_file(folder: Path) -> list[Path]:
+    """Return all regular files below a folder but hidden ones."""
+    return _files(folder)[0]
+
+
+def split_of_name(name: str) -> str | None:
+    """Return the split whose word begins a name, or None."""
+    start = BEGINS_WITH_SPLIT.match(name)
+    return SPLIT_OF[start[1].lower()] if start else None
+
+
+def tell_unused(folder: Path, found: int, others: Sequence[Path]) -> None:
+    """Warn of files that hold no images."""
+    kinds = Counter(file.suffix.lower() or "no suffix" for file in others)
+    unused = [(count, f"no images ({kind})") for kind, count in sorted(kinds.items())]
+    _tell(folder, "files of images", found, found - len(others), unused)
+
+
 def _files(folder: Path) -> tuple[list[Path], list[Path], list[str]]:
     """Find all files below a folder, through links too; hidden ones are skipped.
 
@@ -156,8 +174,7 @@ def _classes(labels: list[str | None]) -> list[str | None]:
 def _split_of_table(place: Path) -> str | None:
     words = [part.lower() for part in place.parts[:-1]]
     folder = next((SPLIT_OF[word] for word in words if word in SPLIT_OF), None)
-    start = BEGINS_WITH_SPLIT.match(place.stem)
-    return folder or (SPLIT_OF[start[1].lower()] if start else None)
+    return folder or split_of_name(place.stem)
 
 
 def _tell(
