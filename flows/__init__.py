@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from flows.models.distribution import FlowDistribution
     from flows.models.neural_ode import NeuralODE
     from flows.models.results import LogProbEstimate, Sample, Trajectory, Transport
+    from flows.sharing import from_hub, load, save, to_hub
     from flows.solvers import ODESolver, Solution, SolverError, SolverStatistics
     from flows.training import Trainer
-    from flows.training.runs import load_flow as load
 
 __version__ = "0.1.0"
 
@@ -58,13 +58,16 @@ __all__ = [
     "equations",
     "evaluation",
     "fields",
+    "from_hub",
     "infer",
     "inference",
     "load",
     "objectives",
     "path_costs",
     "plots",
+    "save",
     "solvers",
+    "to_hub",
     "training",
     "transforms",
 ]
@@ -86,15 +89,17 @@ _HOMES = {
     "Trainer": "flows.training",
     "Trajectory": "flows.models.results",
     "Transport": "flows.models.results",
+    "from_hub": "flows.sharing",
     "infer": "flows.inference",
-    "load": "flows.training.runs",
+    "load": "flows.sharing",
+    "save": "flows.sharing",
+    "to_hub": "flows.sharing",
 }
-_OTHER_NAMES = {"load": "load_flow"}  # in their homes
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        found = getattr(import_module(_HOMES[name]), _OTHER_NAMES.get(name, name))
+        found = getattr(import_module(_HOMES[name]), name)
     elif name in __all__:
         found = import_module(f"flows.{name}")
     else:

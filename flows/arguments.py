@@ -11,6 +11,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -25,6 +26,7 @@ MAX_WHOLE = 2**63 - 1  # the largest whole number that torch takes
 PLAIN = {int, float, bool, type(None), Tensor}  # types that decide
 MAX_LISTED = 8  # elements of a list that a door remembers
 MAX_PASSED = 64  # combinations of types that a door remembers
+MAX_KEPT = 1 << 16  # entries of a tensor or a list that a module keeps as an argument of its constructor
 
 
 @overload
@@ -62,6 +64,8 @@ def checked(target: Any = None, *, own: Collection[str] | Literal["all"] = ()) -
 class CheckedMethods:
     """Base of families whose methods check their arguments as `checked` does, in every subclass.
 
+    Modules among them remember the arguments that they were built with; see `Built`.
+
     Class arguments:
         checks: names of the methods.
     """
@@ -70,10 +74,81 @@ class CheckedMethods:
 
     def __init_subclass__(cls, checks: Sequence[str] = (), **options: Any) -> None:
         super().__init_subclass__(**options)
+        if issubclass(cls, nn.Module) and inspect.isfunction(vars(cls).get("__init__")):
+            setattr(cls, "__init__", _remembering(vars(cls)["__init__"]))  # noqa: B010
         cls._checks = (*cls._checks, *checks)
         for name in cls._checks:
             if inspect.isfunction(vars(cls).get(name)):
                 setattr(cls, name, checked(vars(cls)[name]))
+
+
+@dataclass(frozen=True)
+class Built:
+    """How a module was built: what describes it in a file that it is saved to.
+
+    Large tensors and most objects are left out, so that a module keeps no data alive.
+    """
+
+    kind: type
+    arguments: Mapping[str, Any]  # those that were given, by name; `LEFT_OUT` for one that was not kept
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Built | None:
+        """How a module was built; None if that is unknown."""
+        found = vars(module).get(BUILT)
+        return found if isinstance(found, Built) and found.kind is type(module) else None
+
+
+class LeftOut:
+    """Stands for an argument that was not kept."""
+
+    def __repr__(self) -> str:
+        return "an argument that was not kept"
+
+    def __reduce__(self) -> str:
+        return "LEFT_OUT"  # the one there is
+
+
+LEFT_OUT = LeftOut()
+BUILT = "_built"  # the attribute of a module that holds it
+
+
+def _remembering(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        _remember(self, function, args, kwargs)
+        function(self, *args, **kwargs)
+
+    return build
+
+
+def _remember(module: Any, function: Callable[..., None], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Keep the arguments of the constructor with the module, unless that of a subclass has done so."""
+    if not isinstance(module, nn.Module) or BUILT in vars(module):
+        return
+    if inspect.unwrap(type(module).__init__) is not inspect.unwrap(function):
+        vars(module)[BUILT] = None  # a subclass with a constructor of its own, whose arguments nobody has seen
+        return
+    try:
+        bound = inspect.signature(function).bind(module, *args, **kwargs)
+    except TypeError:  # the constructor raises it
+        return
+    given = dict(list(bound.arguments.items())[1:])
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    vars(module)[BUILT] = Built(type(module), {name: _kept(value) for name, value in given.items()})
+
+
+def _kept(value: Any) -> Any:
+    """The argument, if it describes the module and is small."""
+    if isinstance(value, Tensor):
+        return value.detach() if value.numel() <= MAX_KEPT and not isinstance(value, nn.Parameter) else LEFT_OUT
+    if isinstance(value, list | tuple | dict):
+        return value if len(value) <= MAX_KEPT else LEFT_OUT
+    owner = type(value).__module__.partition(".")[0]
+    held = callable(value) or is_dataclass(value) or owner in ("builtins", "torch", "numpy")
+    return value if held else LEFT_OUT
 
 
 def is_checked(target: Any) -> bool:
@@ -102,6 +177,7 @@ def _with_check(
     @functools.wraps(function)
     def construct(*args: Any, **kwargs: Any) -> None:
         door.check(args, kwargs)
+        _remember(args[0], function, args[1:], kwargs)
         try:
             function(*args, **kwargs)
         except RuntimeError as error:

@@ -193,7 +193,7 @@ def test_load_flow_rebuilds_the_averaged_flow(tmp_path):
         x = torch.randn(5, 2, dtype=torch.float64)
         assert torch.equal(loaded.log_prob(x), flow.log_prob(x))
     torch.set_default_dtype(torch.float64)
-    assert flows.load is load_flow
+    assert torch.equal(flows.load(tmp_path / "run").log_prob(x), flow.log_prob(x))
     filled = load_flow(tmp_path / "run", flow=build_flow(CONFIG, (2,)))
     assert torch.equal(filled.log_prob(x), flow.log_prob(x))
     other = build_flow({**CONFIG, "field": {"_target_": "flows.fields.MLP", "hidden": [4]}}, (2,))
@@ -202,9 +202,22 @@ def test_load_flow_rebuilds_the_averaged_flow(tmp_path):
 
 
 def test_a_run_without_settings_says_what_to_do(tmp_path):
-    small_trainer(tmp_path).fit()
-    with pytest.raises(CheckpointError, match=r"build the flow yourself and call load_flow\(path, flow=flow\)"):
-        load_flow(tmp_path)
+    def log_prob(flow):
+        return flow.log_prob(torch.tensor([[0.5, 1.0]]), generator=torch.Generator().manual_seed(0))
+
+    trainer = small_trainer(tmp_path / "plain")
+    trainer.fit()
+    assert torch.equal(log_prob(load_flow(tmp_path / "plain")), log_prob(trainer.model))  # the model tells them
+
+    class Own(flows.fields.MLP):
+        """Nobody else can import it."""
+
+    trainer = small_trainer(tmp_path / "own")
+    trainer.model.field.__class__ = Own
+    trainer.fit()
+    with pytest.raises(CheckpointError, match=r"build the flow yourself and call flows.load\(path, flow=flow\)"):
+        load_flow(tmp_path / "own")
+    assert torch.equal(log_prob(flows.load(tmp_path / "own", flow=trainer.model)), log_prob(trainer.model))
 
 
 HOSTILE = {

@@ -211,15 +211,18 @@ def _support(distribution: Distribution) -> constraints.Constraint | None:
         return None
 
 
-def _tensors(owner: Any, path: str = "") -> Iterator[tuple[str, Any, Any, Tensor]]:
-    """Yield every tensor in a distribution: its name, what holds it under which key, and the tensor."""
+def _tensors(owner: Any, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any, Any, Tensor]]:
+    """Yield every tensor in a distribution: its name, what holds it under which key, and the tensor.
+
+    A transform and its inverse hold each other; what is already on the way is passed over.
+    """
     items: Iterator[tuple[Any, Any]] | Any = enumerate(owner) if isinstance(owner, list) else vars(owner).items()
     for key, value in list(items):
         name = f"{path}.{key}" if path else str(key)
         if isinstance(value, Tensor):
             yield name, owner, key, value
-        elif isinstance(value, Distribution | Transform | list):
-            yield from _tensors(value, name)
+        elif isinstance(value, Distribution | Transform | list) and id(value) not in seen:
+            yield from _tensors(value, name, seen | {id(owner)})
 
 
 def _put(holder: Any, key: Any, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -51,7 +51,7 @@ def resumed_config(
         InvalidValueError: an override would make it another run.
     """
     file = find_checkpoint(path, prefer="last")
-    config = checkpoint_config(load_to_resume(file), file, trust)
+    config = checkpoint_config(load_to_resume(file), file, trust, of_run=True)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     given = {override.key_or_group: override.value() for override in parsed}
     fixed = [key for key in given if key not in RESUME_SETTINGS and not CHANGEABLE_ON_RESUME.fullmatch(key)]
@@ -111,7 +111,7 @@ def find_run(config: Mapping[str, Any], trust: Sequence[str] = ()) -> Continued:
             _compare(begun, config, folder)
         return Continued(None)
     content = load_to_resume(file)
-    old = checkpoint_config(content, file, own)
+    old = checkpoint_config(content, file, own, of_run=True)
     changed = _compare(old, config, folder)
     summary = read_json(Path(folder) / SUMMARY)
     tested_alike = not any(name.startswith("evaluation.") for name in changed)

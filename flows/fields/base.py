@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from flows.arguments import checked
+from flows.arguments import CheckedMethods, checked
 from flows.checks import as_shape
 from flows.errors import InvalidValueError
 from flows.vector_field import BoundField
 
 
 @checked
-class Field(nn.Module, ABC):
+class Field(CheckedMethods, nn.Module, ABC):
     """A vector field v(t, x), or v(t, x; context), on points of a fixed event shape.
 
     Any module with the same `forward` is a field as it is; this class states the shapes and checks the context. A

@@ -104,7 +104,7 @@ class Forced(Field):
         self.stops = stops
         self.extrapolate = extrapolate
         self.register_buffer("signal", shared)
-        if shared is not None:
+        if shared is not None and not torch.empty(()).is_meta:  # shapes alone are wanted there
             self.bind().check_times(None, None)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -335,7 +335,7 @@ class Samples:
 
 def _table(times: Tensor | Sequence[float], values: Tensor | Sequence[Any]) -> Tensor:  # (S, 1 + k)
     """The samples of one signal."""
-    t, u = (torch.as_tensor(given) for given in (times, values))
+    t, u = (given if isinstance(given, Tensor) else torch.tensor(given, device="cpu") for given in (times, values))
     u = u[:, None] if u.ndim == 1 else u
     if t.ndim != 1 or u.ndim != 2 or len(t) != len(u) or not len(t):
         raise InvalidValueError(

@@ -45,7 +45,7 @@ class Coefficient:
         for name in ("low", "high"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))
-        start = torch.as_tensor(self.start, dtype=torch.float64)
+        start = torch.as_tensor(self.start, dtype=torch.float64, device="cpu")
         low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
         if not bool(start.isfinite().all()) or not bool(((start > low) & (start < high)).all()):
             raise InvalidValueError(
@@ -55,11 +55,11 @@ class Coefficient:
     @property
     def scale(self) -> float:
         """The size of the start, in which a parameter without bounds is measured."""
-        return float(torch.as_tensor(self.start, dtype=torch.float64).abs().max()) or 1.0
+        return float(torch.as_tensor(self.start, dtype=torch.float64, device="cpu").abs().max()) or 1.0
 
     def raw(self) -> Tensor:
         """r at the start."""
-        start = torch.as_tensor(self.start, dtype=torch.float64)
+        start = torch.as_tensor(self.start, dtype=torch.float64, device="cpu")
         if self.low is not None and self.high is not None:
             return torch.logit((start - self.low) / (self.high - self.low))
         if self.low is not None:

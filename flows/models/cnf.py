@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+import flows
 from flows.arguments import checked
 from flows.bases import Base, NoDensityError, as_base
 from flows.checks import as_shape, check_number, fits_in_memory
@@ -24,7 +25,7 @@ from flows.fields import Guided
 from flows.models.distribution import FlowDistribution
 from flows.models.examination import examine, foreign_tensors, look_for_jumps
 from flows.models.precision import keeping_complex, suitable_context, working_dtype
-from flows.models.results import LogProbEstimate, Sample, Transport
+from flows.models.results import DataNames, LogProbEstimate, Sample, Transport
 from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
 from flows.solvers import ODESolver, Solution, SolverError
@@ -65,6 +66,8 @@ class CNF(nn.Module):
         InvalidValueError: the event shape is missing, or field, base and `event_shape` disagree about it, or field and
             encoder about the features.
     """
+
+    names: DataNames = DataNames()  # what the data are called, once the flow has been trained on some
 
     def __init__(
         self,
@@ -181,7 +184,14 @@ class CNF(nn.Module):
     def guided(self, weight: float) -> CNF:
         """This flow under classifier-free guidance (`Guided`); it shares all modules."""
         guided = Guided(self.field, weight)
-        return CNF(guided, self.divergence, self.solver, self.base, self.transform, self.event_shape, self.encoder)
+        parts = (self.divergence, self.solver, self.base, self.transform, self.event_shape, self.encoder)
+        flow = CNF(guided, *parts)
+        flow.names = self.names
+        return flow
+
+    def to_hub(self, repo: str, **options: Any) -> str:
+        """Upload the flow to the Hugging Face Hub; see `flows.to_hub`."""
+        return flows.to_hub(self, repo, **options)
 
     @property
     def context_shape(self) -> tuple[int, ...] | None:

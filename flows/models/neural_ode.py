@@ -15,7 +15,7 @@ from flows.dynamics import StateDynamics
 from flows.errors import InvalidValueError
 from flows.models.examination import examine, foreign_tensors, look_for_jumps
 from flows.models.precision import keeping_complex, suitable_context, working_dtype
-from flows.models.results import Trajectory
+from flows.models.results import DataNames, Trajectory
 from flows.models.times import Times
 from flows.path_costs import PathCost, draw_directions
 from flows.solvers import ODESolver, SolverError
@@ -52,6 +52,8 @@ class NeuralODE(nn.Module):
     Raises:
         InvalidValueError: the event shape is missing or disagrees with the field's, or the noise is not > 0.
     """
+
+    names: DataNames = DataNames()  # what the data are called, once the model has been trained on some
 
     def __init__(
         self,

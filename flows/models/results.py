@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from flows.solvers import SolverStatistics
+
+
+@dataclass(frozen=True)
+class DataNames:
+    """What the data of a model are called; a file that the model is saved to keeps it."""
+
+    name: str = "model"  # of the data set
+    columns: Sequence[str] | None = None  # of the entries of a point
+    class_names: Sequence[str] | None = None  # where the context is a class
+    num_classes: int | None = None
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> DataNames:
+        """Those in the description of a data set."""
+        columns, classes = description.get("columns"), description.get("class_names")
+        return cls(
+            str(description.get("name", "model")),
+            None if columns is None else tuple(map(str, columns)),
+            None if classes is None else tuple(map(str, classes)),
+            description.get("num_classes"),
+        )
 
 
 @dataclass(frozen=True)

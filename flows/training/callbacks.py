@@ -335,7 +335,7 @@ class Checkpoints:
         self._save(run, "last")
 
     def _save(self, run: Run, name: str) -> None:
-        content = {"config": run.settings, **run.state.state_dict()}
+        content = {"config": run.settings, **run.described, **run.state.state_dict()}
 
         def write() -> None:
             path = run.folder / FOLDER / f"{name}.pt"

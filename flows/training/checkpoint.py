@@ -22,6 +22,7 @@ from flows.writing import atomic_write
 FORMAT = "flows checkpoint"
 VERSION = 4  # of the arrangement, and of what fields make of the same weights
 MAX_EVENT = 2**28  # numbers in one point, more than any data have
+MODEL_FILE = "model.safetensors"  # of a folder that holds a model alone
 EXTRA = "_extra_state"  # the last word of the names of what get_extra_state has returned
 
 # What a checkpoint must hold: to use its model, and to continue its run.
@@ -167,6 +168,8 @@ def find_checkpoint(
     path = _existing(path, folder=True)
     if path.is_file():
         return path
+    if (path / MODEL_FILE).is_file():
+        return path / MODEL_FILE
     other = "last" if prefer == "best" else "best"
     for folder in (path / FOLDER, path):
         for name in (prefer, other):

@@ -216,6 +216,9 @@ class Loop:
         with self._signals_at_once():
             if run.due("validate") and position.validated != position.step:
                 self._validate(stage)
+            if stage.patience is not None and position.validated == position.step:
+                since = position.step - max(position.best_step or 0, position.stage_starts[-1])
+                run.stage_is_over |= since >= stage.patience
             run.call("on_step_end")
 
     def _signals_at_once(self) -> contextlib.AbstractContextManager[None]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +23,7 @@ from flows.errors import FileError, InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
 from flows.models.precision import working_dtype
+from flows.models.results import DataNames
 from flows.objectives import MaximumLikelihood
 from flows.objectives.checks import check_kind, check_levels
 from flows.training import checkpoint as files
@@ -30,8 +31,10 @@ from flows.training.amounts import check_batch, check_evaluation, check_size, ch
 from flows.training.annotations import SettingsError
 from flows.training.blueprint import MisfitError, build_like
 from flows.training.checkpoint import CheckpointError, check_content, find_checkpoint, load_checkpoint
+from flows.training.described import with_tensors
 from flows.training.files import check_place
 from flows.training.fitting import dtype_named, load_weights
+from flows.training.model_file import is_model_file, read_model
 from flows.training.settings import TARGET, complete, instantiate, parameter_names
 from flows.training.settings_text import read_settings
 from flows.training.stage import Stage
@@ -58,6 +61,7 @@ class LoadedRun:
     context_shape: tuple[int, ...] | None  # of the training data
     num_classes: int | None  # None: the contexts are no classes
     data: Mapping[str, Any]  # what identifies the training data, for `flows.datasets.comparison`
+    extra: Mapping[str, Any] = field(default_factory=dict)  # of a file that holds more than a model
 
     @property
     def conditions(self) -> Conditions | None:
@@ -102,16 +106,22 @@ def load_flow(path: str | os.PathLike[str], trust: Sequence[str] = (), flow: CNF
     if flow is None:
         return load_run(path, trust).model
     file = find_checkpoint(path)
-    content = load_checkpoint(file)
+    content = load_content(file)
     check_content(content, file, files.MODEL)
     _fill(flow, content, file)
+    flow.names = DataNames.of(content["data"])
     return flow.eval()
+
+
+def load_content(file: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run, or the file of a model, which holds less."""
+    return read_model(file) if is_model_file(file) else load_checkpoint(file)
 
 
 def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedRun:
     """Load a trained model like `load_flow`, with the settings of its run."""
     file = find_checkpoint(path)
-    content = load_checkpoint(file)
+    content = load_content(file)
     config = checkpoint_config(content, file, trust)
     check_content(content, file, files.MODEL)
     data = content["data"]
@@ -133,25 +143,40 @@ def load_run(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> LoadedR
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"no model can be built from the settings in {file}: {error}") from error
     _fill(model, content, file)
-    return LoadedRun(model.eval(), config, file, content["position"]["step"], shape, data.get("num_classes"), data)
+    if isinstance(model, CNF | NeuralODE):
+        model.names = DataNames.of(data)
+    step, extra = content["position"]["step"], content.get("extra", {})
+    return LoadedRun(model.eval(), config, file, step, shape, data.get("num_classes"), data, extra)
 
 
 def checkpoint_config(
-    content: Mapping[str, Any], path: str | os.PathLike[str], trust: Sequence[str] = ()
+    content: Mapping[str, Any], path: str | os.PathLike[str], trust: Sequence[str] = (), of_run: bool = False
 ) -> dict[str, Any]:
     """The settings in a checkpoint, once they have proved harmless.
+
+    Args:
+        of_run: those of a whole run, not of its model alone.
 
     Raises:
         CheckpointError: there are none, or they describe no model.
         UntrustedConfigError: see `check_trusted`.
     """
-    if content.get("config") is None:
+    text = content.get("config")
+    if text is None and of_run:
         raise CheckpointError(
-            f"{path} holds no settings, since the run was started from Python without config=...; build the flow "
-            "yourself and call load_flow(path, flow=flow)"
+            f"{path} holds no settings of a run, since the run was started from Python without config=...; continue it "
+            "there: flows.Trainer(..., resume=path)"
+        )
+    text = content.get("described") if text is None else text
+    if text is None:
+        raise CheckpointError(
+            f"{path} holds no settings, since its model has parts that none could describe; build the flow yourself "
+            "and call flows.load(path, flow=flow)"
         )
     try:
-        config = read_settings(content["config"])
+        kept = [content.get(name) for name in ("ema", "arguments")]
+        tensors = {name: t for one in kept if isinstance(one, dict) for name, t in one.items()}
+        config = with_tensors(read_settings(text), tensors)
     except InvalidValueError as error:
         raise CheckpointError(f"the settings in {path} are not valid: {error}") from error
     check_trusted(config, trust)

@@ -39,6 +39,8 @@ class Stage:
         warmup_steps: steps of linear warm-up; None: as the objective recommends, but at most a tenth of `steps`.
         schedule: `"cosine"` (to zero), `"constant"`, or a function of `done`.
         optimizer: called as `optimizer(parameters, lr=...)` at the start of the stage; None: that of `Optimization`.
+        patience: end the stage early when no validation of the last so many steps was better than all before; None:
+            never.
 
     Raises:
         ValueError: a number is out of its range, or there is no schedule of that name.
@@ -52,6 +54,7 @@ class Stage:
     warmup_steps: int | None = None
     schedule: str | Callable[[float], float] = "cosine"
     optimizer: Callable[..., Optimizer] | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.objective):
@@ -79,6 +82,8 @@ class Stage:
         for name, value in recommended.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.patience is not None:
+            whole_number("patience", self.patience, 1, otherwise="None never ends the stage early")
         whole_number("batch_size", self.batch_size, 1)
         whole_number("warmup_steps", self.warmup_steps, 0)
         check_number("learning_rate", self.learning_rate, above=0)

@@ -306,6 +306,7 @@ class Run:
         reporting: how often to log, validate, draw and save.
         folder: of the run.
         settings: of the run, as yaml text; None if it was started without `config`.
+        described: what builds the model again, for a run without settings.
         config: the same, nested.
         solves: what the solver tells about the last step; empty for an objective that solves nothing.
         learning_rate: of the last step.
@@ -337,6 +338,7 @@ class Run:
         self.folder = folder
         self.config = config
         self.settings = settings
+        self.described: Mapping[str, Any] = {}
         self.solves: list[SolverStatistics] = []
         self.learning_rate = 0.0
         self.stage_is_over = False

@@ -21,6 +21,9 @@ from flows.datasets import Dataset
 from flows.datasets.recognition import refuse_other_data
 from flows.errors import ComputationError, FlowsError, InvalidTypeError, InvalidValueError
 from flows.evaluation import Evaluator, Report, aligned, default_evaluator
+from flows.models.cnf import CNF
+from flows.models.neural_ode import NeuralODE
+from flows.models.results import DataNames
 from flows.naming import in_words
 from flows.objectives import Objective
 from flows.solvers import Compilations, SolverError, compilations, many_solves
@@ -28,6 +31,7 @@ from flows.training.callbacks import Reporting
 from flows.training.checkpoint import CheckpointError, describe, find_checkpoint, load_checkpoint
 from flows.training.compile import compiled, is_long, stages_to_compile
 from flows.training.continuing import AUTO, discard_unsaved, saved_state, was_killed_early
+from flows.training.described import try_to_describe
 from flows.training.fabric import Hardware, build_fabric, deterministic_algorithms, on_first_process
 from flows.training.files import (
     CONFIG,
@@ -179,6 +183,8 @@ class Trainer:
             check_place(output_dir)
         self.model = model
         self.dataset = dataset
+        if isinstance(model, CNF | NeuralODE):
+            model.names = DataNames.of(describe(dataset))
         self.stages = as_stages(objective, steps)
         self.optimization = optimization or Optimization()
         self.hardware = hardware or Hardware()
@@ -287,6 +293,8 @@ class Trainer:
         state = self._new_state()
         position = state.position
         run = Run(self.fabric, state, self.stages, self.evaluator, self.reporting, self.folder, self.config, settings)
+        if settings is None and (described := try_to_describe(self.model)) is not None:
+            run.described = {"described": settings_text(described.settings), "arguments": described.arguments}
         if self._checkpoint is not None:
             best = on_first_process(self.fabric, lambda: load_best(self.folder))
             state.resume(self._checkpoint, self.stages, best)

@@ -34,10 +34,39 @@ OPTIMIZERS = tuple(getattr(torch.optim, name) for name in ("Adam", "AdamW", "SGD
 LAYERS = tuple(
     getattr(nn, name) for name in ("ELU", "GELU", "Identity", "Mish", "ReLU", "Sigmoid", "SiLU", "Softplus", "Tanh")
 )
-SAFE_NAMES = {
-    *(f"torch.optim.{kind.__name__}" for kind in OPTIMIZERS),
-    *(f"torch.nn.{kind.__name__}" for kind in LAYERS),
+DISTRIBUTIONS = tuple(
+    getattr(torch.distributions, name)
+    for name in (
+        "Beta",
+        "Categorical",
+        "Cauchy",
+        "Chi2",
+        "Dirichlet",
+        "Exponential",
+        "Gamma",
+        "Gumbel",
+        "HalfCauchy",
+        "HalfNormal",
+        "Independent",
+        "InverseGamma",
+        "Laplace",
+        "LogNormal",
+        "LowRankMultivariateNormal",
+        "MixtureSameFamily",
+        "MultivariateNormal",
+        "Normal",
+        "StudentT",
+        "Uniform",
+        "VonMises",
+        "Weibull",
+    )
+)
+FROM_TORCH = {
+    f"torch.{home}.{kind.__name__}": kind
+    for home, kinds in (("optim", OPTIMIZERS), ("nn", LAYERS), ("distributions", DISTRIBUTIONS))
+    for kind in kinds
 }
+SAFE_NAMES = set(FROM_TORCH)
 SAFE_KEYS = {"_target_", "_partial_"}
 # Modules that may be imported to look for a class. Those of the programs do things when they are imported.
 MODULES = (
@@ -86,8 +115,9 @@ class _Part:
 
 
 SOLVES = (DivergenceEstimator, ProbeFamily, ODESolver, ErrorControl)
+FLOW = (CNF, Field, Activation, Transform, DequantisationNoise, Base, Encoder, *SOLVES, *LAYERS)  # of a flow as a base
 PARTS = {
-    "base": _Part((Base,), (Base, Dataset)),
+    "base": _Part((Base,), (Dataset, *DISTRIBUTIONS, *FLOW)),
     "data": _Part((Dataset,), (Dataset,)),
     "divergence": _Part((DivergenceEstimator,), (DivergenceEstimator, ProbeFamily)),
     "encoder": _Part((Encoder,), (Encoder, *LAYERS)),
@@ -101,6 +131,7 @@ PARTS = {
     ),
     "optimization": _Part((Optimization,), OPTIMIZERS),
     "optimizer": _Part(OPTIMIZERS),
+    "posterior": _Part((), DISTRIBUTIONS),  # its prior
     "reporting": _Part((Reporting,)),
     "solver": _Part((ODESolver,), (ErrorControl,)),
     "transform": _Part((Transform,), (Transform, DequantisationNoise, Field, Activation)),
@@ -197,7 +228,7 @@ def _check_target(target: Any, trust: Sequence[str], where: str, part: str) -> N
     if part == "field" and inspect.isfunction(found) and found.__module__ == equations.__name__:
         return
     if isinstance(target, str) and target in SAFE_NAMES:
-        found = getattr(nn if target.startswith("torch.nn.") else torch.optim, target.rpartition(".")[2])
+        found = FROM_TORCH[target]
     if (
         isinstance(found, type)
         and issubclass(found, kinds or ())
