@@ -48,6 +48,51 @@ TINY = [
 ]
 
 
+def test_samples_of_a_class_by_its_name_go_into_any_format(run, tmp_path):
+    quick = ["data=moons_by_class", *TINY[1:]]
+    code, _, err = run("train", *quick, "output_dir=run")
+    assert code == 0, err
+    drawn = {}
+    for ending, label in ((".npy", "lower"), (".csv", "1"), (".parquet", "lower")):
+        code, out, err = run("sample", "checkpoint=run", "num_samples=20", f"class={label}", f"output=s{ending}")
+        assert (code, "20 samples of shape (2,)" in out) == (0, True), err
+        drawn[ending] = np.load("s.npy") if ending == ".npy" else read_table(f"s{ending}")[0]
+    assert drawn[".csv"] == pytest.approx(drawn[".npy"], abs=1e-6)
+    assert drawn[".parquet"] == pytest.approx(drawn[".npy"], abs=0)
+    assert "samples: 100%" in err
+    code, out, err = run("sample", "checkpoint=run", "output=only.png", "progress_bar=false")
+    assert (tmp_path / "only.png").stat().st_size > 1000
+    assert not list(tmp_path.glob("only.[!p]*"))
+    assert "samples:" not in err
+    code, _, err = run("sample", "checkpoint=run", "class=lowest")
+    assert code == 2
+    assert "class must be one of upper, lower, or a whole number from 0 to 1, got 'lowest'; did you mean lower?" in err
+    code, _, err = run("sample", "checkpoint=run", "output=s.txt")
+    assert "output must end in .npy, .csv, .parquet or .png, got 's.txt'" in err
+
+
+def test_an_interrupted_sample_keeps_what_was_drawn(run, tmp_path, monkeypatch):
+    run("train", *TINY, "output_dir=run")
+    sample, solves = flows.CNF.sample, []
+
+    def interrupted(self, *arguments, **named):
+        solves.append(1)
+        if len(solves) == 3:
+            raise KeyboardInterrupt
+        return sample(self, *arguments, **named)
+
+    whole = ("sample", "checkpoint=run", "num_samples=25", "batch_size=10", "plot=false")
+    run(*whole, "output=whole.npy")
+    monkeypatch.setattr(flows.CNF, "sample", interrupted)
+    code, out, _ = run(*whole, "output=part.npy")
+    assert code == 128 + signal.SIGINT
+    assert "20 of 25 samples of shape (2,) in part.npy" in out
+    assert np.array_equal(np.load("part.npy"), np.load("whole.npy")[:20])
+    solves[:] = [1, 1]
+    code, out, _ = run(*whole, "output=none.npy")
+    assert (code, (tmp_path / "none.npy").exists()) == (128 + signal.SIGINT, False)
+
+
 def test_train_evaluate_and_sample(run, tmp_path, monkeypatch):
     code, out, _ = run("train", *TINY, "output_dir=run", "seed=3")
     assert code == 0
@@ -110,7 +155,7 @@ def test_train_evaluate_and_sample(run, tmp_path, monkeypatch):
     monkeypatch.setattr(flows.CNF, "sample", None)  # nothing is drawn for it
     code, _, err = run("sample", "checkpoint=run", "output=samples.txt")
     assert code == 2
-    assert "output must end in .npy or .csv" in err
+    assert "output must end in .npy, .csv, .parquet or .png" in err
     code, _, err = run("evaluate", "checkpoint=run", "part=train")
     assert code == 2
     assert "part must be test or validation, got 'train'" in err

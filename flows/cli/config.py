@@ -40,11 +40,13 @@ PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "device": str | None,
     "dtype": str | None,
     "trust": Sequence[str],
-    "part": str,
+    "part": str | None,
+    "rows": str | None,
     "checkpoint": str | None,
     "resume": str | None,
     "num_samples": int,
     "id": str | None,
+    "class": int | str | None,
     "num_draws": int,
     "guidance": float | None,
     "points": int | None,
@@ -52,12 +54,12 @@ PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "variants": Mapping[str, Mapping[str, Any]] | None,
     "measure": Mapping[str, Any],
     "affordable": float,
-    "batch_size": int,
-    "solver_error_points": int,
+    "batch_size": int | None,
+    "solver_error_points": int | None,
     "plot": bool,
     "progress_bar": bool,
 }
-PATHS = ("output_dir", "output", "checkpoint", "resume")
+PATHS = ("output_dir", "output", "rows", "checkpoint", "resume")
 
 
 def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequence[str]) -> None:
@@ -245,8 +247,13 @@ def check_path(name: str, path: Any) -> None:
         raise InvalidValueError(f"{name} cannot be a path ({reason}): {path!r}") from error
 
 
-def check_output(path: str | None, *suffixes: str) -> None:
+def check_output(path: str | None, *suffixes: str, name: str = "output") -> None:
     """Refuse a file that cannot be written, before anything is computed for it.
+
+    Args:
+        path: the file.
+        suffixes: that it may have.
+        name: of the setting.
 
     Raises:
         InvalidValueError: it has another ending than those.
@@ -255,13 +262,19 @@ def check_output(path: str | None, *suffixes: str) -> None:
     if path is None:
         return
     file = Path(path)
+    endings = in_words_or(suffixes)
     if file.is_dir():
-        raise OutputFolderError(f"output={path} is a folder; give a file that ends in {' or '.join(suffixes)}")
+        raise OutputFolderError(f"{name}={path} is a folder; give a file that ends in {endings}")
     if file.suffix not in suffixes:
-        raise InvalidValueError(f"output must end in {' or '.join(suffixes)}, got {path!r}")
+        raise InvalidValueError(f"{name} must end in {endings}, got {path!r}")
     above = next(folder for folder in file.absolute().parents if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise OutputFolderError(f"output={path} cannot be written: {above} is no folder that can be; choose another")
+        raise OutputFolderError(f"{name}={path} cannot be written: {above} is no folder that can be; choose another")
+
+
+def in_words_or(names: Sequence[str]) -> str:
+    """Names as a phrase, such as ".csv, .npy or .png"."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
@@ -22,8 +22,10 @@ from flows.evaluation import (
     DensityEvaluator,
     DistanceEvaluator,
     EnergyEvaluator,
+    Likelihood,
     OutlierScores,
     Report,
+    RowScores,
     TrajectoryEvaluator,
     aligned,
 )
@@ -34,11 +36,13 @@ from flows.objectives.checks import check_base, check_kind
 from flows.training.amounts import check_evaluation
 from flows.training.files import run_folder
 from flows.training.runs import LoadedRun, build_dataset, load_run, place
+from flows.training.scored import all_rows, is_another_file
 from flows.training.settings import instantiate
 from flows.training.trusted import may_download
 from flows.writing import to_json, write_result
 
 PARTS = ("data", "divergence", "solver")  # as in training unless the settings change them
+SOLVER_ERROR_POINTS = 2_000  # unless each row is asked for
 SCORES = ("nll", "free_energy", "wasserstein2", "mse")  # the first of them in a report is what the program returns
 
 
@@ -67,56 +71,86 @@ def evaluate(composed: DictConfig) -> float | None:
     with readable_errors():
         settings = plain_settings(composed)
         check_output(settings["output"], ".json")
+        check_output(settings["rows"], ".csv", ".parquet", name="rows")
         run = load_run(settings["checkpoint"], settings["trust"])
         of_series = isinstance(run.model, NeuralODE)
         if of_series:
             _refuse_densities(settings)
         parts = [part for part in PARTS if part != "divergence" or not of_series]
         config = with_changes(run.config, {part: settings.get(part) for part in parts})
-        network = may_download(settings.get("data"), settings["trust"])
-        dataset = build_dataset(config, True, network, run.conditions)
+        dataset, part = _chosen_data(run, config, settings)
+        settings["part"] = part
         check_kind(run.model, dataset)
-        dataset, data = recognised(run.data, dataset, settings["part"])
+        dataset, data = recognised(run.data, dataset, part)
         if of_series:
-            model, report, scores = _tested_series(run, dataset, config, settings)
+            model, report, scores, result = _tested_series(run, dataset, config, settings)
         else:
-            model, report, scores = _tested_density(run, dataset, config, settings)
-        rows = list(report.rows)
+            model, report, scores, result = _tested_density(run, dataset, config, settings)
+        rows, shown = list(report.rows), "all rows" if dataset.is_scored else part
         content = {
             "checkpoint": str(run.checkpoint),
             "step": run.step,
-            "part": settings["part"],
+            "part": shown,
             **report.metrics,
             "evaluated_with": report.evaluated_with,
-            **{part: config[part] for part in parts},
+            **{name: config[name] for name in parts},
             "data_differ_from_run": list(data.differences),
         }
-        if data.differences and data.hashes:
-            content["points_trained_on"], _ = data.trained_on(settings["part"])
-            words = data.trained_on_in_words(settings["part"]) if content["points_trained_on"] else "see the warning"
-            rows.append(("caution", f"other data or another split than in the run: {words}"))
+        if dataset.is_scored or (data.differences and data.hashes):
+            content["points_trained_on"], _ = data.trained_on(part)
+            words = data.trained_on_in_words(part) if content["points_trained_on"] else "see the warning"
+            if dataset.is_scored:
+                rows.append(("trained on", data.trained_on_in_words(part).replace("test points", "rows")))
+            else:
+                rows.append(("caution", f"other data or another split than in the run: {words}"))
         default = run_folder(run.checkpoint) / "evaluations" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.json"
         output = Path(settings["output"] or default)
         if scores is not None:
             content |= scores.as_dict()
             rows += [*scores.table(), ("scores", str(write_result(output.with_suffix(".csv"), scores.csv())))]
+        if settings["rows"] is not None:
+            if result is None:
+                raise InvalidValueError("rows=... needs the likelihood of data, and there is none; leave it out")
+            table = RowScores.of(result, dataset, part, data)
+            rows.append(("rows", str(table.save(settings["rows"]))))
         write_result(output, to_json(content))
-        first = [("data", f"{dataset.name}, {settings['part']}"), ("solver", model.solver.method)]
+        source = f"{dataset.name}, {shown}" + (f" of {getattr(dataset, 'source', '')}" if dataset.is_scored else "")
+        first = [("data", source), ("solver", model.solver.method)]
         print(aligned([*first, *rows, ("file", str(output))]))
         return next((report.metrics[name] for name in SCORES if name in report.metrics), None)
 
 
-Tested = tuple[CNF | NeuralODE, Report, OutlierScores | None]
+Tested = tuple[CNF | NeuralODE, Report, OutlierScores | None, Likelihood | None]
+
+
+def _chosen_data(
+    run: LoadedRun, config: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[Dataset, Literal["validation", "test"]]:
+    """The data, and the part to evaluate on: without one, all rows of a file that is not that of the run."""
+    part, network = settings["part"], may_download(settings.get("data"), settings["trust"])
+    if part not in (None, "all", "test", "validation"):
+        raise InvalidValueError(f"part must be test, validation or all, got {part!r}")
+    if part == "all" or (part is None and is_another_file(run, config, settings.get("data"))):
+        if settings["outliers"]:
+            raise InvalidValueError(
+                "outliers are told from the validation and test data of the run; leave out outliers, or evaluate on "
+                "the data of the run"
+            )
+        return all_rows(run, config), "test"
+    return build_dataset(config, True, network, run.conditions), part or "test"
 
 
 def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Tested:
-    """The flow, its report, and the scores of outliers if they were asked for."""
+    """The flow, its report, the scores of outliers if they were asked for, and the likelihood of each point."""
     outliers = settings["outliers"] or None
     flow = place(run.flow, settings["device"], settings["dtype"])
     flow.divergence, flow.solver = (instantiate(config[name], name) for name in ("divergence", "solver"))
     divergence = (config.get("evaluation") or {}).get("divergence", "auto")
     if isinstance(divergence, Mapping):
         divergence = instantiate(divergence, "evaluation.divergence")
+    if settings["solver_error_points"] is None:
+        number = dataset.num_test + dataset.num_validation if settings["rows"] else SOLVER_ERROR_POINTS
+        settings = {**settings, "solver_error_points": number}
     options = {
         "divergence": flow.divergence if settings.get("divergence") else divergence,
         **{name: settings[name] for name in ("points", "batch_size", "solver_error_points", "part", "seed")},
@@ -133,8 +167,11 @@ def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any],
         warnings.warn(message, DataWarning, stacklevel=1)
     density = DensityEvaluator(dataset, num_draws=settings["num_draws"], metrics=_metrics(config), **options)
     check_evaluation(density, flow, dataset, part="")
+    likelihood = None
     if isinstance(dataset, Energy):
         report = EnergyEvaluator(dataset, **options).test(flow)
+        if settings["rows"] is not None:
+            raise InvalidValueError(f"rows=... needs points of data, and {dataset.name} is an energy; leave it out")
         likelihood = density.likelihood(flow) if outliers is not None else None
     elif not has_likelihood:
         report, likelihood = DistanceEvaluator(dataset, **options).test(flow), None
@@ -144,7 +181,7 @@ def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any],
     scores = None
     if outliers is not None and likelihood is not None:
         scores = density.outliers(flow, likelihood, other)
-    return flow, report, scores
+    return flow, report, scores, likelihood
 
 
 def _metrics(config: Mapping[str, Any]) -> list[Any] | None:
@@ -159,6 +196,7 @@ def _metrics(config: Mapping[str, Any]) -> list[Any] | None:
 def _refuse_densities(settings: Mapping[str, Any]) -> None:
     """Refuse settings of densities for a run on time series."""
     given = [name for name in ("divergence", "outliers") if settings[name]]
+    given += ["rows"] if settings["rows"] is not None else []
     given += ["num_draws"] if settings["num_draws"] != 1 else []
     if given:
         raise InvalidValueError(f"{', '.join(given)} is for densities, and this run trained a neural ODE; leave it out")
@@ -174,9 +212,9 @@ def _tested_series(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any], 
         dataset,
         batch_size=settings["batch_size"],
         max_series=settings["points"],
-        solver_error_series=settings["solver_error_points"],
+        solver_error_series=SOLVER_ERROR_POINTS if (chosen := settings["solver_error_points"]) is None else chosen,
         part=settings["part"],
         span=run.data.get("training_span"),  # the data may be others than those of the run
     )
     evaluator.check(model)
-    return model, evaluator.test(model), None
+    return model, evaluator.test(model), None, None

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from flows.checks import whole_number
 from flows.cli.config import check_output, plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
@@ -39,6 +40,7 @@ def predict(composed: DictConfig) -> None:
     with readable_errors():
         settings = plain_settings(composed)
         check_output(settings["output"], ".csv")
+        whole_number("batch_size", settings["batch_size"])
         times = read_times(settings["times"])
         run = load_run(settings["checkpoint"], settings["trust"])
         model = neural_ode_of(run)

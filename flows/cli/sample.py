@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,21 @@ from flows.cli.grammar import readable_arguments
 from flows.datasets import Dataset
 from flows.datasets.recognition import recognised, without_noise
 from flows.errors import FlowsError
-from flows.samples import chosen_context, comparable_points, draw_samples, samples_file, save_samples
+from flows.samples import (
+    ENDINGS,
+    SamplingInterrupted,
+    chosen_context,
+    comparable_points,
+    draw_samples,
+    save_samples,
+)
 from flows.training.files import run_folder
 from flows.training.runs import LoadedRun, build_dataset, load_run, place
 from flows.training.settings import instantiate
 from flows.training.trusted import may_download
+
+TABLES = (".csv", ".parquet")
+PICTURE = ".png"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,8 +48,7 @@ def sample(composed: DictConfig) -> None:
     """Sample with the composed settings."""
     with readable_errors():
         settings = plain_settings(composed)
-        check_output(settings["output"], ".npy", ".csv")
-        output = None if settings["output"] is None else samples_file(settings["output"])
+        check_output(settings["output"], *ENDINGS, PICTURE)
         run = load_run(settings["checkpoint"], settings["trust"])
         config = with_changes(run.config, {part: settings.get(part) for part in ("data", "solver")})
         run.flow.solver = instantiate(config["solver"], "solver")
@@ -48,10 +58,12 @@ def sample(composed: DictConfig) -> None:
             if caveat := guidance_caveat(run.config):
                 print(f"Caution: {caveat}")
         generator = torch.Generator().manual_seed(settings["seed"])
-        output = output or run_folder(run.checkpoint) / "samples" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.npy"
+        default = run_folder(run.checkpoint) / "samples" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.npy"
+        output = Path(settings["output"] or default)
+        drawn_alone = output.suffix == PICTURE
         network = may_download(settings.get("data"), settings["trust"])
         dataset, unknown = None, ""
-        if settings["plot"] or output.suffix == ".csv" or settings.get("data"):
+        if settings["plot"] or drawn_alone or output.suffix in TABLES or settings.get("data"):
             dataset, unknown = readable_dataset(config, run, network, bool(settings.get("data")))
         context = sampling_contexts(
             run,
@@ -61,20 +73,33 @@ def sample(composed: DictConfig) -> None:
             settings["context"],
         )
         count = settings["num_samples"] if context is None else len(context)
-        samples = draw_samples(flow, count, settings["batch_size"], generator, context)
+        progress = "samples" if settings["progress_bar"] else None
+        stopped = False
+        try:
+            samples = draw_samples(flow, count, settings["batch_size"], generator, context, progress)
+        except SamplingInterrupted as interruption:
+            samples, stopped = interruption.samples, True
+            if not len(samples):
+                raise
+            context = None if context is None else context[: len(samples)]
         samples, noisy = without_noise(run.data, samples)
         columns = run.data.get("columns") if dataset is None else dataset.columns
         given = None if run.conditions is None or context is None else run.conditions.decode(context)
-        save_samples(output, samples, columns, flow.transform.num_levels, given, count // settings["num_samples"])
-        contexts = f", {settings['num_samples']:,} for each context" if count > settings["num_samples"] else ""
-        print(f"{len(samples):,} samples of shape {tuple(samples.shape[1:])} in {output}{contexts}")
+        each = count // settings["num_samples"]
+        if not drawn_alone:
+            save_samples(output, samples, columns, flow.transform.num_levels, given, 1 if stopped else each)
+            contexts = f", {settings['num_samples']:,} for each context" if each > 1 else ""
+            asked = f" of {count:,}" if stopped else ""
+            print(f"{len(samples):,}{asked} samples of shape {tuple(samples.shape[1:])} in {output}{contexts}")
         if noisy:
             print(f"rounded to the values of the data, since noise was added to them in training: {', '.join(noisy)}")
-        if settings["plot"]:
-            picture = output.with_suffix(".png")
+        if settings["plot"] or drawn_alone:
+            picture = output.with_suffix(PICTURE)
             points = None if dataset is None else comparable_points(dataset, context)
             plots.save_samples(picture, samples, points, columns)
             print(f"picture in {picture}" + (f", of the samples alone: {unknown}" if unknown else ""))
+        if stopped:
+            raise KeyboardInterrupt
 
 
 def guidance_caveat(config: Mapping[str, Any]) -> str | None:
@@ -92,14 +117,15 @@ def sampling_contexts(
     run: LoadedRun,
     dataset: Callable[[], Dataset],  # called only if the contexts come from the data
     num_samples: int,
-    label: int | None = None,
+    label: int | str | None = None,
     values: Any = None,
 ) -> Tensor | None:  # (n, *context)
     """The context of each sample: the chosen one for all, or else contexts of the data.
 
     With several chosen contexts, `num_samples` of each.
     """
-    chosen = chosen_context(run.context_shape, run.num_classes, label, values, run.conditions)
+    names = run.data.get("class_names")
+    chosen = chosen_context(run.context_shape, run.num_classes, label, values, run.conditions, names)
     if chosen is not None and chosen.ndim > len(run.context_shape or ()):
         return chosen.repeat_interleave(num_samples, 0)
     if chosen is not None:

@@ -50,6 +50,7 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
         num_classes: number K of classes if the context is a class. Contexts are then one-hot vectors (K,), and the
             zero vector means "no class". Default: None, no classes.
         conditions: names and categories of the entries of a context that comes from columns of a table. Default: None.
+        class_names: what the classes are called, in their order. Default: None, by their numbers.
         num_levels: number L of levels if the data are whole numbers 0, ..., L − 1. A flow must dequantise them.
             Default: None, continuous data.
         bounds: low and high, two tensors (*event), between which all examples lie; ±inf where there is no bound.
@@ -57,6 +58,7 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
         columns: names of the features of a table. Default: None, no names.
         split_settings: plain values that decide the split, and what else training data depend on. Default: none.
         has_samples: whether there are points; an energy may have none. Default: True.
+        is_scored: whether all examples are in the test part, since they are only evaluated on. Default: False.
         has_log_prob: whether `log_prob` is known. Default: whether the class overrides it.
         num_validation, num_test: sizes of the fixed splits.
     """
@@ -73,12 +75,14 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
     entropy: float | None = None
     context_shape: tuple[int, ...] | None = None
     num_classes: int | None = None
+    class_names: Sequence[str] | None = None
     conditions: Conditions | None = None
     num_levels: int | None = None
     bounds: tuple[Tensor, Tensor] | None = None
     columns: Sequence[str] | None = None
     split_settings: Mapping[str, Any] = MappingProxyType({})
     has_samples: bool = True
+    is_scored: bool = False
     num_validation: int
     num_test: int
     labels_identify: bool = False  # whether examples are the same only if their contexts are, too
@@ -162,6 +166,10 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
         """
         return None if self.context_shape is None else self.contexts(self.num_validation)
 
+    def row_numbers(self, split: Literal["validation", "test"]) -> Tensor:  # (n,)
+        """Return the place of each example of a split where it comes from, such as its row in a file, from 0."""
+        return torch.arange(self.num_test if split == "test" else self.num_validation)
+
     def description(self) -> dict[str, Any]:
         """Return the data set's name and shapes as plain values, for checkpoints."""
         return {
@@ -169,6 +177,7 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
             "event_shape": list(self.event_shape),
             "context_shape": None if self.context_shape is None else list(self.context_shape),
             "num_classes": self.num_classes,
+            **({} if self.class_names is None else {"class_names": list(self.class_names)}),
             **({} if self.conditions is None else {"conditions": self.conditions.as_dict()}),
             "num_levels": self.num_levels,
             "columns": None if self.columns is None else list(self.columns),

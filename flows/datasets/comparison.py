@@ -54,6 +54,8 @@ class Comparison:
         rounded: finds rows that were rounded or have a changed column; None if the rows are the same.
         columns_of_run: names of the columns.
         doubt: what keeps rows from being recognised, in words.
+        about_columns: those of the differences that concern columns, shapes and conditions, not rows and split.
+        same_rows: whether the rows are those of the run, perhaps rounded, whatever the split.
     """
 
     differences: Sequence[str] = ()
@@ -66,6 +68,8 @@ class Comparison:
     rounded: RoundedRows | None = None
     columns_of_run: Sequence[str] = ()
     doubt: str = ""
+    about_columns: Sequence[str] = ()
+    same_rows: bool = False
 
     @property
     def text(self) -> str:
@@ -93,6 +97,17 @@ class Comparison:
             known = float(np.isin(sampled, self.trained).mean()) if len(sampled) else 0.0
             return round(known * len(found)), len(found)
         return int(np.isin(found, self.trained).sum()), len(found)
+
+    def known_to_be_trained_on(self, part: str) -> NDArray[np.float64]:
+        """Return 1 for each point of a part that is exactly a training point of the run, 0 for others.
+
+        NaN for a point of which that is not known, since a run keeps at most 65,536 hashes.
+        """
+        found = self.hashes.get(part, np.empty(0, np.uint64))
+        known = np.isin(found, self.trained).astype(np.float64)
+        if self.share < 1 and len(self.trained):
+            known[found > self.trained[-1]] = np.nan
+        return known
 
     def trained_on_in_words(self, part: str) -> str:
         """Say it, such as "12 of 100 test points are training points of the run"."""
@@ -133,7 +148,8 @@ def _compared(stored: Mapping[str, Any], dataset: Dataset) -> Comparison:
     names = _Names(list(stored.get("columns") or []), list(getattr(dataset, "columns", None) or []))
     shape = [None if given is None else list(given) for given in (stored.get("event_shape"), dataset.event_shape)]
     if shape[0] is not None and shape[1] is not None and shape[0] != shape[1]:
-        return Comparison([_about_shape(shape[0], shape[1], names)])
+        text = _about_shape(shape[0], shape[1], names)
+        return Comparison([text], about_columns=[text])
     differences = []
     for key, what in SHAPES.items():
         now = getattr(dataset, key, None)
@@ -145,14 +161,16 @@ def _compared(stored: Mapping[str, Any], dataset: Dataset) -> Comparison:
     differences += _about_conditions(stored.get("conditions"), getattr(dataset, "conditions", None))
     old = stored.get("fingerprint")
     if old is None and "fingerprint" not in stored:
-        return Comparison(differences)
+        return Comparison(differences, about_columns=differences)
     if not isinstance(old, Mapping):
         raise TypeError(f"it is {type(old).__name__}, no mapping")
     new = dataset.fingerprint()
     if new["kind"] != old.get("kind"):
-        return Comparison([*differences, "they are of another kind"])
+        differences.append("they are of another kind")
+        return Comparison(differences, about_columns=differences)
     found = KINDS[new["kind"]](old, new, dataset, names)
-    return replace(found, differences=[*differences, *found.differences])
+    about_columns = [*differences, *found.about_columns]
+    return replace(found, differences=[*differences, *found.differences], about_columns=about_columns)
 
 
 def _about_conditions(stored: Mapping[str, Any] | None, now: Conditions | None) -> list[str]:
@@ -169,6 +187,7 @@ def _compare_rows(old: Mapping[str, Any], new: Mapping[str, Any], dataset: Datas
     rows, labels = dataset.rows_for_hashing(), dataset.labels_for_hashing()
     units, differences = old["units"], []
     order, columns = _match_columns(old, new, names, differences)
+    about_columns = list(differences)
     hashes = {split: hash_rows(rows[split], units, order) for split in SPLITS}
     if old.get("label_units") is not None and labels is not None:
         if any(labels[split].shape[1] != len(old["label_units"]) for split in SPLITS):
@@ -206,7 +225,23 @@ def _compare_rows(old: Mapping[str, Any], new: Mapping[str, Any], dataset: Datas
     if same_parts and any(digest(hashes[split], in_order=True) != old["order"][split] for split in parts):
         unequal.append("the same rows come in another order")
     share = len(trained) / max(1, old["trained_distinct"])
-    return Comparison(differences, unequal, columns, hashes, trained, share, rounding, rounded, names.old or [], doubt)
+    everywhere = rounding is not None or same_rows
+    if not everywhere and rounded is not None and len(every) == sum(old["rows"].values()):
+        everywhere = rounded.share >= ALL
+    return Comparison(
+        differences=differences,
+        unequal=unequal,
+        columns=columns,
+        hashes=hashes,
+        trained=trained,
+        share=share,
+        rounding=rounding,
+        rounded=rounded,
+        columns_of_run=names.old or [],
+        doubt=doubt,
+        about_columns=about_columns,
+        same_rows=everywhere,
+    )
 
 
 def _match_columns(

@@ -50,12 +50,13 @@ class ConditionalDensity(Density):
 class MoonsByClass(ConditionalDensity):
     """The two half circles of `Moons`, each as a class.
 
-    Class 0 is the upper one, class 1 the lower one. H(x | class) = 1.70257 nats, by quadrature. The entropy of `Moons`
-    is larger by the information in the class, nearly log 2.
+    Class 0, "upper", is the upper one, class 1, "lower", the lower one. H(x | class) = 1.70257 nats, by quadrature. The
+    entropy of `Moons` is larger by the information in the class, nearly log 2.
     """
 
     name = "moons_by_class"
     num_classes = 2
+    class_names = ("upper", "lower")
     context_shape = (2,)
     entropy = 1.70257
 

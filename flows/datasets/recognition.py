@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -31,13 +32,24 @@ def recognised(
     name = getattr(dataset, "source", None) or dataset.name
     if found.columns is not None and hasattr(dataset, "reordered"):
         dataset = dataset.reordered(found.columns)  # type: ignore[attr-defined]
-        warnings.warn(
-            f"{name}: the columns come in another order than in the run, and were put into its order: "
-            f"{listed(dataset.columns or [])}",
-            DataWarning,
-            stacklevel=3,
-        )
+        if not dataset.is_scored:
+            warnings.warn(
+                f"{name}: the columns come in another order than in the run, and were put into its order: "
+                f"{listed(dataset.columns or [])}",
+                DataWarning,
+                stacklevel=3,
+            )
         found = compare(stored, dataset)
+    if dataset.is_scored:
+        found = replace(found, differences=found.about_columns)  # these need not be the rows of the run
+        if part and found.trained_on(part)[0]:
+            warnings.warn(
+                f"{name}: {found.trained_on_in_words(part)}, so the figures reward memory and say little about new "
+                "points",
+                DataWarning,
+                stacklevel=3,
+            )
+            return dataset, found
     trained = found.trained_on(part)[0] if part and found.differences else 0
     if found.differences:
         known = f"; {found.trained_on_in_words(part)}" if part and found.hashes else ""

@@ -38,32 +38,47 @@ def random_split(
     return dict(zip([*sizes, "train"], parts, strict=True))
 
 
-def published_split(
+def given_split(
     count: int,
-    test_rows: Sequence[int] | ArrayLike,
-    validation_fraction: float,
+    given: Mapping[str, Sequence[int] | ArrayLike],
+    fractions: Mapping[str, float],
     seed: int,
     source: str,
     unit: str,
 ) -> dict[str, Tensor]:  # split: indices
-    """Take the test part that is given, and a random validation part of the other examples.
+    """Take the parts that are given, and choose the others at random from what is left.
+
+    Args:
+        given: the rows of "test", of "validation" or of both. The fraction of the other part is of the rows left.
 
     Other arguments and errors are those of `random_split`.
 
     Raises:
-        InvalidValueError: the test rows are no distinct whole numbers from 0 to below `count`.
+        InvalidValueError: the rows of a part are no distinct whole numbers from 0 to below `count`.
     """
-    rows = np.asarray(test_rows)
-    if rows.ndim != 1 or not len(rows) or rows.dtype.kind not in "iu":
-        raise InvalidValueError(f"test_rows must be a list of whole numbers, got {type(test_rows).__name__} {rows!r}")
-    outside = rows[(rows < 0) | (rows >= count)]
-    if len(outside) or len(np.unique(rows)) < len(rows):
-        what = f"row {outside[0]} does not exist" if len(outside) else "a row comes twice"
-        raise InvalidValueError(f"{source} has {count} {unit}, from 0 to {count - 1}, and in test_rows {what}")
-    others = torch.from_numpy(np.setdiff1d(np.arange(count), rows))
-    parts = random_split(len(others), {"validation": validation_fraction}, seed, source, unit)
-    test = torch.from_numpy(np.sort(rows).astype(np.int64))
-    return {"test": test, **{split: others[chosen] for split, chosen in parts.items()}}
+    parts: dict[str, Tensor] = {}
+    left = np.ones(count, bool)
+    for split, chosen in given.items():
+        name, rows = f"{split}_rows", np.asarray(chosen)
+        if rows.ndim != 1 or not len(rows) or rows.dtype.kind not in "iu":
+            raise InvalidValueError(f"{name} must be a list of whole numbers, got {type(chosen).__name__} {rows!r}")
+        outside = rows[(rows < 0) | (rows >= count)]
+        if len(outside) or len(np.unique(rows)) < len(rows):
+            what = f"row {outside[0]} does not exist" if len(outside) else "a row comes twice"
+            raise InvalidValueError(f"{source} has {count} {unit}, from 0 to {count - 1}, and in {name} {what}")
+        if not left[rows].all():
+            raise InvalidValueError(f"{source}: row {rows[~left[rows]][0]} is in test_rows and in validation_rows")
+        left[rows] = False
+        parts[split] = torch.from_numpy(np.sort(rows).astype(np.int64))
+    others = torch.from_numpy(np.flatnonzero(left))
+    missing = {split: fraction for split, fraction in fractions.items() if split not in given}
+    if not missing:
+        _check_sizes(
+            {"training": len(others), **{split: len(rows) for split, rows in parts.items()}}, count, source, unit
+        )
+        return {**parts, "train": others}
+    found = random_split(len(others), missing, seed, source, unit)
+    return {**parts, **{split: others[chosen] for split, chosen in found.items()}}
 
 
 def content_split(
@@ -135,7 +150,9 @@ def checked_fractions(fractions: Mapping[str, float], seed: int, unit: str) -> l
     return names
 
 
-def _check_sizes(sizes: Mapping[str, int], count: int, source: str, unit: str, names: Sequence[str]) -> None:
+def _check_sizes(
+    sizes: Mapping[str, int], count: int, source: str, unit: str, names: Sequence[str] = ("the parts",)
+) -> None:
     if sizes["training"] >= 2 and min(sizes.values()) >= 1:
         return
     found = ", ".join(f"{max(size, 0)} {split}" for split, size in sizes.items())

@@ -15,20 +15,23 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from flows.arguments import checked
-from flows.checks import existing_path, whole_number
+from flows.checks import check_number, whole_number
 from flows.conditions import Conditions
 from flows.datasets.base import Dataset
 from flows.datasets.batches import Batch, EpochStream, convert
 from flows.datasets.diagnosis import warnings_about
 from flows.datasets.hashing import content_keys, word_keys
-from flows.datasets.readers import read_groups, read_rows, read_table
-from flows.datasets.splits import content_split, group_split, published_split, random_split
+from flows.datasets.readers import read_rows
+from flows.datasets.splits import content_split, given_split, group_split, random_split
 from flows.datasets.table_columns import choose_columns
-from flows.datasets.table_contexts import TableContexts, read_context_columns
+from flows.datasets.table_contexts import TableContexts
+from flows.datasets.table_files import Wanted, read_parts
 from flows.datasets.ties import find_ties, rounding_unit
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
 
 LOGGER = logging.getLogger("flows")
+ALL = "all"  # rows are for the test
+Noise = Literal["auto"] | Sequence[str | int] | Mapping[str, float] | None  # columns to dequantise
 
 # Seeds of the noise of `dequantise_columns`, large, so that nobody uses them for training.
 NOISE_SEEDS = {
@@ -68,8 +71,8 @@ class Table(Dataset):
         validation_fraction, test_fraction: fractions of the rows, rounded to whole rows.
         split_seed: seed of the random split.
         source: what messages call the table.
-        dequantise_columns: columns to add noise to, by name or position; "auto" for all that repeat rounded values.
-            Default: none.
+        dequantise_columns: columns to add noise to, by name or position; "auto" for all that repeat rounded values; a
+            mapping from names to rounding units where these are known. Default: none.
         quiet: leave out the warnings about values.
         split_by: "position" or "content".
         groups: the group of each row, as numbers or words. Default: each row is its own.
@@ -79,8 +82,9 @@ class Table(Dataset):
         categories: names of context columns whose numbers are categories.
         conditions: what another table knows of the context columns, such as `flow.encoder.conditions`; an unknown
             category is then an error. Default: found out, by the training rows.
-        test_rows: the rows of the test part, from 0, as published splits state them. `validation_fraction` then is of
-            the other rows. Default: chosen at random.
+        test_rows, validation_rows: the rows of these parts, from 0, as published splits state them. The fraction of a
+            part that is not given is then of the other rows. `test_rows="all"`: a table to evaluate on, of which no
+            row is for training; it may have a single row. Default: chosen at random.
 
     Attributes:
         units: rounding unit of each column that noise is added to, otherwise 0.
@@ -120,14 +124,15 @@ class Table(Dataset):
         test_fraction: float = 0.1,
         split_seed: int = 0,
         source: str = "the table",
-        dequantise_columns: Literal["auto"] | Sequence[str | int] | None = None,
+        dequantise_columns: Noise = None,
         quiet: bool = False,
         split_by: Literal["position", "content"] = "position",
         groups: ArrayLike | None = None,
         context: Any = None,
         categories: Sequence[str] = (),
         conditions: Conditions | None = None,
-        test_rows: Sequence[int] | ArrayLike | None = None,
+        test_rows: Literal["all"] | Sequence[int] | ArrayLike | None = None,
+        validation_rows: Sequence[int] | ArrayLike | None = None,
     ):
         table = _as_table(values, source)
         self.name, self.source = name, source
@@ -149,23 +154,32 @@ class Table(Dataset):
             raise InvalidValueError(f"{source}: categories are of the context columns, and there are none")
         fractions = {"test": test_fraction, "validation": validation_fraction}
         whole = table.numpy() if contexts is None else np.hstack([contexts.stable(), table.numpy()])
-        self.split = _split(whole, fractions, split_seed, source, split_by, groups, test_rows)
+        self.is_scored = scored = isinstance(test_rows, str) and test_rows == ALL
+        if scored:
+            self.split = _all_rows(len(table), source)
+        else:
+            given = {"test": test_rows, "validation": validation_rows}
+            given = {part: rows for part, rows in given.items() if rows is not None}
+            self.split = _split(whole, fractions, split_seed, source, split_by, groups, given)
         self.split_settings = {
             **{f"{split}_fraction": float(fraction) for split, fraction in fractions.items()},
             **{"split_seed": int(split_seed), "split_by": split_by, "groups": groups is not None},
         }
-        if test_rows is not None:
-            self.split_settings["test_rows"] = "given"
+        for name, rows in (("test_rows", test_rows), ("validation_rows", validation_rows)):
+            if rows is not None:
+                self.split_settings[name] = ALL if scored else "given"
         self.num_validation, self.num_test = len(self.split["validation"]), len(self.split["test"])
         self._parts = {split: table[rows] for split, rows in self.split.items()}
         if contexts is not None:
-            contexts.check(self.split)
+            if not scored:
+                contexts.check(self.split)
             entries, stable = torch.from_numpy(contexts.entries), contexts.stable()
             self._contexts = {split: entries[rows] for split, rows in self.split.items()}
             self._labels = {split: stable[rows.numpy()] for split, rows in self.split.items()}
-        _check_varies(self._parts["train"], self.columns, source)
+        if not scored:
+            _check_varies(self._parts["train"], self.columns, source)
         self.units = _units(table, self.columns, dequantise_columns, source)
-        if not quiet:
+        if not (quiet or scored):
             rows = {split: indices.numpy() for split, indices in self.split.items()}
             given = {} if contexts is None else dict(zip(contexts.conditions.columns, contexts.stable().T, strict=True))
             for message in warnings_about(table.numpy(), rows, self.columns, (self.units == 0).tolist(), source, given):
@@ -181,6 +195,9 @@ class Table(Dataset):
 
     def labels_for_hashing(self) -> dict[str, np.ndarray] | None:
         return self._labels
+
+    def row_numbers(self, split: Literal["validation", "test"]) -> Tensor:
+        return self.split[split]
 
     def reordered(self, columns: Sequence[int]) -> Table:
         """Return the same table with its columns in another order."""
@@ -249,7 +266,9 @@ class Tabular(Table):
             all others. They may hold numbers or words. Default: none.
         categories: context columns whose numbers are categories.
         conditions: see `Table`.
-        test_rows: the rows of the test part, from 0, or a text file of them; see `Table`.
+        test_rows, validation_rows: the rows of these parts, from 0, or a text file of them; see `Table`.
+        test_path, validation_path: files with the rows of these parts, with the same columns. `path` then holds the
+            rows for training, and those of a part without a file of its own.
 
     Raises:
         FileError: the file does not exist or cannot be read.
@@ -266,40 +285,48 @@ class Tabular(Table):
         split_seed: int = 0,
         delimiter: str = ",",
         header: bool | None = None,
-        dequantise_columns: Literal["auto"] | Sequence[str | int] | None = None,
+        dequantise_columns: Noise = None,
         split_by: Literal["position", "content"] = "position",
         group_column: str | int | None = None,
         context_columns: Sequence[str | int] = (),
         categories: Sequence[str | int] = (),
         conditions: Conditions | None = None,
         test_rows: str | Path | Sequence[int] | None = None,
+        validation_rows: str | Path | Sequence[int] | None = None,
+        test_path: str | Path | None = None,
+        validation_path: str | Path | None = None,
     ):
-        groups, context, named = None, None, list(map(str, categories))
-        reading = {"delimiter": delimiter, "header": header}
-        if context_columns:
-            path = existing_path("path", path, "data file")
-            columns, context, named = read_context_columns(
-                path, columns, context_columns, categories, group_column, reading
-            )
-        if group_column is not None:
-            columns, groups = read_groups(path, group_column, columns, delimiter, header)
-        values, names = read_table(path, columns, **reading)
-        fractions = (validation_fraction, test_fraction, split_seed)
+        wanted = Wanted(columns, context_columns, categories, group_column, delimiter, header)
+        own = {"test": test_path, "validation": validation_path}
+        found = read_parts(path, {part: file for part, file in own.items() if file is not None}, wanted)
+        rows: dict[str, Any] = {"test_rows": test_rows, "validation_rows": validation_rows}
+        for part, places in found.rows.items():
+            if rows[f"{part}_rows"] is not None:
+                raise InvalidValueError(f"give {part}_path or {part}_rows, not both")
+            rows[f"{part}_rows"] = places
+        listed: dict[str, Any] = {name: read_rows(given) if _is_file(given) else given for name, given in rows.items()}
         super().__init__(
-            values,
-            names,
+            found.values,
+            found.names,
             name,
-            *fractions,
-            str(path),
+            validation_fraction,
+            test_fraction,
+            split_seed,
+            " and ".join(str(file) for file in (path, *found.files)),
             dequantise_columns,
             split_by=split_by,
-            groups=groups,
-            context=context,
-            categories=named,
+            groups=found.groups,
+            context=found.context,
+            categories=found.categories,
             conditions=conditions,
-            test_rows=read_rows(test_rows) if isinstance(test_rows, str | Path) else test_rows,
+            test_rows=listed["test_rows"],
+            validation_rows=listed["validation_rows"],
         )
         self.path = Path(path)
+        self._starts = {part: int(places[0]) for part, places in found.rows.items()}  # of files of their own
+
+    def row_numbers(self, split: Literal["validation", "test"]) -> Tensor:
+        return self.split[split] - self._starts.get(split, 0)
 
 
 @checked
@@ -416,14 +443,15 @@ def _split(
     source: str,
     split_by: Literal["position", "content"],
     groups: ArrayLike | None,
-    test_rows: Sequence[int] | ArrayLike | None,
+    given: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     if split_by not in ("position", "content"):
         raise InvalidValueError(f"split_by must be 'position' or 'content', got {split_by!r}")
-    if test_rows is not None:
+    if given:
         if groups is not None or split_by != "position":
-            raise InvalidValueError(f"{source}: test_rows decides the split, so leave out split_by and groups")
-        return published_split(len(table), test_rows, fractions["validation"], seed, source, "rows")
+            names = " and ".join(f"{part}_rows" for part in given)
+            raise InvalidValueError(f"{source}: {names} decides the split, so leave out split_by and groups")
+        return given_split(len(table), given, fractions, seed, source, "rows")
     if groups is None:
         if split_by == "position":
             return random_split(len(table), fractions, seed, source, "rows")
@@ -434,6 +462,18 @@ def _split(
     if split_by == "position":
         return group_split(words, fractions, seed, source, "rows")
     return content_split(word_keys(words, whole_number("split_seed", seed, 0)), fractions, seed, source, "rows")
+
+
+def _is_file(given: Any) -> bool:
+    return isinstance(given, str | Path) and given != ALL
+
+
+def _all_rows(count: int, source: str) -> dict[str, Tensor]:
+    """The split of a table that is only evaluated on."""
+    if not count:
+        raise InvalidValueError(f"{source} has no rows")
+    none = torch.zeros(0, dtype=torch.int64)
+    return {"train": none, "validation": none, "test": torch.arange(count)}
 
 
 def _exact(device: torch.device | str | None, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -448,12 +488,15 @@ def _dequantised(rows: Tensor, units: Tensor, generator: torch.Generator) -> Ten
     return rows + units * (torch.rand(rows.shape, generator=generator, dtype=rows.dtype) - 0.5)
 
 
-def _units(
-    table: Tensor, columns: Sequence[str], chosen: Literal["auto"] | Sequence[str | int] | None, source: str
-) -> Tensor:  # (columns,)
+def _units(table: Tensor, columns: Sequence[str], chosen: Noise, source: str) -> Tensor:  # (columns,)
     """Return the rounding unit of the columns to dequantise, and 0 for all others."""
     units = torch.zeros(len(columns), dtype=torch.float64)
     if chosen is None:
+        return units
+    if isinstance(chosen, Mapping):
+        for name, unit in chosen.items():
+            check_number(f"dequantise_columns.{name}", unit, above=0)
+            units[choose_columns([name], columns, source)[0]] = float(unit)
         return units
     if chosen == "auto":
         found = {ties.column: ties.unit for ties in find_ties(table.numpy()) if ties.unit is not None}

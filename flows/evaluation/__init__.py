@@ -25,6 +25,7 @@ from flows.evaluation.metrics import (
 from flows.evaluation.outliers import OutlierScores, outlier_scores, shuffled
 from flows.evaluation.parameters import ParameterEstimate, fitted_parameters, parameter_estimates
 from flows.evaluation.posterior import PosteriorEvaluator
+from flows.evaluation.rows import RowScores
 from flows.evaluation.trajectory import TrajectoryEvaluator
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "PosteriorEvaluator",
     "PredictiveMetric",
     "Report",
+    "RowScores",
     "SampleMetric",
     "SlicedWasserstein2",
     "TrajectoryEvaluator",

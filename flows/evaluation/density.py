@@ -231,7 +231,9 @@ class DensityEvaluator(FlowEvaluator):
     @checked
     def measured(self, flow: CNF) -> Mapping[str, Measurement]:
         """Measure draws of the flow by `metrics`, on the part that `test` looks at."""
-        predicts = self.dataset.conditions is not None and flow.event_shape == (1,)
+        points = self.dataset.num_test if self.part == "test" else self.dataset.num_validation
+        points = min(points, self.points or points)
+        predicts = self.dataset.conditions is not None and flow.event_shape == (1,) and points > 1
         chosen = chosen_metrics((PREDICTIVE if predicts else ()) if self.metrics is None else self.metrics)
         return measured(flow, self.dataset, chosen, self.part, self.generator(flow, "metrics"), self.points)
 

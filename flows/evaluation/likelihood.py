@@ -43,6 +43,8 @@ class Likelihood:
     solver_error_points: int  # the first points, on which the solver error was computed
     nfe: float  # evaluations of the field, the mean over the solves
     values: Tensor = field(repr=False, compare=False)  # (n,), the NLL of each point, in float64 on the CPU
+    standard_errors: Tensor | None = field(default=None, repr=False, compare=False)  # (n,), by probes and draws
+    solver_errors: Tensor | None = field(default=None, repr=False, compare=False)  # (n,); both NaN where unknown
     bits_per_dim: BitsPerDim | None = None  # None for continuous data
     num_draws: int = 1  # K
     draw_standard_error: float | None = None  # the part due to the draws, for K > 1
@@ -108,7 +110,8 @@ class Likelihood:
             gap = f"{self.nll - entropy:.4f}{error} nats"
         if fault is not None:
             value = gap = bits = "unresolved"
-        rows = [("NLL", f"{value} ({self.num_points:,} points)")]
+        points = "point" if self.num_points == 1 else "points"
+        rows = [("NLL", f"{value} ({self.num_points:,} {points})")]
         if self.bits_per_dim is not None:
             draws = "one draw" if self.num_draws == 1 else f"{self.num_draws} draws"
             rows += [("bits/dim", bits), ("bound", f"of {draws} of the dequantisation noise")]
@@ -223,6 +226,8 @@ def likelihood(
         solver_error_points=sum(map(len, solver_errors)),
         nfe=sum(len(batch.value) * batch.nfe for batch in points) / len(nll),
         values=nll,
+        standard_errors=torch.cat([batch.variance for batch in points]).sqrt(),
+        solver_errors=torch.cat([_or_nan(batch.solver_error, batch.value) for batch in points]),
         bits_per_dim=bits,
         num_draws=num_draws,
         draw_standard_error=None if draw_variance is None else math.sqrt(draw_variance / len(nll)),
@@ -244,6 +249,11 @@ class PointLikelihoods:
     solver_error: Tensor | None  # (B,), where it was asked for
     nfe: float
     statistics: SolverStatistics  # of the first draw
+
+    @property
+    def variance(self) -> Tensor:  # (B,)
+        """Of the value, by all that is random: several draws have probes of their own."""
+        return torch.where(self.draw_variance.isnan(), self.probe_variance, self.draw_variance)
 
 
 def pointwise(
@@ -316,6 +326,10 @@ def _variance_of_one_probe(
     assert first is not None  # since the transport took the divergence
     assert second is not None
     return (first - second).square() / 2  # the points arrive at the same place: only the changes differ
+
+
+def _or_nan(values: Tensor | None, like: Tensor) -> Tensor:
+    return torch.full_like(like, math.nan) if values is None else values
 
 
 def _mean_of_known(values: list[Tensor]) -> float | None:
