@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flows.arguments import checked
 from flows.divergence import Auto, DivergenceEstimator, FieldSample
+from flows.divergence.parameters import learned_tensors
 from flows.errors import InvalidValueError
 from flows.path_costs import PathCost
 from flows.promises import without_gradients
@@ -122,6 +123,8 @@ class AugmentedDynamics:
         estimator, costs = self.estimator, self.costs
         field = estimator.field
         shared = _compilable(field, (field.context, self.probes, self.directions), costs)
+        if learned_tensors(estimator):
+            raise NotCompilableError(f"{type(estimator).__name__} has parameters of its own")
         if any(reason for view in field.strangers for reason in view.traits.refuses_gradients.values()):
             raise NotCompilableError(f"the divergence of the field {field.name} has no gradient")
 

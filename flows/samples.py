@@ -20,8 +20,7 @@ from flows.datasets import Dataset, one_hot
 from flows.datasets.table_contexts import read_contexts
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
-from flows.tables import write_columns
-from flows.writing import write_result
+from flows.writing import write_columns, write_result
 
 ENDINGS = (".npy", ".csv", ".parquet")
 MAX_BATCH = 10_000  # samples in one solve, if nothing else is asked for

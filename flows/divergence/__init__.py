@@ -5,6 +5,7 @@ from flows.divergence.auto import Auto
 from flows.divergence.autodiff import linearise
 from flows.divergence.base import DivergenceEstimator, FieldSample
 from flows.divergence.bottleneck import Bottleneck
+from flows.divergence.check import EstimatorCheck, EstimatorCheckError, check_estimator
 from flows.divergence.exact import Exact
 from flows.divergence.function import divergence
 from flows.divergence.hutchinson import Hutchinson
@@ -20,6 +21,8 @@ __all__ = [
     "BoundField",
     "Coordinates",
     "DivergenceEstimator",
+    "EstimatorCheck",
+    "EstimatorCheckError",
     "Exact",
     "FieldSample",
     "Gaussian",
@@ -33,6 +36,7 @@ __all__ = [
     "VectorField",
     "XTrace",
     "bind",
+    "check_estimator",
     "divergence",
     "linearise",
 ]

@@ -15,7 +15,7 @@ from flows.datasets import Dataset
 from flows.datasets.comparison import Comparison
 from flows.errors import InvalidValueError
 from flows.evaluation.likelihood import Likelihood
-from flows.tables import write_columns
+from flows.writing import write_columns
 
 
 @checked

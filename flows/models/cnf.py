@@ -17,6 +17,7 @@ from flows.arguments import checked
 from flows.bases import Base, NoDensityError, as_base
 from flows.checks import as_shape, check_number, fits_in_memory
 from flows.divergence import Auto, DivergenceEstimator
+from flows.divergence.parameters import learned_parts, learned_tensors
 from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.encoders import Encoder
 from flows.errors import InvalidTypeError, InvalidValueError
@@ -50,8 +51,8 @@ class CNF(nn.Module):
     Args:
         field: a `flows.fields.Field`, or any module with `forward(t, x)` or `forward(t, x, context)`.
         divergence: the estimator, or its lower-case name such as `"hutchinson"`; by default `Auto()`, the closed form
-            of a field that has one and the cheapest affordable estimator for any other. May be replaced at any time; it
-            holds no parameters.
+            of a field that has one and the cheapest affordable estimator for any other. May be replaced at any time.
+            Modules and parameters among its options are parameters of the flow.
         solver: settings of the solve; may be replaced at any time.
         base: the distribution at t = 0: a `flows.bases.Base`, any continuous `torch.distributions.Distribution`, or
             another flow. N(0, I) by default. It is moved to the field's device and dtype, and may be replaced before
@@ -93,6 +94,8 @@ class CNF(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take any base that the constructor takes, to the field's device and dtype."""
+        if name == "divergence":  # which may be a module, that the class of this one would register by that name
+            return object.__setattr__(self, name, value)
         if name == "base":
             value = as_base(value, self.event_shape)
             weights = list(self.field.parameters())
@@ -114,11 +117,21 @@ class CNF(nn.Module):
     @property
     def divergence(self) -> DivergenceEstimator:
         """What estimates the divergence of the field."""
-        return self._divergence
+        return self.__dict__["_divergence"]
 
     @divergence.setter
     def divergence(self, estimator: DivergenceEstimator | str) -> None:
-        self._divergence = by_name(DivergenceEstimator, estimator)
+        estimator = by_name(DivergenceEstimator, estimator)
+        parts, weights = learned_parts(estimator), list(self.field.parameters())
+        modules = [part for part in parts if isinstance(part, nn.Module)]
+        own = nn.ParameterList([part for part in parts if isinstance(part, nn.Parameter)])
+        learned = nn.ModuleList([*modules, *([own] if len(own) else [])])
+        if weights and len(learned):
+            learned.to(weights[0].device, working_dtype(self.field))
+        self.__dict__["_divergence"] = estimator  # not by nn.Module, which would take no other kind in its place
+        self.__dict__["_modules"].pop("estimator", None)
+        if len(learned):
+            self.estimator = learned
 
     @property
     def solver(self) -> ODESolver:
@@ -278,7 +291,7 @@ class CNF(nn.Module):
         examine(self.base, estimator.field, y, estimator)
         probes = estimator.draw_probes(y, generator)
         dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, y, generator))
-        tensors, times = self._differentiated(estimator.field, y, probes), (1.0, base_time)
+        tensors, times = self._differentiated(estimator.field, y, probes, estimator), (1.0, base_time)
         solution = self.solver.solve(dynamics, dynamics.initial_state(y), times, tensors)
         estimates = self._log_densities(solution)
         value, error = estimates.mean(0), None
@@ -347,7 +360,7 @@ class CNF(nn.Module):
         examine(self.base, estimator.field, z, estimator)
         probes = estimator.draw_probes(z, generator)
         dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, z, generator))
-        tensors, times = self._differentiated(estimator.field, z, probes), (0.0, 1.0)
+        tensors, times = self._differentiated(estimator.field, z, probes, estimator), (0.0, 1.0)
         solution = self.solver.solve(dynamics, dynamics.initial_state(z), times, tensors)
         y, change, *integrals = solution.end
         x, log_det = self.transform.inverse(y)
@@ -378,7 +391,7 @@ class CNF(nn.Module):
         points, batch_shape = self._flatten(x)
         points = self._in_own_dtype(points)
         context = self._flatten_context(context, batch_shape)
-        bound, probes = self.bind(context), None
+        bound, probes, estimator = self.bind(context), None, None
         if log_density:
             estimator = self.divergence.bind(bound)
             examine(self.base, bound, points, estimator)
@@ -388,7 +401,7 @@ class CNF(nn.Module):
             examine(self.base, bound, points)
             dynamics = StateDynamics(bound)
         state = dynamics.initial_state(points)
-        solution = self.solver.solve(dynamics, state, times, self._differentiated(bound, points, probes))
+        solution = self.solver.solve(dynamics, state, times, self._differentiated(bound, points, probes, estimator))
         pick = (lambda states: states[-1]) if len(times) == 2 else (lambda states: states)
         leading = () if len(times) == 2 else (len(times),)
         moved = pick(solution.states[0]).reshape(*leading, *batch_shape, *self.event_shape)
@@ -412,9 +425,17 @@ class CNF(nn.Module):
         z, change, *_ = solution.end  # change: log p(z) − log p(y)
         return self.base.log_prob(z) - change
 
-    def _differentiated(self, field: BoundField, x: Tensor, probes: Tensor | None = None) -> list[Tensor]:
+    def _differentiated(
+        self,
+        field: BoundField,
+        x: Tensor,
+        probes: Tensor | None = None,
+        estimator: DivergenceEstimator | None = None,
+    ) -> list[Tensor]:
         """What a solve from `x` may need gradients of, beside its state."""
-        stated = [*self.field.parameters(), *(tensor for tensor in (field.context, probes) if tensor is not None)]
+        learned = [] if estimator is None else learned_tensors(estimator)
+        given = [tensor for tensor in (field.context, probes) if tensor is not None]
+        stated = [*self.field.parameters(), *learned, *given]
         if self.solver.gradient == "backprop" or not torch.is_grad_enabled():
             return stated
         tensors = [*stated, *foreign_tensors(field, x, stated)]
