@@ -158,7 +158,7 @@ def test_train_evaluate_and_sample(run, tmp_path, monkeypatch):
     assert "output must end in .npy, .csv, .parquet or .png" in err
     code, _, err = run("evaluate", "checkpoint=run", "part=train")
     assert code == 2
-    assert "part must be test or validation, got 'train'" in err
+    assert "part must be test, validation or all, got 'train'" in err
     code, _, err = run("evaluate", "checkpoint=run", "dtype=double_trouble")
     assert code == 2
     assert "dtype must be a floating-point type" in err
