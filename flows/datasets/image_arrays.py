@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -19,10 +20,14 @@ from flows.datasets.stored_images import IMAGE_WORDS, LABEL_WORDS, StoredImages,
 from flows.errors import DataWarning, FileError, InvalidValueError
 
 CHANNELS = (1, 3, 4)  # grey, colour, colour with transparency
+OBJECTS = (
+    "holds Python objects, which are not read, as they can run programs; save numbers, such as numpy.stack(pictures), "
+    "all of one size"
+)
 NAMES_WORDS = ("class_names", "label_names", "names", "categories")
 DAMAGE = (
     *(ValueError, EOFError, OSError, OverflowError, TypeError, SyntaxError, MemoryError, KeyError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, tokenize.TokenError),
 )
 
 
@@ -32,12 +37,14 @@ def read_npz(path: Path, image: str | None = None, label: str | None = None) -> 
         with zipfile.ZipFile(path) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
             headers = {key: _member_header(archive, name) for key, name in members.items()}
+            shapes = {key: shape for key, (shape, _, _) in headers.items()}
+            objects = [key for key, (_, _, dtype) in headers.items() if dtype.hasobject]
 
             def load(key: str) -> np.ndarray:
                 with archive.open(members[key]) as file:
                     return _read_npy(file, f"{path}, array {key!r}", archive.getinfo(members[key]).file_size)
 
-            return by_split(str(path), headers, load, image, label)
+            return by_split(str(path), shapes, load, image, label, objects)
     except (InvalidValueError, FileError, DataWarning):
         raise
     except DAMAGE as error:
@@ -66,6 +73,7 @@ def by_split(
     load: Callable[[str], np.ndarray],
     image: str | None,
     label: str | None,
+    objects: Sequence[str] = (),
 ) -> dict[str, StoredImages]:
     """Sort named arrays into images and labels of splits.
 
@@ -77,6 +85,7 @@ def by_split(
         shapes: the shape of each array by name.
         load: returns an array by its name.
         image, label: names of the arrays to take, with or without the split in them. Default: find them.
+        objects: names of arrays that hold Python objects, which are not read.
 
     Raises:
         InvalidValueError: it is not clear which array holds the images, or a label belongs to no image.
@@ -87,6 +96,8 @@ def by_split(
     for wanted, setting in ((image, "image"), (label, "label")):
         if wanted is not None and not any(role == setting for role, _ in roles):
             raise InvalidValueError(f"{where} has no array {wanted!r}; it has {listed}")
+    if not images and objects:
+        raise InvalidValueError(f"{where}, array {objects[0]!r} {OBJECTS}")
     if not images:
         raise InvalidValueError(
             f"{where}: which array holds the images (n, height, width) or (n, height, width, channels)? Name it with "
@@ -140,7 +151,7 @@ def in_layout(images: np.ndarray, where: str) -> np.ndarray:  # (n, H, W) or (n,
     if images.ndim == 2:
         return _unflattened(images, where)
     if images.ndim == 3:
-        if shape[2] in (3, 4) and min(shape[:2]) > 4:
+        if shape[2] in (3, 4) and min(shape[:2]) >= 16:
             raise InvalidValueError(
                 f"{where} has the shape {shape}, which looks like a single picture in colour; {cure}, for n pictures"
             )
@@ -219,9 +230,9 @@ def _spoken(name: str) -> tuple[str, str]:
     return "_".join(rest), splits[0] if len(splits) == 1 else "train"
 
 
-def _member_header(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+def _member_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     with archive.open(name) as file:
-        return _header(file)[0]
+        return _header(file)
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -236,10 +247,7 @@ def _read_npy(file: IO[bytes], where: str, size: int) -> np.ndarray:
     """Read an array without executing anything, and no more than the file holds."""
     shape, fortran, dtype = _header(file)
     if dtype.hasobject:
-        raise InvalidValueError(
-            f"{where} holds Python objects, which are not read, as they can run programs; save numbers, such as "
-            "numpy.stack(pictures), all of one size"
-        )
+        raise InvalidValueError(f"{where} {OBJECTS}")
     count = math.prod(shape)
     fits_in_memory(f"{where} of shape {shape}", count * dtype.itemsize)
     if count * dtype.itemsize > max(size, 0):

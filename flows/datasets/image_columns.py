@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ class Columns:
             row = 0
             for table in tables([self.image]):
                 column = _plain(table.column(0))
-                yield _block(column, row, split, where, self.image)
+                with _readable(where, self.image):
+                    block = _block(column, row, split, where, self.image)
+                yield block
                 row += len(column)
 
         labels, names = self._labels(tables, where)
@@ -114,11 +117,20 @@ class Columns:
         words = pa.types.is_string(value) or pa.types.is_large_string(value)
         if not (words or pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_boolean(value)):
             raise InvalidValueError(f"{where}: the column {self.label!r} holds {kind}, not classes")
-        labels = [label for table in tables([self.label]) for label in table.column(0).to_pylist()]
+        with _readable(where, self.label):
+            labels = [label for table in tables([self.label]) for label in table.column(0).to_pylist()]
         names = self.names_of.get(self.label)
         if names is not None and not words:  # Hugging Face has −1 for "unknown"
             labels = [None if label == -1 else label for label in labels]
         return labels, None if names is None or words else tuple(map(str, names))
+
+
+@contextmanager
+def _readable(where: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise FileError(f"{where}: the column {name!r} holds text that is not UTF-8 ({error})") from error
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:

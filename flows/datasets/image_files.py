@@ -39,6 +39,7 @@ class ImageFiles(Images):
             - idx files of MNIST, plain or .gz, with the file of labels beside that of images; or the folder of them,
             - Parquet files with a column of pictures: bytes, structs of bytes and path, or lists of numbers; files
               belong to the split whose word begins their name,
+            - CIFAR's Python pickles, data_batch_1 or the folder of them, read without running what is in them,
             - a folder that `save_to_disk` of Hugging Face wrote.
         validation_path, test_path: files or folders of those splits, of any of these kinds. Default: those in `path`.
         name: name of the runs.
@@ -184,7 +185,7 @@ def _decode(
         given = stored.labels
         if given is not None and len(names) > 1 and stored.class_names is not None:  # classes of several sources
             given = [None if label is None else stored.class_names[label] for label in given]
-        labels[part] = None if given is None else [given[i] for i in kept.tolist()]
+        labels[part] = given[kept] if isinstance(given, np.ndarray) else given and [given[i] for i in kept.tolist()]
     classes = read_classes(labels, names.pop() if len(names) == 1 else None, where)
     return classes, {
         part: LabelledImages(torch.from_numpy(images), classes.numbers[part]) for part, images in pixels.items()
@@ -192,18 +193,21 @@ def _decode(
 
 
 def _tell_repeated(dataset: ImageFiles, where: str) -> None:
-    """Warn of held-out images that are training images, too."""
-    rows = dataset.rows_for_hashing()
-    trained = hash_rows(rows["train"])
-    for part in ("validation", "test"):
-        repeated = int(np.isin(hash_rows(rows[part]), trained).sum())
-        if repeated:
-            warnings.warn(
-                f"{where}: {repeated:,} of {len(rows[part]):,} {part} images are training images, too, so the figures "
-                "reward memory",
-                DataWarning,
-                stacklevel=4,
-            )
+    """Warn of images that are there more than once, as tables do."""
+    keys = {part: hash_rows(rows) for part, rows in dataset.rows_for_hashing().items()}
+    every = np.concatenate(list(keys.values()))
+    copies = len(every) - len(np.unique(every))
+    if not copies:
+        return
+    known = {part: int(np.isin(keys[part], keys["train"]).sum()) for part in ("validation", "test")}
+    found = f"{where}: {copies:,} of {len(every):,} images are duplicates of other images"
+    shared = ", all in the same part of the split"
+    if any(known.values()):
+        shared = (
+            f", and {known['test']:,} of {len(keys['test']):,} test images and {known['validation']:,} of "
+            f"{len(keys['validation']):,} validation images are also training images, so the figures reward memory"
+        )
+    warnings.warn(f"{found}{shared}; drop the duplicates if they are no data of their own", DataWarning, stacklevel=4)
 
 
 def _checked_size(size: object) -> tuple[int, int] | None:

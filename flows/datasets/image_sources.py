@@ -20,6 +20,7 @@ from flows.datasets.hub import is_saved, read_saved
 from flows.datasets.idx import idx_by_split, is_idx, is_named_idx, read_idx_images
 from flows.datasets.image_arrays import by_split, in_layout, paired, read_npy, read_npz
 from flows.datasets.image_columns import read_parquet_images
+from flows.datasets.python_batches import is_pickle, read_batch_file, read_batches
 from flows.datasets.stored_images import Encoded, StoredImages
 from flows.errors import FileError, InvalidValueError
 
@@ -52,7 +53,7 @@ def read_path(path: Path, image: str | None, label: str | None) -> dict[str, Sto
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the kind of a file: "parquet", "npy", "npz", "idx", "picture", or None."""
+    """Return the kind of a file: "parquet", "npy", "npz", "idx", "pickle", "picture", or None."""
     suffix = path.suffix.lower()
     if suffix in PICTURES:
         return "picture"
@@ -65,7 +66,7 @@ def kind_of(path: Path) -> str | None:
         return "npz"
     if is_idx(start) or is_named_idx(path):
         return "idx"
-    return None
+    return "pickle" if is_pickle(path, start) else None
 
 
 def _start(path: Path) -> bytes:
@@ -94,6 +95,8 @@ def _file(path: Path, image: str | None, label: str | None) -> dict[str, StoredI
         return {"train": _npy_images(path)}
     if kind == "idx":
         return {"train": read_idx_images(path)}
+    if kind == "pickle":
+        return {"train": read_batch_file(path, image, label)}
     if kind == "picture":
         raise InvalidValueError(f"{path} is a single picture; give the path of a folder of pictures")
     if not path.stat().st_size:
@@ -170,7 +173,7 @@ def _npz_folder(files: Sequence[Path], folder: Path, image: str | None, label: s
     return found
 
 
-FOLDERS = {"idx": _idx_folder, "npy": _npy_folder, "npz": _npz_folder}
+FOLDERS = {"idx": _idx_folder, "npy": _npy_folder, "npz": _npz_folder, "pickle": read_batches}
 
 
 def _pictures(found: Found, folder: Path) -> dict[str, StoredImages]:

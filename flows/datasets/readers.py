@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,7 @@ def read_npy(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]
         more = path.stat().st_size - values.offset - values.nbytes if isinstance(values, np.memmap) else 0
         if more:
             raise ValueError(f"it has {more:,} more bytes than its header says")
-    except (ValueError, EOFError, OSError, OverflowError, TypeError, SyntaxError, MemoryError) as error:
+    except (ValueError, EOFError, OSError, OverflowError, TypeError, SyntaxError, MemoryError, TokenError) as error:
         raise FileError(f"{path} is not a whole .npy file of numbers ({error}); write it with numpy.save") from error
     return _array_table(values, columns, path)
 
@@ -238,7 +239,7 @@ def read_npz(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]
         raise
     except (
         *(ValueError, EOFError, OSError, OverflowError, TypeError, SyntaxError, MemoryError),
-        *(zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError, RuntimeError),
+        *(zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError, RuntimeError, TokenError),
     ) as error:
         raise FileError(f"{path} is not a whole .npz file of numbers ({error}); write it with numpy.savez") from error
     return _array_table(values, columns, path)
@@ -321,7 +322,8 @@ def _whole_parquet(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-        raise FileError(f"{path} is not a whole Parquet file ({error})") from error
+        reason = " ".join(str(error).split())
+        raise FileError(f"{path} is not a whole Parquet file ({reason})") from error
 
 
 UNPACK = {".gz": "unpack it with gunzip", ".zip": "unpack it with unzip", ".xz": "unpack it with unxz"}
