@@ -45,7 +45,17 @@ def spiral(
     decay: float | Tensor = 0.1,
     turn: float | Tensor = 2.0,
 ) -> Tensor:
-    """A cubic spiral, x′ = −a x³ − b y³ and y′ = b x³ − a y³ with a = `decay` and b = `turn`."""
+    """A cubic spiral, x′ = −a x³ − b y³ and y′ = b x³ − a y³ with a = `decay` and b = `turn`.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.equations import spiral
+
+        spiral(torch.tensor(0.0), torch.ones(1, 2))  # (1, 2)
+        ```
+    """
     a, b = (x**3).unbind(-1)
     return torch.stack([-decay * a - turn * b, turn * a - decay * b], -1)
 
@@ -61,7 +71,17 @@ def lotka_volterra(
     gamma: float | Tensor = 3.0,
     delta: float | Tensor = 1.0,
 ) -> Tensor:
-    """Prey u and predators v: u′ = α u − β u v, v′ = δ u v − γ v. [Lotka 1925; Volterra 1926]"""
+    """Prey u and predators v: u′ = α u − β u v, v′ = δ u v − γ v. [Lotka 1925; Volterra 1926]
+
+    Example:
+        ```python
+        import torch
+
+        from flows.equations import lotka_volterra
+
+        lotka_volterra(torch.tensor(0.0), torch.ones(1, 2))  # (1, 2)
+        ```
+    """
     prey, predators = x.unbind(-1)
     meetings = prey * predators
     return torch.stack([alpha * prey - beta * meetings, delta * meetings - gamma * predators], -1)
@@ -74,7 +94,17 @@ def pendulum(
     stiffness: float | Tensor = 1.0,
     friction: float | Tensor = 0.0,
 ) -> Tensor:
-    """A pendulum: θ′ = ω, ω′ = −k sin θ − c ω with k = `stiffness`, gravity over length, and c = `friction`."""
+    """A pendulum: θ′ = ω, ω′ = −k sin θ − c ω with k = `stiffness`, gravity over length, and c = `friction`.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.equations import pendulum
+
+        pendulum(torch.tensor(0.0), torch.ones(1, 2))  # (1, 2)
+        ```
+    """
     angle, speed = x.unbind(-1)
     return torch.stack([speed, -stiffness * angle.sin() - friction * speed], -1)
 
@@ -85,7 +115,17 @@ def oscillator(
     x: Tensor,  # (*batch, 2)
     frequency: float | Tensor = 1.0,
 ) -> Tensor:
-    """An oscillator whose rates saturate: x′ = ω y/(1 + y), y′ = −ω x/(1 + x) with ω = `frequency`."""
+    """An oscillator whose rates saturate: x′ = ω y/(1 + y), y′ = −ω x/(1 + x) with ω = `frequency`.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.equations import oscillator
+
+        oscillator(torch.tensor(0.0), torch.ones(1, 2))  # (1, 2)
+        ```
+    """
     a, b = (x / (1 + x)).unbind(-1)
     return torch.stack([frequency * b, -frequency * a], -1)
 
@@ -98,7 +138,17 @@ def lorenz(
     rho: float | Tensor = 28.0,
     beta: float | Tensor = 8 / 3,
 ) -> Tensor:
-    """The system x′ = σ(y − x), y′ = x(ρ − z) − y, z′ = x y − β z. [Lorenz 1963]"""
+    """The system x′ = σ(y − x), y′ = x(ρ − z) − y, z′ = x y − β z. [Lorenz 1963]
+
+    Example:
+        ```python
+        import torch
+
+        from flows.equations import lorenz
+
+        lorenz(torch.tensor(0.0), torch.ones(1, 3))  # (1, 3): 0, 26, −5/3
+        ```
+    """
     a, b, c = x.unbind(-1)
     return torch.stack([sigma * (b - a), a * (rho - c) - b, a * b - beta * c], -1)
 
@@ -109,6 +159,16 @@ def two_body(
     x: Tensor,  # (*batch, 4)
     strength: float | Tensor = 1.0,
 ) -> Tensor:
-    """A body around a fixed centre, in the plane: q″ = −k q/‖q‖³ with k = `strength`; the state is (q, q′)."""
+    """A body around a fixed centre, in the plane: q″ = −k q/‖q‖³ with k = `strength`; the state is (q, q′).
+
+    Example:
+        ```python
+        import torch
+
+        from flows.equations import two_body
+
+        two_body(torch.tensor(0.0), torch.tensor([[1.0, 0.0, 0.0, 1.0]]))  # (1, 4): a circle
+        ```
+    """
     position, speed = x[..., :2], x[..., 2:]
     return torch.cat([speed, -strength * position / position.square().sum(-1, keepdim=True) ** 1.5], -1)

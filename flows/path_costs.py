@@ -32,6 +32,17 @@ class PathCost(CheckedMethods, ABC, checks=("draw_directions",)):
 
     Args:
         weight: factor of the integral in the loss (nats per example); 0 turns the cost off.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+        from flows.path_costs import KineticEnergy
+
+        flow = flows.CNF(flows.fields.MLP((2,)))
+        flow.estimate_log_prob(torch.randn(10, 2), path_costs=[KineticEnergy()]).path_costs  # ∫ ‖v‖² dt of each point
+        ```
     """
 
     name: ClassVar[str]  # of the metric and of the component of the solve
@@ -66,6 +77,14 @@ class KineticEnergy(PathCost):
     """c = ‖v‖², summed over the event: straight paths at constant speed have the least.
 
     [Finlay et al. 2020, arXiv:2002.02798; Benamou & Brenier 2000]
+
+    Example:
+        ```python
+        import flows
+        from flows.path_costs import KineticEnergy
+
+        objective = flows.objectives.MaximumLikelihood([KineticEnergy(0.01)])
+        ```
     """
 
     name: ClassVar[str] = "kinetic_energy"
@@ -89,6 +108,14 @@ class JacobianNorm(PathCost):
         weight: see `PathCost`.
         num_probes: >= 1.
         exact_up_to: dimensions.
+
+    Example:
+        ```python
+        import flows
+        from flows.path_costs import JacobianNorm
+
+        objective = flows.objectives.MaximumLikelihood([JacobianNorm(0.01)])
+        ```
     """
 
     name: ClassVar[str] = "jacobian_norm"
@@ -120,6 +147,14 @@ class TotalDerivative(PathCost):
     """c = ‖∂v/∂t + (∂v/∂x) v‖², the squared acceleration along a path.
 
     Cost: one product in forward mode, with the field's own evaluation.
+
+    Example:
+        ```python
+        import flows
+        from flows.path_costs import TotalDerivative
+
+        objective = flows.objectives.MaximumLikelihood([TotalDerivative(0.01)])
+        ```
     """
 
     name: ClassVar[str] = "total_derivative"
@@ -138,6 +173,14 @@ class HamiltonJacobi(PathCost):
 
     Raises:
         TypeError: the field has no potential.
+
+    Example:
+        ```python
+        import flows
+        from flows.path_costs import HamiltonJacobi
+
+        objective = flows.objectives.MaximumLikelihood([HamiltonJacobi(0.1)])  # for `flows.fields.Potential`
+        ```
     """
 
     name: ClassVar[str] = "hamilton_jacobi"
@@ -162,6 +205,17 @@ class CorrectionEnergy(PathCost):
 
     Raises:
         InvalidTypeError: the field has no correction.
+
+    Example:
+        ```python
+        import flows
+        from flows.equations import pendulum
+        from flows.path_costs import CorrectionEnergy
+
+        network = flows.fields.MLP((2,), hidden=(8,))
+        field = flows.fields.Physics(pendulum, event_shape=(2,), correction=network)
+        objective = flows.objectives.TrajectoryMatching(regularizers=[CorrectionEnergy(0.1)])
+        ```
     """
 
     name: ClassVar[str] = "correction_energy"

@@ -55,6 +55,20 @@ class BoundField:
 
     Raises:
         ValueError: the event shape is missing.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+        from flows.divergence import Exact, bind
+
+        field = bind(flows.fields.MLP((2,), context_shape=(1,)), context=torch.ones(10, 1))
+        x = torch.randn(10, 2)
+        estimator = Exact().bind(field)
+        sample = estimator(torch.tensor(0.5), x, estimator.draw_probes(x))
+        sample.value, sample.estimates  # (10, 2) and (1, 10)
+        ```
     """
 
     def __init__(
@@ -220,6 +234,20 @@ def bind(
 
     Raises:
         ValueError: the event shape is missing, or not the one that the field states.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+        from flows.divergence import Exact, bind
+
+        field = bind(flows.fields.MLP((2,), context_shape=(1,)), context=torch.ones(10, 1))
+        x = torch.randn(10, 2)
+        estimator = Exact().bind(field)
+        sample = estimator(torch.tensor(0.5), x, estimator.draw_probes(x))
+        sample.value, sample.estimates  # (10, 2) and (1, 10)
+        ```
     """
     own = getattr(field, "bind", None)
     view = BoundField(field, context, event_shape) if own is None else own(context)

@@ -86,6 +86,40 @@ def test_the_torch_densities_agree():
     torch.testing.assert_close(adapted.log_prob(z), mixture.log_prob(z))
 
 
+ONE = torch.ones(2, dtype=torch.float64)
+DISTRIBUTIONS = {
+    "gumbel": lambda: dist.Gumbel(0 * ONE, ONE),  # its transforms hold their inverses
+    "logistic": lambda: dist.TransformedDistribution(
+        dist.Uniform(0 * ONE, ONE), [dist.SigmoidTransform().inv, dist.AffineTransform(ONE, 2 * ONE)]
+    ),
+    "log_normal": lambda: dist.LogNormal(0 * ONE, ONE),
+    "weibull": lambda: dist.Weibull(ONE, 2 * ONE),
+    "von_mises": lambda: dist.VonMises(0 * ONE, ONE),  # keeps tensors that it computes at first use
+    "beta": lambda: dist.Beta(2 * ONE, 3 * ONE),
+    "dirichlet": lambda: dist.Dirichlet(2 * ONE),
+    "low_rank": lambda: dist.LowRankMultivariateNormal(0 * ONE, ONE[:, None], ONE),
+    "mixture": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(3)), dist.Independent(dist.Normal(torch.arange(6.0).view(3, 2), 1.0), 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_distributions_of_torch_keep_their_density_in_copies_and_in_single_precision(name):
+    stated = DISTRIBUTIONS[name]()
+    base = TorchDistribution(stated)
+    z = base.sample((20,), rng())
+    expected = stated.log_prob(z)
+    expected = expected.flatten(1).sum(1) if expected.ndim > 1 else expected
+    torch.testing.assert_close(base.log_prob(z), expected)
+    copied = copy.deepcopy(base)
+    torch.testing.assert_close(copied.log_prob(z), expected)
+    assert torch.equal(copied.sample((20,), rng()), z)
+    single = copied.float()
+    assert single.log_prob(z.float()).dtype == single.sample((2,)).dtype == torch.float32
+    torch.testing.assert_close(base.log_prob(z), expected)  # the copy has tensors of its own
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 2), (1, 2, 3)])
 def test_bases_of_any_event_shape(shape):
     points = torch.randn(200, *shape) * 2 + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -31,6 +32,16 @@ class TorchDistribution(Base):
     Raises:
         InvalidTypeError: it is discrete, or its tensors need gradients.
         InvalidValueError: it draws points of another shape.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        laplace = torch.distributions.Laplace(torch.zeros(2), torch.ones(2))
+        flow = flows.CNF(flows.fields.MLP((2,)), base=flows.bases.TorchDistribution(laplace))
+        ```
     """
 
     has_rsample: ClassVar[bool] = True
@@ -55,7 +66,7 @@ class TorchDistribution(Base):
                 f"the base {name} has parameters that need gradients ({trained[0]}), which would not be saved with the "
                 "flow; detach them, or use flows.bases.Normal(..., trainable=True), StudentT or Mixture"
             )
-        distribution = copy.deepcopy(distribution)
+        distribution = _copied(distribution, {})
         batch_ndim = len(distribution.batch_shape)
         self.distribution = Independent(distribution, batch_ndim) if batch_ndim else distribution
         for path, holder, key, tensor in list(_tensors(self.distribution)):
@@ -68,9 +79,24 @@ class TorchDistribution(Base):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        for path, holder, key, _ in list(_tensors(self.distribution)):
-            _put(holder, key, self.get_buffer(path.replace(".", "_")), None)
+        self._take_buffers()
         return self
+
+    def _take_buffers(self) -> None:
+        """Let the distribution use the tensors of this module."""
+        for path, holder, key, _ in list(_tensors(self.distribution)):
+            name = path.replace(".", "_")
+            if name in self._buffers:
+                _put(holder, key, self.get_buffer(name), None)
+            else:  # computed from these at first use, and then kept
+                del vars(holder)[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TorchDistribution:
+        memo[id(self)] = copied = object.__new__(type(self))
+        for name, value in vars(self).items():
+            vars(copied)[name] = _copied(value, {}) if name == "distribution" else copy.deepcopy(value, memo)
+        copied._take_buffers()
+        return copied
 
     def sample(self, shape: int | Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         shape = as_shape("shape", shape, at_least=0)
@@ -110,6 +136,14 @@ class FlowBase(Base):
 
     Raises:
         InvalidTypeError: it lacks one of these, draws whole numbers, or needs a context.
+
+    Example:
+        ```python
+        import flows
+
+        first = flows.CNF(flows.fields.MLP((2,)))
+        second = flows.CNF(flows.fields.MLP((2,)), base=flows.bases.FlowBase(first))
+        ```
     """
 
     is_closed_form: ClassVar[bool] = False
@@ -182,6 +216,16 @@ def as_base(base: Any, event_shape: Sequence[int]) -> Base:
     Raises:
         InvalidTypeError: it is none of these.
         InvalidValueError: it draws points of another shape.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.bases import as_base
+
+        as_base(None, (2,))  # N(0, I)
+        as_base(torch.distributions.Gumbel(torch.zeros(2), torch.ones(2)), (2,))
+        ```
     """
     if base is None:
         return Normal(event_shape)
@@ -211,18 +255,33 @@ def _support(distribution: Distribution) -> constraints.Constraint | None:
         return None
 
 
-def _tensors(owner: Any, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any, Any, Tensor]]:
-    """Yield every tensor in a distribution: its name, what holds it under which key, and the tensor.
+def _copied(value: Any, known: dict[int, Any]) -> Any:
+    """A deep copy. That of torch loses what an inverse transform inverts; the two may hold each other."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, list):
+        return [_copied(part, known) for part in value]
+    if isinstance(value, weakref.ref):  # of a transform to its inverse
+        return None
+    if not isinstance(value, Distribution | Transform):
+        return value
+    if id(value) not in known:
+        known[id(value)] = copied = object.__new__(type(value))
+        vars(copied).update({key: _copied(part, known) for key, part in vars(value).items()})
+    return known[id(value)]
 
-    A transform and its inverse hold each other; what is already on the way is passed over.
-    """
+
+def _tensors(owner: Any, path: str = "", within: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any, Any, Tensor]]:
+    """Yield every tensor in a distribution: its name, what holds it under which key, and the tensor."""
+    if any(owner is one for one in within):
+        return
     items: Iterator[tuple[Any, Any]] | Any = enumerate(owner) if isinstance(owner, list) else vars(owner).items()
     for key, value in list(items):
         name = f"{path}.{key}" if path else str(key)
         if isinstance(value, Tensor):
             yield name, owner, key, value
-        elif isinstance(value, Distribution | Transform | list) and id(value) not in seen:
-            yield from _tensors(value, name, seen | {id(owner)})
+        elif isinstance(value, Distribution | Transform | list):
+            yield from _tensors(value, name, (*within, owner))
 
 
 def _put(holder: Any, key: Any, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -43,6 +43,17 @@ class Mixture(Base):
         InvalidValueError: a shape is wrong, a weight is not positive, or a covariance is none.
 
     Source of EM: Dempster, Laird & Rubin 1977. As a base of flows: Izmailov et al. 2020, arXiv:1912.13025.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,), at_rest=True), base=flows.bases.Mixture((2,), num_components=4))
+        flow.fit_ends(flows.datasets.Moons().sample(1000))  # fits the mixture by EM
+        flow.log_prob(torch.zeros(1, 2))  # that of the mixture: the field is at rest
+        ```
     """
 
     log_weight: Tensor  # (K), up to a constant

@@ -34,6 +34,13 @@ class StudentT(Base):
 
     Raises:
         InvalidValueError: a number is out of range, or a shape is wrong.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)), base=flows.bases.StudentT((2,), df=3.0))  # heavy tails stay heavy
+        ```
     """
 
     log_df: Tensor  # (*event)

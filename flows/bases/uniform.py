@@ -32,6 +32,13 @@ class Uniform(Base):
 
     Raises:
         InvalidValueError: a shape is wrong, or `low` is not below `high`.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)), base=flows.bases.Uniform((2,), low=-1.0, high=1.0))
+        ```
     """
 
     low: Tensor  # (*event)

@@ -61,6 +61,15 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
         is_scored: whether all examples are in the test part, since they are only evaluated on. Default: False.
         has_log_prob: whether `log_prob` is known. Default: whether the class overrides it.
         num_validation, num_test: sizes of the fixed splits.
+
+    Example:
+        ```python
+        import flows
+
+        data: flows.datasets.Dataset = flows.datasets.Moons(num_test=1000)
+        data.event_shape, data.reference().shape  # (2,), and points of the training part
+        [len(batch.x) for batch in data.test_batches(500)]  # [500, 500]
+        ```
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -260,6 +269,15 @@ def one_hot(
 
     Raises:
         InvalidValueError: a label is no whole number in that range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flows.datasets.one_hot(torch.tensor([0, 2]), num_classes=3)  # [[1, 0, 0], [0, 0, 1]]
+        ```
     """
     if labels.is_floating_point() or (labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes):
         raise InvalidValueError(

@@ -18,7 +18,18 @@ from flows.errors import InvalidTypeError, InvalidValueError
 @checked
 @dataclass(frozen=True)
 class Batch:
-    """Examples in data space, with their contexts if there are any."""
+    """Examples in data space, with their contexts if there are any.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        batch = flows.datasets.Moons().train_stream(batch_size=16, generator=torch.Generator()).next()
+        batch.x, batch.context  # (16, 2), None
+        ```
+    """
 
     x: Tensor  # (batch, *event)
     context: Tensor | None = None  # (batch, *context), the density of x is conditional on it
@@ -50,6 +61,20 @@ class BatchStream(ABC):
         batch_size: examples in a batch.
         generator: the source of randomness, on the CPU.
         device, dtype: of the batches. Default: the CPU and torch's default dtype.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        stream = flows.datasets.Moons().train_stream(batch_size=16, generator=torch.Generator().manual_seed(0))
+        stream.next().x  # (16, 2)
+        state = stream.state_dict()
+        ahead = stream.next().x
+        stream.load_state_dict(state)
+        assert stream.next().x.equal(ahead)
+        ```
     """
 
     def __init__(

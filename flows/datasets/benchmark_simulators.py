@@ -27,6 +27,14 @@ class BenchmarkSimulator(Simulator):
 
     Args:
         num_simulations, num_test, validation_fraction, seed: see `Simulator`.
+
+    Example:
+        ```python
+        import flows
+
+        data: flows.datasets.BenchmarkSimulator = flows.datasets.TwoMoons(num_simulations=100, num_test=10)
+        data.event_shape, data.context_shape  # of the parameters, of the observations
+        ```
     """
 
     name: ClassVar[str]
@@ -55,6 +63,17 @@ class TwoMoons(BenchmarkSimulator):
 
     Args:
         num_simulations, num_test, validation_fraction, seed: see `Simulator`.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.TwoMoons(num_simulations=100, num_test=10)
+        batch = data.train_stream(batch_size=16, generator=torch.Generator()).next()
+        batch.x, batch.context  # parameters, observations
+        ```
     """
 
     name = "two_moons"
@@ -80,6 +99,17 @@ class SLCP(BenchmarkSimulator):
 
     Args:
         num_simulations, num_test, validation_fraction, seed: see `Simulator`.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.SLCP(num_simulations=100, num_test=10)
+        batch = data.train_stream(batch_size=16, generator=torch.Generator()).next()
+        batch.x, batch.context  # parameters, observations
+        ```
     """
 
     name = "slcp"
@@ -104,6 +134,17 @@ class GaussianMixturePosterior(BenchmarkSimulator):
 
     Args:
         num_simulations, num_test, validation_fraction, seed: see `Simulator`.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.GaussianMixturePosterior(num_simulations=100, num_test=10)
+        batch = data.train_stream(batch_size=16, generator=torch.Generator()).next()
+        batch.x, batch.context  # parameters, observations
+        ```
     """
 
     name = "gaussian_mixture_posterior"
@@ -127,6 +168,17 @@ class BernoulliGLM(BenchmarkSimulator):
 
     Args:
         num_simulations, num_test, validation_fraction, seed: see `Simulator`.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.BernoulliGLM(num_simulations=100, num_test=10)
+        batch = data.train_stream(batch_size=16, generator=torch.Generator()).next()
+        batch.x, batch.context  # parameters, observations
+        ```
     """
 
     name = "bernoulli_glm"
@@ -165,6 +217,17 @@ class SIR(BenchmarkSimulator):
 
     Args:
         num_simulations, num_test, validation_fraction, seed: see `Simulator`.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.SIR(num_simulations=100, num_test=10)
+        batch = data.train_stream(batch_size=16, generator=torch.Generator()).next()
+        batch.x, batch.context  # parameters, observations
+        ```
     """
 
     name = "sir"
@@ -196,6 +259,17 @@ class LotkaVolterraPosterior(BenchmarkSimulator):
 
     Args:
         num_simulations, num_test, validation_fraction, seed: see `Simulator`.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.LotkaVolterraPosterior(num_simulations=100, num_test=10)
+        batch = data.train_stream(batch_size=16, generator=torch.Generator()).next()
+        batch.x, batch.context  # parameters, observations
+        ```
     """
 
     name = "lotka_volterra_posterior"

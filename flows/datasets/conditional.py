@@ -22,19 +22,30 @@ class ConditionalDensity(Density):
     A subclass sets `name` and `context_shape`, sets `num_classes` if the context is a class, and implements
     `sample_context` and `sample_given`. It sets `entropy`, which is H(x | c), and overrides `log_prob(x, context)` if
     they are known; without a context, `log_prob` returns log p(x).
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data: flows.datasets.ConditionalDensity = flows.datasets.GaussianMean()
+        batch = data.train_stream(batch_size=16, generator=torch.Generator()).next()
+        data.log_prob(batch.x, batch.context)  # (16,)
+        ```
     """
 
     context_shape: tuple[int, ...]
 
     @abstractmethod
-    def sample_context(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample_context(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw n contexts (n, *context)."""
 
     @abstractmethod
-    def sample_given(self, context: Tensor, generator: torch.Generator) -> Tensor:
+    def sample_given(self, context: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw one point for each context: (n, *context) → (n, *event)."""
 
-    def draw(self, n: int, generator: torch.Generator) -> Batch:
+    def draw(self, n: int, generator: torch.Generator | None = None) -> Batch:
         kind = type(self).__name__
         context = checked_shape(
             self.sample_context(n, generator), n, self.context_shape, f"{kind}.sample_context({n}, g)", "context_shape"
@@ -42,7 +53,7 @@ class ConditionalDensity(Density):
         points = self.sample_given(context, generator)
         return Batch(checked_shape(points, n, self.event_shape, f"{kind}.sample_given(context, g)"), context)
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.draw(n, generator).x
 
 
@@ -52,6 +63,17 @@ class MoonsByClass(ConditionalDensity):
 
     Class 0, "upper", is the upper one, class 1, "lower", the lower one. H(x | class) = 1.70257 nats, by quadrature. The
     entropy of `Moons` is larger by the information in the class, nearly log 2.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.MoonsByClass()
+        batch = data.train_stream(batch_size=16, generator=torch.Generator()).next()
+        batch.context  # (16, 2), one-hot
+        ```
     """
 
     name = "moons_by_class"
@@ -60,10 +82,10 @@ class MoonsByClass(ConditionalDensity):
     context_shape = (2,)
     entropy = 1.70257
 
-    def sample_context(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample_context(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return one_hot(torch.randint(2, (n,), generator=generator), 2)
 
-    def sample_given(self, context: Tensor, generator: torch.Generator) -> Tensor:
+    def sample_given(self, context: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return Moons().sample_arc(context[:, 1] > 0.5, generator)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -87,6 +109,17 @@ class GaussianMean(ConditionalDensity):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number, or out of range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.GaussianMean(dimension=2, sd=0.5)
+        batch = data.train_stream(batch_size=16, generator=torch.Generator()).next()
+        batch.x - batch.context  # noise of standard deviation 0.5
+        ```
     """
 
     name = "gaussian_mean"
@@ -106,10 +139,10 @@ class GaussianMean(ConditionalDensity):
         self.sd = sd
         self.entropy = dimension / 2 * math.log(2 * math.pi * math.e) + dimension * math.log(sd)
 
-    def sample_context(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample_context(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.randn(n, *self.context_shape, generator=generator)
 
-    def sample_given(self, context: Tensor, generator: torch.Generator) -> Tensor:
+    def sample_given(self, context: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return context + self.sd * torch.randn(context.shape, generator=generator)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -83,13 +83,13 @@ class Density(Dataset):
         self.num_reference = self._checked_size("num_reference", num_reference)
 
     @abstractmethod
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw n independent points (n, *event).
 
-        `generator` is on the CPU and must be the only source of randomness.
+        `generator` is on the CPU and must be the only source of randomness. Default: torch's global one.
         """
 
-    def draw(self, n: int, generator: torch.Generator) -> Batch:
+    def draw(self, n: int, generator: torch.Generator | None = None) -> Batch:
         """Draw n examples, with contexts if the density is conditional."""
         points = self.sample(n, generator)
         return Batch(checked_shape(points, n, self.event_shape, f"{type(self).__name__}.sample({n}, generator)"))

@@ -30,6 +30,23 @@ class Energy(Density):
 
     Without a sampler there are no points to train or test on. `num_validation` and `num_test` are always numbers of
     flow samples for the importance weights.
+
+    Example:
+        ```python
+        import flows
+
+
+        class Ring(flows.datasets.Energy):
+            '''p(x) ∝ exp(−8 (‖x‖ − 2)²).'''
+
+            event_shape = (2,)
+
+            def log_density(self, x):
+                return -8 * (x.norm(dim=1) - 2) ** 2
+
+
+        objective = flows.objectives.ReverseKL(Ring())
+        ```
     """
 
     log_z: float | None = None
@@ -38,7 +55,7 @@ class Energy(Density):
     def log_density(self, x: Tensor) -> Tensor:
         """Return −U(x) = log p(x) + log Z: (*batch, *event) → (*batch,)."""
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         raise InvalidValueError(
             f"{self.name!r} is an energy without samples; train with objective=reverse_kl, which needs none"
         )
@@ -71,7 +88,18 @@ class Energy(Density):
 
 @checked
 class NoData(BatchStream):
-    """Empty batches (batch_size, 0), for objectives that draw their own points."""
+    """Empty batches (batch_size, 0), for objectives that draw their own points.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        energy = flows.datasets.DoubleWell()
+        energy.train_stream(batch_size=16, generator=torch.Generator()).next().x  # (16, 0)
+        ```
+    """
 
     def next(self) -> Batch:
         return Batch(torch.empty(self.batch_size, 0, device=self.device, dtype=self.dtype))
@@ -91,6 +119,16 @@ class DoubleWell(Energy):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number, or out of range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.DoubleWell(tilt=1.0)
+        data.log_density(torch.zeros(1, 2))  # without the constant log Z
+        ```
     """
 
     name = "double_well"
@@ -123,7 +161,7 @@ class DoubleWell(Energy):
         x1, x2 = check_points(x).unbind(-1)
         return -self._potential(x1) - x2.square() / 2
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         level = torch.rand(n, generator=generator, dtype=torch.float64).numpy()
         x1 = torch.from_numpy(np.interp(level, self._cumulative, self._nodes)).to(torch.get_default_dtype())
         return torch.stack([x1, torch.randn(n, generator=generator)], -1)
@@ -142,6 +180,14 @@ class Funnel(Energy):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no whole number, or out of range.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Funnel(dimension=3)
+        data.log_prob(data.sample(100))  # (100,)
+        ```
     """
 
     name = "funnel"
@@ -165,7 +211,7 @@ class Funnel(Energy):
         squares = first.square() / 9 + others.square().sum(-1) * torch.exp(-first) + (d - 1) * first
         return -(squares + d * math.log(2 * math.pi)) / 2 - math.log(3)
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         z = torch.randn(n, *self.event_shape, generator=generator)
         first = 3 * z[:, :1]
         return torch.cat([first, torch.exp(first / 2) * z[:, 1:]], -1)

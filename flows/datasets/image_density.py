@@ -34,6 +34,14 @@ class ImageDensity(Density):
         FileError: there is no such file, or it is no picture.
         InvalidTypeError: a setting has the wrong type.
         InvalidValueError: a setting is out of range, or the picture has a single shade.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.ImageDensity(resolution=32)
+        data.sample(100)  # (100, 2)
+        ```
     """
 
     name = "image_density"
@@ -68,7 +76,7 @@ class ImageDensity(Density):
         self._log_density = log_density.flatten()
         self._cumulative = self.probability.flatten().cumsum(0)
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         level = self._cumulative[-1] * torch.rand(n, generator=generator, dtype=torch.float64)
         # numpy searches in one thread. torch starts all threads, which takes 20 times longer on a busy machine.
         index = torch.from_numpy(np.searchsorted(self._cumulative.numpy(), level.numpy(), side="right"))

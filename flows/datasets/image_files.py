@@ -73,6 +73,21 @@ class ImageFiles(Images):
 
     Example:
         `ImageFiles(path="pictures", mode="RGB", size=(32, 32))` reads a folder of pictures of any size.
+
+    Example:
+        ```python
+        from pathlib import Path
+
+        from PIL import Image
+
+        import flows
+
+        Path("pictures").mkdir()
+        for i in range(20):
+            Image.new("L", (8, 8), 10 * i).save(f"pictures/{i}.png")
+        data = flows.datasets.HubImages(path="pictures", validation_split=None, test_split=None)
+        data.event_shape  # (1, 8, 8)
+        ```
     """
 
     def __init__(

@@ -25,7 +25,17 @@ MAX_LEVELS = 2**24  # float32 holds all whole numbers up to here
 @checked
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images, with their classes if there are any."""
+    """Images, with their classes if there are any.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        images = flows.datasets.LabelledImages(torch.randint(17, (20, 1, 8, 8)), torch.arange(20) % 2)
+        ```
+    """
 
     images: Tensor  # (n, C, H, W), whole numbers
     labels: Tensor | None = None  # (n,)
@@ -194,6 +204,14 @@ class Digits(Images):
 
     Raises:
         InvalidValueError: a fraction is out of range, or a split would be empty.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Digits(conditional=True)
+        data.event_shape, data.num_levels, data.num_classes  # (1, 8, 8), 17, 10
+        ```
     """
 
     def __init__(

@@ -34,6 +34,15 @@ class FreeField(Density):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number, out of range, or too large for the memory.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.FreeField(size=(4, 4), num_validation=10, num_test=10)
+        x = data.sample(100)
+        data.log_prob(x)  # (100,)
+        ```
     """
 
     name = "free_field"
@@ -57,7 +66,7 @@ class FreeField(Density):
         self.log_normaliser = 0.5 * self._precision.log().sum().item() - d / 2 * math.log(2 * math.pi)
         self.entropy = d / 2 - self.log_normaliser
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         z = torch.randn(n, *self.event_shape, generator=generator)
         modes = torch.fft.fftn(z, dim=self._axes) / self._precision.sqrt().to(z)
         return torch.fft.ifftn(modes, dim=self._axes).real
@@ -85,6 +94,16 @@ class Phi4(Energy):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number, out of range, or too large for the memory.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        energy = flows.datasets.Phi4(size=(4, 4))
+        energy.log_density(torch.randn(10, *energy.event_shape))  # (10,)
+        ```
     """
 
     name = "phi4"

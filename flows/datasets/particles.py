@@ -39,6 +39,14 @@ class Particles(Density):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number, out of range, or too large for the memory.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Particles(num_particles=4, dimensions=2)
+        data.log_prob(data.sample(10))  # (10,); the points are (10, 4, 2)
+        ```
     """
 
     name = "particles"
@@ -63,7 +71,7 @@ class Particles(Density):
         if not self.spreads:
             raise InvalidValueError("spreads must hold at least one positive number, got []")
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         z = torch.randn(n, *self.event_shape, generator=generator)
         phase = torch.randint(len(self.spreads), (n, 1, 1), generator=generator)
         centre = z.mean(1, keepdim=True)

@@ -31,6 +31,14 @@ class PhotoPatches(Images):
     Raises:
         InvalidTypeError: a size is no whole number.
         InvalidValueError: the sizes do not fit, or a split would be empty.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.PhotoPatches(size=8)
+        data.event_shape, data.num_levels  # (3, 8, 8), 256
+        ```
     """
 
     def __init__(

@@ -53,6 +53,17 @@ class Prior:
     Raises:
         InvalidTypeError: it lacks one of the two.
         InvalidValueError: its parameters have no shape (d,), or its density cannot be computed.
+
+    Example:
+        ```python
+        import torch
+        from torch.distributions import Independent, Uniform
+
+        import flows
+
+        prior = flows.datasets.Prior(Independent(Uniform(-torch.ones(2), torch.ones(2)), 1))
+        theta = prior.sample(10)  # (10, 2)
+        ```
     """
 
     def __init__(self, distribution: Any) -> None:

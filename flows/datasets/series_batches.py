@@ -21,6 +21,17 @@ class SeriesBatch(Batch):
     `x` is (B, T, *event): the values, 0 where none was observed. Rows that are shorter than T repeat their last time.
     Inputs u(t) are in the context, (B, S, 1 + k): the times of S samples in column 0, then k inputs. Rows with fewer
     samples repeat the last one.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.Spiral(num_series=10, num_times=20)
+        batch: flows.datasets.SeriesBatch = data.train_stream(batch_size=4, generator=torch.Generator()).next()
+        batch.x[batch.mask]  # the observed states of all series
+        ```
     """
 
     times: Tensor = field(kw_only=True)  # (B, T), float64, strictly increasing where `mask` is true

@@ -216,6 +216,17 @@ class Spiral(DynamicalSystem):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number or out of range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.Spiral(num_series=10, num_times=20, noise=0.01)
+        batch = data.train_stream(batch_size=4, generator=torch.Generator()).next()
+        batch.x.shape, batch.times.shape  # (4, 20, *event), (4, 20)
+        ```
     """
 
     name = "spiral"
@@ -265,6 +276,17 @@ class LotkaVolterra(DynamicalSystem):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number or out of range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.LotkaVolterra(num_series=10, num_times=20, noise=0.01)
+        batch = data.train_stream(batch_size=4, generator=torch.Generator()).next()
+        batch.x.shape, batch.times.shape  # (4, 20, *event), (4, 20)
+        ```
     """
 
     name = "lotka_volterra"
@@ -319,6 +341,17 @@ class Pendulum(DynamicalSystem):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number or out of range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.Pendulum(num_series=10, num_times=20, noise=0.01)
+        batch = data.train_stream(batch_size=4, generator=torch.Generator()).next()
+        batch.x.shape, batch.times.shape  # (4, 20, *event), (4, 20)
+        ```
     """
 
     name = "pendulum"
@@ -368,6 +401,17 @@ class Oscillator(DynamicalSystem):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number or out of range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.Oscillator(num_series=10, num_times=20, noise=0.01)
+        batch = data.train_stream(batch_size=4, generator=torch.Generator()).next()
+        batch.x.shape, batch.times.shape  # (4, 20, *event), (4, 20)
+        ```
     """
 
     name = "oscillator"
@@ -413,6 +457,17 @@ class Lorenz(DynamicalSystem):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number or out of range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.Lorenz(num_series=10, num_times=20, noise=0.01)
+        batch = data.train_stream(batch_size=4, generator=torch.Generator()).next()
+        batch.x.shape, batch.times.shape  # (4, 20, *event), (4, 20)
+        ```
     """
 
     name = "lorenz"
@@ -462,6 +517,17 @@ class TwoBody(DynamicalSystem):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number or out of range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data = flows.datasets.TwoBody(num_series=10, num_times=20, noise=0.01)
+        batch = data.train_stream(batch_size=4, generator=torch.Generator()).next()
+        batch.x.shape, batch.times.shape  # (4, 20, *event), (4, 20)
+        ```
     """
 
     name = "two_body"

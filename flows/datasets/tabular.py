@@ -273,6 +273,18 @@ class Tabular(Table):
     Raises:
         FileError: the file does not exist or cannot be read.
         InvalidTypeError, InvalidValueError: see `read_table` and `Table`.
+
+    Example:
+        ```python
+        import numpy as np
+
+        import flows
+
+        rows = np.random.default_rng(0).normal(size=(100, 2))
+        np.savetxt("table.csv", rows, delimiter=",", header="height,width", comments="")
+        data = flows.datasets.Tabular("table.csv")
+        data.columns, data.event_shape  # ["height", "width"], (2,)
+        ```
     """
 
     def __init__(
@@ -341,6 +353,14 @@ class BreastCancer(Table):
     Args:
         columns: features to take, by name or position, in this order. Default: all 30.
         validation_fraction, test_fraction, split_seed: see `Table`.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.BreastCancer(columns=[0, 1, 2])
+        data.event_shape  # (3,)
+        ```
     """
 
     def __init__(
@@ -378,6 +398,14 @@ class Diabetes(Table):
     Args:
         context_columns: conditions to take, by name. Default: all ten.
         validation_fraction, test_fraction, split_seed: see `Table`.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Diabetes(context_columns=["age", "bmi"])
+        data.event_shape, data.context_shape
+        ```
     """
 
     def __init__(

@@ -72,6 +72,18 @@ class Trajectories(Series):
         InvalidTypeError, InvalidValueError: see `Series` and `read_table`; or a column does not exist or has two roles,
             an id or a time is missing, a time is neither a number nor a date, a series has a single point or two rows
             with the same time, or a static covariate changes. The message names the column and the row or the series.
+
+    Example:
+        ```python
+        import numpy as np
+
+        import flows
+
+        rows = [(patient, time, patient + 0.1 * time) for patient in range(10) for time in range(5)]
+        np.savetxt("series.csv", rows, delimiter=",", header="patient,time,dose", comments="")
+        data = flows.datasets.Trajectories("series.csv", id="patient")
+        data.event_shape  # (1,)
+        ```
     """
 
     def __init__(

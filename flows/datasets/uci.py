@@ -35,6 +35,22 @@ class UCIRegression(Table):
     Raises:
         FileError: the folder or a file does not exist, or cannot be read.
         InvalidValueError: a file holds something else.
+
+    Example:
+        ```python
+        from pathlib import Path
+
+        import numpy as np
+
+        import flows
+
+        folder = Path("concrete")
+        folder.mkdir()
+        np.savetxt(folder / "data.txt", np.random.default_rng(0).normal(size=(200, 3)))
+        np.savetxt(folder / "test_rows_0.txt", np.arange(20), fmt="%d")
+        data = flows.datasets.UCIRegression("concrete", split=0)
+        data.event_shape, data.context_shape  # (1,), (2,)
+        ```
     """
 
     def __init__(

@@ -24,6 +24,16 @@ class Analytic(DivergenceEstimator):
 
     Raises:
         TypeError: the field has no closed form; the message names what to choose instead.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)), divergence=flows.divergence.Analytic())
+        flow.log_prob(torch.randn(10, 2))  # exact, for fields with a closed form
+        ```
     """
 
     def __call__(self, t: Tensor, x: Tensor, probes: Tensor | None = None) -> FieldSample:

@@ -85,6 +85,17 @@ def linearise(
     Raises:
         ValueError: `check` refuses the value, or, in reverse mode, autograd cannot trace the value to `x`.
         RuntimeError: reverse mode under `torch.inference_mode()`.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.divergence import linearise
+
+        x = torch.randn(10, 3)
+        value, products = linearise(lambda t, x: torch.sin(x), torch.tensor(0.0), x)
+        products(torch.ones(1, 10, 3))  # (1, 10, 3): vᵀJ of one v
+        ```
     """
     size = products_per_call(mode, chunk_size)
     name = getattr(field, "name", getattr(field, "__name__", type(field).__name__))

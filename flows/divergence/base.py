@@ -20,6 +20,18 @@ class FieldSample:
     """A vector field at one time, with estimates of its divergence there.
 
     One evaluation of the field serves both.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+        from flows.divergence import Exact, bind
+
+        x, estimator = torch.randn(10, 2), Exact().bind(bind(flows.fields.MLP((2,))))
+        sample = estimator(torch.tensor(0.5), x, estimator.draw_probes(x))
+        sample.divergence  # (10,)
+        ```
     """
 
     value: Tensor  # (B, *event), v(t, x)
@@ -47,6 +59,30 @@ class DivergenceEstimator(CheckedMethods, ABC, checks=("draw_probes", "with_budg
 
     To add one: subclass it, define `__call__` (and `draw_probes` if it is stochastic), and add a yaml with its
     `_target_` to `conf/divergence`. Override whatever else does not fit.
+
+    Example:
+        ```python
+        from dataclasses import dataclass
+
+        import torch
+
+        from flows.divergence import DivergenceEstimator, FieldSample, Gaussian, divergence, linearise
+
+
+        @dataclass(frozen=True)
+        class OneProbe(DivergenceEstimator):
+            '''div v ≈ εᵀ J ε with ε ~ N(0, I).'''
+
+            def draw_probes(self, x, generator=None):  # once a solve: (1, B, *event)
+                return Gaussian().draw(1, x, generator)
+
+            def __call__(self, t, x, probes):
+                value, products = linearise(self.field, t, x)
+                return FieldSample(value, (products(probes) * probes).flatten(2).sum(2))
+
+
+        divergence(torch.tanh, torch.randn(10, 3), estimator=OneProbe())
+        ```
     """
 
     num_probes: int = 1  # K; each costs one product and gives one estimate, unless a class says otherwise

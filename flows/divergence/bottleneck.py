@@ -41,6 +41,18 @@ class Bottleneck(DivergenceEstimator):
     Raises:
         TypeError: the field has no `encode(t, x)`, `decode(t, h)` and `bottleneck_width`; the message names
             what to choose instead.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+        from flows.divergence import Bottleneck
+
+        field = flows.fields.MLP((64,), hidden=(16,))  # 64 → 16 → 64: probes of 16 entries do
+        flow = flows.CNF(field, divergence=Bottleneck(num_probes=4))
+        flow.log_prob(torch.randn(10, 64))
+        ```
     """
 
     num_probes: int = 1

@@ -40,6 +40,17 @@ class HutchPlusPlus(DivergenceEstimator):
         num_products: m, a multiple of 3; the standard error needs six.
         mode: `"reverse"` (which sketches Jᵀ, of the same trace) or `"forward"` Jacobian products.
         chunk_size: products in one vectorised call; `None`: 1 in reverse, 16 in forward mode.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.divergence import HutchPlusPlus, divergence
+
+        direction = torch.randn(50)
+        f = lambda x: torch.sin(x @ direction)[:, None] * direction  # a Jacobian of rank one
+        divergence(f, torch.randn(10, 50), estimator=HutchPlusPlus(num_products=6))  # exact up to rounding
+        ```
     """
 
     num_products: int = 6
@@ -115,6 +126,15 @@ class XTrace(DivergenceEstimator):
         num_products: m, even, >= 4.
         mode: `"reverse"` (which sketches Jᵀ, of the same trace) or `"forward"` Jacobian products.
         chunk_size: products in one vectorised call; `None`: 1 in reverse, 16 in forward mode.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.divergence import XTrace, divergence
+
+        divergence(torch.tanh, torch.randn(10, 50), estimator=XTrace(num_products=12))
+        ```
     """
 
     num_products: int = 6

@@ -26,6 +26,29 @@ class ProbeFamily(CheckedMethods, ABC, checks=("draw", "variance", "spread_facto
     """Draws K probes a sample, such that mean_k ε_kᵀ J ε_k is unbiased.
 
     To add one: subclass it; `Hutchinson(probes=...)` takes an instance or the lower-case class name.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.divergence import Hutchinson, ProbeFamily, divergence
+
+
+        class Uniform(ProbeFamily):
+            '''Uniform entries of variance 1.'''
+
+            def draw(self, num_probes, x, generator=None):
+                noise = torch.rand((num_probes, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
+                return 3**0.5 * (2 * noise - 1)
+
+            def variance(self, jacobian, num_probes):  # 2 ‖S‖² − 1.2 Σ S_ii², since E ε⁴ = 1.8
+                symmetric = (jacobian + jacobian.mT) / 2
+                diagonal = symmetric.diagonal(dim1=-2, dim2=-1).square().sum(-1)
+                return (2 * symmetric.square().sum((-2, -1)) - 1.2 * diagonal) / num_probes
+
+
+        divergence(torch.tanh, torch.randn(10, 3), estimator=Hutchinson(num_probes=4, probes=Uniform()))
+        ```
     """
 
     @abstractmethod
@@ -59,7 +82,19 @@ class ProbeFamily(CheckedMethods, ABC, checks=("draw", "variance", "spread_facto
 @checked
 @dataclass(frozen=True)
 class Rademacher(ProbeFamily):
-    """Independent signs. Variance 2(‖S‖²_F − Σᵢ J_ii²)/K: no noise where S is diagonal. [Hutchinson 1990]"""
+    """Independent signs. Variance 2(‖S‖²_F − Σᵢ J_ii²)/K: no noise where S is diagonal. [Hutchinson 1990]
+
+    Example:
+        ```python
+        import torch
+
+        from flows.divergence import Hutchinson, Rademacher, divergence
+
+        x = torch.randn(10, 3)
+        signs = divergence(torch.tanh, x, estimator=Hutchinson(probes=Rademacher()))
+        torch.testing.assert_close(signs, divergence(torch.tanh, x))  # no noise: the Jacobian is diagonal
+        ```
+    """
 
     def draw(self, num_probes: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         def signs(shape: tuple[int, ...], **options: Any) -> Tensor:
@@ -78,6 +113,17 @@ class Sphere(ProbeFamily):
     """Uniform on the sphere of radius √d. Variance (2d/(d+2)) (‖S‖²_F − tr²/d)/K: no noise where S = cI.
 
     A normal probe without the noise of its length. [Marsaglia 1972; Epperly, Tropp & Webber 2024]
+
+    Example:
+        ```python
+        import torch
+
+        from flows.divergence import Hutchinson, Sphere, divergence
+
+        x = torch.randn(10, 3)
+        noiseless = divergence(lambda x: 2 * x, x, estimator=Hutchinson(probes=Sphere()))
+        torch.testing.assert_close(noiseless, torch.full((10,), 6.0))
+        ```
     """
 
     def draw(self, num_probes: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -93,7 +139,17 @@ class Sphere(ProbeFamily):
 @checked
 @dataclass(frozen=True)
 class Gaussian(ProbeFamily):
-    """Independent standard normals. Variance 2‖S‖²_F/K: never below that of the signs. [Skilling 1989]"""
+    """Independent standard normals. Variance 2‖S‖²_F/K: never below that of the signs. [Skilling 1989]
+
+    Example:
+        ```python
+        import torch
+
+        from flows.divergence import Gaussian, Hutchinson, divergence
+
+        divergence(torch.tanh, torch.randn(10, 3), estimator=Hutchinson(num_probes=8, probes=Gaussian()))
+        ```
+    """
 
     def draw(self, num_probes: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return draw_like(torch.randn, num_probes, x, generator)
@@ -161,6 +217,15 @@ class Orthonormal(WithoutReplacement):
     Variance 2d(d − K)/(K(d − 1)(d + 2)) (‖S‖²_F − tr²/d): that of `Sphere`, times (d − K)/(d − 1).
     Frames are uniform (Haar), by QR of Gaussian matrices with the signs of R's diagonal [Mezzadri 2007,
     arXiv:math-ph/0609050]. Cost beside the products: one QR of a (d, K) matrix for each sample, once a solve.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.divergence import Hutchinson, Orthonormal, divergence
+
+        divergence(torch.tanh, torch.randn(10, 3), estimator=Hutchinson(num_probes=2, probes=Orthonormal()))
+        ```
     """
 
     def draw(self, num_probes: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -185,6 +250,16 @@ class Coordinates(WithoutReplacement):
 
     Variance (d²/K)(1 − K/d) var(diag J) with d − 1 in the sample variance: off-diagonal
     entries add no noise, but an uneven diagonal adds more than with any other family.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.divergence import Coordinates, Hutchinson, divergence
+
+        estimator = Hutchinson(num_probes=3, probes=Coordinates())  # exact: K = d
+        divergence(torch.tanh, torch.randn(10, 3), estimator=estimator)
+        ```
     """
 
     def draw(self, num_probes: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -49,6 +49,15 @@ class Probing(DivergenceEstimator):
     Raises:
         ValueError: the event has fewer dimensions than `grid_ndim`; or the field states a receptive radius that a
             layer with circular padding breaks, for opposite edges see each other, without `periodic = True`.
+
+    Example:
+        ```python
+        import flows
+        from flows.divergence import Probing
+
+        field = flows.fields.ConvNet((1, 16, 16), hidden=(8,))  # two 3 × 3 convolutions: pixels five apart do not meet
+        flow = flows.CNF(field, divergence=Probing(stride=5))  # 25 products instead of 256, and exact
+        ```
     """
 
     stride: int = 5

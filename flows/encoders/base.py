@@ -28,6 +28,27 @@ class Encoder(CheckedMethods, nn.Module, ABC, checks=("forward", "fit")):
     Attributes:
         conditions: names and categories of the entries of a context, for contexts from columns of a table. Default:
             None, contexts are numbers without names.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+
+        class Periodic(flows.encoders.Encoder):
+            '''An angle in degrees as a point on the circle.'''
+
+            def __init__(self):
+                super().__init__(context_shape=(1,), features_shape=(2,))
+
+            def forward(self, context):
+                return torch.cat([torch.deg2rad(context).cos(), torch.deg2rad(context).sin()], -1)
+
+
+        flow = flows.CNF(flows.fields.MLP((2,), context_shape=(2,)), encoder=Periodic())
+        flow.sample((10,), context=torch.tensor([90.0]))
+        ```
     """
 
     conditions: Conditions | None = None

@@ -59,6 +59,14 @@ class FlowEvaluator(Evaluator):
 
     Raises:
         ValueError: a number is out of range, or there is no estimator of that name.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import DensityEvaluator
+
+        evaluator = DensityEvaluator(flows.datasets.Moons(), divergence="exact", part="validation", points=1000)
+        ```
     """
 
     dataset: Dataset
@@ -141,6 +149,16 @@ class DensityEvaluator(FlowEvaluator):
         metrics: figures of draws to report in the test: metrics of `flows.evaluation.metrics`, or their lower-case
             names, such as `["c2st", "crps"]`. By default (None) none, as they cost many draws, but the CRPS and the
             coverage of 90 % intervals of a single value given columns of a table.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import DensityEvaluator
+
+        data, flow = flows.datasets.Moons(num_test=100), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        report = DensityEvaluator(data, progress_bar=False).test(flow)
+        report.metrics
+        ```
     """
 
     num_draws: int = 1

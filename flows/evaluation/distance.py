@@ -47,6 +47,16 @@ class DistanceEvaluator(FlowEvaluator):
     Args:
         metrics: figures of the test: metrics of `flows.evaluation.metrics`, or their lower-case names. The distance of
             two samples of the data from each other is beside each of two samples, for no flow can be nearer.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import DistanceEvaluator
+
+        data, flow = flows.datasets.Moons(num_test=100), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        report = DistanceEvaluator(data, progress_bar=False).test(flow)
+        report.metrics
+        ```
     """
 
     metrics: Sequence[SampleMetric | str] = ("wasserstein2", "sliced_wasserstein2")

@@ -38,6 +38,16 @@ class ImportanceWeights:
 
     They say nothing about regions that the flow misses: a flow that has lost a mode of p looks good, with a log Z
     that is too low.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import importance_weights
+
+        energy, flow = flows.datasets.DoubleWell(), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        weights = importance_weights(flow, energy, num_samples=200, batch_size=100)
+        weights.log_z, weights.log_z_se, weights.effective_sample_size
+        ```
     """
 
     free_energy: float  # E_q[log q − log p̃] = KL(q ‖ p) − log Z
@@ -179,6 +189,16 @@ def importance_weights(
 
     Raises:
         ValueError: a weight is NaN or infinite.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import importance_weights
+
+        energy, flow = flows.datasets.DoubleWell(), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        weights = importance_weights(flow, energy, num_samples=200, batch_size=100)
+        weights.log_z, weights.log_z_se, weights.effective_sample_size
+        ```
     """
     if generator is None:
         generator = torch.Generator(flow.device).manual_seed(int(torch.randint(2**62, ())))
@@ -261,6 +281,16 @@ class EnergyEvaluator(FlowEvaluator):
 
     Raises:
         InvalidValueError: there are metrics, and the energy has no samples.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import EnergyEvaluator
+
+        energy, flow = flows.datasets.DoubleWell(num_test=100), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        report = EnergyEvaluator(energy, progress_bar=False).test(flow)
+        report.metrics
+        ```
     """
 
     metrics: Sequence[SampleMetric | str] = ()

@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A score during training."""
+    """A score during training.
+
+    Example:
+        ```python
+        from flows.evaluation import Evaluation
+
+        Evaluation(score=1.5, metrics={"nll": 1.5, "nll_se": 0.01})  # lower is better
+        ```
+    """
 
     score: float  # lower is better; the checkpoint `best.pt` has the lowest
     metrics: Mapping[str, float]  # to log; a name with a slash keeps its own group in TensorBoard
@@ -36,7 +44,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a test."""
+    """The result of a test.
+
+    Example:
+        ```python
+        from flows.evaluation import Report
+
+        Report(metrics={"error": 0.1}, rows=[("error", "0.10 ± 0.01")], headline=["error"])
+        ```
+    """
 
     metrics: Mapping[str, Any]  # plain values for JSON, None where unknown; `<name>_se` is a standard error
     rows: Sequence[tuple[str, str]]  # names and values for a reader
@@ -53,6 +69,27 @@ class Evaluator(ABC):
 
     The `Trainer` calls nothing else to judge a model. To add one: subclass it, and add a yaml with its `_target_` to
     `conf/evaluation`. Each call uses the same random numbers, so that scores can be compared.
+
+    Example:
+        ```python
+        from flows.evaluation import Evaluation, Evaluator, Report
+
+
+        class Distance(Evaluator):
+            '''The distance of the mean sample from that of the data.'''
+
+            def __init__(self, dataset):
+                self.mean = dataset.reference().mean(0)
+
+            def _distance(self, model):
+                return float((model.sample((500,)).mean(0) - self.mean).norm())
+
+            def validate(self, model, *rest, **settings):
+                return Evaluation(self._distance(model), {})
+
+            def test(self, model, *rest, **settings):
+                return Report({"distance": self._distance(model)}, [("distance", f"{self._distance(model):.2f}")])
+        ```
     """
 
     def check(self, model: nn.Module) -> None:
@@ -84,6 +121,15 @@ def default_evaluator(
 
     Raises:
         TypeError: the model is neither a `CNF` nor a `NeuralODE`, or the data do not suit it.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import default_evaluator
+
+        data, flow = flows.datasets.Moons(num_test=100), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        report = default_evaluator(flow, data, progress_bar=False).test(flow)
+        ```
     """
     from flows.evaluation.density import DensityEvaluator  # all build on this module
     from flows.evaluation.distance import DistanceEvaluator
@@ -112,7 +158,17 @@ def default_evaluator(
 
 @checked
 def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> torch.Generator:
-    """Seed `generator` independently of any other seed, purpose and key."""
+    """Seed `generator` independently of any other seed, purpose and key.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.evaluation import seeded
+
+        generator = seeded(torch.Generator(), 0, "validation", 3)
+        ```
+    """
     check_seed(seed)
     words = np.random.SeedSequence([seed, *purpose.encode(), *key]).generate_state(2)
     return generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
@@ -120,7 +176,15 @@ def seeded(generator: torch.Generator, seed: int, purpose: str, *key: int) -> to
 
 @checked
 def aligned(rows: Sequence[tuple[str, str]]) -> str:
-    """Write names and values in two columns."""
+    """Write names and values in two columns.
+
+    Example:
+        ```python
+        from flows.evaluation import aligned
+
+        print(aligned([("nll", "1.50 ± 0.01"), ("evaluations", "80")]))
+        ```
+    """
     width = max([12, *(len(name) for name, _ in rows)])
     return "\n".join(f"{name:>{width}}  {value}" for name, value in rows)
 

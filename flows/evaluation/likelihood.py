@@ -33,6 +33,16 @@ class Likelihood:
 
     For discrete data it is an upper bound, the mean of −log((1/K) Σ_k p(x + u_k)/q(u_k | x)) over K draws of the
     dequantisation noise. [Burda et al. 2016, arXiv:1509.00519]
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import likelihood
+
+        data, flow = flows.datasets.Moons(num_test=200), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        result = likelihood(flow, data.test_batches(100))
+        result.nll, result.standard_error  # nats
+        ```
     """
 
     nll: float
@@ -142,6 +152,15 @@ def part_batches(
     """Return the batches of the part `"validation"` or `"test"`, and its number of points.
 
     They come on the device and in the dtype of the flow. With `most_points` only the first points come.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import part_batches
+
+        data, flow = flows.datasets.Moons(num_test=200), flows.CNF(flows.fields.MLP((2,)))
+        batches, num_points = part_batches(flow, data, "test", batch_size=100)
+        ```
     """
     _require(flow, "device", "dtype")
     place = {"device": flow.device, "dtype": flow.dtype}
@@ -196,6 +215,16 @@ def likelihood(
     Raises:
         ValueError: there is no point, a point is not finite, its density is NaN or infinite, or `num_draws` does not
             suit the data.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import likelihood
+
+        data, flow = flows.datasets.Moons(num_test=200), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        result = likelihood(flow, data.test_batches(100))
+        result.nll, result.standard_error  # nats
+        ```
     """
     _require(flow, "estimate_log_prob", "transform", "event_shape")
     points = list(pointwise(flow, batches, generator, solver_error_points, progress, num_points, num_draws))

@@ -25,6 +25,18 @@ class OutlierScores:
 
     The NLL misses outliers that are simpler than the data, which a flow often finds *more* likely; its distance from
     the mean NLL of the validation part finds those too. [Nalisnick et al. 2019, arXiv:1810.09136, 1906.02994]
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import likelihood, outlier_scores
+
+        data, outliers = flows.datasets.Moons(num_test=100), flows.datasets.Circles(num_test=100)
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        known = likelihood(flow, data.test_batches(100))
+        scores = outlier_scores(flow, data, known, "test", outliers, batch_size=100)
+        scores.likelihood, scores.typicality
+        ```
     """
 
     name: str  # of the outliers
@@ -90,6 +102,18 @@ def outlier_scores(
 
     Raises:
         ValueError: the outliers have another shape or other levels than the data.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import likelihood, outlier_scores
+
+        data, outliers = flows.datasets.Moons(num_test=100), flows.datasets.Circles(num_test=100)
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        known = likelihood(flow, data.test_batches(100))
+        scores = outlier_scores(flow, data, known, "test", outliers, batch_size=100)
+        scores.likelihood, scores.typicality
+        ```
     """
     if outliers is None:
         batches, num_points = part_batches(flow, dataset, part, batch_size)
@@ -113,7 +137,19 @@ def outlier_scores(
 
 @checked
 def shuffled(batches: Iterable[Batch], generator: torch.Generator | None = None) -> Iterator[Batch]:
-    """The same points, each with its entries in a random order of its own; the channels of a pixel stay together."""
+    """The same points, each with its entries in a random order of its own; the channels of a pixel stay together.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+        from flows.evaluation import shuffled
+
+        data = flows.datasets.Digits()
+        batches = shuffled(data.test_batches(100), torch.Generator().manual_seed(0))
+        ```
+    """
     for batch in batches:
         channels = batch.x.shape[1] if batch.x.ndim == 4 else 1
         x = batch.x.reshape(len(batch.x), channels, -1)

@@ -27,7 +27,15 @@ TOLERANCE = 1e-9  # of their solves
 @checked
 @dataclass(frozen=True)
 class ParameterEstimate:
-    """A fitted parameter."""
+    """A fitted parameter.
+
+    Example:
+        ```python
+        from flows.evaluation import ParameterEstimate
+
+        estimate = ParameterEstimate(value=0.150, standard_error=0.002)
+        ```
+    """
 
     value: float
     standard_error: float | None = None  # None where it is not known
@@ -41,6 +49,16 @@ def fitted_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of known equations in a model, by name, 0-d and detached; none without `Physics`.
 
     Entries of a list of numbers are called `name[0]`, and so on. With several `Physics`, names begin with their place.
+
+    Example:
+        ```python
+        import flows
+        from flows.equations import pendulum
+        from flows.evaluation import fitted_parameters
+
+        field = flows.fields.Physics(pendulum, event_shape=(2,), parameters={"stiffness": 0.8})
+        fitted_parameters(flows.NeuralODE(field))  # {"stiffness": tensor(0.8000)}
+        ```
     """
     found = {place: module for place, module in model.named_modules() if isinstance(module, Physics)}
     values: dict[str, Tensor] = {}

@@ -45,6 +45,15 @@ class PosteriorEvaluator(DensityEvaluator):
         reference: a folder with `K_observation.csv` and `K_reference_posterior_samples.csv` (or `.csv.bz2`) for
             K = 1, 2, ..., as sbibm writes them. `reference_c2st` is the mean over the observations. Default: none.
         reference_points: draws from each posterior for C2ST, and of its reference.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import PosteriorEvaluator
+
+        data = flows.datasets.TwoMoons(num_simulations=200, num_test=20)
+        evaluator = PosteriorEvaluator(data, progress_bar=False)
+        ```
     """
 
     calibration_points: int = 500

@@ -56,6 +56,17 @@ class TrajectoryEvaluator(Evaluator):
     Raises:
         InvalidTypeError, InvalidValueError: the data are no series, a number is out of range, or a metric compares two
             samples, which predicted states are not.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import TrajectoryEvaluator
+
+        data = flows.datasets.Spiral(num_series=10, num_times=20)
+        ode = flows.NeuralODE(flows.fields.MLP((2,), hidden=(8,)))
+        report = TrajectoryEvaluator(data, progress_bar=False).test(ode)
+        report.metrics
+        ```
     """
 
     dataset: Dataset

@@ -15,6 +15,24 @@ class Activation(nn.Module, ABC):
     """An elementwise function σ with its derivative σ′, which the closed-form divergences need.
 
     To add one: subclass it; fields take an instance or the lower-case class name.
+
+    Example:
+        ```python
+        import flows
+
+
+        class Arctangent(flows.fields.Activation):
+            '''σ = arctan, σ′ = 1/(1 + z²).'''
+
+            def forward(self, z):
+                return z.arctan()
+
+            def value_and_slope(self, z):
+                return z.arctan(), 1 / (1 + z**2)
+
+
+        field = flows.fields.MLP((2,), activation=Arctangent())
+        ```
     """
 
     @abstractmethod
@@ -28,7 +46,15 @@ class Activation(nn.Module, ABC):
 
 @checked
 class Tanh(Activation):
-    """σ = tanh, σ′ = 1 − σ²."""
+    """σ = tanh, σ′ = 1 − σ².
+
+    Example:
+        ```python
+        import flows
+
+        field = flows.fields.MLP((2,), activation=flows.fields.Tanh())
+        ```
+    """
 
     def forward(self, z: Tensor) -> Tensor:
         return z.tanh()
@@ -40,7 +66,15 @@ class Tanh(Activation):
 
 @checked
 class SiLU(Activation):
-    """σ = z s(z) with the logistic function s; σ′ = s + σ (1 − s)."""
+    """σ = z s(z) with the logistic function s; σ′ = s + σ (1 − s).
+
+    Example:
+        ```python
+        import flows
+
+        field = flows.fields.MLP((2,), activation=flows.fields.SiLU())
+        ```
+    """
 
     def forward(self, z: Tensor) -> Tensor:
         return functional.silu(z)
@@ -53,7 +87,15 @@ class SiLU(Activation):
 
 @checked
 class Softplus(Activation):
-    """σ = log(1 + eᶻ), σ′ = the logistic function."""
+    """σ = log(1 + eᶻ), σ′ = the logistic function.
+
+    Example:
+        ```python
+        import flows
+
+        field = flows.fields.MLP((2,), activation=flows.fields.Softplus())
+        ```
+    """
 
     def forward(self, z: Tensor) -> Tensor:
         return functional.softplus(z)
@@ -64,7 +106,15 @@ class Softplus(Activation):
 
 @checked
 class Sine(Activation):
-    """σ = sin, σ′ = cos."""
+    """σ = sin, σ′ = cos.
+
+    Example:
+        ```python
+        import flows
+
+        field = flows.fields.MLP((2,), activation=flows.fields.Sine())
+        ```
+    """
 
     def forward(self, z: Tensor) -> Tensor:
         return z.sin()
@@ -79,6 +129,15 @@ class Elementwise(Activation):
 
     Args:
         module: such as `torch.nn.GELU()`; must map each entry on its own.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        field = flows.fields.MLP((2,), activation=flows.fields.Elementwise(torch.nn.GELU()))
+        ```
     """
 
     def __init__(self, module: nn.Module = nn.GELU()) -> None:  # noqa: B008 (stateless)

@@ -24,6 +24,27 @@ class Field(CheckedMethods, nn.Module, ABC):
     Args:
         event_shape: shape of one point.
         context_shape: shape of one sample's context; `None` for an unconditional field.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+
+        class Rotation(flows.fields.Field):
+            '''v = ω (−y, x) with a trained ω.'''
+
+            def __init__(self):
+                super().__init__(event_shape=(2,), context_shape=None)
+                self.speed = torch.nn.Parameter(torch.ones(()))
+
+            def forward(self, t, x, context=None):
+                return self.speed * torch.stack([-x[:, 1], x[:, 0]], 1)
+
+
+        flow = flows.CNF(Rotation())
+        ```
     """
 
     receptive_radius: int | None = None  # in sites of the grid, the axes after the first; None: all of x

@@ -30,6 +30,13 @@ class ConcatSquashMLP(Perceptron):
         hidden: widths of the hidden layers, at least one.
         activation: an `Activation` or its lower-case name.
         context_shape: shape of the context, `None` for an unconditional field.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.ConcatSquashMLP((2,), hidden=(64, 64, 64)))  # the network of FFJORD
+        ```
     """
 
     def __init__(

@@ -38,6 +38,13 @@ class ConvNet(Field):
         activation: an `Activation` or its lower-case name.
         num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context (a class as a one-hot vector, say), `None` for an unconditional field.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.ConvNet((1, 8, 8), hidden=(8,)), divergence=flows.divergence.Probing(stride=5))
+        ```
     """
 
     def __init__(

@@ -43,6 +43,18 @@ class EquivariantKernel(Field):
         num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field; equivariance needs a context that
             does not depend on the frame, such as a temperature.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        field = flows.fields.EquivariantKernel((4, 2))  # four particles in the plane
+        x = torch.randn(10, 4, 2)
+        swapped = field(torch.tensor(0.5), x.flip(1)).flip(1)
+        torch.testing.assert_close(swapped, field(torch.tensor(0.5), x))
+        ```
     """
 
     pairs: Tensor  # (2, P), the indices i < j of every pair

@@ -27,6 +27,17 @@ class Guided(Field):
     Args:
         field: with a `context_shape`; its parameters are shared.
         weight: w.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        field = flows.fields.MLP((2,), context_shape=(3,))
+        flow = flows.CNF(flows.fields.Guided(field, weight=2.0))
+        flow.sample((10,), context=torch.eye(3)[0])
+        ```
     """
 
     def __init__(self, field: nn.Module, weight: float) -> None:

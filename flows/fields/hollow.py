@@ -45,6 +45,16 @@ class Hollow(Field):
         activation: an `Activation` or its lower-case name.
         num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flow = flows.CNF(flows.fields.Hollow((6,), hidden=(32,)))  # the divergence costs one product
+        flow.log_prob(torch.randn(10, 6))
+        ```
     """
 
     def __init__(

@@ -24,6 +24,13 @@ class Linear(Field):
         event_shape: shape of a point; it is flattened.
         matrix: A, (d, d); drawn at random with entries N(0, 1/d) if not given.
         offset: b, (d,); zero if not given.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.Linear((2,), matrix=[[0.0, -1.0], [1.0, 0.0]]))  # a rotation keeps N(0, I)
+        ```
     """
 
     def __init__(

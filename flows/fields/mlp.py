@@ -43,6 +43,14 @@ class MLP(Perceptron):
             not depend on time.
         context_shape: shape of the context, `None` for an unconditional field.
         at_rest: start with the velocity 0, so that training starts at the base: for a base that is near the data.
+
+    Example:
+        ```python
+        import flows
+
+        field = flows.fields.MLP((2,), hidden=(64, 64), activation="silu")
+        flow = flows.CNF(field)  # its divergence has a closed form, which is taken by default
+        ```
     """
 
     def __init__(

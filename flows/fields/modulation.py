@@ -26,6 +26,16 @@ class Modulation(nn.Module):
         context_shape: shape of the context, `None` for time alone.
         num_frequencies: of the time features; see `SinusoidalTime`.
         width: of the hidden layer.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        modulation = flows.fields.Modulation([16, 32], context_shape=(3,))
+        first, second = modulation(torch.tensor(0.5), torch.randn(10, 3))  # (10, 16), (10, 32)
+        ```
     """
 
     def __init__(

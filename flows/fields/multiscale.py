@@ -47,6 +47,16 @@ class Multiscale(Field):
             with its other arguments, such as `partial(ConvNet, hidden=(32, 32))`.
         num_scales: n >= 1.
         context_shape: shape of the context, which every stage gets; `None` for an unconditional field.
+
+    Example:
+        ```python
+        from functools import partial
+
+        import flows
+
+        conv = partial(flows.fields.ConvNet, hidden=(8,))
+        flow = flows.CNF(flows.fields.Multiscale((1, 8, 8), conv, num_scales=2))
+        ```
     """
 
     def __init__(

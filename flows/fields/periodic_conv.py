@@ -41,6 +41,18 @@ class PeriodicConv(Field):
         activation: σ, an `Activation` or its lower-case name.
         num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        field = flows.fields.PeriodicConv((8, 8), num_channels=16)
+        x = torch.randn(10, 8, 8)
+        shifted = field(torch.tensor(0.5), x.roll(1, 2)).roll(-1, 2)
+        torch.testing.assert_close(shifted, field(torch.tensor(0.5), x))
+        ```
     """
 
     periodic = True

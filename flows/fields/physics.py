@@ -34,6 +34,15 @@ class Coefficient:
 
     Raises:
         InvalidValueError: the start is not between the bounds.
+
+    Example:
+        ```python
+        import flows
+        from flows.equations import pendulum
+
+        friction = flows.fields.Coefficient(0.1, low=0.0)
+        field = flows.fields.Physics(pendulum, event_shape=(2,), parameters={"stiffness": 1.0, "friction": friction})
+        ```
     """
 
     start: float | Sequence[float]

@@ -33,6 +33,13 @@ class Planar(Field):
         activation: σ, an `Activation` or its lower-case name.
         num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.Planar((2,), num_units=32))  # the field of the first paper on neural ODEs
+        ```
     """
 
     def __init__(

@@ -49,6 +49,15 @@ class Potential(Field):
         rank: rows of A, at most the size of s; 0 leaves the quadratic term out.
         num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context, `None` for an unconditional field.
+
+    Example:
+        ```python
+        import flows
+        from flows.path_costs import HamiltonJacobi, KineticEnergy
+
+        flow = flows.CNF(flows.fields.Potential((2,), width=32))  # the field of OT-Flow
+        objective = flows.objectives.MaximumLikelihood([KineticEnergy(0.1), HamiltonJacobi(0.1)])
+        ```
     """
 
     def __init__(

@@ -22,6 +22,16 @@ class SinusoidalTime(nn.Module):
 
     Args:
         num_frequencies: K >= 0; the features number 2K, or 1 if K = 0.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        features = flows.fields.SinusoidalTime(num_frequencies=4)
+        features(torch.tensor([0.0, 0.5]))  # (2, 8)
+        ```
     """
 
     frequencies: Tensor  # (K,)

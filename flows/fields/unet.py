@@ -53,6 +53,14 @@ class UNet(Field):
             third more time. Only in training mode, and with reverse-mode products.
         num_frequencies: of the time features; see `SinusoidalTime`.
         context_shape: shape of the context (a class as a one-hot vector, say), `None` for an unconditional field.
+
+    Example:
+        ```python
+        import flows
+
+        field = flows.fields.UNet((1, 8, 8), channels=8, multipliers=(1, 2))
+        flow = flows.CNF(field, divergence=flows.divergence.Hutchinson())
+        ```
     """
 
     def __init__(

@@ -34,6 +34,17 @@ def posterior_flow(data: Simulations) -> CNF:
     """An untrained flow for simulations: bounded by the prior, with an embedding of observations.
 
     Its transform and its encoder are fitted to the training part.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+        from flows.inference import posterior_flow
+
+        flow = posterior_flow(flows.datasets.TwoMoons(num_simulations=200, num_test=10))
+        flow.sample((10,), context=torch.zeros(2))  # parameters within the prior
+        ```
     """
     transform = Compose(
         unbounded=Unbounded(data.event_shape, data.bounds),

@@ -66,6 +66,15 @@ class CNF(nn.Module):
         InvalidTypeError: an argument is of another class.
         InvalidValueError: the event shape is missing, or field, base and `event_shape` disagree about it, or field and
             encoder about the features.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(64, 64)), solver=flows.ODESolver(rtol=1e-6, atol=1e-6))
+        x, log_p = flow.sample_and_log_prob((100,))  # (100, 2), (100,)
+        estimate = flow.estimate_log_prob(x)  # .value .standard_error .solver_error .nfe
+        ```
     """
 
     names: DataNames = DataNames()  # what the data are called, once the flow has been trained on some

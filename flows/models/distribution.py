@@ -28,6 +28,18 @@ class FlowDistribution(Distribution):
     Args:
         flow: the flow, whose parameters it shares.
         context: (*batch, *context) or `None`.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,), context_shape=(3,)))
+        density = flow(torch.zeros(3))  # p(x | c), a `torch.distributions.Distribution`
+        x = density.sample((10,))  # (10, 2)
+        density.log_prob(x)  # (10,)
+        ```
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (the base class's form)

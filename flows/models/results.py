@@ -34,7 +34,20 @@ class DataNames:
 
 @dataclass(frozen=True)
 class LogProbEstimate:
-    """log p(x) in nats, with its errors."""
+    """log p(x) in nats, with its errors.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)), divergence=flows.divergence.Hutchinson(num_probes=4))
+        with torch.no_grad():
+            estimate = flow.estimate_log_prob(torch.randn(10, 2))
+        low, high = estimate.value - 2 * estimate.standard_error, estimate.value + 2 * estimate.standard_error
+        ```
+    """
 
     value: Tensor  # (*batch), the mean over probes
     standard_error: Tensor  # (*batch), from the spread of the probes; 0 if exact, NaN with a single probe
@@ -49,7 +62,20 @@ class LogProbEstimate:
 
 @dataclass(frozen=True)
 class Transport:
-    """Points of flow space carried along the ODE."""
+    """Points of flow space carried along the ODE.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)))
+        with torch.no_grad():
+            there = flow.transport(torch.randn(10, 2), (0.0, 1.0))
+        there.x  # (10, 2)
+        ```
+    """
 
     x: Tensor  # (T, *batch, *event) if several times were asked for, else (*batch, *event)
     log_density_change: Tensor | None  # (T, *batch) or (*batch): log p at x minus log p at the start
@@ -58,7 +84,20 @@ class Transport:
 
 @dataclass(frozen=True)
 class Sample:
-    """Points drawn from a flow, with their log-density in nats."""
+    """Points drawn from a flow, with their log-density in nats.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)))
+        with torch.no_grad():
+            sample = flow.draw((100,))
+        sample.x, sample.log_prob  # (100, 2), (100,)
+        ```
+    """
 
     x: Tensor  # (*batch, *event), data space
     log_prob: Tensor  # (*batch), the mean over probes
@@ -69,7 +108,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """States along the solutions of an ODE, with their errors."""
+    """States along the solutions of an ODE, with their errors.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        ode = flows.NeuralODE(flows.fields.MLP((2,)))
+        path = ode.trajectory(torch.randn(5, 2), torch.linspace(0, 1, 11))
+        path.states, path.nfe  # (5, 11, 2)
+        ```
+    """
 
     times: Tensor  # (T,) or (*batch, T)
     states: Tensor  # (*batch, T, *event)

@@ -21,7 +21,19 @@ from flows.solvers import SolverStatistics
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss to differentiate, with what to log beside it."""
+    """A loss to differentiate, with what to log beside it.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data, flow = flows.datasets.Moons(), flows.CNF(flows.fields.MLP((2,)))
+        output = flows.objectives.MaximumLikelihood()(flow, data.train_stream(16, torch.Generator()).next())
+        output.loss, output.metrics["nll"], output.statistics.nfe_forward
+        ```
+    """
 
     loss: Tensor  # 0-d
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # 0-d each, detached
@@ -33,6 +45,22 @@ class Objective(CheckedMethods, ABC, checks=("__call__", "check", "divergence"))
 
     The model may be any module that the objective knows how to call. To add one: subclass it, and add a yaml with a
     stage that names it to `conf/objective`.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+
+        class SquareOfTheNorm(flows.objectives.Objective):
+            '''Flow matching that also keeps velocities short.'''
+
+            def __call__(self, flow, batch, generator=None):
+                output = flows.objectives.FlowMatching()(flow, batch, generator)
+                length = flow.field(torch.tensor(0.5), batch.x).square().mean()
+                return flows.objectives.LossOutput(output.loss + 0.01 * length, {"length": length.detach()})
+        ```
     """
 
     uses_data: ClassVar[bool] = True  # False: only the size of a batch counts; it holds no points, (B, 0)

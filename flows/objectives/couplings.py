@@ -25,6 +25,25 @@ class Coupling(CheckedMethods, ABC, checks=("pair", "pairs", "couple")):
 
     Attributes:
         context_weight: w of couplings that respect contexts by a cost; see `pairs`. Default: `None`, exactly.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+
+        class Sorted(flows.objectives.Coupling):
+            '''Optimal transport on the line: both sides in order.'''
+
+            def pair(self, noise, data, generator=None):
+                index = torch.empty(len(data), dtype=torch.long)
+                index[data[:, 0].argsort()] = noise[:, 0].argsort()
+                return index
+
+
+        objective = flows.objectives.FlowMatching(coupling=Sorted())
+        ```
     """
 
     context_weight: float | None = None

@@ -96,6 +96,18 @@ class FlowMatching(Objective):
 
     Raises:
         InvalidValueError: a setting is unknown or out of range, or settings contradict each other.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        data, flow = flows.datasets.Moons(), flows.CNF(flows.fields.MLP((2,)))
+        generator = torch.Generator().manual_seed(0)
+        objective = flows.objectives.FlowMatching(coupling="optimal_transport")
+        objective(flow, data.train_stream(64, generator).next(), generator).loss.backward()
+        ```
     """
 
     solves: ClassVar[bool] = False

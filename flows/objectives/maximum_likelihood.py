@@ -38,6 +38,18 @@ class MaximumLikelihood(Objective):
     Raises:
         InvalidValueError: `steer` is not in [0, 1).
         InvalidTypeError: from a call, if the base has no density or one that is 0 somewhere.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+        from flows.path_costs import JacobianNorm, KineticEnergy
+
+        data, flow = flows.datasets.Moons(), flows.CNF(flows.fields.MLP((2,)))
+        objective = flows.objectives.MaximumLikelihood({"kinetic": KineticEnergy(0.01), "jacobian": JacobianNorm(0.01)})
+        objective(flow, data.train_stream(16, torch.Generator()).next()).loss.backward()
+        ```
     """
 
     recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 512, "learning_rate": 2e-3, "warmup_steps": 50}

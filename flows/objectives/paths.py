@@ -30,6 +30,14 @@ class ProbabilityPath(CheckedMethods, ABC, checks=("coefficients",)):
 
     Its velocity is a′(t) x₁ + b′(t) x₀. To add one, subclass this and implement `coefficients`. a/b must rise strictly
     from t = 0 on, that is, a′b − ab′ > 0. Settings may then name the path by its lower-case name.
+
+    Example:
+        ```python
+        from flows.objectives import FlowMatching
+
+        straight = FlowMatching(path="linear")
+        curved = FlowMatching(path="cosine")
+        ```
     """
 
     last_time: ClassVar[float] = 1.0  # training draws t from [0, last_time); below 1 if b′ is singular at 1

@@ -46,6 +46,18 @@ class ReverseKL(Objective):
         InvalidValueError: the estimator is not exact, or the target returns another shape.
 
     Sources: Noé et al. 2019, arXiv:1812.01729 (Boltzmann generators); Albergo et al. 2019, arXiv:1904.12072 (lattices).
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        energy, flow = flows.datasets.DoubleWell(), flows.CNF(flows.fields.MLP((2,)))
+        objective = flows.objectives.ReverseKL(energy)
+        batch = energy.train_stream(batch_size=16, generator=torch.Generator()).next()
+        objective(flow, batch).loss.backward()
+        ```
     """
 
     uses_data: ClassVar[bool] = False

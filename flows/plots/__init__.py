@@ -91,6 +91,15 @@ def figures(
     Args:
         generator: of samples and noise. Default: torch's.
         evaluated_with: name of the divergence estimator, shown below densities. Default: not shown.
+
+    Example:
+        ```python
+        import flows
+
+        data, flow = flows.datasets.Moons(), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        for name, figure in flows.plots.figures(flow, data).items():
+            figure.savefig(f"{name}.png")
+        ```
     """
     lacks_contexts = dataset.context_shape is None and flow.bind().context_shape is not None
     if not dataset.has_samples or lacks_contexts:
@@ -125,7 +134,16 @@ def samples(
     data: Tensor | None,  # (m, *event); None: no data to compare with
     names: Sequence[str] | None = None,  # of the features
 ) -> Figure:
-    """Plot samples beside data: images, points in the plane, or four features in pairs."""
+    """Plot samples beside data: images, points in the plane, or four features in pairs.
+
+    Example:
+        ```python
+        import flows
+
+        data, flow = flows.datasets.Moons(), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        flows.plots.samples(flow.sample((200,)), data.sample(200)).savefig("samples.png")
+        ```
+    """
     drawn = points_to_plot("drawn", drawn, *[None] * max(1, drawn.ndim - 1))
     data = None if data is None else points_to_plot("data", data, *drawn.shape[1:])
     if is_image(drawn.shape[1:]):
@@ -145,6 +163,15 @@ def save_samples(
 
     Raises:
         FileError: the file cannot be written.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flows.plots.save_samples("samples.png", torch.randn(200, 2), None)
+        ```
     """
     if is_image(drawn.shape[1:]):
         save_grid(path, drawn.cpu(), (drawn if data is None else data).cpu())

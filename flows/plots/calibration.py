@@ -26,6 +26,15 @@ def ranks(
     """Histograms of the ranks of true parameters among `num_draws` draws; flat if calibrated.
 
     The band holds 99 % of the bars of uniform ranks.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flows.plots.ranks(torch.randint(101, (200, 2)), num_draws=100, names=["mass", "rate"])
+        ```
     """
     from scipy.stats import binom
 
@@ -59,6 +68,15 @@ def expected_coverage(
     """Expected coverage over the credibility level; the diagonal if calibrated.
 
     Above it the posterior is too wide, below it too narrow. The band holds 99 % of the curve's points.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flows.plots.expected_coverage(torch.rand(200))
+        ```
     """
     if closer.ndim != 1 or len(closer) == 0:
         raise InvalidValueError(f"closer must be (n,), got shape {tuple(closer.shape)}")

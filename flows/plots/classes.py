@@ -23,7 +23,17 @@ MAX_CLASSES = 8  # the first classes are shown
 def class_samples(
     flow: CNF, dataset: Dataset, num_points: int = 2000, generator: torch.Generator | None = None
 ) -> Figure:
-    """Plot the data of each class above samples of the flow given that class."""
+    """Plot the data of each class above samples of the flow given that class.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.MoonsByClass()
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(8,), context_shape=(2,)))
+        flows.plots.class_samples(flow, data, num_points=100).savefig("classes.png")
+        ```
+    """
     check_in_the_plane(flow, "class_samples")
     whole_number("num_points", num_points)
     points, classes, low, high = _by_class(dataset)
@@ -49,6 +59,15 @@ def class_densities(flow: CNF, dataset: Dataset, resolution: int = 96, *, evalua
     Args:
         resolution: pixels along each side; the flow is evaluated at resolution² points for each class.
         evaluated_with: name of the divergence estimator, shown in small type. Default: not shown.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.MoonsByClass()
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(8,), context_shape=(2,)))
+        flows.plots.class_densities(flow, data, resolution=16).savefig("class_densities.png")
+        ```
     """
     check_in_the_plane(flow, "class_densities")
     whole_number("resolution", resolution, 2, 4096)

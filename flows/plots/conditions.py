@@ -81,6 +81,15 @@ def samples_by_category(
 
     Raises:
         InvalidValueError: no condition holds categories, or points have more than two values.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.MoonsByClass()
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(8,), context_shape=(2,)))
+        flows.plots.class_samples(flow, data, num_points=100).savefig("classes.png")
+        ```
     """
     conditions = _conditions_of(flow, dataset)
     whole_number("num_points", num_points)

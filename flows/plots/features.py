@@ -16,7 +16,17 @@ from flows.plots.style import DATA, FLOW, check_names, points_to_plot, quantiles
 
 @checked
 def pairs(drawn: Tensor, data: Tensor | None, names: Sequence[str] | None = None, num_features: int = 4) -> Figure:
-    """Plot the first features in pairs, with histograms on the diagonal."""
+    """Plot the first features in pairs, with histograms on the diagonal.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flows.plots.pairs(torch.randn(200, 3), torch.randn(200, 3), names=["a", "b", "c"])
+        ```
+    """
     whole_number("num_features", num_features)
     drawn = points_to_plot("drawn", drawn, None)
     data = None if data is None else points_to_plot("data", data, drawn.shape[1])

@@ -93,7 +93,17 @@ def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None
 
 @checked
 def image_samples(drawn: Tensor, data: Tensor | None, num_images: int = NUM_SAMPLES) -> Figure:
-    """Plot images of the data, if any, beside samples, in the shades of the data."""
+    """Plot images of the data, if any, beside samples, in the shades of the data.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flows.plots.image_samples(torch.randint(17, (64, 1, 8, 8)).float(), flows.datasets.Digits().reference())
+        ```
+    """
     whole_number("num_images", num_images)
     drawn = points_to_plot("drawn", drawn, *ANY_IMAGE)
     data = None if data is None else points_to_plot("data", data, *drawn.shape[1:])

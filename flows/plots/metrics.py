@@ -31,6 +31,13 @@ def curves(metrics: Curves, entropy: float | None = None, stages: Sequence[int] 
         metrics: of the whole run.
         entropy: of the data in nats, drawn beside the NLL. Default: none.
         stages: number of steps of each stage; dotted lines separate the stages.
+
+    Example:
+        ```python
+        import flows
+
+        flows.plots.curves({"train/loss": [(0, 2.0), (10, 1.0)]})
+        ```
     """
     panels = {
         "square errors of flow matching": [
@@ -85,7 +92,17 @@ def _read(path: str | os.PathLike[str]) -> np.ndarray:
 
 @checked
 def contact_sheet(pictures: Mapping[str, str | os.PathLike[str]]) -> Figure:
-    """Show image files with their titles, two in a row."""
+    """Show image files with their titles, two in a row.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        flows.plots.scatter(flow.sample((100,)), None).savefig("samples.png")
+        sheet = flows.plots.contact_sheet({"first": "samples.png", "second": "samples.png"})
+        ```
+    """
     if not pictures:
         raise InvalidValueError("pictures must name at least one image file, got none")
     images = {title: _read(path) for title, path in pictures.items()}

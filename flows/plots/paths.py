@@ -36,7 +36,16 @@ def draw_paths(
 def trajectories(
     flow: CNF, data: Tensor, num_paths: int = 250, num_times: int = 41, generator: torch.Generator | None = None
 ) -> Figure:
-    """Plot paths from the base (t = 0) to the data (t = 1), in data space."""
+    """Plot paths from the base (t = 0) to the data (t = 1), in data space.
+
+    Example:
+        ```python
+        import flows
+
+        data, flow = flows.datasets.Moons(), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        flows.plots.trajectories(flow, data.sample(200)).savefig("trajectories.png")
+        ```
+    """
     check_in_the_plane(flow, "trajectories")
     whole_number("num_paths", num_paths)
     whole_number("num_times", num_times, 2)
@@ -69,7 +78,16 @@ def evolution(
     num_points: int = 20_000,
     generator: torch.Generator | None = None,
 ) -> Figure:
-    """Plot histograms of flow samples at several times from base to data."""
+    """Plot histograms of flow samples at several times from base to data.
+
+    Example:
+        ```python
+        import flows
+
+        data, flow = flows.datasets.Moons(), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        flows.plots.evolution(flow, data.sample(200)).savefig("evolution.png")
+        ```
+    """
     check_in_the_plane(flow, "evolution")
     whole_number("num_points", num_points)
     data = points_to_plot("data", data, 2)

@@ -40,6 +40,15 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_wit
     Args:
         resolution: pixels along each side; the flow is evaluated at resolution² points.
         evaluated_with: name of the divergence estimator, shown in small type. Default: not shown.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Moons()
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        flows.plots.density(flow, data, resolution=16).savefig("density.png")
+        ```
     """
     check_in_the_plane(flow, "density")
     whole_number("resolution", resolution, 2, 4096)
@@ -78,7 +87,16 @@ def scatter(
     data: Tensor | None,  # (m, 2)
     names: Sequence[str] | None = None,  # of the features
 ) -> Figure:
-    """Plot samples of the flow beside points of the data, if there are any."""
+    """Plot samples of the flow beside points of the data, if there are any.
+
+    Example:
+        ```python
+        import flows
+
+        data, flow = flows.datasets.Moons(), flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        flows.plots.scatter(flow.sample((200,)), data.sample(200)).savefig("scatter.png")
+        ```
+    """
     drawn = points_to_plot("drawn", drawn, 2)
     data = None if data is None else points_to_plot("data", data, 2)
     check_names(names, 2)

@@ -37,7 +37,18 @@ BINS = 24  # of the errors over time
 @checked
 @dataclass(frozen=True)
 class SeriesPrediction:
-    """Curves that a model predicts, and what is known of the same series; all on the CPU."""
+    """Curves that a model predicts, and what is known of the same series; all on the CPU.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Spiral(num_series=10, num_times=20)
+        ode = flows.NeuralODE(flows.fields.MLP((2,), hidden=(8,)))
+        drawn = flows.plots.predict_curves(ode, data)  # a `SeriesPrediction`
+        drawn.times, drawn.states, drawn.truth
+        ```
+    """
 
     times: Tensor  # (N, G)
     states: Tensor  # (N, G, d), the entries of a state flattened
@@ -56,6 +67,15 @@ def series_figures(model: NeuralODE, dataset: Series, part: str = "test") -> dic
     """Plot predictions of a part: `series`, `errors`, `phase` from two entries on, `field` in the plane.
 
     Where predictions stop beyond the training span, they are shown up to it.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Spiral(num_series=10, num_times=20)
+        ode = flows.NeuralODE(flows.fields.MLP((2,), hidden=(8,)))
+        flows.plots.series_figures(ode, data)
+        ```
     """
     drawn = predict_curves(model, dataset, part, MAX_PATHS)
     until = None
@@ -74,7 +94,17 @@ def series_figures(model: NeuralODE, dataset: Series, part: str = "test") -> dic
 
 @checked
 def predict_curves(model: NeuralODE, dataset: Series, part: str = "test", num_series: int = 4) -> SeriesPrediction:
-    """Predict the first series of a part at close times."""
+    """Predict the first series of a part at close times.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Spiral(num_series=10, num_times=20)
+        ode = flows.NeuralODE(flows.fields.MLP((2,), hidden=(8,)))
+        flows.plots.predict_curves(ode, data)
+        ```
+    """
     whole_number("num_series", num_series)
     device = model_device(model)
     batches = dataset.test_batches if part == "test" else dataset.validation_batches
@@ -121,6 +151,16 @@ def time_series(drawn: SeriesPrediction) -> Figure:
 
     A wide band is the interval that should hold 90 % of observations, if the model knows noise; a narrow dark one is
     three solver errors. The dashed line is the end of the training span.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Spiral(num_series=10, num_times=20)
+        ode = flows.NeuralODE(flows.fields.MLP((2,), hidden=(8,)))
+        drawn = flows.plots.predict_curves(ode, data)  # a `SeriesPrediction`
+        flows.plots.time_series(drawn)
+        ```
     """
     columns, rows = min(MAX_COLUMNS, len(drawn.states)), min(MAX_ROWS, drawn.states.shape[-1])
     figure = Figure(figsize=(max(4.4, 2.9 * columns), 1.1 + 1.6 * rows), dpi=120, layout="constrained")
@@ -193,6 +233,16 @@ def phase_portraits(drawn: SeriesPrediction) -> Figure:
     """Plot pairs of entries against each other, for up to four series.
 
     Predictions are dashed beyond the training span. Circles are the initial states.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Spiral(num_series=10, num_times=20)
+        ode = flows.NeuralODE(flows.fields.MLP((2,), hidden=(8,)))
+        drawn = flows.plots.predict_curves(ode, data)  # a `SeriesPrediction`
+        flows.plots.phase_portraits(drawn)
+        ```
     """
     size = drawn.states.shape[-1]
     pairs = [(0, 1), (0, 2), (1, 2)] if size == 3 else [(k, k + 1) for k in range(0, size - 1, 2)][:3]
@@ -237,6 +287,15 @@ def vector_field(model: NeuralODE, dataset: Series, resolution: int = 24) -> Fig
     """Plot streamlines of dx/dt in the plane, beside those of the true system if it is known.
 
     Colour is speed. A field that depends on time or a context is shown at the start of the first test series.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Spiral(num_series=10, num_times=20)
+        ode = flows.NeuralODE(flows.fields.MLP((2,), hidden=(8,)))
+        flows.plots.vector_field(ode, data)
+        ```
     """
     whole_number("resolution", resolution, 4, 512)
     low, high = square(dataset.reference(), quantile=0.002, margin=0.06)

@@ -21,6 +21,17 @@ def steps(statistics: SolverStatistics, purpose: str | None = None) -> Figure:
 
     Args:
         purpose: of the solve, for the title. Default: not shown.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)))
+        with torch.no_grad():
+            flows.plots.steps(flow.estimate_log_prob(torch.randn(10, 2)).statistics)
+        ```
     """
     times, errors = statistics.curve("divergence_standard_error")
     rows = 2 if times else 1

@@ -42,6 +42,14 @@ class ErrorControl:
 
     Raises:
         InvalidValueError: a weight is negative or infinite, or all weights are 0.
+
+    Example:
+        ```python
+        import flows
+        from flows.solvers import ErrorControl
+
+        every_sample = flows.ODESolver(error_control=ErrorControl(per_sample=True))
+        ```
     """
 
     state: float = 1.0

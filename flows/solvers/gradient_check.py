@@ -53,6 +53,18 @@ class GradientCheck:
     """Relative differences between gradients of the loss, over all parameters and x.
 
     Each is ‖difference‖ / ‖reference‖. The reference is backprop at tolerances 100 times tighter.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+        from flows.solvers import check_gradients
+
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        check = check_gradients(flow, torch.randn(10, 2))
+        check.difference, check.advice
+        ```
     """
 
     difference: float  # adjoint against backprop, at the flow's own tolerances

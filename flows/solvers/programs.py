@@ -30,7 +30,16 @@ _MANY_SOLVES: ContextVar[bool] = ContextVar("many solves", default=False)
 
 @dataclass
 class Compilations:
-    """What this process has compiled."""
+    """What this process has compiled.
+
+    Example:
+        ```python
+        from flows.solvers import compilations
+
+        before = compilations()
+        before.count, before.seconds, before.reasons
+        ```
+    """
 
     count: int = 0
     seconds: float = 0.0
@@ -56,13 +65,35 @@ COMPILATIONS = Compilations()
 
 
 def compilations() -> Compilations:
-    """How often this process has compiled solver steps, how long that took, and why some were not."""
+    """How often this process has compiled solver steps, how long that took, and why some were not.
+
+    Example:
+        ```python
+        from flows.solvers import compilations
+
+        before = compilations()
+        before.count, before.seconds, before.reasons
+        ```
+    """
     return COMPILATIONS
 
 
 @contextlib.contextmanager
 def many_solves(expected: bool = True) -> Iterator[None]:
-    """Let solvers with `compile="auto"` compile inside the context, because many solves will follow."""
+    """Let solvers with `compile="auto"` compile inside the context, because many solves will follow.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+        from flows.solvers import many_solves
+
+        flow = flows.CNF(flows.fields.MLP((2,)), solver=flows.ODESolver(compile="auto"))
+        with many_solves(False), torch.no_grad():
+            flow.log_prob(torch.randn(10, 2))  # not compiled: one solve would not win it back
+        ```
+    """
     token = _MANY_SOLVES.set(expected)
     try:
         yield

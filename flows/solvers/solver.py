@@ -84,6 +84,15 @@ class ODESolver:
 
     Raises:
         InvalidValueError: a setting is unknown, missing or out of range, or has no effect on the method.
+
+    Example:
+        ```python
+        import flows
+
+        fast = flows.ODESolver(method="rk4", step_size=0.1)
+        fine = flows.ODESolver(rtol=1e-7, atol=1e-7, gradient="adjoint")  # dopri5; memory does not grow with the steps
+        flow = flows.CNF(flows.fields.MLP((2,)), solver=fine)
+        ```
     """
 
     method: str = "dopri5"

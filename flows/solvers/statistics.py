@@ -13,7 +13,20 @@ from flows.solvers.problem import State
 
 
 class Attempt(NamedTuple):
-    """One attempted step, from t to t + dt."""
+    """One attempted step, from t to t + dt.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)))
+        with torch.no_grad():
+            statistics = flow.estimate_log_prob(torch.randn(10, 2)).statistics
+        [(step.t, step.dt, step.accepted) for step in statistics.attempts]
+        ```
+    """
 
     t: float
     dt: float  # negative where time runs backwards
@@ -34,7 +47,20 @@ def shortest(attempts: Sequence[Attempt]) -> Attempt | None:
 
 @dataclass
 class SolverStatistics:
-    """The cost and the steps of a solve. The backward figures grow while gradients are computed."""
+    """The cost and the steps of a solve. The backward figures grow while gradients are computed.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)))
+        with torch.no_grad():
+            statistics = flow.estimate_log_prob(torch.randn(10, 2)).statistics
+        statistics.nfe_forward, len(statistics.attempts)  # evaluations of the field, attempted steps
+        ```
+    """
 
     components: tuple[str, ...] = ()  # names, in the order of the state
     nfe_forward: int = 0  # evaluations of the dynamics
@@ -86,7 +112,20 @@ class SolverStatistics:
 
 @dataclass(frozen=True)
 class Solution:
-    """The states at the requested times, with the statistics of the solve."""
+    """The states at the requested times, with the statistics of the solve.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        solver = flows.ODESolver(rtol=1e-8, atol=1e-8)
+        start = (torch.ones(1, 1, dtype=torch.float64),)
+        solution = solver.solve(lambda t, state: (-state[0],), start, [0.0, 1.0, 2.0])
+        solution.states[0]  # (3, 1, 1): 1, e⁻¹, e⁻²
+        ```
+    """
 
     times: Tensor  # (T,), or (B, T) with times of each sample's own
     states: State  # each component (T, *component)

@@ -18,7 +18,7 @@ class AppendedFile:
     warned of. Nothing is buffered otherwise, so a killed process loses nothing that it has written.
 
     Args:
-        path: the file; made if needed, else continued.
+        path: the file; made if needed, with its folder, else continued.
     """
 
     closed = False  # for writers that ask
@@ -76,4 +76,5 @@ class AppendedFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)

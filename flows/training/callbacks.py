@@ -105,6 +105,13 @@ class Reporting:
     Raises:
         ValueError: a number is negative.
         TypeError: a callback or a logger has none of the methods that are called.
+
+    Example:
+        ```python
+        import flows
+
+        reporting = flows.training.Reporting(log_every=50, plot_every=None, progress_bar=False)
+        ```
     """
 
     log_every: int = 20

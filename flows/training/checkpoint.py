@@ -69,6 +69,15 @@ def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) ->
 
     Raises:
         InvalidTypeError: it holds anything else, such as an object in the extra state of a module.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)))
+        flows.training.save_checkpoint("flow.pt", {"model": flow.state_dict()})
+        content = flows.training.load_checkpoint("flow.pt")
+        ```
     """
     path = Path(path)
     whole = plain_content({"format": FORMAT, "version": VERSION, **content})
@@ -83,6 +92,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: the file is damaged, holds anything but data, or is no checkpoint of this package.
         CheckpointError: it is missing, cannot be read now, or is of another version.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)))
+        flows.training.save_checkpoint("flow.pt", {"model": flow.state_dict()})
+        content = flows.training.load_checkpoint("flow.pt")
+        ```
     """
     path = _existing(path)
     try:
@@ -162,6 +180,15 @@ def find_checkpoint(
 
     Raises:
         CheckpointError: there is none; the message says what is there instead.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)))
+        flows.training.save_checkpoint("flow.pt", {"model": flow.state_dict()})
+        content = flows.training.load_checkpoint("flow.pt")
+        ```
     """
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"a checkpoint is a file, or the folder of a run; got {path!r}")

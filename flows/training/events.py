@@ -34,6 +34,15 @@ class TensorBoardLogger:
 
     Attributes:
         count: of the events so far, but those that begin a file.
+
+    Example:
+        ```python
+        import flows
+
+        logger = flows.training.TensorBoardLogger("events")
+        logger.log({"train/loss": 1.4}, step=20)
+        logger.close()
+        ```
     """
 
     def __init__(

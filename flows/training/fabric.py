@@ -58,6 +58,13 @@ class Hardware:
         compile: train with compiled code: stages that solve take compiled steps, as with `solver.compile`, which
             concerns validation and the test as well; for other stages, such as flow matching, the field is compiled.
             `"auto"`: on a GPU all stages that can be; elsewhere stages that solve, of 1000 steps or two minutes.
+
+    Example:
+        ```python
+        import flows
+
+        hardware = flows.training.Hardware(accelerator="cpu", precision="64-true")
+        ```
     """
 
     accelerator: str | Accelerator = "auto"

@@ -69,14 +69,43 @@ class MetricMeans:
 @checked
 @dataclass(frozen=True)
 class HParams:
-    """The settings of a run beside its final results, for TensorBoard's HPARAMS tab."""
+    """The settings of a run beside its final results, for TensorBoard's HPARAMS tab.
+
+    Example:
+        ```python
+        import flows
+
+        logger = flows.training.TensorBoardLogger("events")
+        logger.log({"hparams": flows.training.HParams({"lr": 1e-3}, {"nll": 1.5})}, step=100)
+        logger.close()
+        ```
+    """
 
     settings: Mapping[str, Any]  # flat; anything but a number, a bool or a string is written as text
     results: Mapping[str, float | None]  # None: unknown, left out
 
 
 class Logger(Protocol):
-    """Receives numbers, figures, texts and `HParams`, and keeps those that it can show."""
+    """Receives numbers, figures, texts and `HParams`, and keeps those that it can show.
+
+    Example:
+        ```python
+        import flows
+
+
+        class Printer:
+            '''Prints the numbers; any object with these two methods is a `Logger`.'''
+
+            def log(self, metrics, step):
+                print(step, {name: value for name, value in metrics.items() if isinstance(value, float)})
+
+            def close(self):
+                pass
+
+
+        reporting = flows.training.Reporting(loggers=[Printer()])
+        ```
+    """
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
@@ -97,6 +126,16 @@ class JSONLinesLogger:
 
     Attributes:
         count: of the lines.
+
+    Example:
+        ```python
+        import flows
+
+        logger = flows.training.JSONLinesLogger("metrics.jsonl")
+        logger.log({"train/loss": 1.4}, step=20)
+        logger.close()
+        flows.training.read_metrics("metrics.jsonl")  # {"train/loss": [(20, 1.4)]}
+        ```
     """
 
     def __init__(
@@ -131,6 +170,14 @@ class ProgressBar:
     Args:
         stages: number of steps of each stage, in order; None for one that ends by time.
         resume_step: the step that a resumed run starts from.
+
+    Example:
+        ```python
+        import flows
+
+        bar = flows.training.ProgressBar({"flow_matching": 100})
+        bar.close()
+        ```
     """
 
     def __init__(self, stages: Mapping[str, int | None], resume_step: int | None = None) -> None:
@@ -198,7 +245,18 @@ class _AboveBars(logging.Handler):
 
 @checked
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:
-    """Read the curves of a JSON-lines file: for each metric its (step, value) pairs."""
+    """Read the curves of a JSON-lines file: for each metric its (step, value) pairs.
+
+    Example:
+        ```python
+        import flows
+
+        logger = flows.training.JSONLinesLogger("metrics.jsonl")
+        logger.log({"train/loss": 1.4}, step=20)
+        logger.close()
+        flows.training.read_metrics("metrics.jsonl")  # {"train/loss": [(20, 1.4)]}
+        ```
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in _rows(Path(path)):
         for name, value in row.items():

@@ -218,6 +218,13 @@ def build_dataset(
         of_run: whether they are those of a run from before, whose files may have moved. The error then says so.
         network: whether the data may be downloaded. Settings that come from a file should not.
         conditions: of the contexts that a trained model knows, for data that take them.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.training.build_dataset({"data": {"_target_": "flows.datasets.Moons", "num_test": 100}})
+        ```
     """
     known = {} if conditions is None else _accepted(config.get("data"), {"conditions": conditions})
     try:
@@ -325,6 +332,16 @@ def build_flow(
 
     Raises:
         SettingsError: names the setting that does not fit.
+
+    Example:
+        ```python
+        import flows
+
+        parts = ("transforms.Identity", "fields.MLP", "divergence.Auto", "ODESolver", "bases.Normal")
+        names = ("transform", "field", "divergence", "solver", "base")
+        config = {name: {"_target_": f"flows.{part}"} for name, part in zip(names, parts, strict=True)}
+        flow = flows.training.build_flow(config, event_shape=(2,))
+        ```
     """
     model = build_model(config, event_shape, dataset, dtype, context_shape, num_levels)
     if not isinstance(model, CNF):

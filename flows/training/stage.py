@@ -44,6 +44,17 @@ class Stage:
 
     Raises:
         ValueError: a number is out of its range, or there is no schedule of that name.
+
+    Example:
+        ```python
+        import flows
+        from flows.objectives import FlowMatching, MaximumLikelihood
+
+        stages = {
+            "flow_matching": flows.training.Stage(FlowMatching(), steps=1000, batch_size=512, learning_rate=3e-3),
+            "likelihood": flows.training.Stage(MaximumLikelihood(), seconds=60),
+        }
+        ```
     """
 
     objective: Objective | Callable
@@ -148,6 +159,16 @@ class Optimization:
 
     Raises:
         ValueError: a number is out of its range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        adamw = lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
+        optimization = flows.training.Optimization(optimizer=adamw, ema_decay=0.99)
+        ```
     """
 
     optimizer: Callable[..., Optimizer] = torch.optim.Adam

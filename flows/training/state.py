@@ -52,6 +52,16 @@ class ExponentialMovingAverage(AveragedModel):
     Args:
         model: the module to average; it is copied.
         decay: the largest d, from 0 (no averaging) to 1.
+
+    Example:
+        ```python
+        import flows
+
+        flow = flows.CNF(flows.fields.MLP((2,)))
+        average = flows.training.ExponentialMovingAverage(flow, decay=0.999)
+        average.update_parameters(flow)
+        average.module.sample((10,))
+        ```
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -315,6 +325,19 @@ class Run:
         paused: seconds so far that callbacks and validation took.
         saved: the step of `checkpoints/last.pt`; None: nothing was saved yet.
         overdue: whether `Reporting.checkpoint_minutes` are over.
+
+    Example:
+        ```python
+
+
+
+        class Teller:
+            '''A callback; each hook is given the `Run`.'''
+
+            def on_step_end(self, run):
+                if run.position.step % 100 == 0:
+                    print(run.position.step, run.folder)
+        ```
     """
 
     def __init__(

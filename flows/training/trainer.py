@@ -63,7 +63,19 @@ LOG = logging.getLogger("flows")
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a run."""
+    """The result of a run.
+
+    Example:
+        ```python
+        import flows
+
+        data = flows.datasets.Moons(num_validation=100, num_test=100)
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        reporting = flows.training.Reporting(progress_bar=False, plot_every=None)
+        summary = flows.Trainer(flow, data, flows.objectives.FlowMatching(), steps=5, reporting=reporting).fit()
+        summary.metrics["nll"], summary.total_seconds
+        ```
+    """
 
     metrics: Mapping[str, Any]  # of the test, plain values; empty if it failed
     report: Report | None = field(repr=False)  # None if the test failed

@@ -152,6 +152,13 @@ def check_trusted(config: Any, trust: Sequence[str] = (), where: str = "") -> No
 
     Raises:
         UntrustedConfigError: names the place, and says how to allow the call.
+
+    Example:
+        ```python
+        import flows
+
+        flows.training.check_trusted({"field": {"_target_": "flows.fields.MLP"}})  # an error if it named foreign code
+        ```
     """
     _check(config, tuple(trust), where, where.partition(".")[0].partition("[")[0], set(), 0)
 

@@ -32,6 +32,27 @@ class Transform(CheckedMethods, nn.Module, ABC, checks=("forward", "inverse", "c
         event_shape: shape of a point. Default: None, any.
         is_affine: whether y = A x + b, so that equations in data space can be converted exactly. Default: no.
         exact_buffers: names of buffers that stay in float64 when the module is moved to another dtype.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+
+        class Logarithm(flows.transforms.Transform):
+            '''y = log x, for positive data.'''
+
+            def forward(self, x, generator=None):
+                return x.log(), -x.log().flatten(1).sum(1)
+
+            def inverse(self, y):
+                return y.exp(), y.flatten(1).sum(1)
+
+
+        flow = flows.CNF(flows.fields.MLP((2,)), transform=Logarithm())
+        flow.log_prob(torch.rand(10, 2))
+        ```
     """
 
     term: str = "scaling"
@@ -131,7 +152,17 @@ def in_data_units(
 
 @checked
 class Identity(Transform):
-    """The identity: data space is flow space."""
+    """The identity: data space is flow space.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        y, log_det = flows.transforms.Identity()(torch.randn(10, 2))  # the points, and zeros
+        ```
+    """
 
     is_affine = True
 

@@ -20,6 +20,16 @@ class DequantisationNoise(CheckedMethods, nn.Module, ABC, checks=("sample", "log
     """A density q(u | x) on the unit cube for the noise of an example x.
 
     To add one, subclass it and name it in a yaml of `conf/transform`.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.transforms import Dequantise, TruncatedNormalNoise
+
+        dequantise = Dequantise(num_levels=17, noise=TruncatedNormalNoise(sd=0.3))
+        y, log_det = dequantise(torch.randint(17, (10, 64)).float())
+        ```
     """
 
     @abstractmethod
@@ -44,6 +54,13 @@ class UniformNoise(DequantisationNoise):
     """Uniform noise, q = 1.
 
     The bound then averages the flow's log-density over the cell of an image.
+
+    Example:
+        ```python
+        from flows.transforms import Dequantise, UniformNoise
+
+        dequantise = Dequantise(num_levels=17, noise=UniformNoise())
+        ```
     """
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -66,6 +83,13 @@ class TruncatedNormalNoise(DequantisationNoise):
 
     Raises:
         InvalidTypeError, InvalidValueError: `sd` is no positive number.
+
+    Example:
+        ```python
+        from flows.transforms import Dequantise, TruncatedNormalNoise
+
+        dequantise = Dequantise(num_levels=17, noise=TruncatedNormalNoise(sd=0.3))
+        ```
     """
 
     def __init__(self, sd: float = 0.3) -> None:
@@ -101,6 +125,16 @@ class Dequantise(Transform):
 
     Raises:
         InvalidTypeError, InvalidValueError: `num_levels` is no whole number from 2 to 2²⁴.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.transforms import Compose, Dequantise, Logit, UnitInterval
+
+        transform = Compose(dequantise=Dequantise(17), scale=UnitInterval(17), logit=Logit())
+        y, log_det = transform(torch.randint(17, (10, 64)).float())  # (10, 64), (10,)
+        ```
     """
 
     term = "dequantisation"

@@ -27,6 +27,17 @@ class Logit(Transform):
 
     Raises:
         InvalidTypeError, InvalidValueError: `alpha` is no number in that range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        logit = flows.transforms.Logit(alpha=0.05)
+        y, log_det = logit(torch.rand(10, 2))  # (10, 2), (10,)
+        x, _ = logit.inverse(y)
+        ```
     """
 
     term = "logit"

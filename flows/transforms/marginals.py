@@ -36,6 +36,16 @@ class NormalMarginals(Transform):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number, or out of range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        levels = torch.randint(17, (100, 4)).float()
+        transform = flows.transforms.NormalMarginals((4,), num_levels=17).fit(levels)
+        ```
     """
 
     term = "marginals"

@@ -46,6 +46,16 @@ class NormalRadius(Transform):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is no number, or out of range.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        points = torch.distributions.StudentT(3.0).sample((1000, 8))
+        y, log_det = flows.transforms.NormalRadius((8,)).fit(points)(points)
+        ```
     """
 
     term = "radius"

@@ -22,6 +22,15 @@ class UnitInterval(Transform):
 
     Args:
         num_levels: L.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        y, log_det = flows.transforms.UnitInterval(num_levels=256)(256 * torch.rand(10, 3))
+        ```
     """
 
     is_affine = True
@@ -58,6 +67,16 @@ class Standardise(Transform):
 
     Raises:
         InvalidValueError: `per` is neither.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        points = 5 + 3 * torch.randn(1000, 2)
+        y, log_det = flows.transforms.Standardise((2,)).fit(points)(points)  # mean 0, variance 1
+        ```
     """
 
     exact_buffers: ClassVar[tuple[str, ...]] = ("mean", "sd")

@@ -35,6 +35,14 @@ class VariationalNoise(DequantisationNoise):
 
     Raises:
         InvalidTypeError, InvalidValueError: the data are no images, or a setting is no number or out of range.
+
+    Example:
+        ```python
+        from flows.transforms import Dequantise, VariationalNoise
+
+        noise = VariationalNoise((1, 8, 8), num_levels=17, hidden=8)
+        dequantise = Dequantise(num_levels=17, noise=noise)  # trained with the flow
+        ```
     """
 
     _kept: Tensor

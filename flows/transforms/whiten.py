@@ -43,6 +43,17 @@ class Whiten(Transform):
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is out of range, or the matrix does not fit in memory.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        points = torch.randn(1000, 2) @ torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+        y, log_det = flows.transforms.Whiten((2,)).fit(points)(points)
+        y.T.cov()  # the unit matrix
+        ```
     """
 
     exact_buffers: ClassVar[tuple[str, ...]] = ("mean",)

@@ -17,7 +17,18 @@ from flows.naming import by_name, in_words
 
 @dataclass(frozen=True)
 class Measurement:
-    """A figure with its standard error."""
+    """A figure with its standard error.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.evaluation.metrics import Wasserstein2
+
+        distance = Wasserstein2()(torch.randn(200, 2), torch.randn(200, 2))
+        distance.value, distance.standard_error
+        ```
+    """
 
     value: float
     standard_error: float  # NaN where it is unknown
@@ -32,6 +43,14 @@ class SampleMetric(ABC):
 
     To add one, subclass `TwoSampleMetric` or `PredictiveMetric`, and import it in `flows/evaluation/metrics`;
     `evaluation.metrics=[name]` then takes it by the lower-case name of its class.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation.metrics import Wasserstein2
+
+        metric: flows.evaluation.SampleMetric = Wasserstein2(max_points=500)
+        ```
     """
 
     @property
@@ -76,6 +95,13 @@ def chosen_metrics(given: Sequence[SampleMetric | str]) -> tuple[SampleMetric, .
 
     Raises:
         InvalidTypeError, InvalidValueError: there is none of that name, or one comes twice.
+
+    Example:
+        ```python
+        from flows.evaluation.metrics import chosen_metrics
+
+        chosen_metrics(["mmd", "crps"])
+        ```
     """
     if isinstance(given, str):
         raise InvalidTypeError(f"metrics must be a list, such as [{given}], got the text {given!r}")

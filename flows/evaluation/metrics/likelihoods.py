@@ -24,6 +24,18 @@ class BitsPerDim:
     Args:
         parts: in bits per dimension, by name.
         standard_error: of their sum; NaN where it is unknown.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import likelihood
+        from flows.transforms import Compose, Dequantise, UnitInterval
+
+        data = flows.datasets.Digits()
+        transform = Compose(dequantise=Dequantise(17), scale=UnitInterval(17))
+        flow = flows.CNF(flows.fields.MLP((1, 8, 8), hidden=(8,)), transform=transform)
+        likelihood(flow, data.test_batches(200)).bits_per_dim.parts
+        ```
     """
 
     parts: Mapping[str, float]
@@ -53,7 +65,20 @@ class BitsPerDim:
 
 @dataclass(frozen=True)
 class AUROC:
-    """The probability that an outlier scores higher than a point of the data; ties count half."""
+    """The probability that an outlier scores higher than a point of the data; ties count half.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import likelihood, outlier_scores
+
+        data, outliers = flows.datasets.Moons(num_test=100), flows.datasets.Circles(num_test=100)
+        flow = flows.CNF(flows.fields.MLP((2,), hidden=(8,)))
+        known = likelihood(flow, data.test_batches(100))
+        scores = outlier_scores(flow, data, known, "test", outliers, batch_size=100)
+        scores.likelihood, scores.typicality
+        ```
+    """
 
     value: float  # 1: told apart without a mistake, 0.5: not at all
     standard_error: float

@@ -20,6 +20,13 @@ class PredictiveMetric(SampleMetric):
     Args:
         num_draws: of the ensemble of one point.
         max_points: of the data; the first are taken.
+
+    Example:
+        ```python
+        from flows.evaluation.metrics import CRPS
+
+        CRPS(num_draws=20)  # one of them: `evaluation.metrics=[crps]`
+        ```
     """
 
     def __init__(self, num_draws: int = 100, max_points: int = 1_000) -> None:
@@ -63,6 +70,15 @@ class Coverage(PredictiveMetric):
     Args:
         level: share of the probability that an interval holds.
         num_draws, max_points: see `PredictiveMetric`.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import DensityEvaluator, Coverage
+
+        data = flows.datasets.Diabetes(context_columns=["bmi"])
+        evaluator = DensityEvaluator(data, metrics=[Coverage(num_draws=20)])
+        ```
     """
 
     def __init__(self, level: float = 0.9, num_draws: int = 100, max_points: int = 1_000) -> None:
@@ -115,6 +131,15 @@ class EnergyScore(PredictiveMetric):
 
     Args:
         num_draws, max_points: see `PredictiveMetric`.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation import DensityEvaluator, EnergyScore
+
+        data = flows.datasets.Diabetes(context_columns=["bmi"])
+        evaluator = DensityEvaluator(data, metrics=[EnergyScore(num_draws=20)])
+        ```
     """
 
     def scores(self, draws: Tensor, data: Tensor) -> Tensor:

@@ -21,7 +21,16 @@ MAX_KERNEL = 5_000  # points of a matrix of kernels
 
 
 class TwoSampleMetric(SampleMetric):
-    """Compares draws of a model with data, both independent."""
+    """Compares draws of a model with data, both independent.
+
+    Example:
+        ```python
+        import flows
+        from flows.evaluation.metrics import Wasserstein2
+
+        metric: flows.evaluation.TwoSampleMetric = Wasserstein2(max_points=500)
+        ```
+    """
 
     @abstractmethod
     def compare(self, draws: Tensor, data: Tensor) -> Measurement:
@@ -132,6 +141,16 @@ class Wasserstein1(_Wasserstein):
 
     Args:
         max_points: of each sample; the first are taken. Time grows like its cube.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.evaluation.metrics import Wasserstein1
+
+        found = Wasserstein1()(torch.randn(200, 2), 1 + torch.randn(200, 2))
+        found.value, found.standard_error
+        ```
     """
 
     power = 1
@@ -145,6 +164,16 @@ class Wasserstein2(_Wasserstein):
 
     Args:
         max_points: of each sample; the first are taken. Time grows like its cube.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.evaluation.metrics import Wasserstein2
+
+        found = Wasserstein2()(torch.randn(200, 2), 1 + torch.randn(200, 2))
+        found.value, found.standard_error
+        ```
     """
 
     power = 2
@@ -162,6 +191,16 @@ class SlicedWasserstein2(TwoSampleMetric):
         num_directions: drawn uniformly on the sphere.
         max_points: of each sample; the first are taken, as many of the one as of the other.
         seed: of the directions.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.evaluation.metrics import SlicedWasserstein2
+
+        found = SlicedWasserstein2()(torch.randn(200, 2), 1 + torch.randn(200, 2))
+        found.value, found.standard_error
+        ```
     """
 
     def __init__(self, num_directions: int = 200, max_points: int = 10_000, seed: int = 1) -> None:
@@ -198,6 +237,16 @@ class MMD(TwoSampleMetric):
     Args:
         bandwidth: h in data units; "median": the median distance between points of both samples.
         max_points: of each sample; the first are taken, as many of the one as of the other.
+
+    Example:
+        ```python
+        import torch
+
+        from flows.evaluation.metrics import MMD
+
+        found = MMD()(torch.randn(200, 2), 1 + torch.randn(200, 2))
+        found.value, found.standard_error
+        ```
     """
 
     def __init__(self, bandwidth: float | Literal["median"] = "median", max_points: int = 2_000) -> None:
