@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from flows.solvers import ODESolver, Solution, SolverError, SolverStatistics
     from flows.training import Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CNF",
