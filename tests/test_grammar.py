@@ -1,8 +1,6 @@
 """What is typed reaches the settings: options in any place, text with any signs, and terminals without some."""
 
 import io
-import os
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +10,7 @@ from flows.cli.grammar import readable_arguments
 from flows.cli.terminal import any_encoding
 from flows.errors import InvalidValueError
 from flows.training.fabric import Hardware, build_fabric
-from flows.training.processes import PARENT, check_processes
+from flows.training.processes import check_processes
 
 PATHS = [
     "a=b",
@@ -105,24 +103,3 @@ def test_a_batch_script_of_slurm_is_one_process(monkeypatch):
     assert build_fabric(Hardware(accelerator="cpu")).world_size == 1
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # srun --ntasks=1 inside the job
     check_processes("cpu", 1)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="processes have no parents there")
-def test_a_process_ends_with_its_parent():
-    child = (
-        "import os, time\n"
-        "from flows.training.processes import launch\n"
-        "class Fabric:\n    def launch(self): print(os.getpid(), flush=True); time.sleep(600)\n"
-        "launch(Fabric())\n"
-    )
-    parent = (
-        "import os, subprocess, sys\n"
-        f"os.environ['{PARENT}'] = str(os.getpid())\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
-        "child.stdout.readline()\n"  # it has begun
-    )
-    # the child holds the pipe of stderr open, so this returns when both have ended
-    done = subprocess.run(
-        [sys.executable, "-c", parent], stderr=subprocess.PIPE, timeout=120, env=os.environ, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
 GROUND = {
-    *("arguments", "checks", "conditions", "equations", "errors", "expectations", "naming", "promises"),
+    *("arguments", "checks", "conditions", "equations", "errors", "expectations", "naming", "promises", "shares"),
     *("vector_field", "writing"),
 }
 MODELS = {"bases", "divergence", "dynamics", "encoders", "fields", "models", "path_costs", "solvers", "transforms"}
@@ -28,6 +28,7 @@ ALLOWED = {
     "expectations": set(),
     "naming": set(),
     "promises": set(),
+    "shares": set(),
     "vector_field": set(),
     "writing": set(),
     **{part: set() for part in ("bases", "datasets", "divergence", "encoders", "fields", "solvers", "transforms")},

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from flows.models.mass import Mass, box, exactly, has_mass, mass
 from flows.models.resolution import CHECKED_POINTS
 from flows.naming import by_name
 from flows.objectives.checks import check_base, check_contexts, check_levels
+from flows.shares import current_share
 from flows.solvers.stepping import check_step_size
 
 if TYPE_CHECKING:
@@ -135,7 +136,9 @@ class FlowEvaluator(Evaluator):
         return seeded(torch.Generator(flow.device), self.seed, purpose)
 
     def _progress(self, part: str) -> str | None:
-        return part if part == self.part and self.progress_bar else None
+        share = current_share()
+        first = share is None or share.index == 0
+        return part if part == self.part and self.progress_bar and first else None
 
 
 @checked
@@ -161,6 +164,7 @@ class DensityEvaluator(FlowEvaluator):
         ```
     """
 
+    shares: ClassVar[bool] = True
     num_draws: int = 1
     metrics: Sequence[SampleMetric | str] | None = None
 

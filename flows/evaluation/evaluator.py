@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -70,6 +70,10 @@ class Evaluator(ABC):
     The `Trainer` calls nothing else to judge a model. To add one: subclass it, and add a yaml with its `_target_` to
     `conf/evaluation`. Each call uses the same random numbers, so that scores can be compared.
 
+    Attributes:
+        shares: whether all processes of a run evaluate together, each its `flows.shares.own_rows`. By default the
+            first does it alone, and the others wait.
+
     Example:
         ```python
         from flows.evaluation import Evaluation, Evaluator, Report
@@ -91,6 +95,8 @@ class Evaluator(ABC):
                 return Report({"distance": self._distance(model)}, [("distance", f"{self._distance(model):.2f}")])
         ```
     """
+
+    shares: ClassVar[bool] = False
 
     def check(self, model: nn.Module) -> None:
         """Raise `InvalidValueError` if the model cannot be evaluated; called before training."""

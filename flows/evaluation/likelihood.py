@@ -22,6 +22,7 @@ from flows.expectations import refusal
 from flows.models.cnf import CNF
 from flows.models.mass import Mass
 from flows.models.resolution import TOLERANCE, bound_fault, solver_fault
+from flows.shares import current_share
 from flows.solvers import ODESolver, SolverStatistics
 
 FIGURES = ("nll", "gap", "bits_per_dim", "bits_per_dim_parts")  # those that a fault takes back
@@ -319,13 +320,16 @@ def pointwise(
 def _evaluate(
     flow: CNF, x: Tensor, context: Tensor | None, generator: torch.Generator | None, num_draws: int, check: bool
 ) -> PointLikelihoods:
-    draws = [flow.estimate_log_prob(x, context, generator, check and k == 0) for k in range(num_draws)]
+    share = current_share()
+    own: dict[str, Any] = {} if share is None else {"rows": share.rows(len(x))}  # another density may know no rows
+    draws = [flow.estimate_log_prob(x, context, generator, check and k == 0, **own) for k in range(num_draws)]
     terms = {name: torch.stack([draw.terms[name] for draw in draws]).double().cpu() for name in draws[0].terms}
     values = torch.stack(list(terms.values())).sum(0)  # (K, B)
     solver_error = draws[0].solver_error
     spread = torch.stack([draw.standard_error for draw in draws]).double().cpu().square()
     if check and spread.isnan().all():
-        spread = _variance_of_one_probe(flow, x, context, generator).double().cpu().expand_as(values)
+        spread = _variance_of_one_probe(flow, x, context, generator).double().cpu()
+        spread = spread[own.get("rows", slice(None))].expand_as(values)
     value = values.logsumexp(0) - math.log(num_draws)
     weight = values.softmax(0)
     terms = {name: term.mean(0) for name, term in terms.items()}
@@ -334,13 +338,17 @@ def _evaluate(
         terms["importance_weighting"] = value - values.mean(0)
         draw_variance = (values - value).exp().var(0) / num_draws
         bias = 0.5 * (weight * (1 - weight) * spread).sum(0)
+
+    def joined(values: Tensor) -> Tensor:
+        return values if share is None else share.joined(values, len(x))
+
     return PointLikelihoods(
-        value=value,
-        terms=terms,
-        probe_variance=(weight.square() * spread).sum(0),
-        probe_bias=bias,
-        draw_variance=draw_variance,
-        solver_error=None if solver_error is None else solver_error.double().cpu(),
+        value=joined(value),
+        terms={name: joined(term) for name, term in terms.items()},
+        probe_variance=joined((weight.square() * spread).sum(0)),
+        probe_bias=joined(bias),
+        draw_variance=joined(draw_variance),
+        solver_error=None if solver_error is None else joined(solver_error.double().cpu()),
         nfe=sum(draw.nfe for draw in draws) / num_draws,
         statistics=draws[0].statistics,
     )

@@ -29,6 +29,7 @@ from flows.models.precision import keeping_complex, suitable_context, working_dt
 from flows.models.results import DataNames, LogProbEstimate, Sample, Transport
 from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
+from flows.shares import steps_together
 from flows.solvers import ODESolver, Solution, SolverError
 from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind
@@ -270,16 +271,18 @@ class CNF(nn.Module):
         solver_error: bool = True,
         path_costs: Sequence[PathCost] = (),
         base_time: float = 0.0,
+        rows: slice | None = None,
     ) -> LogProbEstimate:
         """log p(x) with its standard error and its solver error.
 
         The solver error compares with a second solve from the same probes, by `ODESolver.tighter`: at tolerances
         100 times tighter (or steps a tenth as long), which costs more than the value itself. It is NaN where that solve
-        fails. Training may have
-        `path_costs` integrated in the same solve, and end it at another `base_time` than 0.
+        fails. Training may have `path_costs` integrated in the same solve, and end it at another `base_time` than 0.
+        With `rows`, only these of the points (B, *event) are solved, with the random numbers that they have among all.
+        So processes share a batch.
         """
         check_number("base_time", base_time, below=1)
-        return self._estimate(x, context, generator, solver_error, path_costs, base_time)
+        return self._estimate(x, context, generator, solver_error, path_costs, base_time, rows)
 
     def _estimate(
         self,
@@ -289,6 +292,7 @@ class CNF(nn.Module):
         solver_error: bool,
         path_costs: Sequence[PathCost] = (),
         base_time: float = 0.0,
+        rows: slice | None = None,
     ) -> LogProbEstimate:
         self._require_density()
         points, batch_shape = self._flatten(x)
@@ -296,16 +300,18 @@ class CNF(nn.Module):
         self.transform.check(points)
         y, terms = self.transform.account(points, generator)
         y, terms = self._in_own_dtype(y), {name: self._in_own_dtype(term) for name, term in terms.items()}
+        if rows is not None:
+            context, batch_shape = None if context is None else context[rows], (len(points[rows]),)
         estimator = self.divergence.bind(self.bind(context))
-        examine(self.base, estimator.field, y, estimator)
-        probes = estimator.draw_probes(y, generator)
-        dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, y, generator))
+        y, terms, probes, directions = self._drawn(estimator, y, terms, path_costs, generator, rows)
+        dynamics = AugmentedDynamics(estimator, probes, path_costs, directions)
         tensors, times = self._differentiated(estimator.field, y, probes, estimator), (1.0, base_time)
-        solution = self.solver.solve(dynamics, dynamics.initial_state(y), times, tensors)
+        with steps_together(rows):
+            solution = self.solver.solve(dynamics, dynamics.initial_state(y), times, tensors)
         estimates = self._log_densities(solution)
         value, error = estimates.mean(0), None
         if solver_error:
-            with torch.no_grad():
+            with torch.no_grad(), steps_together(rows):
                 reference = self._reference(estimator, probes, y, times)
                 error = (value - reference).abs().reshape(batch_shape)
         standard_error = estimator.standard_error(estimates.detach())
@@ -361,16 +367,19 @@ class CNF(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         path_costs: Sequence[PathCost] = (),
+        rows: slice | None = None,
     ) -> Sample:
-        """`sample_and_log_prob` with standard errors and path costs."""
+        """`sample_and_log_prob` with standard errors and path costs; `rows` as in `estimate_log_prob`."""
         self._require_density()
         z, context, full_shape = self._base_points(shape, context, generator)
+        if rows is not None:
+            context, full_shape = None if context is None else context[rows], (len(z[rows]),)
         estimator = self.divergence.bind(self.bind(context))
-        examine(self.base, estimator.field, z, estimator)
-        probes = estimator.draw_probes(z, generator)
-        dynamics = AugmentedDynamics(estimator, probes, path_costs, draw_directions(path_costs, z, generator))
+        z, _, probes, directions = self._drawn(estimator, z, {}, path_costs, generator, rows)
+        dynamics = AugmentedDynamics(estimator, probes, path_costs, directions)
         tensors, times = self._differentiated(estimator.field, z, probes, estimator), (0.0, 1.0)
-        solution = self.solver.solve(dynamics, dynamics.initial_state(z), times, tensors)
+        with steps_together(rows):
+            solution = self.solver.solve(dynamics, dynamics.initial_state(z), times, tensors)
         y, change, *integrals = solution.end
         x, log_det = self.transform.inverse(y)
         error = estimator.standard_error(change.detach())
@@ -418,6 +427,25 @@ class CNF(nn.Module):
         if log_density:
             change = pick(solution.states[1].mean(1)).reshape(*leading, *batch_shape)
         return Transport(moved, change, solution.statistics)
+
+    def _drawn(
+        self,
+        estimator: DivergenceEstimator,
+        y: Tensor,  # (B, *event)
+        terms: dict[str, Tensor],  # (B,) each
+        path_costs: Sequence[PathCost],
+        generator: torch.Generator | None,
+        rows: slice | None,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
+        """Points, terms, probes and directions of the rows, from draws for all points."""
+        chosen = y if rows is None else y[rows]
+        examine(self.base, estimator.field, chosen, estimator)
+        probes = estimator.draw_probes(y, generator)
+        directions = draw_directions(path_costs, y, generator)
+        if rows is not None:
+            probes, directions = (None if drawn is None else drawn[:, rows] for drawn in (probes, directions))
+            terms = {name: term[rows] for name, term in terms.items()}
+        return chosen, terms, probes, directions
 
     def _reference(
         self, estimator: DivergenceEstimator, probes: Tensor | None, y: Tensor, times: Sequence[float]

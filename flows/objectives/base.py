@@ -38,6 +38,7 @@ class LossOutput:
     loss: Tensor  # 0-d
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # 0-d each, detached
     statistics: SolverStatistics | None = None  # of the solve, if there was one; complete after backward
+    weight: float = 1.0  # of the own rows, where several processes share the batch; see `flows.shares`
 
 
 class Objective(CheckedMethods, ABC, checks=("__call__", "check", "divergence")):
@@ -66,6 +67,7 @@ class Objective(CheckedMethods, ABC, checks=("__call__", "check", "divergence"))
     uses_data: ClassVar[bool] = True  # False: only the size of a batch counts; it holds no points, (B, 0)
     solves: ClassVar[bool] = True  # whether a call solves the ODE, with its divergence
     recommended: ClassVar[Mapping[str, Any]] = {}  # batch_size, learning_rate, warmup_steps of a `Stage` without
+    shares: ClassVar[bool] = False  # whether a call computes `own_rows` alone; else every process takes the whole batch
 
     @abstractmethod
     def __call__(

@@ -26,6 +26,7 @@ from flows.objectives.contexts import drop_contexts, same_context
 from flows.objectives.couplings import Coupling
 from flows.objectives.paths import ProbabilityPath
 from flows.objectives.posterior import base_posterior
+from flows.shares import own_rows
 from flows.vector_field import checked_value
 
 OWN_TIMES = "flow matching draws one time per sample"
@@ -111,6 +112,7 @@ class FlowMatching(Objective):
     """
 
     solves: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
     recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 1024, "learning_rate": 4e-3, "warmup_steps": 0}
     target: Literal["auto", "sampled", "marginal"] = "auto"
     num_queries: int | Literal["auto"] | None = "auto"
@@ -183,15 +185,24 @@ class FlowMatching(Objective):
             context = flow.encode(context[queries])
             if self.context_dropout:
                 context, dropped = drop_contexts(context, self.context_dropout, generator)
-        weight, estimator = self._matching(flow)
-        velocity, divergence = _evaluate(flow, t, position, context, estimator, generator)
+        factor, estimator = self._matching(flow)
+        probes = None
+        if estimator is not None:  # some estimators are exact thanks to their probes
+            probes = estimator.bind(flow.bind()).draw_probes(position, generator)
+        possible = same_context(batch.context, len(ends)) if marginal else None
+        if dropped is not None and possible is not None:
+            possible = possible | dropped.unsqueeze(1)
+        rows, weight = own_rows(len(ends))
+        if rows is not None:  # the pairs and the pool are those of the whole batch
+            t, position, ends, noise = t[rows], position[rows], ends[rows], noise[rows]
+            a, b, a_rate, b_rate = (tensor[rows] for tensor in (a, b, a_rate, b_rate))
+            context, possible = (None if tensor is None else tensor[rows] for tensor in (context, possible))
+            probes = None if probes is None else probes[:, rows]
+        velocity, divergence = _evaluate(flow, t, position, context, estimator, probes)
         mean, curvature, offset = ends, None, None
         rate = a_rate * b - a * b_rate  # > 0
         if estimator is not None:
             offset = b * (velocity.detach() - a_rate * ends - b_rate * noise) / rate  # m_v − x₁
-        possible = same_context(batch.context, len(ends)) if marginal else None
-        if dropped is not None and possible is not None:
-            possible = possible | dropped.unsqueeze(1)
         if marginal or offset is not None:
             pool = data if marginal else None
             mean, curvature = base_posterior(flow.base, noise, ends, a, b, pool, possible, offset)
@@ -203,9 +214,9 @@ class FlowMatching(Objective):
             b, b_rate, rate = (tensor.flatten() for tensor in (b, b_rate, rate))
             dimension = position[0].numel()
             error = (b * divergence - rate * curvature - b_rate * dimension).square().mean() / dimension
-            loss = loss + weight * error
+            loss = loss + factor * error
             metrics["divergence_error"] = error.detach()
-        return LossOutput(loss, metrics)
+        return LossOutput(loss, metrics, weight=weight)
 
     def divergence(self, flow: CNF) -> DivergenceEstimator | None:
         return self._matching(flow)[1]
@@ -273,7 +284,7 @@ def _evaluate(
     position: Tensor,
     context: Tensor | None,
     estimator: DivergenceEstimator | None,
-    generator: torch.Generator | None,
+    probes: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return v, and div v (B,) if there is an estimator."""
     field = flow.bind(context)
@@ -282,6 +293,5 @@ def _evaluate(
         return checked_value(field(t, position), position), None
     bound = estimator.bind(field)
     examine(flow.base, field, position, bound, matching=True, own_times=OWN_TIMES)
-    probes = bound.draw_probes(position, generator)  # some estimators are exact thanks to their probes
     sample = bound(t, position, probes)
     return sample.value, differentiable(sample.estimates, bound).mean(0)

@@ -18,6 +18,7 @@ from flows.models.steady import check_steady
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
 from flows.objectives.checks import check_base, check_flow
 from flows.path_costs import PathCost
+from flows.shares import own_rows
 
 
 @checked
@@ -53,6 +54,7 @@ class MaximumLikelihood(Objective):
     """
 
     recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 512, "learning_rate": 2e-3, "warmup_steps": 50}
+    shares: ClassVar[bool] = True
     regularizers: Sequence[PathCost] | Mapping[str, PathCost] = ()
     steer: float = 0.0
 
@@ -72,9 +74,9 @@ class MaximumLikelihood(Objective):
         if self.steer:
             device = None if generator is None else generator.device
             base_time = self.steer * (2 * torch.rand((), generator=generator, device=device).item() - 1)
-        estimate = flow.estimate_log_prob(
-            batch.x, batch.context, generator, solver_error=False, path_costs=regularizers, base_time=base_time
-        )
+        rows, weight = own_rows(len(batch))
+        options = {"solver_error": False, "path_costs": regularizers, "base_time": base_time}
+        estimate = flow.estimate_log_prob(batch.x, batch.context, generator, rows=rows, **options)
         nll = -estimate.value.mean()
         metrics = {
             "nll": nll.detach(),
@@ -83,4 +85,4 @@ class MaximumLikelihood(Objective):
         if flow.transform.num_levels is not None:
             metrics["bits_per_dim"] = nll.detach() / (math.prod(flow.event_shape) * math.log(2))
         loss, costs = regularized(nll, regularizers, estimate.path_costs)
-        return LossOutput(loss, metrics | costs, estimate.statistics)
+        return LossOutput(loss, metrics | costs, estimate.statistics, weight)

@@ -18,6 +18,7 @@ from flows.models.steady import check_steady
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
 from flows.objectives.checks import check_base, check_flow
 from flows.path_costs import PathCost
+from flows.shares import current_share, own_rows
 
 
 @checked
@@ -62,6 +63,7 @@ class ReverseKL(Objective):
 
     uses_data: ClassVar[bool] = False
     recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 512, "learning_rate": 2e-3, "warmup_steps": 50}
+    shares: ClassVar[bool] = True
     target: Any
     exact: bool = True
     regularizers: Sequence[PathCost] | Mapping[str, PathCost] = ()
@@ -99,14 +101,18 @@ class ReverseKL(Objective):
                 "(divergence=exact, or a field with a closed form) or set exact=False"
             )
         regularizers = active_costs(self.regularizers)
-        drawn = flow.draw((len(batch),), generator=generator, path_costs=regularizers)
+        rows, weight = own_rows(len(batch))
+        drawn = flow.draw((len(batch),), generator=generator, path_costs=regularizers, rows=rows)
         log_weight = log_weights(self.target, drawn.x, drawn.log_prob)
         free_energy = -log_weight.mean()
         loss, costs = regularized(free_energy, regularizers, drawn.path_costs)
+        every, share = log_weight.detach(), current_share()
+        if share is not None:
+            every = share.joined(every, len(batch))
         metrics = {
             "free_energy": free_energy.detach(),
-            "log_z": log_z(log_weight.detach()),
-            "effective_sample_size": effective_sample_size(log_weight.detach()),
+            "log_z": log_z(every),
+            "effective_sample_size": effective_sample_size(every),
             "divergence_standard_error": drawn.standard_error.square().mean().sqrt(),
         }
-        return LossOutput(loss, metrics | costs, drawn.statistics)
+        return LossOutput(loss, metrics | costs, drawn.statistics, weight)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flows.errors import InvalidValueError
+from flows.shares import Share
 from flows.solvers.problem import Compilable, RightHandSide, State
 from flows.solvers.products import reached_gradients
 from flows.solvers.replay import random_state, refuse_second_derivative, same_random_state
@@ -62,7 +63,7 @@ class _Adjoint(torch.autograd.Function):
         totals = tuple(torch.zeros_like(parameter) for parameter in parameters)
         for i in range(task.outputs.size - 1, 0, -1):
             y = tuple(s[i] for s in states)
-            scale = _size(adjoint)
+            scale = _size(adjoint, task.backward.norm.share)
             augmented = (*y, *(a / scale for a in adjoint), *(torch.zeros_like(parameter) for parameter in parameters))
             function, times = task.between(y, i)
             with task.precision():
@@ -72,9 +73,13 @@ class _Adjoint(torch.autograd.Function):
         return None, None, *adjoint, *totals
 
 
-def _size(adjoint: State) -> Tensor:
-    """The largest root mean square of a component, or 1 if all are 0."""
-    size = torch.stack([a.square().mean().sqrt() for a in adjoint]).max()
+def _size(adjoint: State, share: Share | None) -> Tensor:
+    """The largest root mean square of a component over the whole batch, or 1 if all are 0."""
+    squares, count = torch.stack([a.square().mean() for a in adjoint]), len(adjoint[0])
+    if share is not None:
+        every = share.gather(torch.cat([squares, squares.new_full((1,), count)]))
+        squares = (every[:, :-1] * every[:, -1:]).sum(0) / every[:, -1].sum()
+    size = squares.max().sqrt()
     return torch.where(size > 0, size, torch.ones_like(size))
 
 

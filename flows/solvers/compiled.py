@@ -49,7 +49,7 @@ class CompiledSteps:
         self.interpolates = interpolates
         self.lifted = Lifted(self.compilable)
         self.needs_gradients = any(tensor.requires_grad for tensor in self.lifted.tensors)
-        kind = replace(norm, rtol=0.0, atol=0.0, batch_size=0)  # these are read, or follow from shapes
+        kind = replace(norm, rtol=0.0, atol=0.0, batch_size=0, share=None)  # these are read, or follow from shapes
         self.key = (self.compilable.key, method, kind, interpolates, self.lifted.key)
         self._programs: dict[_Kind, Program | None] = {}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.checks import check_number
 from flows.errors import InvalidValueError
+from flows.shares import Share
 from flows.solvers.problem import ADJOINT, Dynamics, State, mean_by_sample
 
 
@@ -93,6 +94,7 @@ class ErrorNorm:
         rtol, atol: tolerances.
         batch_size: B.
         per_sample: see `ErrorControl`.
+        share: of this process, where several solve a batch together and take the same steps.
     """
 
     names: tuple[str, ...]
@@ -101,6 +103,7 @@ class ErrorNorm:
     atol: float
     batch_size: int
     per_sample: bool = False
+    share: Share | None = None
 
     def __call__(
         self, error: State, before: State, after: State, moving_share: float = 1.0
@@ -128,7 +131,9 @@ class ErrorNorm:
         return torch.stack([ratios.to(exact), worst.to(exact)])
 
     def read(self, measured: Tensor) -> tuple[list[float], list[int]]:
-        """Errors and samples from what `measure` found."""
+        """Errors and samples from what `measure` found, over all processes that share the batch."""
+        if self.share is not None:
+            measured = self._together(measured, self.share)
         ratios, worst = measured.tolist()  # waits for the device once
         return ratios, [int(index) for index in worst]
 
@@ -141,3 +146,13 @@ class ErrorNorm:
         ratios, samples = self.read(measured)
         i = max(range(len(ratios)), key=lambda i: math.inf if math.isnan(ratios[i]) else ratios[i])
         return ratios[i], self.names[i], samples[i]
+
+    def _together(self, measured: Tensor, share: Share) -> Tensor:  # (2, C)
+        """The same for the whole batch; the worst sample is that of the process with the largest error."""
+        sizes = measured.new_full((1, measured.shape[1]), self.batch_size)
+        ratios, worst, sizes = share.gather(torch.cat([measured, sizes])).unbind(1)  # (count, C) each
+        mean = ((ratios.square() * sizes).sum(0) / sizes.sum(0)).sqrt()
+        together = ratios.amax(0) if self.per_sample else mean
+        process = ratios.nan_to_num(nan=math.inf).argmax(0, keepdim=True)
+        place = worst + sizes.cumsum(0) - sizes
+        return torch.stack([together, place.gather(0, process)[0]])

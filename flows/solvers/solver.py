@@ -12,12 +12,13 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.checks import check_number
 from flows.errors import InvalidTypeError, InvalidValueError
+from flows.shares import share_of_steps
 from flows.solvers.adjoint import solve_with_adjoint
 from flows.solvers.control import ErrorControl, ErrorNorm
 from flows.solvers.integrator import Integrator
 from flows.solvers.jumps import jumps_of
 from flows.solvers.multistep import ADAMS, SCIPY, check_options
-from flows.solvers.outputs import Outputs
+from flows.solvers.outputs import Outputs, SharedTimes
 from flows.solvers.problem import ADJOINT, PARAMETERS, Dynamics, State, batch_size_of, component_names
 from flows.solvers.programs import expects_many_solves
 from flows.solvers.recompute import solve_with_checkpoints
@@ -277,7 +278,9 @@ class ODESolver:
     def _task(self, dynamics: Dynamics, state: State, outputs: Outputs, num_parameters: int) -> Task:
         names, size = component_names(dynamics, state), batch_size_of(state)
         weights = self.error_control.weights(dynamics, names)
-        norm = ErrorNorm(names, weights, self.rtol, self.atol, size, self.error_control.per_sample)
+        in_step = self.controls_error and isinstance(outputs, SharedTimes)  # else processes take steps of their own
+        share = share_of_steps() if in_step else None
+        norm = ErrorNorm(names, weights, self.rtol, self.atol, size, self.error_control.per_sample, share)
         limits = StepLimits(
             self.max_steps,
             self.min_step,

@@ -43,7 +43,7 @@ from flows.solvers import Attempt, SolverStatistics
 from flows.solvers.statistics import shortest
 from flows.training.checkpoint import save_checkpoint
 from flows.training.events import EVENTS_OF_RUNS, TensorBoardLogger, keep_events
-from flows.training.fabric import on_first_process
+from flows.training.fabric import on_first_process, share_of
 from flows.training.files import FOLDER, METRICS, PLOTS
 from flows.training.loggers import (
     HParams,
@@ -290,6 +290,8 @@ class MetricLogging:
         if not run.due("log"):
             return
         (then, before), now = self._last, time.perf_counter() - run.paused
+        if (share := share_of(run.fabric)) is not None:
+            run.state.means.average(share.gather)
         metrics = run.state.means.pop()
         metrics |= {"learning_rate": run.learning_rate, "steps_per_second": (position.step - before) / (now - then)}
         if position.skipped:

@@ -12,7 +12,8 @@ import torch
 
 from flows.arguments import checked
 from flows.errors import ComputationError, InvalidValueError
-from flows.training.processes import check_processes, in_batch_script
+from flows.shares import Share, sharing
+from flows.training.processes import check_processes, in_batch_script, started_together
 
 try:
     from lightning_fabric import Fabric
@@ -31,7 +32,9 @@ __all__ = [
     "Strategy",
     "build_fabric",
     "deterministic_algorithms",
+    "evaluated_together",
     "on_first_process",
+    "share_of",
 ]
 
 T = TypeVar("T")
@@ -49,7 +52,8 @@ class Hardware:
 
     Args:
         accelerator: `"auto"` (a GPU where there is one), `"cpu"`, `"cuda"`, `"mps"`, or one of Fabric's own.
-        devices: how many, or which.
+        devices: how many, or which; each trains in a process of its own. Processes that torchrun has started train
+            together.
         strategy: how several devices train together; see `lightning_fabric.Fabric`.
         precision: such as `"32-true"`, `"64-true"` or `"bf16-mixed"`; `"auto"`: bf16-mixed on a GPU that computes in
             it, 32-true elsewhere.
@@ -89,6 +93,8 @@ def build_fabric(hardware: Hardware, callbacks: Sequence[Any] = ()) -> Fabric:
         )
     check_processes(hardware.accelerator, hardware.devices)
     where: dict[str, Any] = {name: getattr(hardware, name) for name in ("accelerator", "devices", "strategy")}
+    if (started := started_together()) is not None:
+        where |= {"devices": started.here, "num_nodes": started.machines}
     alone = in_batch_script() and isinstance(hardware.strategy, str)
     if alone:  # Fabric would wait for processes of Slurm
         where["plugins"] = [_own_processes()]
@@ -144,6 +150,33 @@ def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:
     if failure is not None:
         raise FirstProcessError(f"process {fabric.global_rank} stops, since the first process failed: {failure}")
     return result
+
+
+def share_of(fabric: Fabric) -> Share | None:
+    """The share of this process in the batches of a run; None if it trains alone."""
+    if fabric.world_size == 1:
+        return None
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        own = tensor.detach().to(fabric.device).contiguous()
+        every = [torch.empty_like(own) for _ in range(fabric.world_size)]
+        torch.distributed.all_gather(every, own)
+        return torch.stack(every).to(tensor.device)
+
+    return Share(fabric.global_rank, fabric.world_size, gather)
+
+
+def evaluated_together(fabric: Fabric, evaluator: Any, evaluate: Callable[[], T]) -> T:
+    """Call `evaluate` in all processes, which share its batches, or in the first alone if `evaluator` shares none.
+
+    All of them return the result of the first, which must survive pickling.
+    """
+    share = share_of(fabric)
+    if share is None or not getattr(evaluator, "shares", False):
+        return on_first_process(fabric, evaluate)
+    with sharing(share):
+        found = evaluate()
+    return fabric.broadcast(found)
 
 
 def _own_processes() -> Any:

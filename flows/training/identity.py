@@ -49,19 +49,6 @@ def check_same_run(checkpoint: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def check_devices(checkpoint: Mapping[str, Any], world_size: int) -> None:
-    """Require as many processes as the run was started with, before any is launched.
-
-    Raises:
-        CheckpointError: there are more or fewer.
-    """
-    if len(checkpoint["ranks"]) != world_size:
-        raise CheckpointError(
-            f"the run was started on {len(checkpoint['ranks'])} device(s) and is resumed on {world_size}; "
-            "use the same number, since each draws data of its own"
-        )
-
-
 def load_best(folder: Path, keep: bool = False) -> dict[str, Any] | None:
     """Read the best checkpoint of a run; None if there is none, or none that can be read.
 

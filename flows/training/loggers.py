@@ -8,11 +8,12 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,12 +45,18 @@ class MetricMeans:
         self._sums: dict[str, float | Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, metrics: Mapping[str, Metric]) -> None:
-        """Add the values of one step."""
+    def add(self, metrics: Mapping[str, Metric], weight: float = 1.0) -> None:
+        """Add the values of one step, multiplied by the `weight` of this process among several."""
         for name, value in metrics.items():
-            value = value.detach() if isinstance(value, Tensor) else float(value)
+            value = weight * (value.detach() if isinstance(value, Tensor) else float(value))
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
+
+    def average(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Replace the sums of each process by their mean over the processes; all of them must call this."""
+        if self._sums:
+            own = torch.tensor([float(total) for total in self._sums.values()], dtype=torch.float64)
+            self._sums = dict(zip(self._sums, gather(own).mean(0).tolist(), strict=True))
 
     def pop(self) -> dict[str, float]:
         """Return the means since the last call, and start again."""

@@ -18,8 +18,9 @@ from flows.errors import ComputationError, FlowsError, InvalidValueError
 from flows.evaluation import Evaluation, fitted_parameters
 from flows.fields import Physics
 from flows.objectives import LossOutput, Objective
+from flows.shares import Share, sharing
 from flows.solvers import SolverError, SolverStatistics
-from flows.training.fabric import on_first_process
+from flows.training.fabric import evaluated_together, share_of
 from flows.training.files import FOLDER, RunFileError
 from flows.training.loggers import Metric
 from flows.training.memory import MemoryLimitError, is_out_of_memory, memory_errors, memory_message
@@ -51,7 +52,7 @@ class LossModule(nn.Module):
 
     def forward(self) -> Tensor:
         self.output = self.objective(self.model, self.batch, self.generator)
-        return self.output.loss
+        return self.output.loss * self.output.weight if self.output.weight != 1 else self.output.loss
 
     def metrics(self) -> dict[str, Metric]:
         """Return what the last step reports; read it after the backward pass, which the solver's counts include."""
@@ -81,10 +82,18 @@ class OptimizerStep:
         self.optimization = optimization
         self.loss = loss
         self.module = module
+        self.share: Share | None = None  # of each batch; None: all of it
 
     def begin(self, stage: Stage) -> None:
         """Minimise the objective of this stage from now on."""
         self.loss.objective, self.loss.generator = stage.objective, self.state.generator  # type: ignore[assignment]
+        self.share = share_of(self.fabric) if getattr(stage.objective, "shares", False) else None
+        if self.share is None and self.fabric.world_size > 1:
+            name = getattr(stage.objective, "__name__", type(stage.objective).__name__)
+            self.run.warn(
+                f"{name} does not share batches: each of the {self.fabric.world_size} processes computes all of each "
+                "batch, and the run is as fast as with one"
+            )
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Differentiate the next batches that can be solved; return their loss and the norm of its gradient.
@@ -117,16 +126,17 @@ class OptimizerStep:
         for k in range(number):
             last = k == number - 1
             self.loss.batch = self.state.stream.next()
-            with self.fabric.no_backward_sync(self.module, enabled=not last and self.fabric.world_size > 1):
+            several = self.fabric.world_size > 1
+            with self.fabric.no_backward_sync(self.module, enabled=not last and several), sharing(self.share):
                 value = self.module() / number
                 self.fabric.backward(value)
             total = total + value.detach()
             if self.loss.output.statistics is not None:
                 solves.append(self.loss.output.statistics)
             if not last:  # the loop reads those of the last one
-                metrics.append(self.loss.metrics())
-        for metric in metrics:
-            self.state.means.add(metric)
+                metrics.append((self.loss.metrics(), self.loss.output.weight))
+        for metric, weight in metrics:
+            self.state.means.add(metric, weight)
         self.run.solves = solves
         return total  # type: ignore[return-value]
 
@@ -172,6 +182,7 @@ class Loop:
         self.stop = stop
         self.packages = packages
         self.last = run.folder / FOLDER / "last.pt"
+        self._solve: SolverStatistics | None = None  # of the last validation
         # Looking at each loss would make the program wait for a GPU.
         self.checks_every_step = run.fabric.device.type == "cpu"
 
@@ -209,6 +220,15 @@ class Loop:
         if self.stop.requested is None or saved is None:
             return KeyboardInterrupt()
         return TrainingInterrupted(self.last, saved, self.stop.requested, self.packages, step - saved)
+
+    def stop_together(self) -> None:
+        """End all processes of the run if one of them has noticed a signal.
+
+        Raises:
+            TrainingInterrupted: it has.
+        """
+        if self.fabric.world_size > 1 and self.agree()[0]:
+            raise self.interrupted()
 
     def _look(self, stage: Stage) -> None:
         """Validate, draw, and whatever else comes after a step; a signal ends it at once if this step is saved."""
@@ -264,12 +284,12 @@ class Loop:
             raise
         elapsed = self._elapsed(stage, begun)
         run.stage_is_over = stage.done(position.step_in_stage, position.seconds_in_stage + elapsed) >= 1
-        run.stopping, run.overdue = self._agree()
+        run.stopping, run.overdue = self.agree()
         looks = run.stopping or any(run.due(what) for what in ("log", "validate", "plot", "checkpoint"))
         if self.checks_every_step or looks:
             self._check_finite(value, norm, stage)
         step.follow(factor)
-        state.means.add(step.loss.metrics() | {"gradient_norm": norm})
+        state.means.add(step.loss.metrics() | {"gradient_norm": norm}, step.loss.output.weight)
         position.seconds_in_stage += elapsed if stage.steps is None else time.perf_counter() - begun
         return run.stopping
 
@@ -289,7 +309,8 @@ class Loop:
         run.call("on_validation_start")
         try:
             with run.aside():
-                evaluation = on_first_process(self.fabric, self._evaluate)
+                evaluation = evaluated_together(self.fabric, self.run.evaluator, self._evaluate)
+                evaluation = replace(evaluation, statistics=self._solve)
             if evaluation.unresolved is not None:
                 run.warn(f"the validation is unresolved, so these weights cannot be the best: {evaluation.unresolved}")
             else:
@@ -321,7 +342,8 @@ class Loop:
         if not abs(found.score) < float("inf"):
             name = type(self.run.evaluator).__name__
             raise InvalidValueError(f"{name} found the score {found.score}, which is no finite number")
-        return found if self.fabric.world_size == 1 else replace(found, statistics=None)
+        self._solve = found.statistics
+        return replace(found, statistics=None)  # not sent to other processes
 
     def _save_before(self) -> None:
         """Save the weights that the step which has just failed started from.
@@ -337,7 +359,7 @@ class Loop:
             self.run.call("on_failure")
         self.state.position = position
 
-    def _agree(self) -> tuple[bool, bool]:
+    def agree(self) -> tuple[bool, bool]:
         """Return whether to stop because of a signal, and whether to save because minutes are over.
 
         All processes get the same answer: whether any of them has noticed it.

@@ -1,13 +1,10 @@
-"""The processes of a run: no more than the machine carries, none by accident, and none that outlives its parent."""
+"""How many processes a run takes: no more than the machine carries, and none by accident."""
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
-import signal
-import threading
-import time
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +15,6 @@ from flows.errors import InvalidValueError
 
 STEP = "SLURM_STEP_NUM_TASKS"
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # of Open MPI, MPICH and its like, MVAPICH
-CROWDED = 4  # processes on a core; more are a mistake
-LOG = logging.getLogger("flows")
-PARENT = "FLOWS_PARENT"  # the number of the process that has started this one to train with it
 
 
 def check_processes(accelerator: Any, devices: Any) -> None:
@@ -29,8 +23,16 @@ def check_processes(accelerator: Any, devices: Any) -> None:
     Raises:
         InvalidValueError: the machine has fewer devices, or several processes would each train the whole run.
     """
-    number = _number(devices)
-    _check_launcher(number)
+    number, started = _number(devices), started_together()
+    if started is None:
+        _check_launcher(number)
+    elif devices not in (1, "1", "auto", started.here):
+        raise InvalidValueError(
+            f"torchrun has started {started.here} processes on this machine, and hardware.devices={devices}; leave out "
+            f"hardware.devices, or start torchrun with --nproc_per_node={devices}"
+        )
+    else:
+        number = devices = started.here
     gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
     if accelerator == "cpu" or (accelerator == "auto" and not gpu and devices != "auto"):
         which = not isinstance(devices, int | str) or (isinstance(devices, str) and "," in devices)
@@ -42,10 +44,9 @@ def check_processes(accelerator: Any, devices: Any) -> None:
     if number is None or not (gpu or accelerator in ("auto", "cpu")):
         return
     has, kind = (torch.cuda.device_count(), "GPU") if gpu else (os.cpu_count() or 1, "processor core")
-    if not gpu and has < number <= CROWDED * has:  # slow, but some test on few cores what is to run on many
-        LOG.warning("%d processes share the %d cores of this machine", number, has)
-    elif number > has:
-        advice = f"choose hardware.devices={has} or fewer" if has else "choose hardware.accelerator=cpu"
+    if number > has:
+        fewer = f"choose hardware.devices={has} or fewer" if started is None else f"use --nproc_per_node={has} or fewer"
+        advice = fewer if has else "choose hardware.accelerator=cpu"
         raise InvalidValueError(
             f"devices={devices} asks for {number:,} {kind}s, one for each process, and this machine has {has}; {advice}"
         )
@@ -56,29 +57,27 @@ def in_batch_script() -> bool:
     return "SLURM_NTASKS" in os.environ and STEP not in os.environ and "RANK" not in os.environ
 
 
-def launch(fabric: Any) -> None:
-    """Start the processes of the other devices, which end with this one however it ends."""
-    if PARENT in os.environ:
-        _end_with(int(os.environ.pop(PARENT)))
-        fabric.launch()
-        return
-    os.environ[PARENT] = str(os.getpid())
-    try:
-        fabric.launch()
-    finally:
-        os.environ.pop(PARENT, None)
+@dataclass(frozen=True)
+class Together:
+    """The processes that torchrun has started for one run."""
+
+    here: int  # on this machine
+    machines: int
 
 
-def _end_with(parent: int) -> None:
-    """End this process soon after its parent, for which it would wait in vain."""
+def started_together() -> Together | None:
+    """The processes that torchrun has started, this one among them; None: it has started none."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return None
+    number, here = _started("WORLD_SIZE"), _started("LOCAL_WORLD_SIZE")
+    return Together(here, max(1, number // here))
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
-    if os.getppid() == parent or os.getppid() == 1:  # anyone else has inherited the variable by accident
-        threading.Thread(target=watch, name="end with the parent", daemon=True).start()
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def _number(devices: Any) -> int | None:

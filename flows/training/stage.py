@@ -34,7 +34,7 @@ class Stage:
         objective: called as `objective(model, batch, generator)`.
         steps: number of optimiser steps; give either this or `seconds`.
         seconds: time to train for; validation, pictures and checkpoints do not count.
-        batch_size: training examples in one step, on each device; None: as the objective recommends.
+        batch_size: training examples in one step, of all devices together; None: as the objective recommends.
         learning_rate: the highest of the stage; None: as the objective recommends.
         warmup_steps: steps of linear warm-up; None: as the objective recommends, but at most a tenth of `steps`.
         schedule: `"cosine"` (to zero), `"constant"`, or a function of `done`.

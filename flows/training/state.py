@@ -29,10 +29,9 @@ from flows.promises import copyable
 from flows.solvers import SolverStatistics
 from flows.solvers.problem import all_finite
 from flows.training.checkpoint import CheckpointError, describe, fingerprint_entry
-from flows.training.fabric import Fabric
+from flows.training.fabric import Fabric, share_of
 from flows.training.files import FOLDER, RunFileError
 from flows.training.fitting import check_means, check_optimizer, check_position, load_weights
-from flows.training.identity import check_devices
 from flows.training.loggers import MetricMeans
 from flows.training.stage import Optimization, Stage
 
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from flows.training.callbacks import Reporting
 
 LOG = logging.getLogger("flows")
+FIRST = 0  # the process by which all seed what they draw together
 
 
 @checked
@@ -118,7 +118,7 @@ class RunState:
         dataset: where the batches come from.
         optimization: the optimiser and the decay of the average.
         seed: each stage draws its data and its probes from generators that depend on this, on the place of the stage
-            and on the rank of the process.
+            and, of several processes, on none: each draws whole batches and computes its share.
         callbacks: those with a `state_dict` are kept in checkpoints, each process its own.
     """
 
@@ -173,8 +173,7 @@ class RunState:
         that are validated are the best.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another model, other stages or another number of devices, or is
-                damaged.
+            CheckpointError: the checkpoint belongs to another model, or other stages, or is damaged.
         """
         try:
             check_position(checkpoint["position"], Position)
@@ -186,7 +185,6 @@ class RunState:
                 f"the checkpoint stopped in the stage {position.stage!r}, this run has {', '.join(stages)}; "
                 "resume with the stages that the run was started with"
             )
-        check_devices(checkpoint, self.fabric.world_size)
         started, own_data = checkpoint["data"].get("name"), describe(self.dataset)["name"]
         if started != own_data:
             raise CheckpointError(
@@ -220,7 +218,8 @@ class RunState:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             check_means(checkpoint["means"])
             self.means.load_state_dict(checkpoint["means"])
-            own = checkpoint["ranks"][self.fabric.global_rank]
+            ranks, rank = checkpoint["ranks"], self.fabric.global_rank
+            own = ranks[rank] if rank < len(ranks) else ranks[0]  # all draw the same batches
             self._resume_randomness(own, index)
             for name, callback in self._callbacks.items():
                 if name in own["callbacks"]:
@@ -244,7 +243,7 @@ class RunState:
                 "random numbers of the objective start anew, and the run goes on well, but not bit for bit",
                 stacklevel=2,
             )
-            seeded(self.generator, self._seed, "objective", index, self.fabric.global_rank, self.position.step)
+            seeded(self.generator, self._seed, "objective", index, FIRST, self.position.step)
 
     def is_finite(self) -> bool:
         """Return whether no trained weight is NaN or infinite."""
@@ -254,6 +253,8 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         """Return the content of a checkpoint; every process must call this, since each adds its generators."""
         cuda = self.fabric.device.type == "cuda"
+        if (share := share_of(self.fabric)) is not None:
+            self.means.average(share.gather)
         own = {
             "data": self.stream.state_dict(),
             "objective": self.generator.get_state(),
@@ -291,16 +292,15 @@ class RunState:
             group["initial_lr"] = group["lr"]
         self.fabric_optimizer: Any = self.fabric.setup_optimizers(optimizer)  # one, since one goes in
         self.optimizer = self.fabric_optimizer.optimizer
-        rank = self.fabric.global_rank
         draws_its_own = not getattr(stage.objective, "uses_data", True)
         new_stream = partial(NoData, describe(self.dataset)["name"]) if draws_its_own else self.dataset.train_stream
         self.stream = new_stream(
             stage.examples,
-            seeded(torch.Generator(), self._seed, "data", index, rank),
+            seeded(torch.Generator(), self._seed, "data", index, FIRST),
             self.fabric.device,
             working_dtype(self.model),
         )
-        seeded(self.generator, self._seed, "objective", index, rank)
+        seeded(self.generator, self._seed, "objective", index, FIRST)
 
 
 class Run:

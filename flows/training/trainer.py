@@ -32,7 +32,13 @@ from flows.training.checkpoint import CheckpointError, describe, find_checkpoint
 from flows.training.compile import compiled, is_long, stages_to_compile
 from flows.training.continuing import AUTO, discard_unsaved, saved_state, was_killed_early
 from flows.training.described import try_to_describe
-from flows.training.fabric import Hardware, build_fabric, deterministic_algorithms, on_first_process
+from flows.training.fabric import (
+    Hardware,
+    build_fabric,
+    deterministic_algorithms,
+    evaluated_together,
+    on_first_process,
+)
 from flows.training.files import (
     CONFIG,
     FOLDER,
@@ -46,10 +52,10 @@ from flows.training.files import (
     not_writable,
     own_run_folder,
 )
-from flows.training.identity import check_devices, check_same_run, load_best, load_to_resume, mark_folder
+from flows.training.identity import check_same_run, load_best, load_to_resume, mark_folder
+from flows.training.launcher import together
 from flows.training.loop import Loop, LossModule, OptimizerStep
 from flows.training.memory import memory_errors
-from flows.training.processes import launch
 from flows.training.settings_text import settings_text
 from flows.training.signals import StopSignals, TrainingInterrupted
 from flows.training.stage import Optimization, Stage
@@ -220,10 +226,9 @@ class Trainer:
             self._starts_over = resume is None and output_dir is not None and was_killed_early(output_dir)
         self._resumed = resumed = None if resume is None else find_checkpoint(resume, prefer="last")
         self._checkpoint = None if resumed is None else load_to_resume(resumed)
-        if resumed is not None and self._checkpoint is not None:
-            check_devices(self._checkpoint, self.fabric.world_size)
-            if describe(dataset)["name"] == self._checkpoint["data"].get("name"):  # otherwise said by `RunState.resume`
-                refuse_other_data(self._checkpoint["data"], dataset)
+        known = None if self._checkpoint is None else self._checkpoint["data"]
+        if known is not None and describe(dataset)["name"] == known.get("name"):  # else said by `RunState.resume`
+            refuse_other_data(known, dataset)
         self._resumed_folder = None if resumed is None else own_run_folder(resumed)
         self._output_dir = self._resumed_folder if output_dir is None else Path(output_dir)
         if resumed is not None and self._checkpoint is not None and self._continues_in_place():
@@ -262,8 +267,7 @@ class Trainer:
             NonFiniteLossError: the loss or its gradient is NaN or infinite.
             SolverError: a batch cannot be solved, see `Optimization.on_solver_error`.
         """
-        launch(self.fabric)
-        with unbreakable_streams(), contextlib.ExitStack() as claim:
+        with together(self.fabric), unbreakable_streams(), contextlib.ExitStack() as claim:
             self.folder = on_first_process(self.fabric, lambda: self._open_folder(claim))
             if self.hardware.deterministic:
                 claim.enter_context(deterministic_algorithms())
@@ -320,6 +324,7 @@ class Trainer:
                 self._keep_start(run)
                 run.call("on_run_start")
                 self._train(run, loop)
+                loop.stop_together()
                 with stop.at_once():
                     return self._test(run)
             except TrainingInterrupted:
@@ -365,7 +370,17 @@ class Trainer:
         """Load the best weights into the model, test them, and write the summary."""
         self.model.load_state_dict(on_first_process(self.fabric, lambda: self._best_weights(run.state)))
         self.model.eval()
-        return on_first_process(self.fabric, lambda: self._summarise(run))
+        report, failure = None, None
+        if self.fabric.is_global_zero:
+            run.call("on_test_start")
+        started = time.perf_counter()
+        try:
+            with memory_errors("the test", "choose a smaller evaluation.batch_size"):
+                report = evaluated_together(self.fabric, self.evaluator, lambda: self.evaluator.test(self.model))
+        except FlowsError as error:  # the run is done, and what it has found is kept
+            failure = error
+        seconds = time.perf_counter() - started
+        return on_first_process(self.fabric, lambda: self._summarise(run, report, failure, seconds))
 
     def _best_weights(self, state: RunState) -> dict[str, Any]:
         if state.position.best_step is None:  # nothing was validated
@@ -378,17 +393,11 @@ class Trainer:
                 f"{self.folder / FOLDER / 'last.pt'}: resume={self.folder} tests these"
             ) from error
 
-    def _summarise(self, run: Run) -> Summary:
-        report = failure = None
-        run.call("on_test_start")
-        started = time.perf_counter()
-        try:
-            with memory_errors("the test", "choose a smaller evaluation.batch_size"):
-                report = self.evaluator.test(self.model)
-        except FlowsError as error:  # the run is done, and what it has found is kept
-            failure = error
-            run.log({"test/failed": str(error)})
-        evaluation_seconds = time.perf_counter() - started
+    def _summarise(
+        self, run: Run, report: Report | None, failure: FlowsError | None, evaluation_seconds: float
+    ) -> Summary:
+        if failure is not None:
+            run.log({"test/failed": str(failure)})
         run.call("on_test_end", report)
         summary = Summary(
             metrics={} if report is None else dict(report.metrics),

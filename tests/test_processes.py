@@ -1,0 +1,369 @@
+"""Several processes that train together give the run of one process, and end together."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import flows
+import flows.cli.main
+from flows.datasets import Batch
+from flows.errors import InvalidValueError
+from flows.evaluation import DensityEvaluator
+from flows.objectives import FlowMatching, MaximumLikelihood, ReverseKL
+from flows.path_costs import JacobianNorm, KineticEnergy
+from flows.shares import Share, sharing
+from flows.training.processes import check_processes, started_together
+
+ROOT = Path(__file__).parents[1]
+TWO_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a process takes a core")
+
+
+def in_threads(count, compute):
+    """What `compute(rank)` returns in threads that stand for processes."""
+    barrier, place, found = threading.Barrier(count, timeout=60), [None] * count, [None] * count
+
+    def run(rank):
+        def gather(tensor):
+            place[rank] = tensor.detach().clone()
+            barrier.wait()
+            every = torch.stack(list(place))
+            barrier.wait()
+            return every
+
+        try:
+            with sharing(Share(rank, count, gather)):
+                found[rank] = compute(rank)
+        except BaseException as error:
+            found[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return found
+
+
+def flow_with(**options):
+    torch.manual_seed(0)
+    field = flows.fields.MLP((2,), hidden=(16,)).double()
+    for parameter in field.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return flows.CNF(field, **options)
+
+
+COSTS = (KineticEnergy(0.1), JacobianNorm(0.1))
+LIKELIHOOD = MaximumLikelihood(COSTS)
+
+
+def solver(**options):
+    return flows.solvers.ODESolver(**{"rtol": 1e-3, "atol": 1e-3, **options})
+
+
+CASES = {
+    "likelihood": (LIKELIHOOD, {"divergence": "hutchinson", "solver": solver()}),
+    "hutch++": (MaximumLikelihood(), {"divergence": "hutch_plus_plus", "solver": solver()}),
+    "adjoint": (LIKELIHOOD, {"divergence": "hutchinson", "solver": solver(gradient="adjoint")}),
+    "checkpoint": (LIKELIHOOD, {"divergence": "hutchinson", "solver": solver(gradient="checkpoint")}),
+    "per sample": (
+        LIKELIHOOD,
+        {"divergence": "hutchinson", "solver": solver(error_control=flows.solvers.ErrorControl(per_sample=True))},
+    ),
+    "fixed steps": (LIKELIHOOD, {"divergence": "exact", "solver": flows.solvers.ODESolver("rk4", step_size=0.25)}),
+    "sampled": (FlowMatching(target="sampled"), {}),
+    "marginal": (FlowMatching(target="marginal", num_queries=13, divergence_weight=0.1), {}),
+    "transport": (FlowMatching(coupling="optimal_transport"), {}),
+    "reverse": (ReverseKL(flows.datasets.DoubleWell().log_density), {}),
+}
+
+
+def loss_and_gradients(objective, flow, batch, rank=0):
+    flow = copy.deepcopy(flow)
+    output = objective(flow, batch, torch.Generator().manual_seed(1))
+    (output.loss * output.weight).backward()
+    metrics = {name: output.weight * float(value) for name, value in output.metrics.items()}
+    return [parameter.grad for parameter in flow.parameters()], metrics, output.statistics
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_mean_over_processes_is_that_of_one(case):
+    objective, options = CASES[case]
+    flow = flow_with(**options)
+    batch = Batch(torch.randn(17, 2, dtype=torch.float64))
+    gradients, metrics, statistics = loss_and_gradients(objective, flow, batch)
+    found = in_threads(3, lambda rank: loss_and_gradients(objective, flow, batch, rank))
+    assert objective.shares
+    for i, gradient in enumerate(gradients):
+        mean = torch.stack([one[0][i] for one in found]).mean(0)
+        torch.testing.assert_close(mean, gradient, rtol=1e-9, atol=1e-12)
+    means = {name: sum(one[1][name] for one in found) / 3 for name in metrics}
+    means.pop("divergence_standard_error", None)  # a root mean square of each process
+    assert means == pytest.approx({name: metrics[name] for name in means}, rel=1e-9)
+    if statistics is not None:
+        for one in found:
+            assert [a.dt for a in one[2].attempts] == pytest.approx([a.dt for a in statistics.attempts], rel=1e-9)
+
+
+def test_each_process_solves_its_own_rows_alone():
+    seen = {}
+
+    class Watched(flows.fields.MLP):
+        def forward(self, t, x, context=None):
+            seen.setdefault(threading.get_ident(), set()).add(len(x))
+            return super().forward(t, x, context)
+
+    flow = flows.CNF(Watched((2,), hidden=(8,)).double())
+    batch = Batch(torch.randn(17, 2, dtype=torch.float64))
+    in_threads(2, lambda rank: loss_and_gradients(LIKELIHOOD, flow, batch, rank))
+    assert sorted(size for sizes in seen.values() for size in sizes & {8, 9, 17}) == [8, 9]
+
+
+def test_evaluation_is_that_of_one_process(monkeypatch):
+    monkeypatch.setattr("flows.evaluation.density.has_mass", lambda flow: False)  # each process integrates the whole
+    flow = flow_with(divergence="hutchinson", solver=solver())
+    data = flows.datasets.Moons(num_validation=50, num_test=101)
+    evaluator = DensityEvaluator(data, divergence="hutchinson", batch_size=60, solver_error_points=40)
+    alone = evaluator.likelihood(flow)
+    for found in in_threads(2, lambda rank: evaluator.likelihood(copy.deepcopy(flow))):
+        torch.testing.assert_close(found.values, alone.values, rtol=1e-12, atol=1e-12)
+        assert found.solver_error == pytest.approx(alone.solver_error, rel=1e-6)
+        assert found.metrics().keys() == alone.metrics().keys()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7, 12])
+def test_rows_of_all_processes_are_all_rows(number):
+    shares = [Share(index, 3, lambda own: own) for index in range(3)]
+    if number < 3:
+        assert all(share.rows(number) == slice(0, number) and share.weight(number) == 1 for share in shares)
+        return
+    assert [i for share in shares for i in range(number)[share.rows(number)]] == list(range(number))
+    assert sum(share.weight(number) for share in shares) == pytest.approx(3)
+
+
+def test_processes_of_torchrun_train_together(monkeypatch):
+    assert started_together() is None
+    here = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in {**here, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    check_processes("cpu", 1)
+    assert started_together().machines == 4
+    with pytest.raises(InvalidValueError, match=r"torchrun has started 1 processes .* hardware.devices=2; leave out"):
+        check_processes("cpu", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")
+    with pytest.raises(InvalidValueError, match=r"100,000 processor cores.* this machine has .*use --nproc_per_node="):
+        check_processes("cpu", 1)
+
+
+def test_an_interactive_session_starts_no_processes(monkeypatch):
+    from flows.training.launcher import _Others
+
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(InvalidValueError, match="interactive session has none that could be run again; write a script"):
+        _Others.of(2)
+
+
+SCRIPT = """
+import os, sys, time
+import flows
+from flows.training import Hardware, Reporting, Trainer
+
+class Objective(flows.objectives.FlowMatching):
+    calls = 0
+    def __call__(self, flow, batch, generator=None):
+        Objective.calls += 1
+        if "fail" in sys.argv and os.environ.get("LOCAL_RANK") == "1" and Objective.calls > 3:
+            raise RuntimeError("this process is broken")
+        time.sleep(0.02)
+        return super().__call__(flow, batch, generator)
+
+class Evaluator(flows.evaluation.DensityEvaluator):
+    def test(self, model):
+        if "slow test" in sys.argv:
+            print("testing", flush=True)
+            time.sleep(30)
+        return super().test(model)
+
+if __name__ == "__main__":
+    flow = flows.CNF(flows.fields.MLP(event_shape=(2,), hidden=(8,)))
+    data = flows.datasets.Moons(num_validation=50, num_test=50)
+    print(os.getpid(), flush=True)
+    Trainer(
+        flow, data, Objective(), steps=int(sys.argv[2]), evaluator=Evaluator(data, progress_bar=False),
+        hardware=Hardware(accelerator="cpu", devices=2), output_dir=sys.argv[1],
+        reporting=Reporting(progress_bar=False, plot_every=None, log_every=1),
+    ).fit()
+"""
+
+
+def lives(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # empty if it only waits to be counted
+    except OSError:
+        return False
+
+
+class TwoProcesses:
+    """A script that trains in two processes; entered when both train."""
+
+    def __init__(self, folder, steps=10_000, *options):
+        script = folder / "script.py"
+        script.write_text(SCRIPT)
+        self.run = folder / "run"
+        self.output = folder / "output.txt"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, script, str(self.run), str(steps), *options],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+
+    def wait_until(self, text=None):
+        until = time.monotonic() + 120
+        while time.monotonic() < until and self.process.poll() is None:
+            rows = self.run / "metrics.jsonl"
+            if text in self.text if text else rows.exists() and rows.read_text():
+                break
+            time.sleep(0.1)
+        return self
+
+    @property
+    def text(self):
+        return self.output.read_text()
+
+    @property
+    def pids(self):
+        return [int(line) for line in self.text.splitlines() if line.isdecimal()]
+
+    def ends(self, seconds=15):
+        """The exit code; all processes must end in so many seconds."""
+        code, until = self.process.wait(seconds), time.monotonic() + 5
+        while any(map(lives, self.pids)) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert len(self.pids) == 2
+        assert not any(map(lives, self.pids))
+        return code
+
+    def last_step(self):
+        return torch.load(self.run / "checkpoints" / "last.pt", weights_only=False)["position"]["step"]
+
+
+@TWO_CORES
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+class TestTwoProcesses:
+    def test_all_end_with_one_that_is_killed(self, tmp_path):
+        run = TwoProcesses(tmp_path).wait_until()
+        other = next(pid for pid in run.pids if pid != run.process.pid)
+        os.kill(other, signal.SIGKILL)
+        assert run.ends() != 0
+        assert f"(pid {other}) of the 2 that train together was ended by SIGKILL" in run.text
+
+    def test_all_end_with_the_first(self, tmp_path):
+        run = TwoProcesses(tmp_path).wait_until()
+        run.process.kill()
+        assert run.ends() == -signal.SIGKILL
+
+    def test_all_end_with_one_that_fails(self, tmp_path):
+        run = TwoProcesses(tmp_path, 10_000, "fail")
+        assert run.ends(120) == 1
+        assert "this process is broken" in run.text
+        assert "ended with the code 1, and has said why; the whole run ends with it" in run.text
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_a_signal_to_one_stops_all_with_the_state_saved(self, tmp_path, first):
+        run = TwoProcesses(tmp_path).wait_until()
+        run.wait_until('"step": 5')
+        os.kill(next(pid for pid in run.pids if (pid == run.process.pid) == first), signal.SIGTERM)
+        assert run.ends() == 1  # KeyboardInterrupt of a script
+        assert f"stopped after step {run.last_step()} and saved" in run.text
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_a_signal_during_the_test_loses_no_step(self, tmp_path, first):
+        run = TwoProcesses(tmp_path, 20, "slow test").wait_until("testing")
+        os.kill(next(pid for pid in run.pids if (pid == run.process.pid) == first), signal.SIGTERM)
+        assert run.ends(45) != 0
+        assert run.last_step() == 20
+        assert "after step 20 and saved" in run.text
+
+
+COMMON = [
+    *("data=moons", "objective=maximum_likelihood", "divergence=hutchinson", "hardware.precision=64-true"),
+    *("hardware.accelerator=cpu", "data.num_test=51", "data.num_validation=50", "field.hidden=[8]"),
+    *("reporting.progress_bar=false", "reporting.log_every=2", "reporting.validate_every=2"),
+    *("reporting.plot_every=null", "objective.maximum_likelihood.schedule=constant"),
+    "objective.maximum_likelihood.batch_size=33",
+]
+
+
+def train(*settings, launcher=(sys.executable,)):
+    done = subprocess.run(
+        [*launcher, str(ROOT / "scripts" / "train.py"), *settings],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def figures(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("steps_per_second", "divergence_standard_error")
+    return [
+        {name: value for name, value in row.items() if value is not None and not name.endswith(timed)} for row in rows
+    ]
+
+
+def check_equal(one, two):
+    """Weights, figures and rows of two runs agree."""
+    checkpoints = [torch.load(folder / "checkpoints" / "last.pt", weights_only=False) for folder in (one, two)]
+    for part in ("model", "ema"):
+        for name, weight in checkpoints[0][part].items():
+            torch.testing.assert_close(checkpoints[1][part][name], weight, rtol=1e-9, atol=1e-12)
+    nll, other = (json.loads((folder / "summary.json").read_text())["test_nll"] for folder in (one, two))
+    assert other == pytest.approx(nll, rel=1e-9)
+    for mine, its in zip(figures(one)[-2:], figures(two)[-2:], strict=True):
+        assert its == pytest.approx(mine, rel=1e-6)
+
+
+@TWO_CORES
+def test_two_processes_give_the_run_of_one(tmp_path):
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # in which a program draws the first weights
+    try:
+        flows.cli.main.main(["train", *COMMON, "steps=4", f"output_dir={tmp_path / 'one'}"])
+    finally:
+        torch.set_default_dtype(usual)
+    printed = train(*COMMON, "steps=4", "hardware.devices=2", f"output_dir={tmp_path / 'two'}")
+    assert printed.count("divergence  evaluated with") == 1
+    check_equal(tmp_path / "one", tmp_path / "two")
+
+
+@TWO_CORES
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    train(*COMMON, "steps=6", f"output_dir={tmp_path / 'one'}")
+    train(*COMMON, "steps=2", f"output_dir={tmp_path / 'two'}", launcher=torchrun)
+    resume = f"resume={tmp_path / 'two'}"
+    train("objective.maximum_likelihood.steps=4", resume)
+    printed = train("objective.maximum_likelihood.steps=6", resume, "hardware.devices=2")
+    assert printed.count("resumes after step 4") == 1
+    check_equal(tmp_path / "one", tmp_path / "two")
