@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         training,
         transforms,
     )
+    from flows.density_estimator import DensityEstimator
     from flows.errors import FlowsError
     from flows.inference import Posterior, infer
     from flows.models.cnf import CNF
@@ -37,6 +38,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "CNF",
+    "DensityEstimator",
     "FlowDistribution",
     "FlowsError",
     "LogProbEstimate",
@@ -76,6 +78,7 @@ __all__ = [
 # already listen to Ctrl-C, and most uses need few of them.
 _HOMES = {
     "CNF": "flows.models.cnf",
+    "DensityEstimator": "flows.density_estimator",
     "FlowDistribution": "flows.models.distribution",
     "FlowsError": "flows.errors",
     "LogProbEstimate": "flows.models.results",

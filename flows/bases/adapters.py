@@ -16,6 +16,7 @@ from flows.bases.base import Base, NoDensityError
 from flows.bases.normal import Normal
 from flows.checks import as_shape, check_points
 from flows.errors import InvalidTypeError, InvalidValueError
+from flows.naming import by_name
 
 
 @checked
@@ -211,7 +212,9 @@ class FlowBase(Base):
 
 @checked(own=("base",))
 def as_base(base: Any, event_shape: Sequence[int]) -> Base:
-    """Return a base for points of this shape: N(0, I) for `None`, an adapter for a distribution or another flow.
+    """Return a base for points of this shape, also by its name, such as "student_t".
+
+    `None` is N(0, I); a distribution and another flow get an adapter.
 
     Raises:
         InvalidTypeError: it is none of these.
@@ -229,6 +232,8 @@ def as_base(base: Any, event_shape: Sequence[int]) -> Base:
     """
     if base is None:
         return Normal(event_shape)
+    if isinstance(base, str):
+        return by_name(Base, base, "base", event_shape=tuple(event_shape))
     if isinstance(base, Distribution):
         return TorchDistribution(base, event_shape)
     if not isinstance(base, Base) and isinstance(base, nn.Module) and hasattr(base, "log_prob"):

@@ -2,7 +2,7 @@
 
 from flows.fields.activations import Activation, Elementwise, SiLU, Sine, Softplus, Tanh
 from flows.fields.adapter import Adapter
-from flows.fields.base import Field
+from flows.fields.base import Field, named_field
 from flows.fields.concat_squash import ConcatSquashMLP
 from flows.fields.conv import ConvNet
 from flows.fields.equivariant import EquivariantKernel
@@ -49,4 +49,5 @@ __all__ = [
     "Tanh",
     "UNet",
     "bind",
+    "named_field",
 ]

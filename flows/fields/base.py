@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flows.arguments import CheckedMethods, checked
 from flows.checks import as_shape
 from flows.errors import InvalidValueError
+from flows.naming import by_name
 from flows.vector_field import BoundField
 
 
@@ -92,3 +93,16 @@ class Field(CheckedMethods, nn.Module, ABC):
                 f"{type(self).__name__} expects a context of shape (B, *{self.context_shape}), "
                 f"got {tuple(context.shape)}"
             )
+
+
+def named_field(field: nn.Module | str, event_shape: int | Sequence[int] | None) -> nn.Module:
+    """Return the field, or a new one of the class with that lower-case name and its default settings.
+
+    Raises:
+        InvalidValueError: there is no such class, or the event shape is missing.
+    """
+    if not isinstance(field, str):
+        return field
+    if event_shape is None:
+        raise InvalidValueError(f"field={field!r} needs to know the shape of a point, such as event_shape=2")
+    return by_name(Field, field, "field", event_shape=event_shape)

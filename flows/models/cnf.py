@@ -20,9 +20,8 @@ from flows.divergence import Auto, DivergenceEstimator
 from flows.divergence.parameters import learned_parts, learned_tensors
 from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.encoders import Encoder
-from flows.errors import InvalidTypeError, InvalidValueError
-from flows.expectations import refusal
-from flows.fields import Guided
+from flows.errors import InvalidValueError
+from flows.fields import Guided, named_field
 from flows.models.distribution import FlowDistribution
 from flows.models.examination import examine, foreign_tensors, look_for_jumps
 from flows.models.precision import keeping_complex, suitable_context, working_dtype
@@ -30,7 +29,7 @@ from flows.models.results import DataNames, LogProbEstimate, Sample, Transport
 from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
 from flows.shares import steps_together
-from flows.solvers import ODESolver, Solution, SolverError
+from flows.solvers import ODESolver, Solution, SolverError, as_solver
 from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind
 
@@ -50,15 +49,17 @@ class CNF(nn.Module):
     [Chen et al. 2018, arXiv:1806.07366; Grathwohl et al. 2019, arXiv:1810.01367]
 
     Args:
-        field: a `flows.fields.Field`, or any module with `forward(t, x)` or `forward(t, x, context)`.
+        field: a `flows.fields.Field`, or any module with `forward(t, x)` or `forward(t, x, context)`; or the lower-case
+            name of a class of `flows.fields`, such as `"mlp"`.
         divergence: the estimator, or its lower-case name such as `"hutchinson"`; by default `Auto()`, the closed form
             of a field that has one and the cheapest affordable estimator for any other. May be replaced at any time.
             Modules and parameters among its options are parameters of the flow.
-        solver: settings of the solve; may be replaced at any time.
-        base: the distribution at t = 0: a `flows.bases.Base`, any continuous `torch.distributions.Distribution`, or
-            another flow. N(0, I) by default. It is moved to the field's device and dtype, and may be replaced before
-            training. Without a density, as `flows.bases.Empirical`, the flow has none either.
-        transform: data space to flow space; `Identity()` by default.
+        solver: settings of the solve, or the name of a method such as `"rk4"`; may be replaced at any time.
+        base: the distribution at t = 0: a `flows.bases.Base` or its name such as `"student_t"`, any continuous
+            `torch.distributions.Distribution`, or another flow. N(0, I) by default. It is moved to the field's device
+            and dtype, and may be replaced before training. Without a density, as `flows.bases.Empirical`, the flow has
+            none either.
+        transform: data space to flow space, or its name such as `"standardise"`; `Identity()` by default.
         event_shape: shape of a point; needed if `field` does not state one. A whole number d stands for (d,).
         encoder: contexts in data units to the features that the field takes as its context; `None` (default): the field
             takes contexts as they are.
@@ -82,20 +83,25 @@ class CNF(nn.Module):
 
     def __init__(
         self,
-        field: nn.Module,
+        field: nn.Module | str,
         divergence: DivergenceEstimator | str | None = None,
-        solver: ODESolver | None = None,
-        base: Base | Distribution | nn.Module | None = None,
-        transform: Transform | None = None,
+        solver: ODESolver | str | None = None,
+        base: Base | Distribution | nn.Module | str | None = None,
+        transform: Transform | str | None = None,
         event_shape: int | Sequence[int] | None = None,
         encoder: Encoder | None = None,
     ) -> None:
         super().__init__()
+        field = named_field(field, event_shape)
         self.event_shape = bind(field, event_shape=event_shape).event_shape
         self.field = field
         self.divergence = Auto() if divergence is None else divergence
-        self.solver = ODESolver() if solver is None else solver
-        self.transform = Identity() if transform is None else transform
+        self.solver = as_solver(solver)
+        self.transform = (
+            Identity()
+            if transform is None
+            else by_name(Transform, transform, "transform", event_shape=self.event_shape)
+        )
         self.base: Base = base  # type: ignore[assignment]  (made one below)
         self.encoder = encoder
         if encoder is not None:
@@ -149,10 +155,8 @@ class CNF(nn.Module):
         return self._solver
 
     @solver.setter
-    def solver(self, solver: ODESolver) -> None:
-        if not isinstance(solver, ODESolver):
-            raise InvalidTypeError(refusal("solver", solver, ODESolver))
-        self._solver = solver
+    def solver(self, solver: ODESolver | str) -> None:
+        self._solver = as_solver(solver)
 
     @property
     def device(self) -> torch.device:

@@ -13,12 +13,14 @@ from flows.bases import Normal
 from flows.checks import check_number
 from flows.dynamics import StateDynamics
 from flows.errors import InvalidValueError
+from flows.fields import named_field
 from flows.models.examination import examine, foreign_tensors, look_for_jumps
 from flows.models.precision import keeping_complex, suitable_context, working_dtype
 from flows.models.results import DataNames, Trajectory
 from flows.models.times import Times
+from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
-from flows.solvers import ODESolver, SolverError
+from flows.solvers import ODESolver, SolverError, as_solver
 from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind
 
@@ -41,9 +43,10 @@ class NeuralODE(nn.Module):
     ```
 
     Args:
-        field: a `flows.fields.Field`, or any module with `forward(t, x)` or `forward(t, x, context)`.
-        solver: settings of the solve; may be replaced at any time.
-        transform: from states to what the field sees; `Identity()` by default.
+        field: a `flows.fields.Field`, or any module with `forward(t, x)` or `forward(t, x, context)`; or the lower-case
+            name of a class of `flows.fields`, such as `"mlp"`.
+        solver: settings of the solve, or the name of an adaptive method such as `"dopri8"`; may be replaced.
+        transform: from states to what the field sees, or its name such as `"standardise"`; `Identity()` by default.
         event_shape: shape of a state; needed if `field` does not state one.
         noise: the first guess of the standard deviation of observations about the states, in the units of y. It
             becomes a parameter, `log_noise`, with a value for each entry of a state, which an objective with a
@@ -57,17 +60,22 @@ class NeuralODE(nn.Module):
 
     def __init__(
         self,
-        field: nn.Module,
-        solver: ODESolver | None = None,
-        transform: Transform | None = None,
+        field: nn.Module | str,
+        solver: ODESolver | str | None = None,
+        transform: Transform | str | None = None,
         event_shape: int | Sequence[int] | None = None,
         noise: float | None = None,
     ) -> None:
         super().__init__()
+        field = named_field(field, event_shape)
         self.event_shape = bind(field, event_shape=event_shape).event_shape
         self.field = field
-        self.solver = ODESolver() if solver is None else solver
-        self.transform = Identity() if transform is None else transform
+        self.solver = as_solver(solver, unit_time=False)
+        self.transform = (
+            Identity()
+            if transform is None
+            else by_name(Transform, transform, "transform", event_shape=self.event_shape)
+        )
         if self.transform.num_levels is not None:
             raise InvalidValueError(f"{type(transform).__name__} adds noise to whole numbers; states take none")
         weights = [p for p in field.parameters() if p.is_floating_point()]

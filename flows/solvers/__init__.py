@@ -3,6 +3,7 @@
 from flows.solvers.control import ErrorControl
 from flows.solvers.errors import SolverError
 from flows.solvers.gradient_check import GradientCheck, check_gradients
+from flows.solvers.named import as_solver
 from flows.solvers.problem import Compilable, Dynamics, NotCompilableError, State
 from flows.solvers.programs import Compilations, compilations, many_solves
 from flows.solvers.solver import ODESolver
@@ -21,6 +22,7 @@ __all__ = [
     "SolverError",
     "SolverStatistics",
     "State",
+    "as_solver",
     "check_gradients",
     "compilations",
     "many_solves",
