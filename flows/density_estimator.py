@@ -44,6 +44,7 @@ BATCH = 10_000  # rows in one solve
 STEPS_OF_SCORES = (10, 20, 40, 80, 160)  # of Runge-Kutta, to choose from
 ACCURACY = 1e-4  # nats, of log p by a row in the mean
 CHECKED_ROWS = 256  # by which the number of steps is chosen
+WARMUP_STEPS = 10  # of the likelihood, at most
 SOURCE = "X"  # what messages call the table
 
 
@@ -79,8 +80,8 @@ class DensityEstimator(DensityMixin, BaseEstimator):
     ```
 
     Columns are standardised, and log p is in the units of the data. Some rows are set apart: training stops early when
-    they get no more likely, and the best weights are kept. Defaults are those of `experiment=table` from the shell; with
-    a context, of `experiment=conditional_table`.
+    they get no more likely, and the best weights are kept. Defaults are those of `experiment=table` from the shell, and
+    with a context those of `experiment=conditional_table`.
 
     A flow is trained by flow matching and then for a few steps by its likelihood. Scores are computed with fixed steps
     in float64, so the score of a row does not depend on the other rows.
@@ -424,7 +425,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
                 recipe.polish,
                 batch_size=last_size,
                 learning_rate=last_rate,
-                warmup_steps=recipe.polish // 4,
+                warmup_steps=min(WARMUP_STEPS, recipe.polish // 4),
             )
         return stages
 

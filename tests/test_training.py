@@ -39,6 +39,31 @@ FLOW_MATCHING = {"flow_matching": STAGES["flow_matching"]}
 # Stages
 
 
+class Scripted(flows.evaluation.Evaluator):
+    """Gives the scores of a list, the last one for ever."""
+
+    def __init__(self, *scores):
+        self.scores = list(scores)
+
+    def validate(self, model):
+        score = self.scores.pop(0) if len(self.scores) > 1 else self.scores[0]
+        return flows.evaluation.Evaluation(score, {})
+
+    def test(self, model):
+        return flows.evaluation.Report({}, ())
+
+
+def test_a_stage_without_better_validations_ends_early(tmp_path):
+    stages = {name: replace(stage, steps=20, patience=4) for name, stage in STAGES.items()}
+    trainer = small_trainer(tmp_path, stages=stages, evaluator=Scripted(3.0, 2.0, 2.5, 2.5, 1.0, 5.0), validate_every=2)
+    position = trainer.fit().position
+    assert position.best_step == 10  # where it was 1.0, in the second stage
+    assert position.stage_starts == [0, 8]  # the first stage was best at step 4, and had its patience until 8
+    assert position.step == 14
+    with pytest.raises(ValueError, match="patience must be a whole number >= 1, got 0; None never ends"):
+        Stage(FlowMatching(), 10, patience=0)
+
+
 def test_learning_rates_rise_linearly_and_fall_like_a_cosine():
     stage = Stage(FlowMatching(), steps=12, learning_rate=0.5, warmup_steps=2)
     used = [stage.learning_rate * stage.learning_rate_factor(k) for k in range(stage.steps)]
