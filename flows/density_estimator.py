@@ -120,6 +120,9 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         ValueError, TypeError: from `fit`: the data or an argument cannot be used; the message says why.
     """
 
+    feature_names_in_: NDArray[Any]
+    n_features_in_: int
+
     def __init__(
         self,
         steps: int | None = None,
@@ -309,7 +312,8 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             InvalidValueError: `stored` is something else.
         """
         try:
-            parameters = dict(stored["parameters"])
+            parameters: dict[str, Any] = dict(stored["parameters"])
+            parameters.pop("output_dir", None)  # of a file that came from anywhere
             model = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in parameters.items()})
             names = stored["feature_names_in_"]
             if names is not None:
@@ -332,7 +336,9 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         """
         try:
             least = MIN_ROWS if reset else 1
-            return validate_data(self, X, reset=reset, dtype=np.float64, ensure_min_samples=least, copy=True)
+            rows: Any = X
+            found: Any = validate_data(self, rows, reset=reset, dtype=np.float64, ensure_min_samples=least, copy=True)
+            return found
         except FlowsError:
             raise
         except (ValueError, TypeError) as error:

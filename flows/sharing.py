@@ -145,7 +145,10 @@ def load(
         return load_flow(path, trust, flow)
     run = load_run(path, trust)
     if "density_estimator" in run.extra:
-        return flows.DensityEstimator.from_dict(run.extra["density_estimator"], run.flow)
+        try:
+            return flows.DensityEstimator.from_dict(run.extra["density_estimator"], run.flow)
+        except FlowsError as error:
+            raise CheckpointError(f"no DensityEstimator can be built from {run.checkpoint}: {error}") from error
     if "posterior" in run.config:
         return _posterior(run.flow, run.config["posterior"], run.checkpoint)
     return run.model

@@ -338,7 +338,7 @@ def test_bases_that_do_not_suit_are_refused():
         ),
         (torch.nn.Linear(2, 2), "base must be a flows.bases.Base or None, or a torch.distributions.Distribution or a"),
         (Normal, "got the class Normal"),
-        ("normal", "got an object of class str"),
+        ("gauss", "base: unknown Base 'gauss'; expected one of .*student_t"),
     ]
     for base, words in refused:
         with pytest.raises((TypeError, ValueError), match=words):

@@ -52,5 +52,7 @@ def as_solver(solver: Any, unit_time: bool = True) -> ODESolver:
             f"solver: {name!r} takes steps of a fixed length, in the unit of the times; write "
             f"flows.ODESolver({name!r}, step_size=...)"
         )
-    settings = OTHERS[name] if tableau is None else {"step_size": STEP_SIZES[min(tableau.order, max(STEP_SIZES))]}
+    settings: dict[str, Any] = (
+        OTHERS[name] if tableau is None else {"step_size": STEP_SIZES[min(tableau.order, max(STEP_SIZES))]}
+    )
     return ODESolver(name, **settings)
