@@ -314,7 +314,8 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         try:
             parameters: dict[str, Any] = dict(stored["parameters"])
             parameters.pop("output_dir", None)  # of a file that came from anywhere
-            model = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in parameters.items()})
+            given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in parameters.items()}
+            model = cls(**given)
             names = stored["feature_names_in_"]
             if names is not None:
                 model.feature_names_in_ = np.array(list(map(str, names)), dtype=object)
