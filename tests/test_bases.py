@@ -159,6 +159,24 @@ def test_a_mixture_finds_its_components():
         Mixture(2).sample((3,))
 
 
+def test_shrinkage_keeps_small_components_from_overfitting():
+    """A huge one gives every component the covariance of all points; a small one helps held-out points."""
+    torch.manual_seed(0)
+    points = torch.randn(400, 20) @ torch.randn(20, 20)
+    train, held_out = points[:150], points[150:]
+    found = {nu: Mixture(20, 4, shrinkage=nu).fit(train) for nu in (0.0, 30.0, 1e9)}
+    scores = {nu: float(base.log_prob(held_out).mean()) for nu, base in found.items()}
+    assert scores[30.0] > scores[0.0] + 5
+    factor = found[1e9].factor
+    torch.testing.assert_close(factor @ factor.mT, train.T.cov().expand(4, 20, 20), rtol=1e-3, atol=1e-2)
+    fitted = [float(base.log_prob(train).mean()) for base in found.values()]
+    assert fitted[0] > fitted[1] > fitted[2]
+    with pytest.raises(ValueError, match=r"a mixture of 4 components cannot be fitted .* shrinkage"):
+        Mixture(20, 4).fit(torch.ones(30, 20))
+    with pytest.raises(ValueError, match="shrinkage must be"):
+        Mixture(2, shrinkage=-1.0)
+
+
 @pytest.mark.parametrize("name", [name for name in BASES if name != "standard"])
 @pytest.mark.parametrize("restricted", [False, True])
 def test_the_posterior_of_a_pool_is_bayes_rule(name, restricted):

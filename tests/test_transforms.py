@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 from problems import assert_unbiased, perceptron
-from scipy.stats import kstest, truncnorm
+from scipy.stats import kstest, multivariate_normal, truncnorm
 from torch import nn
 
 import flows
 from flows.transforms import (
     Compose,
+    CopulaNoise,
     Dequantise,
     Identity,
     Logit,
@@ -47,8 +48,15 @@ def variational(event_shape, num_levels, strength=0.3, num_layers=4):
     return noise
 
 
+def together(n, event_shape, num_levels):
+    """Images whose entries rise and fall together."""
+    common = torch.randint(num_levels, (n, *[1] * len(event_shape)), generator=rng(7))
+    return torch.minimum(levels(n, event_shape, num_levels), common).to(torch.get_default_dtype())
+
+
 def noises(event_shape, num_levels):
     return {
+        "copula": CopulaNoise(event_shape, num_levels).fit(together(200, event_shape, num_levels)),
         "uniform": UniformNoise(),
         "narrow": TruncatedNormalNoise(0.1),
         "wide": TruncatedNormalNoise(0.4),
@@ -56,7 +64,7 @@ def noises(event_shape, num_levels):
     }
 
 
-NOISES = ["uniform", "narrow", "wide", "variational"]
+NOISES = ["uniform", "narrow", "wide", "variational", "copula"]
 
 
 def chain(event_shape=SHAPE, num_levels=4, noise=None, alpha=0.05, per="entry"):
@@ -187,7 +195,7 @@ def test_draws_follow_the_density(name):
     """E_q[h/q] = ∫ h for any h: the inverse density of a draw averages to the volume of the cube."""
     noise = noises(SHAPE, 4)[name]
     image = levels(1).expand(40_000, *SHAPE) if name == "uniform" else levels(1, (1, 1, 2)).expand(40_000, 1, 1, 2)
-    noise = variational((1, 1, 2), 4) if name == "variational" else noise
+    noise = noises((1, 1, 2), 4)[name] if name in ("variational", "copula") else noise
     with torch.no_grad():
         u, log_q = noise.sample(image, rng())
     inverse = (-log_q).exp()
@@ -204,6 +212,49 @@ def test_learned_noise_starts_uniform():
     u, log_q = noise.sample(levels(3000), rng())
     assert log_q.abs().max() < 1e-9
     assert kstest(u.detach().flatten().numpy(), "uniform").pvalue > 1e-3
+
+
+def test_noise_of_a_copula_simulates_its_probabilities():
+    """The mean of p/q over draws is P of the cells under the normal copula, by quadrature of its distribution."""
+    noise = CopulaNoise((2,), 3, shrinkage=0.0).fit(together(500, (2,), 3))
+    slope, spread = float(noise.weights[1, 0]), float(noise.spread[1])
+    assert slope > 0.3
+    covariance = torch.tensor([[1.0, slope], [slope, spread**2 + slope**2]])
+    normal = torch.distributions.MultivariateNormal(torch.zeros(2), covariance)
+    x = torch.cartesian_prod(torch.arange(3), torch.arange(3)).double()
+    u, log_q = noise.sample(x.repeat(4000, 1), rng())
+    share, below = (table.gather(1, x.long().T).T for table in (noise.shares, noise.below))
+    z = torch.special.ndtri(below.repeat(4000, 1) + u * share.repeat(4000, 1))
+    log_p = normal.log_prob(z) + (share.log().repeat(4000, 1) + z.square() / 2 + math.log(2 * math.pi) / 2).sum(1)
+    found = (log_p - log_q).exp().view(4000, 9)
+    edges = torch.special.ndtri(torch.stack([below, (below + share).clamp(max=1 - 1e-15)]).clamp(min=1e-15))
+    exact = [
+        multivariate_normal([0, 0], covariance.numpy()).cdf(high, lower_limit=low) for low, high in edges.unbind(1)
+    ]
+    for draws, truth in zip(found.T, exact, strict=True):
+        assert_unbiased(draws, float(truth))
+    assert found.std(0).max() < 0.2 * torch.tensor(exact).max()  # uniform noise: 0.5
+    blind = CopulaNoise((2,), 3, shrinkage=0.999).fit(together(500, (2,), 3)).sample(x, rng())[1]
+    assert blind.abs().max() < 0.01
+    assert log_q.abs().max() > 0.3
+
+
+def test_groups_of_a_copula_are_pixels_apart():
+    images = together(300, (2, 4, 6), 4)
+    noise = CopulaNoise((2, 4, 6), 4, stride=2).fit(images)
+    sizes = torch.tensor([0, *noise.ends]).diff()
+    assert sizes.tolist() == [6] * 8
+    group = noise.order[:6]
+    assert {(int(i) // 6 % 2, int(i) % 6 % 2) for i in group} == {(0, 0)}
+    u, log_q = noise.sample(images[:20], rng())
+    torch.testing.assert_close(noise.log_prob(u, images[:20]), log_q)
+    means = noise.weights
+    assert means[:6].count_nonzero() == 0  # the first group follows nobody
+    assert means[6:12, :6].count_nonzero() == 36
+    assert means[6:12, 6:].count_nonzero() == 0
+    whole = CopulaNoise((2, 4, 6), 4).fit(images)
+    bound = lambda n: float(n.sample(images, rng())[1].mean())  # noqa: E731
+    assert bound(whole) > bound(noise) > 0.5  # entropy falls with what the noise knows
 
 
 def test_a_wide_truncated_normal_is_uniform():
@@ -255,7 +306,7 @@ def flow_over(event_shape, num_levels, noise, alpha=0.05):
     )
 
 
-@pytest.mark.parametrize("name", ["uniform", "wide", "variational"])
+@pytest.mark.parametrize("name", ["uniform", "wide", "variational", "copula"])
 def test_probabilities_of_all_images_sum_to_one(name):
     """All 16 images of 2 × 1 pixels with 4 levels; the mean over draws of p/q is unbiased for P."""
     shape, num_draws = (1, 2, 1), 2500

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,19 +11,20 @@ from torch import Tensor
 
 from flows.arguments import checked
 from flows.bases.base import Base
+from flows.bases.expectation_maximisation import fit_mixture
 from flows.bases.normal import LOG_TWO_PI, entries
-from flows.checks import as_shape, check_points, check_seed, whole_number
+from flows.checks import as_shape, check_number, check_points, check_seed, whole_number
 from flows.errors import InvalidValueError
 
 MOST_POINTS = 100_000  # that EM looks at
-SKLEARN_TYPES = {"full": "full", "diagonal": "diag", "spherical": "spherical"}
+MOST_EXACT = 16  # numbers a point up to which EM computes in float64; beyond, float32 halves its time
 
 
 @checked(own=("weights", "means", "covariances"))
 class Mixture(Base):
     r"""A mixture of K normal distributions, log p(z) = log Σ_k π_k N(z; μ_k, Σ_k).
 
-    By default the components are fitted to the training data in flow space, by EM (scikit-learn's `GaussianMixture`).
+    By default the components are fitted to the training data in flow space, by EM, from the clusters of k-means.
     The flow then has to learn only what the mixture has missed. In Python call `base.fit(points)`, or
     `flow.fit_ends(data.reference())`; a run does so at its start.
 
@@ -36,6 +36,8 @@ class Mixture(Base):
         means: μ, (K, *event). Default: those of the fit.
         covariances: Σ: one variance, K variances, or K matrices of d rows of d numbers. Default: 1, or those of the
             fit.
+        shrinkage: ν of the fit: a component of n_k points and covariance S_k gets (n_k S_k + ν C)/(n_k + ν), with the
+            covariance C of all points. It keeps components of few points from overfitting. Default: 0.
         trainable: whether likelihood training moves all of them. Default: `False`.
         seed: of the start of EM.
 
@@ -71,9 +73,12 @@ class Mixture(Base):
         covariances: float | Sequence[Any] | Tensor | None = None,
         trainable: bool = False,
         seed: int = 0,
+        shrinkage: float = 0.0,
     ) -> None:
         super().__init__(event_shape)
         check_seed(seed)
+        check_number("shrinkage", shrinkage, at_least=0)
+        self.shrinkage = shrinkage
         size, d = whole_number("num_components", num_components), math.prod(self.event_shape)
         self.covariance_type, self.seed, self.trainable = covariance_type, seed, trainable
         self._given = means is not None
@@ -162,37 +167,20 @@ class Mixture(Base):
         """
         if self._given:
             return self
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.mixture import GaussianMixture  # slow to import
-
         size = self.num_components
         check_points("points", points, self.event_shape)
         if len(points) < max(2, size):
             raise InvalidValueError(
                 f"num_components={size} need at least as many points to be fitted to, got {len(points)}; choose fewer"
             )
-        rows = points[:: -(-len(points) // MOST_POINTS)].flatten(1).double().cpu().numpy()
-        kind = SKLEARN_TYPES[self.covariance_type]
-        mixture = GaussianMixture(size, covariance_type=kind, max_iter=500, n_init=2, random_state=self.seed % 2**32)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # any stage of EM is a mixture
-            try:
-                mixture.fit(rows)
-            except ValueError as error:
-                raise InvalidValueError(
-                    f"a mixture of {size} components cannot be fitted to these data: {error}; choose fewer "
-                    "num_components, or covariance_type='diagonal'"
-                ) from error
-        covariances = torch.from_numpy(mixture.covariances_)
-        if kind != "full":
-            spread = covariances if kind == "diag" else covariances.unsqueeze(1).expand(size, rows.shape[1])
-            covariances = torch.diag_embed(spread)
-        factor = torch.linalg.cholesky(covariances)
+        rows = points[:: -(-len(points) // MOST_POINTS)].flatten(1)
+        exact = rows.double() if rows.shape[1] <= MOST_EXACT else rows.float()
+        found = fit_mixture(exact, size, self.covariance_type, self.shrinkage, self.seed)
         with torch.no_grad():
-            self.log_weight.copy_(torch.from_numpy(mixture.weights_).clamp_min(1e-300).log())
-            self.mean.copy_(torch.from_numpy(mixture.means_))
-            self.log_scale.copy_(factor.diagonal(dim1=-2, dim2=-1).log())
-            self.lower.copy_(_unit(factor))
+            self.log_weight.copy_(found.weights.log())
+            self.mean.copy_(found.means)
+            self.log_scale.copy_(found.factors.diagonal(dim1=-2, dim2=-1).log())
+            self.lower.copy_(_unit(found.factors))
         self._ready = True
         return self
 

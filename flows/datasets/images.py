@@ -92,6 +92,8 @@ class Images(Dataset):
         ```
     """
 
+    num_reference: int = NUM_REFERENCE
+
     def __init__(
         self,
         parts: Mapping[str, LabelledImages],
@@ -151,10 +153,10 @@ class Images(Dataset):
         return Batch(found.images, _contexts(found.labels, self.num_classes))
 
     def reference(self) -> Tensor:
-        """Return up to 10,000 random training images (n, C, H, W), the same at each call."""
+        """Return up to `num_reference` random training images (n, C, H, W), the same at each call."""
         train = self._parts["train"].images
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-        return convert(train[order[:NUM_REFERENCE]], None, None, self.name)
+        return convert(train[order[: self.num_reference]], None, None, self.name)
 
 
 class ImageStream(EpochStream):

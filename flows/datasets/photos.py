@@ -41,6 +41,8 @@ class PhotoPatches(Images):
         ```
     """
 
+    num_reference = 40_000  # of about 60,000, which overlap: with 10,000, a fitted base is worse by 0.02 bits/dim
+
     def __init__(
         self,
         size: int = 8,

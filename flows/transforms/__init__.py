@@ -2,6 +2,7 @@
 
 from flows.transforms.base import Compose, Identity, Transform
 from flows.transforms.bounded import Unbounded
+from flows.transforms.copula import CopulaNoise
 from flows.transforms.dequantise import DequantisationNoise, Dequantise, TruncatedNormalNoise, UniformNoise
 from flows.transforms.logit import Logit
 from flows.transforms.marginals import NormalMarginals
@@ -12,6 +13,7 @@ from flows.transforms.whiten import Whiten
 
 __all__ = [
     "Compose",
+    "CopulaNoise",
     "DequantisationNoise",
     "Dequantise",
     "Identity",

@@ -32,6 +32,13 @@ class DequantisationNoise(CheckedMethods, nn.Module, ABC, checks=("sample", "log
         ```
     """
 
+    def fit(
+        self,
+        points: Tensor,  # (n, *event), whole numbers
+    ) -> DequantisationNoise:
+        """Fit the noise to training data and return it. Default: nothing to fit."""
+        return self
+
     @abstractmethod
     def sample(
         self,
@@ -153,6 +160,11 @@ class Dequantise(Transform):
                 f"expected whole numbers from 0 to {self.num_levels - 1}, got {x[index].item():g} at index {index} "
                 f"({int(wrong.sum())} such values); pass levels as stored, without scaling or noise"
             )
+
+    def fit(self, points: Tensor) -> Dequantise:
+        """Fit the noise to `points` (n, *event)."""
+        self.noise.fit(points)
+        return self
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         u, log_q = self.noise.sample(x, generator)
