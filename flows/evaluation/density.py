@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -37,6 +39,8 @@ LOG = logging.getLogger(__name__)
 MASS_POINTS = 10_000  # of the data, that say where to integrate the density
 MASS_CONTEXTS = 8  # under which to do so: of classes
 FEW_CONTEXTS = 3  # the same where hardly any two are equal
+TRIAL_NUMBERS = 4096  # in the points that say how long a validation takes
+CHECKED_TWICE = 2  # evaluations that the solver error of a point costs beside its own, about
 PREDICTIVE = ("crps", "coverage")  # metrics of one value given columns of a table
 
 
@@ -218,6 +222,25 @@ class DensityEvaluator(FlowEvaluator):
             LOG.info("the mass of the density is unknown: %s", error)
             return None
         return max(found, key=lambda one: abs(one.total - 1))
+
+    def trial_seconds(self, model: nn.Module) -> float | None:
+        flow = as_flow(model)
+        most = min(self.dataset.num_validation, self.points or self.dataset.num_validation)
+        count = min(most, TRIAL_NUMBERS // math.prod(flow.event_shape) + 1, self.batch_size)
+        batches, _ = part_batches(flow, self.dataset, "validation", count, count)
+        began = time.perf_counter()
+        with self.evaluating(flow):
+            likelihood(flow, batches, generator=self.generator(flow, "trial"))
+        seconds = time.perf_counter() - began
+        return seconds * (most + CHECKED_TWICE * min(CHECKED_POINTS, most)) / count
+
+    def test_size(self) -> float:
+        sizes = [min(n, self.points or n) for n in (self.dataset.num_validation, self.dataset.num_test)]
+        costs = [n + CHECKED_TWICE * min(n, checked) for n, checked in zip(sizes, self._checked_points(), strict=True)]
+        return costs[1] * self.num_draws / costs[0]
+
+    def _checked_points(self) -> tuple[int, int]:
+        return CHECKED_POINTS, max(self.solver_error_points, CHECKED_POINTS)
 
     @checked
     def outliers(self, flow: CNF, data: Likelihood, outliers: Dataset | None = None) -> OutlierScores:

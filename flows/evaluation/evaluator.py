@@ -110,6 +110,15 @@ class Evaluator(ABC):
     def test(self, model: nn.Module) -> Report:
         """Measure the trained model, with standard errors."""
 
+    def trial_seconds(self, model: nn.Module) -> float | None:
+        """Estimate the time of a validation from a few points. Default: None, unknown."""
+        del model
+        return None
+
+    def test_size(self) -> float:
+        """Return how many times as long as a validation the test takes. Default: 1."""
+        return 1.0
+
     def pictures(self, model: nn.Module) -> Mapping[str, Figure]:
         """Draw the model; keys are file names. By default nothing."""
         del model

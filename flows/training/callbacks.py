@@ -29,6 +29,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from flows.evaluation import Evaluation, Report
 from flows.solvers import Attempt, SolverStatistics
 from flows.solvers.statistics import shortest
 from flows.training.checkpoint import save_checkpoint
+from flows.training.clock import Clock
 from flows.training.events import EVENTS_OF_RUNS, TensorBoardLogger, keep_events
 from flows.training.fabric import on_first_process, share_of
 from flows.training.files import FOLDER, METRICS, PLOTS
@@ -140,11 +142,12 @@ class Reporting:
             if isinstance(logger, type) or not callable(getattr(logger, "log", None)):
                 raise InvalidTypeError(f"loggers must be objects with log(metrics, step) and close(), got {logger!r}")
 
-    def standard_callbacks(self) -> list[Any]:
+    def standard_callbacks(self, clock: Clock | None = None) -> list[Any]:
         """Return new callbacks that do all this, with the user's own at the end."""
-        pictures = [] if self.plot_every is None else [Pictures()]
+        clock = clock or Clock()
+        pictures = [] if self.plot_every is None else [Pictures(clock)]
         # Checkpoints come last, so that they hold what the others have made of the same step.
-        return [EvaluationWarning(), MetricLogging(), *pictures, *self.callbacks, Checkpoints()]
+        return [EvaluationWarning(), clock, MetricLogging(clock), *pictures, *self.callbacks, Checkpoints()]
 
 
 class EvaluationWatch:
@@ -243,7 +246,8 @@ class MetricLogging:
     again is in them once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock
         self._loggers: list[Logger] = []
         self._files: dict[str, TensorBoardLogger | JSONLinesLogger] = {}  # those of the run's folder
         self._counts = {"events": 0, "metrics": 0}
@@ -257,7 +261,8 @@ class MetricLogging:
             return
         resume_step = run.position.step if self._resumed else None
         if run.reporting.progress_bar:
-            self._bar = ProgressBar({name: stage.steps for name, stage in run.stages.items()}, resume_step)
+            left = None if self._clock is None else partial(self._clock.remaining, run)
+            self._bar = ProgressBar({name: stage.steps for name, stage in run.stages.items()}, resume_step, left)
         with run.writing("what was logged before"):
             kept = keep_events(run.folder, self._counts["events"])
             metrics = JSONLinesLogger(run.folder / METRICS, resume_step, self._counts["metrics"])
@@ -360,7 +365,8 @@ class Checkpoints:
 class Pictures:
     """Draws the averaged model and the steps of a solve into `plots/` and TensorBoard."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock
         self._solves: dict[str, SolverStatistics] = {}  # the last ones: in training, and in validation
         self._fails = False
 
@@ -432,6 +438,7 @@ class Pictures:
 
         if not run.fabric.is_global_zero:
             return
+        began = time.perf_counter()
         try:
             with memory_errors("drawing"):
                 figures = dict(run.evaluator.pictures(model))
@@ -443,6 +450,8 @@ class Pictures:
         if solve is not None and solve.attempts:
             figures["solve"] = plots.steps(solve, purpose)
         self._show(run, figures, f"_{run.position.step:06d}" if suffix is None else suffix)
+        if self._clock is not None:
+            self._clock.on_pictures(time.perf_counter() - began)
 
     def _show(self, run: Run, figures: Mapping[str, Figure], suffix: str) -> None:
         self._save(run, figures, suffix)

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from flows.arguments import checked
+from flows.checks import check_number
 from flows.errors import ComputationError, InvalidValueError
 from flows.shares import Share, sharing
 from flows.training.processes import check_processes, in_batch_script, started_together
@@ -62,6 +63,8 @@ class Hardware:
         compile: train with compiled code: stages that solve take compiled steps, as with `solver.compile`, which
             concerns validation and the test as well; for other stages, such as flow matching, the field is compiled.
             `"auto"`: on a GPU all stages that can be; elsewhere stages that solve, of 1000 steps or two minutes.
+        max_cpu_hours: on a CPU, try one step of each stage first and refuse a run that would take longer. None: begin,
+            and tell how long it takes.
 
     Example:
         ```python
@@ -77,6 +80,11 @@ class Hardware:
     precision: str | int = "32-true"
     deterministic: bool = False
     compile: bool | Literal["auto"] = False
+    max_cpu_hours: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_cpu_hours is not None:
+            check_number("max_cpu_hours", self.max_cpu_hours, above=0, otherwise="null allows any")
 
 
 def build_fabric(hardware: Hardware, callbacks: Sequence[Any] = ()) -> Fabric:

@@ -23,6 +23,7 @@ from flows.training.streams import UnbreakableStream
 from flows.writing import write_text
 
 Metric = float | Tensor
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<LEFT, {rate_fmt}{postfix}]"  # as tqdm draws it
 BAR_LABELS = {
     "train/loss": "loss",
     "train/nfe_forward": "nfe",
@@ -177,6 +178,7 @@ class ProgressBar:
     Args:
         stages: number of steps of each stage, in order; None for one that ends by time.
         resume_step: the step that a resumed run starts from.
+        remaining: returns the seconds that the whole run still takes, None where they are unknown.
 
     Example:
         ```python
@@ -187,16 +189,22 @@ class ProgressBar:
         ```
     """
 
-    def __init__(self, stages: Mapping[str, int | None], resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        stages: Mapping[str, int | None],
+        resume_step: int | None = None,
+        remaining: Callable[[], float | None] | None = None,
+    ) -> None:
         self._shown: dict[str, str] = {}
         self._counts_steps = None not in stages.values()
         counted = {"total": sum(steps or 0 for steps in stages.values()), "initial": resume_step or 0, "unit": "step"}
-        self._bar = tqdm(
+        self._bar = _Bar(
             **(counted if self._counts_steps else {"total": 100, "unit": "%"}),
             dynamic_ncols=True,
             mininterval=0.2,
             file=UnbreakableStream(sys.stderr),  # type: ignore[arg-type]
         )
+        self._bar.remaining = remaining
         self._warnings = contextlib.ExitStack()
         self._warnings.enter_context(warnings_above_bars())
 
@@ -225,6 +233,19 @@ class ProgressBar:
         """Leave the bar as it is."""
         self._warnings.close()
         self._bar.close()
+
+
+class _Bar(tqdm):
+    """A bar whose remaining time is given: steps of other stages, validation and the test count."""
+
+    remaining: Callable[[], float | None] | None = None
+
+    @property
+    def format_dict(self) -> Mapping[str, Any]:  # type: ignore[override]
+        shown = super().format_dict
+        seconds = None if self.remaining is None else self.remaining()
+        left = "?" if seconds is None else tqdm.format_interval(seconds)
+        return {**shown, "bar_format": BAR.replace("LEFT", left)}
 
 
 @contextlib.contextmanager

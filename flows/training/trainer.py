@@ -29,6 +29,7 @@ from flows.objectives import Objective
 from flows.solvers import Compilations, SolverError, compilations, many_solves
 from flows.training.callbacks import Reporting
 from flows.training.checkpoint import CheckpointError, describe, find_checkpoint, load_checkpoint
+from flows.training.clock import Clock
 from flows.training.compile import compiled, is_long, stages_to_compile
 from flows.training.continuing import AUTO, discard_unsaved, saved_state, was_killed_early
 from flows.training.described import try_to_describe
@@ -214,7 +215,9 @@ class Trainer:
             if isinstance(stage.objective, Objective):
                 stage.objective.check(model, dataset)
         self.evaluator.check(model)
-        self._callbacks = self.reporting.standard_callbacks()
+        self._callbacks = self.reporting.standard_callbacks(
+            Clock(self.hardware.max_cpu_hours, bool(self.hardware.compile))
+        )
         self.fabric = build_fabric(self.hardware, self._callbacks)
         self.optimization.check(self.fabric.world_size)
         self._compiled, self._notices = stages_to_compile(
