@@ -91,6 +91,11 @@ class AugmentedDynamics:
         # Autocast computes them in fewer digits.
         return tuple(derivative.to(x) for derivative in derivatives)
 
+    def leading(self, t: Tensor, state: State) -> Tensor:
+        """v(t, x) alone, for stages of a step whose divergence has no weight in its result."""
+        x = state[0]
+        return checked_value(self.estimator.field(t, x), x).to(x)
+
     def _is_large(self, t: Tensor, x: Tensor) -> bool:
         """Whether an evaluation without gradients would leave the processor's cache, and can be cut."""
         if len(x) < 2 * PIECE or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
@@ -188,6 +193,10 @@ class StateDynamics:
             sample = self.estimator.with_jacobian_norm(t, x, probes, self.directions)
         rates = [cost.rate(self.field, t, x, sample) for cost in self.costs]
         return tuple(derivative.to(x) for derivative in (sample.value, *rates))
+
+    def leading(self, t: Tensor, state: State) -> Tensor:
+        """The velocity alone, for stages of a step whose rates have no weight in its result."""
+        return self(t, state)[0] if not self.costs else StateDynamics(self.field, starts=self.starts)(t, state)[0]
 
     def compilable(self) -> Compilable:
         """What compiled steps need to know; see `flows.ODESolver`."""

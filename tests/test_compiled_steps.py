@@ -70,7 +70,9 @@ def assert_equal(found, expected):
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
 
 
-@pytest.mark.parametrize("gradient", ["backprop", pytest.param("checkpoint", marks=pytest.mark.slow), "adjoint"])
+@pytest.mark.parametrize(
+    "gradient", ["backprop", *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoint", "adjoint"))]
+)
 def test_compiled_steps_are_the_same_steps(account, gradient):
     flow = flow_with(ODESolver("bosh3", rtol=1e-3, atol=1e-3, gradient=gradient))
     x = torch.randn(7, 2, dtype=torch.float64)

@@ -19,6 +19,7 @@ from flows.fields import (
     SinusoidalTime,
     bind,
 )
+from flows.fields.activations import Tanh
 
 WIDTHS = [(7,), (7, 5), (7, 5, 6), (3, 6, 2, 5), (9, 8, 7, 6, 5)]
 EVENTS = [(3,), (2, 4)]
@@ -83,6 +84,16 @@ def test_slopes_are_the_derivatives(name):
     value, slope = activation.value_and_slope(z)
     torch.testing.assert_close(value, activation(z))
     torch.testing.assert_close(slope, torch.autograd.grad(activation(z).sum(), z)[0])
+
+
+def test_tanh_in_single_precision_is_that_of_double():
+    z = torch.linspace(-20, 20, 40_001, dtype=torch.float32, requires_grad=True)
+    value = Tanh()(z)
+    (slope,) = torch.autograd.grad(value.sum(), z)
+    exact = z.detach().double().tanh()
+    assert (value - exact).abs().max() <= 2e-7
+    assert (slope - (1 - exact**2)).abs().max() <= 4e-7
+    assert Tanh()(torch.zeros(1)) == 0
 
 
 def test_a_new_activation_is_one_class():

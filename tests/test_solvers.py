@@ -429,3 +429,43 @@ def test_the_adjoint_takes_one_step_between_close_times():
     solution = solver.solve(lambda t, state: (rate * state[0],), (torch.ones(2, 2),), times, [rate])
     solution.end[0].sum().backward()
     assert solution.statistics.nfe_backward <= 8 * 50
+
+
+class Growth:
+    """x′ = rotation, and ℓ′ = sin ‖x‖² + t, which nothing depends on."""
+
+    component_names = ("state", "log_density")
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, t, state):
+        self.calls += 1
+        return rotation(t, state[:1])[0], (state[0].square().sum(1) + t).sin()
+
+
+class Leading(Growth):
+    def leading(self, t, state):
+        return rotation(t, state[:1])[0]
+
+
+@pytest.mark.parametrize(("method", "silent"), [("dopri5", 1), ("dopri8", 4), ("bosh3", 0), ("heun3", 1)])
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
+def test_stages_without_weight_evaluate_the_leading_component_alone(method, silent, gradient):
+    solver = build(method, gradient=gradient, **({"step_size": 0.1} if method in FIXED else {}))
+    times = torch.tensor([[0.0, 0.3, 1.0], [0.0, 0.2, 0.8], [0.0, 0.5, 0.9]], dtype=torch.float64)
+    found = []
+    for dynamics in (Growth(), Leading()):
+        x = torch.arange(6, dtype=torch.float64).view(3, 2).requires_grad_()
+        solution = solver.solve(dynamics, (x, x.new_zeros(3)), times, parameters=(x,))
+        solution.states[1].sum().backward()
+        found.append((*solution.states, x.grad, solution.statistics))
+    for one, other in zip(found[0][:-1], found[1][:-1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert found[0][-1].nfe_forward == found[1][-1].nfe_forward
+    with torch.no_grad():
+        counts = []
+        for dynamics in (Growth(), Leading()):
+            statistics = solver.solve(dynamics, (x, x.new_zeros(3)), (0.0, 1.0)).statistics
+            counts.append(dynamics.calls)
+    assert counts[0] - counts[1] == silent * len(statistics.attempts)

@@ -127,7 +127,7 @@ class CompiledSteps:
         last = len(self.method.nodes)
         first = 0 if kind.evaluates_first else 1
         if self.interpolates:
-            return list(range(first, last + 1))
+            return [stage for stage in range(first, last + 1) if stage not in self.method.silent]
         kept = [] if first else [0]
         return [*kept, last] if self.method.next_is_a_stage and last not in kept else kept
 
@@ -143,7 +143,8 @@ class CompiledSteps:
         next_slope = kept[len(method.nodes)] if method.next_is_a_stage else None
         if kind.evaluates_next:
             next_slope = rest[len(self._kept(kind))]
-        slopes = tuple(kept[stage] for stage in range(len(method.nodes) + 1)) if self.interpolates else (kept[0],)
+        stages = range(len(method.nodes) + 1) if self.interpolates else (0,)
+        slopes = tuple(kept.get(stage, ()) for stage in stages)  # nobody uses silent ones
         return Step(t0, t1, start, end, slopes, next_slope, found[-1] if method.is_adaptive else None)
 
 

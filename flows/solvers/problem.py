@@ -102,15 +102,28 @@ class RightHandSide:
         self.steps: CompiledSteps | None = None  # None: steps run uncompiled
 
     def __call__(self, t: float | Tensor, state: State) -> State:
+        derivatives = self.dynamics(self._announced(t), state)
+        return self._checked(derivatives, self.shapes)
+
+    @property
+    def leading(self) -> Callable[[float | Tensor, State], State] | None:
+        """The derivative of the first component alone; `None` unless all derivatives depend on that component alone."""
+        first = getattr(self.dynamics, "leading", None)
+        if first is None:
+            return None
+        return lambda t, state: self._checked((first(self._announced(t), state),), self.shapes[:1])
+
+    def _announced(self, t: float | Tensor) -> Tensor:
+        """The time of an evaluation, which is counted."""
         self.count()
         if isinstance(t, Tensor):
-            time = t.to(self.dtype) if self.bounds is None else t.to(self.dtype).clamp(*self.bounds)
-        else:
-            time = torch.full((), self.bounded(t), dtype=self.dtype, device=self.device)
-        derivatives = self.dynamics(time, state)
+            return t.to(self.dtype) if self.bounds is None else t.to(self.dtype).clamp(*self.bounds)
+        return torch.full((), self.bounded(t), dtype=self.dtype, device=self.device)
+
+    def _checked(self, derivatives: State, expected: list[tuple[int, ...]]) -> State:
         shapes = [tuple(derivative.shape) for derivative in derivatives]
-        if shapes != self.shapes:
-            raise InvalidValueError(f"the dynamics must return derivatives of shapes {self.shapes}, got {shapes}")
+        if shapes != expected:
+            raise InvalidValueError(f"the dynamics must return derivatives of shapes {expected}, got {shapes}")
         return self.stop(tuple(derivative.to(self.dtype) for derivative in derivatives))
 
     def bounded(self, t: float) -> float:

@@ -23,7 +23,7 @@ class Step:
     t1: float
     start: State
     end: State
-    slopes: tuple[State, ...]  # the stages k_1, ..., k_s
+    slopes: tuple[State, ...]  # the stages k_1, ..., k_s; silent ones may lack components
     next_slope: State | None  # f(t1, end), the first stage of the next step; None where nobody needs it
     measured: Tensor | None = None  # what `ErrorNorm.measure` found, where the step ran as compiled code
 
@@ -58,9 +58,14 @@ def take_step(
     times, dt = (stage_times(method, t0, t1), t1 - t0) if moments is None else moments
     slopes = [function(times[0], start) if slope is None else slope]
     end = start
-    for t, row in zip(times[1:], method.coefficients, strict=False):
-        end = advance(start, slopes, row, dt)
-        slopes.append(function(t, end))
+    leading = getattr(function, "leading", None)  # others do not matter to any slope, so stages need not have them
+    last = len(method.nodes) if method.next_is_a_stage else None
+    for stage, (t, row) in enumerate(zip(times[1:], method.coefficients, strict=False), 1):
+        if leading is None or stage == last:
+            end = advance(start, slopes, row, dt)
+        else:
+            end = (*advance(start[:1], [slope[:1] for slope in slopes], row, dt), *start[1:])
+        slopes.append(leading(t, end) if leading and stage in method.silent else function(t, end))
     if method.next_is_a_stage:
         return Step(t0, t1, start, end, tuple(slopes), slopes[-1])
     end = advance(start, slopes, method.weights, dt)
@@ -115,7 +120,8 @@ def interpolate_rows(
     ends = [rows_of(values, rows) for values in (step.start, step.end, step.slopes[0], step.next_slope)]
     middle = None
     if method.middle is not None:
-        middle = advance(ends[0], [rows_of(slope, rows) for slope in step.slopes], method.middle, dt)
+        slopes = [rows_of(slope, rows) if m else slope for slope, m in zip(step.slopes, method.middle, strict=True)]
+        middle = advance(ends[0], slopes, method.middle, dt)
     states = []
     for i, end in enumerate(ends[1]):
         x = ((times - step.t0) / dt).to(end).view(-1, *[1] * (end.ndim - 1))

@@ -12,6 +12,7 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.checks import check_number
 from flows.errors import InvalidTypeError, InvalidValueError
+from flows.freed_memory import keep_freed_memory
 from flows.shares import share_of_steps
 from flows.solvers.adjoint import solve_with_adjoint
 from flows.solvers.control import ErrorControl, ErrorNorm
@@ -224,11 +225,13 @@ class ODESolver:
         last time. With times of shape (B, T), each sample has its own, and takes the memory of its own. One solve
         serves all of them. A sample no longer moves after the step that covers its last time.
 
-        Dynamics may have five more attributes:
+        Dynamics may have six more attributes:
 
         - `component_names`: a name for each component, for error control and messages. "state" and "log_density" have
           weights of their own; all others are path costs.
         - `observe(derivatives)`: returns named 0-d tensors, which are kept for every accepted step.
+        - `leading(t, state)`: returns the derivative of the first component alone. Stated where all derivatives depend
+          on that component alone; then stages that do not enter the result evaluate no other.
         - `fresh()`: returns the same dynamics without tensors that earlier evaluations have cached.
         - `jumps`: the times at which the derivatives jump, for all samples together, as a switched input does. Steps
           end there, so that the method keeps its order, and each step sees the values between two jumps only. A method
@@ -261,6 +264,8 @@ class ODESolver:
         if state[0].numel() == 0:  # an empty batch
             states = tuple(component.expand(outputs.size, *component.shape) for component in state)
             return Solution(at, states, task.statistics)
+        if state[0].is_cpu:
+            keep_freed_memory()
         function = task.forward_function(state)
         if self.gradient == "backprop" or not torch.is_grad_enabled():
             if self.method == SCIPY and torch.is_grad_enabled():

@@ -69,6 +69,13 @@ class RungeKutta:
         return len(self.weights) - (1 if self.next_is_a_stage else 0)
 
     @cached_property
+    def silent(self) -> frozenset[int]:
+        """The stages, by index from 0, that have no weight in the end, the error or the middle of a step."""
+        results = [row for row in (self.weights, self.embedded, self.middle) if row is not None]
+        kept = [self.next_is_a_stage and stage == len(self.nodes) for stage in range(len(self.weights))]
+        return frozenset(i for i in range(1, len(kept)) if not kept[i] and not any(row[i] for row in results))
+
+    @cached_property
     def error_constant(self) -> float:
         """|eᵀ A^(p−1) 1| with e = b − b̂ and p the order.
 

@@ -21,6 +21,7 @@ from flows.datasets import Dataset
 from flows.datasets.recognition import refuse_other_data
 from flows.errors import ComputationError, FlowsError, InvalidTypeError, InvalidValueError
 from flows.evaluation import Evaluator, Report, aligned, default_evaluator
+from flows.freed_memory import keep_freed_memory
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
 from flows.models.results import DataNames
@@ -270,6 +271,8 @@ class Trainer:
             NonFiniteLossError: the loss or its gradient is NaN or infinite.
             SolverError: a batch cannot be solved, see `Optimization.on_solver_error`.
         """
+        if self.fabric.device.type == "cpu":
+            keep_freed_memory()
         with together(self.fabric), unbreakable_streams(), contextlib.ExitStack() as claim:
             self.folder = on_first_process(self.fabric, lambda: self._open_folder(claim))
             if self.hardware.deterministic:
