@@ -14,8 +14,8 @@ PACKAGE = Path(flows.__file__).parent
 
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
 GROUND = {
-    *("arguments", "checks", "conditions", "equations", "errors", "expectations", "naming", "promises", "shares"),
-    *("vector_field", "writing"),
+    *("arguments", "checks", "conditions", "equations", "errors", "expectations", "freed_memory", "naming"),
+    *("promises", "shares", "vector_field", "writing"),
 }
 MODELS = {"bases", "divergence", "dynamics", "encoders", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
@@ -26,6 +26,7 @@ ALLOWED = {
     "equations": set(),
     "errors": set(),
     "expectations": set(),
+    "freed_memory": set(),
     "naming": set(),
     "promises": set(),
     "shares": set(),

@@ -15,6 +15,7 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -92,6 +93,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequ
             warnings.catch_warnings(),
             plain_warnings(),
             _command_line([process[0], *arguments]),
+            _composed_once(arguments),
         ):
             warnings.filterwarnings("error", "provider=hydra.searchpath")  # a folder that is not there
             decorate(run_task)()
@@ -141,6 +143,23 @@ def plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+@contextlib.contextmanager
+def _composed_once(arguments: Sequence[str]) -> Iterator[None]:
+    """Keep Hydra from composing all settings twice, the first time only to look for `hydra.mode`.
+
+    It takes a third of a second. Settings of Hydra itself, flags and folders of yamls might set the mode.
+    """
+    usual = getattr(Hydra, "get_mode", None)
+    if usual is None or any("hydra" in argument or argument.startswith("-") for argument in arguments):
+        yield
+        return
+    Hydra.get_mode = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        Hydra.get_mode = usual
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from flows import plots
 from flows.cli.errors import SweepFailedError, report
 from flows.cli.jobs import failed_jobs, job_records, read_json, sweep_environment
 from flows.errors import FileError
@@ -139,6 +138,8 @@ def _cell(result: Mapping[str, Any], name: str, error: str | None = None, form: 
 
 def _draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> bool:
     """Put the densities of the runs, or else their samples, on one sheet. Returns whether there are any."""
+    from flows import plots  # slow to import
+
     for name in ("density", "samples"):
         pictures = {run: path.parent / run / "plots" / f"{name}.png" for run in results}
         titles = {run: _title(run, results[run]) for run, picture in pictures.items() if picture.exists()}

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from flows.arguments import checked
 from flows.training.appended import AppendedFile
 from flows.training.files import EVENTS, EVENTS_OF_RUNS
 from flows.training.loggers import HParams
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @checked
@@ -66,7 +68,7 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import summary
 
         for name, value in metrics.items():
-            if isinstance(value, Figure):
+            if _is_figure(value):
                 self._write(summary.image(name, _pixels(value), dataformats="HWC"), step)
             elif isinstance(value, str):
                 self._write(summary.text(name, value), step)
@@ -141,7 +143,15 @@ def _leading_events(path: Path, most: int) -> tuple[int, int]:
     return size, found
 
 
+def _is_figure(value: object) -> bool:
+    """Whether it is a figure; without matplotlib, which is slow to import, nothing is."""
+    matplotlib: Any = sys.modules.get("matplotlib.figure")
+    return matplotlib is not None and isinstance(value, matplotlib.Figure)
+
+
 def _pixels(figure: Figure) -> np.ndarray:  # (height, width, 3), bytes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
