@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from flows.arguments import checked
 from flows.checks import FASTEST_STEP, can_be_finished, check_number, whole_number
 from flows.errors import InvalidTypeError, InvalidValueError
+from flows.naming import by_name, concrete_subclasses
 from flows.objectives import Objective
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -20,6 +21,19 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
 DEFAULTS = {"batch_size": 512, "learning_rate": 1e-3, "warmup_steps": 0}  # of objectives that recommend nothing
+
+
+def _optimizer_named(name: str) -> Callable[..., Optimizer]:
+    """The optimiser of torch with that lower-case name.
+
+    Raises:
+        InvalidValueError: there is none; the message lists those that there are.
+    """
+    kinds = [kind for kind in concrete_subclasses(Optimizer) if kind.__module__.startswith("torch.optim.")]
+    found: dict[str, Callable[..., Optimizer]] = {kind.__name__.lower(): kind for kind in kinds}
+    if name.lower() not in found:
+        raise InvalidValueError(f"optimizer: torch has no {name!r}; expected one of {', '.join(sorted(found))}")
+    return found[name.lower()]
 
 
 @checked
@@ -31,14 +45,15 @@ class Stage:
     `done` runs from 0 to 1 over the remaining steps, or over the seconds of a stage that ends by time.
 
     Args:
-        objective: called as `objective(model, batch, generator)`.
+        objective: called as `objective(model, batch, generator)`, or the name of one, such as `"flow_matching"`.
         steps: number of optimiser steps; give either this or `seconds`.
         seconds: time to train for; validation, pictures and checkpoints do not count.
         batch_size: training examples in one step, of all devices together; None: as the objective recommends.
         learning_rate: the highest of the stage; None: as the objective recommends.
         warmup_steps: steps of linear warm-up; None: as the objective recommends, but at most a tenth of `steps`.
         schedule: `"cosine"` (to zero), `"constant"`, or a function of `done`.
-        optimizer: called as `optimizer(parameters, lr=...)` at the start of the stage; None: that of `Optimization`.
+        optimizer: called as `optimizer(parameters, lr=...)` at the start of the stage, or the name of one of torch's;
+            None: that of `Optimization`.
         patience: end the stage early when no validation of the last so many steps was better than all before; None:
             never.
 
@@ -57,17 +72,21 @@ class Stage:
         ```
     """
 
-    objective: Objective | Callable
+    objective: Objective | Callable | str
     steps: int | None = None
     seconds: float | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
     warmup_steps: int | None = None
     schedule: str | Callable[[float], float] = "cosine"
-    optimizer: Callable[..., Optimizer] | None = None
+    optimizer: Callable[..., Optimizer] | str | None = None
     patience: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.objective, str):
+            object.__setattr__(self, "objective", by_name(Objective, self.objective, "objective"))
+        if isinstance(self.optimizer, str):
+            object.__setattr__(self, "optimizer", _optimizer_named(self.optimizer))
         if not callable(self.objective):
             raise InvalidTypeError(
                 f"objective must be callable as objective(model, batch, generator), got {self.objective!r}"
@@ -148,7 +167,8 @@ class Optimization:
     """How gradients become weights.
 
     Args:
-        optimizer: called as `optimizer(parameters, lr=...)` at the start of each stage without one of its own.
+        optimizer: called as `optimizer(parameters, lr=...)` at the start of each stage without one of its own; or the
+            name of one of torch's, such as `"adamw"`.
         gradient_clip: largest norm of the gradient, longer ones are scaled down; None: no limit.
         accumulate_batches: number of batches whose gradients are averaged for one step, for larger batches than fit
             into memory.
@@ -171,7 +191,7 @@ class Optimization:
         ```
     """
 
-    optimizer: Callable[..., Optimizer] = torch.optim.Adam
+    optimizer: Callable[..., Optimizer] | str = torch.optim.Adam
     gradient_clip: float | None = 10.0
     accumulate_batches: int = 1
     ema_decay: float = 0.999
@@ -179,6 +199,8 @@ class Optimization:
     max_solver_errors: int = 10
 
     def __post_init__(self) -> None:
+        if isinstance(self.optimizer, str):
+            object.__setattr__(self, "optimizer", _optimizer_named(self.optimizer))
         if not callable(self.optimizer):
             raise InvalidTypeError(
                 f"optimizer must be callable as optimizer(parameters, lr=...), got {self.optimizer!r}"

@@ -25,7 +25,7 @@ from flows.freed_memory import keep_freed_memory
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
 from flows.models.results import DataNames
-from flows.naming import in_words
+from flows.naming import by_name, in_words
 from flows.objectives import Objective
 from flows.solvers import Compilations, SolverError, compilations, many_solves
 from flows.training.callbacks import Reporting
@@ -164,8 +164,8 @@ class Trainer:
     Args:
         model: trained in place.
         dataset: where training batches come from.
-        objective: what is minimised for `steps`, or several stages by name, `{name: Stage(...)}`. Checkpoints and
-            metrics use the names.
+        objective: what is minimised for `steps`, also by its name such as `"flow_matching"`; or several stages by name,
+            `{name: Stage(...)}`. Checkpoints and metrics use the names.
         steps: of a single objective; a stage has its own.
         evaluator: judges the model; None: `flows.evaluation.default_evaluator`.
         optimization: how gradients become weights; None: the defaults.
@@ -186,7 +186,7 @@ class Trainer:
         self,
         model: nn.Module,
         dataset: Dataset,
-        objective: Objective | Callable | Mapping[str, Stage],
+        objective: Objective | Callable | Mapping[str, Stage] | str,
         *,
         steps: int | None = None,
         evaluator: Evaluator | None = None,
@@ -315,7 +315,8 @@ class Trainer:
         state = self._new_state()
         position = state.position
         run = Run(self.fabric, state, self.stages, self.evaluator, self.reporting, self.folder, self.config, settings)
-        if settings is None and (described := try_to_describe(self.model)) is not None:
+        described = try_to_describe(self.model) if settings is None else None
+        if described is not None and described.settings is not None:
             run.described = {"described": settings_text(described.settings), "arguments": described.arguments}
         if self._checkpoint is not None:
             best = on_first_process(self.fabric, lambda: load_best(self.folder))
@@ -433,12 +434,14 @@ class Trainer:
         return summary
 
 
-def as_stages(objective: Objective | Callable | Mapping[str, Stage], steps: int | None) -> dict[str, Stage]:
+def as_stages(objective: Objective | Callable | Mapping[str, Stage] | str, steps: int | None) -> dict[str, Stage]:
     """Return the stages by name; a single objective becomes one of its own name.
 
     Raises:
         ValueError: there is none, or `steps` is missing or out of place.
     """
+    if isinstance(objective, str):
+        objective = by_name(Objective, objective, "objective")
     if not isinstance(objective, Mapping):
         if steps is None:
             raise InvalidValueError("how long? Give steps=..., or stages: {'name': Stage(objective, seconds=60)}")
