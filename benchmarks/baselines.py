@@ -68,7 +68,7 @@ class Flows(LikelihoodMethod):
 
     def __init__(self, field: Field, tolerance: float = 1e-5) -> None:
         super().__init__(field, tolerance)
-        self.flow = CNF(field, solver=ODESolver(rtol=tolerance, atol=tolerance))
+        self.flow = CNF(field, solver=ODESolver("dopri5", rtol=tolerance, atol=tolerance))
 
     def log_prob(self, x: Tensor) -> Tensor:
         estimate = self.flow.estimate_log_prob(x, solver_error=False)

@@ -21,7 +21,7 @@ from flows.objectives import FlowMatching, MaximumLikelihood, Objective
 from flows.solvers import ODESolver
 from flows.training.compile import compiled
 
-SOLVER = ODESolver(rtol=1e-5, atol=1e-5)
+SOLVER = ODESolver("dopri5", rtol=1e-5, atol=1e-5)  # as diffrax
 CASES: dict[str, Callable[[], tuple[CNF, Objective]]] = {
     "flow matching, MLP 128-128": lambda: (CNF(MLP((2,), (128, 128)), solver=SOLVER), FlowMatching()),
     "flow matching with divergence, MLP 128-128": lambda: (

@@ -109,7 +109,7 @@ def test_every_way_to_the_divergence_compiles(account, divergence, gradient):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dopri5", "dopri8", "fehlberg2", "adaptive_heun", "rk4", "euler", "heun3"])
+@pytest.mark.parametrize("method", ["flow5", "dopri5", "dopri8", "fehlberg2", "adaptive_heun", "rk4", "euler", "heun3"])
 def test_every_method_compiles(account, method):
     adaptive = RUNGE_KUTTA[method].is_adaptive
     flow = flow_with(ODESolver(method, step_size=None if adaptive else 0.25))

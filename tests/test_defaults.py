@@ -64,11 +64,11 @@ def test_a_yaml_holds_what_differs_from_the_class_and_says_why(path):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("_target_: flows.ODESolver\nmethod: dopri5 # why", "method: 'dopri5' repeats the default"),
+        ("_target_: flows.ODESolver\nmethod: flow5 # why", "method: 'flow5' repeats the default"),
         ("_target_: flows.ODESolver\nrtol: 1e-5 # why", "rtol: '1e-5' repeats the default"),
         ("_target_: flows.ODESolver\nadjoint_seminorm: true # why", "adjoint_seminorm: True repeats the default"),
         ("a:\n  _target_: flows.fields.MLP\n  hidden: [128, 128] # why", r"a.hidden: \[128, 128\] repeats"),
-        ("_target_: flows.ODESolver\nmethod: rk4", "method: 'rk4' differs from the default 'dopri5'; say why"),
+        ("_target_: flows.ODESolver\nmethod: rk4", "method: 'rk4' differs from the default 'flow5'; say why"),
         ("_target_: flows.datasets.Gaussian\nmean: [1]", "say why"),
     ],
 )

@@ -15,7 +15,7 @@ from flows.solvers.statistics import Attempt
 from flows.solvers.tableaux import RUNGE_KUTTA
 
 FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "explicit_adams": 3, "implicit_adams": 4}
-ADAPTIVE = ["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
+ADAPTIVE = ["flow5", "tsit5", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 
 
 def rotation(t, state):

@@ -14,7 +14,7 @@ from flows.solvers.runge_kutta import interpolate, take_step
 from flows.solvers.tableaux import RUNGE_KUTTA
 
 ADAPTIVE = [name for name, method in RUNGE_KUTTA.items() if method.is_adaptive]
-TOLERANCE = {"dopri8": 1e-13}  # published as rationals that are close to the true numbers
+TOLERANCE = {"dopri8": 1e-13, "tsit5": 2e-14}  # published as rationals that are close to the true numbers
 
 
 def trees(size):
@@ -91,16 +91,19 @@ def test_the_embedded_solution_has_one_order_less(name):
     assert defect(method, method.embedded, method.order) > 1e-7
 
 
-@pytest.mark.parametrize("name", ["dopri5", "dopri8"])
+@pytest.mark.parametrize("name", ["flow5", "tsit5", "dopri5", "dopri8"])
 def test_the_middle_has_order_four(name):
     method = RUNGE_KUTTA[name]
     for order in range(1, 5):
         assert defect(method, method.middle, order, time=0.5) < 1e-13
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("name", [name for name in ADAPTIVE if name not in ("flow5", "tsit5")])
 def test_one_step_is_that_of_torchdiffeq(name):
-    """With tolerances that accept the first step; its two methods of order five and more interpolate alike."""
+    """With tolerances that accept the first step; its two methods of order five and more interpolate alike.
+
+    It has no flow5 and no tsit5.
+    """
     method, size = RUNGE_KUTTA[name], 0.3
 
     def field(t, x):

@@ -92,7 +92,7 @@ def below_zero(value: float, standard_error: float, num_points: int) -> bool:
 def remedy(solver: ODESolver) -> str:
     """Say which settings of the solver to change."""
     if solver.is_fixed_step:
-        return f"set a smaller solver.step_size (now {solver.step_size:g}), or an adaptive method such as solver=dopri5"
+        return f"set a smaller solver.step_size (now {solver.step_size:g}), or an adaptive method such as solver=flow5"
     loose = f"set a smaller solver.rtol and solver.atol (now {solver.rtol:g} and {solver.atol:g})"
     if solver.min_step > 0:
         loose += f", and solver.min_step=0 (now {solver.min_step:g})"

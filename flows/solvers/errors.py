@@ -143,7 +143,7 @@ def blow_up(direction: str, method: str, t: float, dt: float, names: Sequence[st
         f"{name.replace('_', '-')}{'' if sample is None else f' of sample {sample}'}. "
         + _advice(
             "a smaller step_size",
-            "an adaptive method such as 'dopri5', which says where the field is stiff",
+            "an adaptive method such as 'flow5', which says where the field is stiff",
             "looking for a division, a logarithm or an overflow in the field, or a training run that has diverged",
         ),
         t,
@@ -169,7 +169,7 @@ def gave_up(method: str, t: float, dt: float, last: Attempt) -> SolverError:
     """A solver of scipy has stopped before the end."""
     return SolverError(
         f"method {method!r} stopped at t = {t:.4g}{_limited(last)}. "
-        + _advice("larger rtol and atol", "dopri5, which says where the field is stiff", TRAINING_ADVICE),
+        + _advice("larger rtol and atol", "flow5, which says where the field is stiff", TRAINING_ADVICE),
         t,
         dt,
         last.component,

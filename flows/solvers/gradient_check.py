@@ -131,7 +131,7 @@ def check_gradients(
     if solver.method == "scipy_solver":
         raise InvalidValueError(
             "scipy_solver has only the adjoint's gradients, and there is no backprop to compare them with; check a "
-            "flow with solver=ODESolver('dopri5') at the same tolerances"
+            "flow with solver=ODESolver('flow5') at the same tolerances"
         )
     rtol, atol = solver.adjoint_rtol or solver.rtol, solver.adjoint_atol or solver.atol
     given = path_costs.values() if isinstance(path_costs, Mapping) else path_costs

@@ -32,6 +32,7 @@ class Integrator:
         step_size: of a fixed-step method.
         options: of a method that torchdiffeq runs.
         compiles: whether the steps of a Runge-Kutta method run as compiled code.
+        controller: of the sizes of adaptive steps, by name.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Integrator:
     step_size: float | None
     options: Mapping[str, Any]
     compiles: bool = False
+    controller: str = "i"
 
     def prepared(self, function: RightHandSide, outputs: Outputs) -> RightHandSide:
         """The right-hand side with its compiled steps, if they are wanted and there can be any."""
@@ -101,7 +103,8 @@ class Integrator:
     ) -> Iterator[Step]:
         """The accepted steps of a Runge-Kutta method."""
         if method.is_adaptive:
-            return adaptive_steps(method, function, state, outputs.start, outputs.end, self.norm, self.limits, log)
+            span, controller = outputs.span, self.controller
+            return adaptive_steps(method, function, state, *span, self.norm, self.limits, log, controller)
         assert self.step_size is not None
         interpolates = not outputs.stops
         times = outputs.stops or outputs.span

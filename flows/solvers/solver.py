@@ -25,6 +25,7 @@ from flows.solvers.programs import expects_many_solves
 from flows.solvers.recompute import solve_with_checkpoints
 from flows.solvers.replay import Precision
 from flows.solvers.statistics import Solution, SolverStatistics
+from flows.solvers.step_size import CONTROLLERS
 from flows.solvers.stepping import StepLimits
 from flows.solvers.tableaux import RUNGE_KUTTA
 from flows.solvers.task import Task, checked_outputs, checked_state
@@ -32,6 +33,7 @@ from flows.solvers.task import Task, checked_outputs, checked_state
 METHODS = (*RUNGE_KUTTA, *ADAMS, SCIPY)
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
 MAX_STEPS = 10**9
+UNCONTROLLED = {"min_step": 0.0, "max_step": None, "error_control": ErrorControl(), "controller": "i"}
 REFERENCE_FACTOR = 100.0  # how much tighter the tolerances of a reference solve are
 REFERENCE_MAX_STEP = 0.2  # the longest step of a reference solve
 REFERENCE_STEP_SIZE = 0.05  # the same of fixed-step methods
@@ -58,9 +60,10 @@ class ODESolver:
     [Chen et al. 2018, arXiv:1806.07366; Gholami et al. 2019, arXiv:1902.10298]
 
     Args:
-        method: adaptive: dopri5, dopri8, bosh3, fehlberg2, adaptive_heun. Fixed steps: euler, midpoint, heun2, heun3,
-            rk4, and explicit_adams and implicit_adams by torchdiffeq. By scipy: scipy_solver. The last three cannot use
-            checkpoints.
+        method: adaptive: flow5, tsit5, dopri5, dopri8, bosh3, fehlberg2, adaptive_heun. Fixed steps: euler, midpoint,
+            heun2, heun3, rk4, and explicit_adams and implicit_adams by torchdiffeq. By scipy: scipy_solver. The last
+            three cannot use checkpoints. The default, flow5, has nodes that suit the integral of a divergence: for a
+            mean error of 1e-4 nats in log p it takes a quarter fewer evaluations than dopri5.
         rtol, atol: tolerances of an adaptive method. Below 1e-6 they need float64.
         step_size: the longest step of a fixed-step method, in units of time (a flow runs for 1). Refused by other
             methods.
@@ -81,6 +84,8 @@ class ODESolver:
             each batch size, up to four for a model. The first step is compared with uncompiled code. What cannot be
             compiled runs uncompiled, and `flows.solvers.compilations()` says why. Second derivatives need
             `compile=False`. `"auto"`: compile where gradients are computed in a long run, as `flows.Trainer` announces.
+        controller: how errors set the size of adaptive steps: "i" by the last one, "pi" by the last two, "pid" by the
+            last three, which makes sizes change more smoothly. Flows take as many evaluations with each.
         options: further options: `max_order` of Adams methods, `max_iters` of implicit_adams, and `solver` of
             scipy_solver, such as `{"solver": "RK45"}`.
 
@@ -97,7 +102,7 @@ class ODESolver:
         ```
     """
 
-    method: str = "dopri5"
+    method: str = "flow5"
     rtol: float = 1e-5
     atol: float = 1e-5
     step_size: float | None = None
@@ -111,6 +116,7 @@ class ODESolver:
     error_control: ErrorControl = field(default_factory=ErrorControl)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     compile: bool | Literal["auto"] = False
+    controller: Literal["i", "pi", "pid"] = "i"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -122,6 +128,8 @@ class ODESolver:
             raise InvalidValueError(f"adjoint_seminorm must be true or false, got {self.adjoint_seminorm!r}")
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise InvalidValueError(f"compile must be true, false or 'auto', got {self.compile!r}")
+        if self.controller not in CONTROLLERS:
+            raise InvalidValueError(f"controller must be 'i', 'pi' or 'pid', got {self.controller!r}")
         if not isinstance(self.error_control, ErrorControl):
             raise InvalidValueError(f"error_control must be an ErrorControl, got {self.error_control!r}")
         if not isinstance(self.options, Mapping):
@@ -159,9 +167,9 @@ class ODESolver:
                 "rtol and atol instead"
             )
         if not self.controls_error:
-            for name, default in (("min_step", 0.0), ("max_step", None), ("error_control", ErrorControl())):
+            for name, default in UNCONTROLLED.items():
                 if getattr(self, name) != default:
-                    instead = "set step_size" if self.is_fixed_step else "choose a method that uses it, such as dopri5"
+                    instead = "set step_size" if self.is_fixed_step else "choose a method that uses it, such as flow5"
                     raise InvalidValueError(
                         f"{name} has no effect on method {self.method!r}, got {getattr(self, name)}; {instead}"
                     )
@@ -170,12 +178,12 @@ class ODESolver:
             if self.compile is True:
                 raise InvalidValueError(
                     f"compile=True is for Runge-Kutta methods, and {self.method!r} is run by another package; choose "
-                    "a method such as 'dopri5' or 'rk4', or compile=False"
+                    "a method such as 'flow5' or 'rk4', or compile=False"
                 )
             if self.gradient == "checkpoint":
                 raise InvalidValueError(
                     f"method {self.method!r} cannot start again from a checkpoint, because its steps depend on "
-                    "earlier ones; choose a Runge-Kutta method such as 'dopri5' or 'rk4', or gradient='adjoint'"
+                    "earlier ones; choose a Runge-Kutta method such as 'flow5' or 'rk4', or gradient='adjoint'"
                 )
         elif self.options:
             raise InvalidValueError(f"method {self.method!r} takes no further options, got {dict(self.options)}")
@@ -295,7 +303,7 @@ class ODESolver:
         compiles = self.compile is True or (
             self.compile == "auto" and expects_many_solves() and torch.is_grad_enabled()
         )
-        forward = Integrator(self.method, norm, limits, self.step_size, self.options, compiles)
+        forward = Integrator(self.method, norm, limits, self.step_size, self.options, compiles, self.controller)
         counted = 0 if self.adjoint_seminorm else num_parameters
         adjoint_norm = replace(
             norm,

@@ -13,13 +13,12 @@ from torch import Tensor
 from flows.errors import InvalidValueError
 from flows.solvers import errors
 from flows.solvers.control import ErrorNorm
-from flows.solvers.problem import RightHandSide, State, all_finite
+from flows.solvers.problem import RightHandSide, State
 from flows.solvers.runge_kutta import Step, error_estimate, take_step
 from flows.solvers.statistics import Attempt
+from flows.solvers.step_size import SAFETY, Growth, initial_size
 from flows.solvers.tableaux import RungeKutta
 
-SAFETY = 0.9  # the next step is this factor shorter than its error estimate allows
-LEAST_GROWTH, MOST_GROWTH = 0.2, 10.0  # bounds of the next step size over the last one
 SHARED_STEPS = 4  # when this many steps reach the end, they share the rest equally
 TIME_ROUNDING = 1e-6  # relative to a step
 MAX_FIXED_STEPS = 1_000_000
@@ -69,13 +68,13 @@ def adaptive_steps(
     norm: ErrorNorm,
     limits: StepLimits,
     log: StepLog,
+    controller: str,
 ) -> Iterator[Step]:
     """The accepted steps from `start` to `end`.
 
-    Let r be the error over tolerance of an attempt, as `ErrorNorm` measures it, and p the order of the method. The next
-    attempt has 0.9 r^(−1/p) times the size of this one, within [0.2, 10] times. It is not shorter after an accepted
-    attempt, nor longer after a rejected one. When at most four steps would reach the end, they share the rest equally,
-    because shorter steps are rejected less often. A single last step may use up the margin of 0.9.
+    `Growth` sets the size of the next attempt from the errors of the last ones. When at most four steps would reach the
+    end, they share the rest equally, because shorter steps are rejected less often. A single last step may use up the
+    margin of 0.9.
 
     Where the function jumps, a step ends and the next one starts with a new slope. It is not shorter than the last one
     would have been without the jump.
@@ -92,12 +91,12 @@ def adaptive_steps(
         )
     first = function.between(t, goal)
     slope: State | None = first(t, state)
-    size, bad = _initial_size(method, first, state, slope, start, end, norm)
+    size, bad = initial_size(method, first, state, slope, start, end, norm)
     if bad:
         raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope)
     size = min(max(min(size, limits.first_step), min_step, finest), max_step)
     last: Attempt | None = None
-    begin = state
+    begin, growth = state, Growth(controller, method.order)
     for _ in range(limits.max_steps):
         remaining, proposed = abs(goal - t), size
         # A last step above min_step needs the margin, or it might be rejected again and again. Rounding of times must
@@ -113,8 +112,8 @@ def adaptive_steps(
         if size < min(finest, remaining):
             if last is not None and last.error is not None and math.isnan(last.error):
                 raise errors.not_finite(log.direction, t, sign * size, log.names, state, slope, last)
-            growth = errors.explosion(begin, state, last)
-            raise errors.underflow(log.direction, norm.rtol, norm.atol, t, sign * size, last, growth)
+            cause = errors.explosion(begin, state, last)
+            raise errors.underflow(log.direction, norm.rtol, norm.atol, t, sign * size, last, cause)
         log.start()
         moving = function.in_step(t, target)
         slope = moving(t, state) if slope is None else moving.stop(slope)
@@ -133,14 +132,14 @@ def adaptive_steps(
             assert step.next_slope is not None
             yield step
             t, state, slope = target, step.end, step.next_slope
-        size = size * _growth(ratio, method.order)
+        size = size * growth(ratio)
         if accepted and target == goal:
             if goal == end:
                 return
             goal, slope, size = next(goals), None, max(size, proposed)
         size = min(max(size, min_step), max_step)
-    growth = errors.explosion(begin, state, last)
-    raise errors.step_limit(log.direction, limits.max_steps, t, sign * size, last, max_step, growth)
+    cause = errors.explosion(begin, state, last)
+    raise errors.step_limit(log.direction, limits.max_steps, t, sign * size, last, max_step, cause)
 
 
 def fixed_steps(
@@ -192,57 +191,3 @@ def check_step_size(step_size: float, times: Sequence[float]) -> None:
             f"step_size = {step_size:g} takes {total:.2g} steps from {times[0]:g} to {times[-1]:g}, and the most are "
             f"{MAX_FIXED_STEPS:,}; set a larger step_size"
         )
-
-
-def _growth(ratio: float, order: int) -> float:
-    """The next step size over this one, given the error over tolerance."""
-    if not ratio < math.inf:
-        return LEAST_GROWTH
-    if ratio == 0:
-        return MOST_GROWTH
-    return min(MOST_GROWTH, max(SAFETY * ratio ** (-1 / order), LEAST_GROWTH if ratio > 1 else 1.0))
-
-
-@torch.no_grad()
-def _initial_size(
-    method: RungeKutta, function: RightHandSide, state: State, slope: State, start: float, end: float, norm: ErrorNorm
-) -> tuple[float, bool]:
-    """A first step size that should meet the tolerance, and whether anything was NaN or infinite.
-
-    Takes one evaluation, which shows how fast the slope changes; see `_first_step`.
-    """
-    span = abs(end - start)
-    sizes, speeds = (norm(values, state, state)[0] for values in (state, slope))
-    largest, fastest = (max(values, key=_nan_as_largest) for values in (sizes, speeds))
-    if not math.isfinite(largest) or not math.isfinite(fastest):  # bad values, or their squares overflow
-        return 1e-6 * span, not all_finite(*state, *slope)
-    first = min(1e-6 if min(largest, fastest) < 1e-5 else 0.01 * largest / fastest, span)
-    ahead = start + math.copysign(first, end - start)
-    moved = tuple(y + (ahead - start) * k for y, k in zip(state, slope, strict=True))
-    difference = tuple(b - a for a, b in zip(slope, function(ahead, moved), strict=True))
-    bends = [bend / first for bend in norm(difference, state, state)[0]]
-    if not all(map(math.isfinite, bends)):
-        return first, False
-    return min(_first_step(method, *rates) for rates in zip(speeds, bends, strict=True)), False
-
-
-def _first_step(method: RungeKutta, speed: float, bend: float) -> float:
-    """The first step size that one component allows.
-
-    Its slope has the norm s (over tolerance) and changes at the rate b. If it changed exponentially, with the time
-    τ = s / b, the error estimate of a method of order p would be C s τ (h / τ)^p. Take 0.4 of the h at which this meets
-    the tolerance, and at most 0.4 τ, because most equations are less simple. But take at least the classical choice,
-    h^p max(s, b) = 0.01. That alone ignores τ and is far too short for a component that starts at zero, such as a
-    log-density, because its s is large. A component whose slope is constant sets no bound.
-    [Hairer, Nørsett & Wanner 1993, II.4]
-    """
-    if bend == 0:
-        return math.inf
-    classical = (0.01 / max(speed, bend)) ** (1 / method.order)
-    time = speed / bend
-    error = method.error_constant * speed * time  # at h = τ
-    return max(classical, 0.4 * time * max(error, 1.0) ** (-1 / method.order))
-
-
-def _nan_as_largest(value: float) -> float:
-    return math.inf if math.isnan(value) else value
