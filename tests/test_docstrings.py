@@ -73,6 +73,7 @@ HOUSES = (
     "objectives",
     "path_costs",
     "plots",
+    "restoration",
     "solvers",
     "training",
     "transforms",

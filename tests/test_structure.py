@@ -44,6 +44,7 @@ ALLOWED = {
     "training": ABOVE | {"evaluation", "objectives", "plots"},
     "density_estimator": ABOVE | {"evaluation", "objectives", "training"},
     "inference": ABOVE | {"evaluation", "objectives", "training"},
+    "restoration": ABOVE,
     "sharing": ABOVE | {"density_estimator", "inference", "training"},
     "compare": ABOVE | {"evaluation", "plots"},
     "cli": ABOVE | {"compare", "evaluation", "objectives", "plots", "predictions", "samples", "training"},

@@ -1,0 +1,92 @@
+"""Inverse problems: draws follow the posterior in closed form, operators observe what they say."""
+
+import pytest
+import torch
+
+import flows
+from flows.bases import Empirical, Normal
+from flows.errors import FlowsError
+from flows.restoration import Denoising, Downsampling, Inpainting, restore
+from flows.transforms import Compose, Dequantise, Standardise, UnitInterval
+
+COVARIANCE = torch.tensor([[2.0, 1.2], [1.2, 1.0]], dtype=torch.float64)
+MEAN = torch.tensor([1.0, -1.0], dtype=torch.float64)
+FAST = flows.ODESolver("rk4", step_size=0.5)
+
+
+def gaussian_flow():
+    """p(x) = N(m, C): a rotation of the base, whose covariance is turned back by the time it ends."""
+    angle = 0.7
+    turn = torch.tensor([[0.0, -angle], [angle, 0.0]])
+    back = torch.linalg.matrix_exp(-turn)
+    base = Normal((2,), mean=back @ MEAN, covariance=back @ COVARIANCE @ back.T)
+    solver = flows.ODESolver("rk4", step_size=0.1)
+    return flows.CNF(flows.fields.Linear((2,), matrix=turn), base=base, solver=solver).double()
+
+
+@pytest.mark.parametrize("operator", [Denoising(), Inpainting(torch.tensor([True, False]))])
+def test_draws_follow_the_posterior_of_a_gaussian(operator):
+    flow, sd, n = gaussian_flow(), 0.4, 1500
+    seen = torch.eye(2)[:1] if isinstance(operator, Inpainting) else torch.eye(2)
+    y = torch.tensor([[2.0, 0.5]])[:, : len(seen)]
+    gain = COVARIANCE @ seen.T @ torch.linalg.inv(seen @ COVARIANCE @ seen.T + sd**2 * torch.eye(len(seen)))
+    mean, covariance = MEAN + gain @ (y[0] - seen @ MEAN), COVARIANCE - gain @ seen @ COVARIANCE
+    found = restore(flow, y, operator, sd, n, 80, 4, solver=FAST, generator=torch.Generator().manual_seed(0))
+    x = found.x[:, 0]
+    error = (covariance.diagonal() / n).sqrt()
+    assert ((x.mean(0) - mean).abs() < 4 * error).all()
+    torch.testing.assert_close(x.T.cov(), covariance, rtol=0.15, atol=0.03)
+    assert 0.4 < found.acceptance.mean() < 0.95
+    assert found.unresolved.double().mean() < 0.01
+
+
+def test_whole_numbers_are_compared_without_rounding():
+    """Levels of independent normal pixels; the known ones come back, the others keep their spread."""
+    levels = torch.randint(4, 12, (500, 1, 2, 2)).double()
+    transform = Compose(dequantise=Dequantise(16), unit=UnitInterval(16), scale=Standardise((1, 2, 2)))
+    flow = flows.CNF(flows.fields.MLP((1, 2, 2), hidden=(4,), at_rest=True), transform=transform, solver=FAST).double()
+    flow.fit_ends(levels)
+    known = torch.tensor([[[True, False], [False, True]]])
+    observed = levels[:3][:, known]
+    found = restore(flow, observed, Inpainting(known), 0.0, 50, 60, 4, generator=torch.Generator().manual_seed(0))
+    assert found.x.shape == (50, 3, 1, 2, 2)
+    assert torch.equal(found.x, found.x.floor())
+    assert (found.x[:, :, known] - observed).abs().mean() < 0.6
+    assert 1.5 < found.x[:, :, ~known].std() < 3.5
+
+
+def test_downsampling_is_the_mean_of_blocks():
+    x = torch.randn(3, 2, 4, 6)
+    small = Downsampling(2)(x)
+    assert tuple(small.shape[1:]) == Downsampling(2).observed_shape((2, 4, 6)) == (2, 2, 3)
+    torch.testing.assert_close(small[0, 1, 1, 2], x[0, 1, 2:4, 4:6].mean())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"observation": torch.zeros(2, 3)}, r"observations of shape \(2,\), got \(2, 3\)"),
+        ({"observation": torch.zeros(0, 2)}, "one or more observations"),
+        ({"observation": torch.tensor([[torch.nan, 0.0]])}, "NaN or infinite values in 1 of 1 rows.*Inpainting"),
+        ({"noise_sd": 0.0}, "noise_sd must be .*> 0"),
+        ({"noise_sd": -1.0}, "noise_sd must be"),
+        ({"num_draws": 0}, "num_draws must be"),
+        ({"num_proposals": 1}, "num_proposals must be"),
+        ({"operator": Downsampling(2)}, "factor=2 needs images"),
+        ({"operator": Inpainting(torch.ones(3, dtype=torch.bool))}, r"known has the shape \(3,\)"),
+    ],
+)
+def test_mistakes_are_explained(change, words):
+    settings = {"observation": torch.zeros(1, 2), "operator": Denoising(), "noise_sd": 0.5, "num_proposals": 2}
+    with pytest.raises(FlowsError, match=words):
+        restore(gaussian_flow(), **settings | change)
+
+
+def test_masks_and_bases_that_cannot_be_are_refused():
+    with pytest.raises(FlowsError, match="true and false"):
+        Inpainting(torch.ones(2))
+    with pytest.raises(FlowsError, match="no entry is observed"):
+        Inpainting(torch.zeros(2, dtype=torch.bool))
+    flow = flows.CNF(flows.fields.MLP((2,)), base=Empirical(points=torch.randn(50, 2)))
+    with pytest.raises(FlowsError, match="density"):
+        restore(flow, torch.zeros(1, 2), Denoising(), 0.5)
