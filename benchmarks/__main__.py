@@ -15,9 +15,11 @@ from benchmarks import (
     gpu,
     gradients,
     images,
+    large_table,
     mixture_base,
     parameters,
     probing_likelihood,
+    processes,
     regularisation,
     restoration,
     sbi,
@@ -46,6 +48,8 @@ BENCHMARKS = (
     series,
     uci,
     conditional_table,
+    processes,
+    large_table,
 )
 
 

@@ -18,6 +18,7 @@ from flows.datasets.energies import DoubleWell, Energy, Funnel, NoData
 from flows.datasets.image_density import ImageDensity
 from flows.datasets.image_files import ImageFiles
 from flows.datasets.images import Digits, Images, LabelledImages
+from flows.datasets.large_table import LargeTable
 from flows.datasets.lattice import FreeField, Phi4
 from flows.datasets.particles import Particles
 from flows.datasets.photos import PhotoPatches
@@ -63,6 +64,7 @@ __all__ = [
     "ImageFiles",
     "Images",
     "LabelledImages",
+    "LargeTable",
     "Lorenz",
     "LotkaVolterra",
     "LotkaVolterraPosterior",

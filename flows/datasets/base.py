@@ -168,6 +168,13 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
         assert found is not None, f"{self.name} states a context_shape but has no contexts"
         return found[torch.arange(n) % len(found)]
 
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """Return mean and standard deviation of all training points, (*event) each in float64.
+
+        None where `reference()` has all of them.
+        """
+        return None
+
     def reference_contexts(self) -> Tensor | None:
         """Return contexts (n, *context) of the training part to fit an encoder; None without contexts.
 

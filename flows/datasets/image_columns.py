@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flows.datasets.image_arrays import in_layout
-from flows.datasets.readers import _open_parquet, _whole_parquet
+from flows.datasets.readers import opened_parquet, whole_parquet
 from flows.datasets.stored_images import BLOCK, IMAGE_WORDS, LABEL_WORDS, Encoded, StoredImages
 from flows.errors import FileError, InvalidValueError
 
@@ -22,7 +22,7 @@ def read_parquet_images(
     """Read Parquet files by split, each with a column of pictures and perhaps one of classes."""
     found = {}
     for split, paths in files.items():
-        opened = [(path, _open_parquet(path)) for path in paths]
+        opened = [(path, opened_parquet(path)) for path in paths]
         path, first = opened[0]
         columns = Columns(first.schema_arrow, where, image, label)
         image, label = columns.image, columns.label  # all splits use the columns of the first one
@@ -33,7 +33,7 @@ def read_parquet_images(
 
         def tables(names: list[str], opened: list = opened) -> Iterator[Any]:
             for path, file in opened:
-                with _whole_parquet(path):
+                with whole_parquet(path):
                     yield from file.iter_batches(batch_size=BLOCK, columns=names)
 
         count = sum(file.metadata.num_rows for _, file in opened)

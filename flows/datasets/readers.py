@@ -108,7 +108,7 @@ def column_names(path: Path, delimiter: str = ",", header: bool | None = None) -
         names, below, _ = _top_of_csv(path, delimiter, header)
         return names, leading_index(names, below)
     if suffix == ".parquet":
-        schema = _open_parquet(path).schema_arrow
+        schema = opened_parquet(path).schema_arrow
         return list(schema.names), parquet_index(schema.names, schema.metadata)
     return read_table(path)[1], []
 
@@ -167,7 +167,7 @@ def categorical_columns(path: Path) -> list[int]:
         return []
     import pyarrow as pa
 
-    schema = _open_parquet(path).schema_arrow
+    schema = opened_parquet(path).schema_arrow
     try:
         columns = json.loads((schema.metadata or {}).get(b"pandas", b"{}")).get("columns", [])
         named = {column["name"] for column in columns if column.get("pandas_type") == "categorical"}
@@ -188,8 +188,8 @@ def _top_of_csv(path: Path, delimiter: str, header: bool | None) -> tuple[list[s
 def _parquet_words(path: Path, column: int) -> tuple[list[str], list[str]]:
     import pyarrow as pa
 
-    file = _open_parquet(path)
-    with _whole_parquet(path):
+    file = opened_parquet(path)
+    with whole_parquet(path):
         stored = file.read().column(column)
         if pa.types.is_timestamp(stored.type):  # Python has no nanoseconds
             stored = stored.cast(pa.timestamp("us", stored.type.tz), safe=False)
@@ -210,6 +210,16 @@ def _place(group_column: str | int, names: Sequence[str], path: Path) -> int:
 
 def read_npy(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]]:
     """Read an array saved by `numpy.save`; positions are the names of the columns."""
+    return _array_table(opened_npy(path), columns, path)
+
+
+def opened_npy(path: Path) -> np.ndarray:
+    """Return the table of numbers that `numpy.save` wrote, as a memory map.
+
+    Raises:
+        FileError: the file is damaged.
+        InvalidValueError: it holds no numbers, or no table.
+    """
     if zipfile.is_zipfile(path):
         raise FileError(f"{path} holds an archive; rename it to .npz")
     try:
@@ -220,7 +230,7 @@ def read_npy(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]
             raise ValueError(f"it has {more:,} more bytes than its header says")
     except (ValueError, EOFError, OSError, OverflowError, TypeError, SyntaxError, MemoryError, TokenError) as error:
         raise FileError(f"{path} is not a whole .npy file of numbers ({error}); write it with numpy.save") from error
-    return _array_table(values, columns, path)
+    return _checked_table(values, path)
 
 
 def read_npz(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]]:
@@ -245,7 +255,7 @@ def read_npz(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]
     return _array_table(values, columns, path)
 
 
-def _array_table(values: object, columns: Columns, path: Path) -> tuple[np.ndarray, list[str]]:
+def _checked_table(values: object, path: Path) -> np.ndarray:
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
         found = getattr(values, "dtype", type(values).__name__)
         raise InvalidValueError(f"{path} must hold real numbers, got {found}; convert with array.astype(float)")
@@ -254,6 +264,11 @@ def _array_table(values: object, columns: Columns, path: Path) -> tuple[np.ndarr
             f"{path} must be a table (rows, columns), got an array of shape {values.shape}; reshape it, "
             "e.g. with array.reshape(len(array), -1)"
         )
+    return values
+
+
+def _array_table(values: object, columns: Columns, path: Path) -> tuple[np.ndarray, list[str]]:
+    values = _checked_table(values, path)
     names = [str(i) for i in range(values.shape[1])]
     chosen = choose_columns(columns, names, path)
     taken = [names[i] for i in chosen]
@@ -269,21 +284,31 @@ def _is_beyond(smallest: Any, largest: Any) -> bool:
 
 def read_parquet(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[str]]:
     """Read a Parquet file; nulls become NaN. Needs pyarrow."""
-    file = _open_parquet(path)
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
+    file = opened_parquet(path)
     if not file.schema_arrow.names:
         raise InvalidValueError(f"{path} has no columns; expected numbers")
-    with _whole_parquet(path):
+    with whole_parquet(path):
         schema = file.schema_arrow
         unique = len(set(schema.names)) == len(schema.names)
         chosen = features(columns, schema.names, parquet_index(schema.names, schema.metadata), path)
         names = [schema.names[i] for i in chosen]
         # pyarrow selects by name, which does not tell repeated names apart.
         table = file.read(columns=names).select(names) if unique else file.read().select(chosen)
-    arrays = []
-    beyond = []
+    values, beyond = parquet_numbers(table, path)
+    warn_of_lost_digits(beyond, path)
+    return values, distinct_names(names, path)
+
+
+def parquet_numbers(table: Any, path: Path) -> tuple[np.ndarray, list[str]]:
+    """Return a table of pyarrow in float64, NaN for null, and the columns with numbers too large for that.
+
+    Raises:
+        InvalidValueError: a column does not hold numbers.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    arrays, beyond, names = [], [], table.column_names
     for name, stored in zip(names, table.columns, strict=True):
         column = stored
         if pa.types.is_dictionary(column.type):
@@ -300,22 +325,20 @@ def read_parquet(path: Path, columns: Columns = None) -> tuple[np.ndarray, list[
             extremes = pc.call_function("min_max", [column]).as_py()
             beyond += [name] if _is_beyond(extremes["min"], extremes["max"]) else []
         arrays.append(column.cast(pa.float64(), safe=False).to_numpy())
-    warn_of_lost_digits(beyond, path)
-    values = np.stack(arrays, 1) if len(table) else np.empty((0, len(names)))
-    return values, distinct_names(names, path)
+    return np.stack(arrays, 1) if len(table) else np.empty((0, len(names))), beyond
 
 
-def _open_parquet(path: Path) -> Any:
+def opened_parquet(path: Path) -> Any:
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingPackageError(f"reading {path} needs pyarrow: pip install pyarrow, or convert to .csv") from error
-    with _whole_parquet(path):
+    with whole_parquet(path):
         return pq.ParquetFile(path, page_checksum_verification=True)
 
 
 @contextmanager
-def _whole_parquet(path: Path) -> Iterator[None]:
+def whole_parquet(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises on damaged bytes into an error that names the file."""
     import pyarrow as pa
 

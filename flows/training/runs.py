@@ -39,6 +39,7 @@ from flows.training.settings import TARGET, complete, instantiate, parameter_nam
 from flows.training.settings_text import read_settings
 from flows.training.stage import Stage
 from flows.training.trusted import check_trusted, foreign_packages
+from flows.transforms import Standardise, Transform
 
 if TYPE_CHECKING:
     from flows.training.trainer import Trainer
@@ -280,7 +281,7 @@ def build_model(
             if dataset is not None:
                 check_levels(built["transform"], dataset)
                 if dataset.has_samples:
-                    built["transform"].fit(dataset.reference())
+                    _fit_transform(built["transform"], dataset)
         if conditions is not None and "encoder" in model_parts(config) and parts.get("encoder") is None:
             parts["encoder"] = {TARGET: "flows.encoders.Standardised"}
         if parts.get("encoder") is not None:
@@ -300,6 +301,15 @@ def build_model(
         if dataset is not None and isinstance(found, CNF) and found.base.needs_fit:
             _fit_base(found, dataset)
         return found
+
+
+def _fit_transform(transform: Transform, dataset: Dataset) -> None:
+    """Fit a transform to all training points; one that needs more than their moments, to those of `reference()`."""
+    moments = dataset.moments() if isinstance(transform, Standardise) and transform.per == "entry" else None
+    if moments is not None:
+        transform.fit_moments(*moments)  # type: ignore[attr-defined]
+    else:
+        transform.fit(dataset.reference())
 
 
 def _fit_base(flow: CNF, dataset: Dataset) -> None:

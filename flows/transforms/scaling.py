@@ -115,6 +115,10 @@ class Standardise(Transform):
                 f"entry {tuple(constant[0].tolist())} of the data has the same value in every point, so it has no "
                 f"density; drop it ({len(constant)} such entries)"
             )
+        return self.fit_moments(mean, sd)
+
+    def fit_moments(self, mean: Tensor, sd: Tensor) -> Standardise:
+        """Take the mean and the standard deviation of each entry as they are, for data that do not fit into memory."""
         self.mean.copy_(mean)
         self.sd.copy_(sd)
         return self
