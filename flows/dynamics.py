@@ -100,8 +100,7 @@ class AugmentedDynamics:
         """Whether an evaluation without gradients would leave the processor's cache, and can be cut."""
         if len(x) < 2 * PIECE or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
             return False
-        field = self.estimator.field
-        return self.probes is None and t.ndim == 0 and field.context is None and field.traits.built_in
+        return self.probes is None and t.ndim == 0 and _treats_samples_alone(self.estimator.field)
 
     def _in_pieces(self, t: Tensor, x: Tensor) -> FieldSample:
         """The evaluation in pieces of the batch, whose samples do not depend on each other."""
@@ -137,9 +136,10 @@ class AugmentedDynamics:
             context, probes, directions = shared.rebuild(tensors)
             return AugmentedDynamics(estimator.bind(field.given(context)), probes, costs, directions)
 
+        alone = self.probes is None and self.directions is None and _treats_samples_alone(field)
         forward = shared.forward_mode or estimator.mode == "forward"
         key = (shared.key, _hashable(estimator), self.estimator.num_estimates)
-        return replace(shared, key=key, rebuild=rebuild, forward_mode=forward)
+        return replace(shared, key=key, rebuild=rebuild, forward_mode=forward, piece=PIECE if alone else 0)
 
     def observe(self, derivatives: State) -> dict[str, Tensor]:
         """The standard error of the divergence at one time, the root mean square over the batch, if there is one."""
@@ -207,7 +207,8 @@ class StateDynamics:
             context, directions, starts = shared.rebuild(tensors)
             return StateDynamics(field.given(context), costs, directions, starts)
 
-        return replace(shared, rebuild=rebuild)
+        alone = self.directions is None and self.starts is None and _treats_samples_alone(field)
+        return replace(shared, rebuild=rebuild, piece=PIECE if alone else 0)
 
     def path_costs(self, components: Sequence[Tensor], sign: int = 1) -> dict[str, Tensor]:
         """The costs by name, as integrals over |dt|, from the components at the end of a solve."""
@@ -229,6 +230,11 @@ class StateDynamics:
     def fresh(self) -> StateDynamics:
         """The same dynamics without the tensors that the bound field keeps from earlier evaluations."""
         return StateDynamics(self.field.fresh(), self.costs, self.directions, self.starts)
+
+
+def _treats_samples_alone(field: BoundField) -> bool:
+    """Whether no sample depends on others, and nothing but the state differs between them."""
+    return field.context is None and field.traits.built_in
 
 
 def _compilable(field: BoundField, tensors: Sequence[Tensor | None], costs: Sequence[PathCost]) -> Compilable:

@@ -258,3 +258,37 @@ def test_generated_code_computes_the_same():
     assert_equal(compiled, eager)
     assert compilations().count == before + 1
     assert compilations().seconds > 0
+
+
+def test_large_batches_without_gradients_share_one_program(account, monkeypatch):
+    monkeypatch.setattr("flows.dynamics.PIECE", 8)
+    flow = flow_with(ODESolver("bosh3", rtol=1e-3, atol=1e-3), hidden=(3,))
+    points = torch.randn(23, 2, dtype=torch.float64)
+    times = torch.cat([torch.zeros(9, 1), torch.linspace(0.1, 1.0, 9)[:, None]], dim=1).double()
+
+    def compute(flow):
+        ode = flows.NeuralODE(flow.field, flow.solver)
+        with torch.no_grad():
+            estimates = [flow.estimate_log_prob(points[:size], solver_error=False) for size in (23, 16, 9, 8)]
+            paths = ode.trajectory(points[:9], times, solver_error=False)  # each sample ends at its own time
+        nfe = [estimate.nfe for estimate in estimates]
+        return *(estimate.value for estimate in estimates), paths.states, (nfe, paths.nfe)
+
+    eager, compiled = both(flow, compute)
+    assert_equal(compiled, eager)
+    assert account.count == 3  # log_prob; trajectories while all move, and after
+    assert not account.reasons
+
+
+def test_auto_compiles_large_batches_without_gradients(account, monkeypatch):
+    monkeypatch.setattr("flows.dynamics.PIECE", 8)
+    flow = flow_with(ODESolver("heun2", step_size=0.5, compile="auto"), hidden=(3,))
+    x = torch.randn(20, 2, dtype=torch.float64)
+    with torch.no_grad():
+        expected = flow.log_prob(x)
+        with many_solves():
+            flow.log_prob(x[:7])
+            assert account.count == 0
+            torch.testing.assert_close(flow.log_prob(x), expected)
+            flow.log_prob(x[:11])
+    assert account.count == 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flows.promises.specimen import is_transformed
 from flows.solvers.control import ErrorNorm
-from flows.solvers.problem import Compilable, NotCompilableError, RightHandSide, State
+from flows.solvers.problem import Compilable, NotCompilableError, RightHandSide, State, batch_size_of
 from flows.solvers.programs import COMPILATIONS, Lifted, Program, program_for
 from flows.solvers.runge_kutta import Step, combination, stage_times, take_step
 from flows.solvers.tableaux import RungeKutta
@@ -26,6 +26,7 @@ class _Kind:
     evaluates_first: bool  # the slope at the start is not known
     evaluates_next: bool  # the slope at the end is wanted, and is no stage
     stops: bool  # some samples do not move
+    in_pieces: bool  # large batches, whose errors are measured together
     mode: Hashable  # other modes of torch
 
 
@@ -61,9 +62,13 @@ class CompiledSteps:
         known = () if slope is None else slope
         records = torch.is_grad_enabled() and (self.needs_gradients or any(y.requires_grad for y in (*start, *known)))
         wants_next = (method.is_adaptive or with_next_slope) and not method.next_is_a_stage
-        kind = _Kind(records, slope is None, wants_next, function.moving is not None, _modes(start[0].device.type))
+        piece = self.compilable.piece
+        in_pieces = bool(piece) and not records and start[0].is_cpu and len(start[0]) >= piece
+        stops = function.moving is not None
+        kind = _Kind(records, slope is None, wants_next, stops, in_pieces, _modes(start[0].device.type))
         if kind not in self._programs:
-            shapes = tuple((tuple(y.shape), y.dtype, y.device) for y in (*start, *self.lifted.tensors))
+            first = rows_in(start, slice(piece)) if in_pieces else start
+            shapes = tuple((tuple(y.shape), y.dtype, y.device) for y in (*first, *self.lifted.tensors))
             compared = -1 if method.is_adaptive else None  # all but the measure of the error
             self._programs[kind] = program_for(self.compilable.module, (self.key, kind), shapes, compared)
         program = self._programs[kind]
@@ -72,21 +77,54 @@ class CompiledSteps:
         times = [function.bounded(t) for t in stage_times(method, t0, t1)]
         settings = [t1 - t0, function.moving_share(t0), self.norm.rtol, self.norm.atol, *times]
         numbers = torch.tensor(settings, dtype=start[0].dtype, device=start[0].device)
-        given = [*start, *known]
-        if records:  # as all states but the first of a solve do: one program less
-            given = [y if y.requires_grad else y.detach().requires_grad_() for y in given]
         masks = () if function.moving is None else (function.moving,)
+        call = self._in_pieces if in_pieces else self._whole
+        found = call(program, kind, numbers, start, known, masks)
+        if found is None:
+            return None
+        function.count_evaluations(len(method.nodes) + kind.evaluates_first + kind.evaluates_next)
+        return self._step(kind, t0, t1, start, slope, found)
+
+    def _whole(
+        self, program: Program, kind: _Kind, numbers: Tensor, start: State, slope: State, masks: State
+    ) -> tuple[Tensor, ...] | None:
+        """What the program finds for all samples."""
+        given = [*start, *slope]
+        if kind.records:  # as all states but the first of a solve do: one program less
+            given = [y if y.requires_grad else y.detach().requires_grad_() for y in given]
         arguments = [numbers, *(y.contiguous() for y in given), *masks, *self.lifted.tensors]
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
             return self._run(kind, len(start), tensors)
 
-        with torch.set_grad_enabled(records):
-            found = program(run, arguments, self.compilable.forward_mode)
-        if found is None:
-            return None
-        function.count_evaluations(len(method.nodes) + kind.evaluates_first + kind.evaluates_next)
-        return self._step(kind, t0, t1, start, slope, found)
+        with torch.set_grad_enabled(kind.records):
+            return program(run, arguments, self.compilable.forward_mode)
+
+    def _in_pieces(
+        self, program: Program, kind: _Kind, numbers: Tensor, start: State, slope: State, masks: State
+    ) -> tuple[Tensor, ...] | None:
+        """The same from pieces of equal size, so that one program serves all large batches.
+
+        The last piece overlaps the one before it, and only the rest of it counts.
+        """
+        size, piece = len(start[0]), self.compilable.piece
+        pieces: list[list[Tensor]] = []
+        axes: list[int] = []  # of the samples
+        for begin in range(0, size, piece):
+            at = min(begin, size - piece)
+            rows = slice(at, at + piece)
+            own = tuple(mask[rows] for mask in masks)
+            found = self._whole(program, kind, numbers, rows_in(start, rows), rows_in(slope, rows), own)
+            if found is None:
+                return None
+            states = len(found) - self.method.is_adaptive  # the last one holds errors
+            axes = [0 if i < states and i % len(start) == 0 else -1 for i in range(len(found))]
+            skipped = begin - at
+            pieces.append([y.narrow(axis, skipped, piece - skipped) for y, axis in zip(found, axes, strict=True)])
+        joined = [torch.cat(parts, axis) for parts, axis in zip(zip(*pieces, strict=True), axes, strict=True)]
+        if self.method.is_adaptive:
+            joined[-1] = self.norm.reduced(joined[-1], numbers[1])
+        return tuple(joined)
 
     def _run(self, kind: _Kind, count: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The step as a function of tensors alone; see `_step` for what it returns."""
@@ -119,7 +157,9 @@ class CompiledSteps:
         if method.is_adaptive:
             with torch.no_grad():
                 error = combination(step.slopes, method.error, dt)
-                found.append(replace(self.norm, rtol=rtol, atol=atol).measure(error, start, step.end, share))  # pyright: ignore[reportArgumentType]
+                norm = replace(self.norm, rtol=rtol, atol=atol, batch_size=batch_size_of(start))  # pyright: ignore[reportArgumentType]
+                squares = norm.squares(error, start, step.end)
+                found.append(squares if kind.in_pieces else norm.reduced(squares, share))
         return tuple(found)
 
     def _kept(self, kind: _Kind) -> list[int]:
@@ -148,19 +188,31 @@ class CompiledSteps:
         return Step(t0, t1, start, end, slopes, next_slope, found[-1] if method.is_adaptive else None)
 
 
+def rows_in(state: State, rows: slice) -> State:
+    """The state of a range of samples, whose strides follow from its shape."""
+    parts = (y[rows] if i == 0 else y[..., rows] for i, y in enumerate(state))
+    return tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)
+
+
 def _modes(device: str) -> Hashable:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return autocast, torch.is_inference_mode_enabled()
 
 
 def compiled_steps(
-    function: RightHandSide, method: RungeKutta | None, norm: ErrorNorm, interpolates: bool
+    function: RightHandSide, method: RungeKutta | None, norm: ErrorNorm, interpolates: bool, only_pieces: bool = False
 ) -> CompiledSteps | None:
-    """The compiled steps of a solve; `None`, which is said once, where the right-hand side does not allow them."""
+    """The compiled steps of a solve; `None`, which is said once, where the right-hand side does not allow them.
+
+    Args:
+        only_pieces: compile large batches alone, which one program serves whatever their sizes are.
+    """
     if method is None or is_transformed():
         return None
     try:
-        return CompiledSteps(function, method, norm, interpolates)
+        steps = CompiledSteps(function, method, norm, interpolates)
+        piece = steps.compilable.piece
+        return None if only_pieces and not (piece and function.shapes[0][:1] >= (piece,)) else steps
     except NotCompilableError as reason:
         COMPILATIONS.refuse(str(reason))
         return None

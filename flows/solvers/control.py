@@ -119,12 +119,21 @@ class ErrorNorm:
         self, error: State, before: State, after: State, moving_share: float | Tensor = 1.0
     ) -> Tensor:  # (2, C), for `read`
         """The errors and the worst samples of all components in one tensor."""
+        return self.reduced(self.squares(error, before, after), moving_share)
+
+    @torch.no_grad()
+    def squares(self, error: State, before: State, after: State) -> Tensor:  # (C, B)
+        """The weighted errors over tolerance of all samples, squared."""
         rows = []
         for name, weight, e, a, b in zip(self.names, self.weights, error, before, after, strict=False):
             tolerance = torch.maximum(a.abs(), b.abs()).mul_(self.rtol).add_(self.atol)
             batch_first = name.removeprefix(ADJOINT) == self.names[0]
             rows.append(mean_by_sample((weight * e / tolerance).square(), self.batch_size, batch_first))
-        squares = torch.stack(rows)  # (C, B)
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def reduced(self, squares: Tensor, moving_share: float | Tensor = 1.0) -> Tensor:  # (2, C)
+        """What `measure` returns, from `squares`."""
         ratios = (squares.amax(1) if self.per_sample else squares.mean(1) / moving_share).sqrt()
         worst = squares.argmax(1)
         exact = torch.promote_types(ratios.dtype, torch.float32)  # bfloat16 cannot represent 257

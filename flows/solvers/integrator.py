@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,8 @@ class Integrator:
         limits: bounds of adaptive steps.
         step_size: of a fixed-step method.
         options: of a method that torchdiffeq runs.
-        compiles: whether the steps of a Runge-Kutta method run as compiled code.
+        compiles: whether the steps of a Runge-Kutta method run as compiled code; `"pieces"`: those of large batches
+            without gradients alone, which one program serves.
         controller: of the sizes of adaptive steps, by name.
     """
 
@@ -40,14 +41,15 @@ class Integrator:
     limits: StepLimits
     step_size: float | None
     options: Mapping[str, Any]
-    compiles: bool = False
+    compiles: bool | Literal["pieces"] = False
     controller: str = "i"
 
     def prepared(self, function: RightHandSide, outputs: Outputs) -> RightHandSide:
         """The right-hand side with its compiled steps, if they are wanted and there can be any."""
         if self.compiles:
             interpolates = not outputs.stops or (self.step_size is None and outputs.size > 2)
-            function.steps = compiled_steps(function, self.tableau, self.norm, interpolates)
+            only_pieces = self.compiles == "pieces"
+            function.steps = compiled_steps(function, self.tableau, self.norm, interpolates, only_pieces)
         return function
 
     @property

@@ -39,6 +39,7 @@ class Compilable:
         rebuild: the same dynamics with other tensors in place of `tensors`, and nothing that they have cached.
         forward_mode: whether derivatives are taken in forward mode.
         parameters: tensors whose gradients are integrated; those that `module` and `tensors` hold.
+        piece: samples that a large solve without gradients takes at once; 0: all, as they may depend on each other.
     """
 
     key: Hashable
@@ -47,6 +48,7 @@ class Compilable:
     rebuild: Callable[..., Any]
     forward_mode: bool = False
     parameters: Sequence[Tensor] = ()
+    piece: int = 0
 
 
 class RowEnds:

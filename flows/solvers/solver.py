@@ -83,7 +83,8 @@ class ODESolver:
             norm of the error in one program, with its gradients. It takes a C++ compiler, and seconds to a minute for
             each batch size, up to four for a model. The first step is compared with uncompiled code. What cannot be
             compiled runs uncompiled, and `flows.solvers.compilations()` says why. Second derivatives need
-            `compile=False`. `"auto"`: compile where gradients are computed in a long run, as `flows.Trainer` announces.
+            `compile=False`. `"auto"`: compile where `flows.Trainer` announces a long run: steps with gradients, and
+            those of large batches without gradients whose samples differ in their states alone, in equal pieces.
         controller: how errors set the size of adaptive steps: "i" by the last one, "pi" by the last two, "pid" by the
             last three, which makes sizes change more smoothly. Flows take as many evaluations with each.
         options: further options: `max_order` of Adams methods, `max_iters` of implicit_adams, and `solver` of
@@ -300,9 +301,9 @@ class ODESolver:
             float("inf") if self.max_step is None else self.max_step,
             abs(outputs.end - outputs.start) / 2,  # the error estimate of a single step over everything is unreliable
         )
-        compiles = self.compile is True or (
-            self.compile == "auto" and expects_many_solves() and torch.is_grad_enabled()
-        )
+        compiles: bool | Literal["pieces"] = self.compile is True
+        if self.compile == "auto" and expects_many_solves():
+            compiles = True if torch.is_grad_enabled() else "pieces"
         forward = Integrator(self.method, norm, limits, self.step_size, self.options, compiles, self.controller)
         counted = 0 if self.adjoint_seminorm else num_parameters
         adjoint_norm = replace(

@@ -16,7 +16,7 @@ from flows.errors import InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.objectives import Objective
 from flows.promises import raise_explained
-from flows.solvers import ODESolver
+from flows.solvers import ODESolver, many_solves
 from flows.training.stage import Stage
 from flows.vector_field import BoundField
 
@@ -68,6 +68,24 @@ def _compiled_steps(model: Any) -> Iterator[None]:
     model.solver = replace(solver, compile=True)
     try:
         yield
+    finally:
+        model.solver = solver
+
+
+@contextmanager
+def compiled_evaluation(model: Any) -> Iterator[None]:
+    """Let large solves without gradients, as of validation and test, take compiled steps inside the context.
+
+    A solver that compiles, or cannot, stays what it is.
+    """
+    solver = getattr(model, "solver", None)
+    if not isinstance(solver, ODESolver) or solver.compile:
+        yield
+        return
+    model.solver = replace(solver, compile="auto")
+    try:
+        with many_solves():
+            yield
     finally:
         model.solver = solver
 

@@ -31,7 +31,7 @@ from flows.solvers import Compilations, SolverError, compilations, many_solves
 from flows.training.callbacks import Reporting
 from flows.training.checkpoint import CheckpointError, describe, find_checkpoint, load_checkpoint
 from flows.training.clock import Clock
-from flows.training.compile import compiled, is_long, stages_to_compile
+from flows.training.compile import compiled, compiled_evaluation, is_long, stages_to_compile
 from flows.training.continuing import AUTO, discard_unsaved, saved_state, was_killed_early
 from flows.training.described import try_to_describe
 from flows.training.fabric import (
@@ -369,12 +369,20 @@ class Trainer:
             if state.position.stage != name:
                 state.begin(index, name, stage)
             compiles = name in self._compiled
-            code = compiled(self.model, stage.objective) if compiles else contextlib.nullcontext()
-            with code, many_solves(is_long(stage)):
+            with contextlib.ExitStack() as code:
+                code.enter_context(many_solves(is_long(stage)))
+                if compiles:
+                    code.enter_context(compiled_evaluation(state.ema.module))
+                    code.enter_context(compiled(self.model, stage.objective))
                 loop.train(stage)
 
     def _test(self, run: Run) -> Summary:
         """Load the best weights into the model, test them, and write the summary."""
+        long = any(is_long(stage) for stage in self.stages.values())
+        with many_solves(long), compiled_evaluation(self.model) if self._compiled else contextlib.nullcontext():
+            return self._tested(run)
+
+    def _tested(self, run: Run) -> Summary:
         self.model.load_state_dict(on_first_process(self.fabric, lambda: self._best_weights(run.state)))
         self.model.eval()
         report, failure = None, None
