@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from flows.density_estimator import DensityEstimator
     from flows.errors import FlowsError
+    from flows.exporting import export
     from flows.inference import Posterior, infer
     from flows.models.cnf import CNF
     from flows.models.distribution import FlowDistribution
@@ -60,6 +61,7 @@ __all__ = [
     "encoders",
     "equations",
     "evaluation",
+    "export",
     "fields",
     "from_hub",
     "infer",
@@ -94,6 +96,7 @@ _HOMES = {
     "Trainer": "flows.training",
     "Trajectory": "flows.models.results",
     "Transport": "flows.models.results",
+    "export": "flows.exporting",
     "from_hub": "flows.sharing",
     "infer": "flows.inference",
     "load": "flows.sharing",

@@ -117,7 +117,7 @@ def check_points(
         raise InvalidValueError(f"{name} must be a dense tensor with numbers, got {x.layout} on the device {x.device}")
     event = None if event_shape is None else tuple(event_shape)
     own = tuple(x.shape[1:] if batched else x.shape[max(0, x.ndim - len(event or ())) :])
-    if (batched and (x.ndim == 0 or len(x) < at_least)) or (event is not None and own != event):
+    if (batched and (x.ndim == 0 or x.shape[0] < at_least)) or (event is not None and own != event):
         shape = ", ".join(["n" if batched else "*batch", *(["*event"] if event is None else map(str, event))])
         least = f" with n >= {at_least}" if at_least else ""
         raise InvalidValueError(f"{name} must hold points of shape ({shape}){least}, got {tuple(x.shape)}")

@@ -43,6 +43,7 @@ ALLOWED = {
     "samples": ABOVE,
     "training": ABOVE | {"evaluation", "objectives", "plots"},
     "density_estimator": ABOVE | {"evaluation", "objectives", "training"},
+    "exporting": ABOVE,
     "inference": ABOVE | {"evaluation", "objectives", "training"},
     "restoration": ABOVE,
     "sharing": ABOVE | {"density_estimator", "inference", "training"},

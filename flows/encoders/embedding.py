@@ -79,7 +79,7 @@ class Embedding(Encoder):
         features = self.network(self.standardise(context))
         if not isinstance(features, torch.Tensor):
             raise InvalidTypeError(f"the network of an embedding must return a tensor, got {type(features).__name__}")
-        expected = (len(context), *self.features_shape)
+        expected = (context.shape[0], *self.features_shape)
         if tuple(features.shape) != expected:
             raise InvalidValueError(
                 f"the network of an embedding must return features of shape {expected}, got {tuple(features.shape)}"

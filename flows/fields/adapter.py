@@ -82,5 +82,5 @@ class Adapter(Field):
     def _time(self, t: Tensor, x: Tensor) -> Tensor:
         if self.time == "scalar":
             return t
-        t = t.expand(len(x))
+        t = t.expand(x.shape[0])
         return t if self.time == "batch" else t.unsqueeze(1)

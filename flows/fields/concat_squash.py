@@ -102,7 +102,7 @@ class ConcatSquashMLP(Perceptron):
         condition = t.reshape(-1, 1)
         if context is None:
             return condition
-        return torch.cat([condition.expand(len(context), -1), context.reshape(len(context), -1)], dim=1)
+        return torch.cat([condition.expand(context.shape[0], -1), context.reshape(context.shape[0], -1)], dim=1)
 
 
 class _ConcatSquash(nn.Module):

@@ -57,7 +57,7 @@ class Linear(Field):
 
     def value_and_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """v (B, *event) and div v (B,)."""
-        return self(t, x, context), self.matrix.trace().expand(len(x))
+        return self(t, x, context), self.matrix.trace().expand(x.shape[0])
 
     def value_divergence_and_products(
         self,

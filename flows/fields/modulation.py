@@ -63,5 +63,5 @@ class Modulation(nn.Module):
     ) -> tuple[Tensor, ...]:  # n tensors (1, size), or (B, size) where t or the context has a batch
         features = self.time(t)
         if context is not None:
-            features = torch.cat([features.expand(len(context), -1), context.reshape(len(context), -1)], dim=1)
+            features = torch.cat([features.expand(context.shape[0], -1), context.reshape(context.shape[0], -1)], dim=1)
         return self.heads(functional.silu(self.embed(features))).split(self.sizes, dim=1)

@@ -122,8 +122,8 @@ class Potential(Field):
 
     def _join(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:  # (B, size of s)
         self.check_context(context)
-        parts = [x.flatten(1), self.time(t).expand(len(x), -1)]
-        return torch.cat(parts if context is None else [*parts, context.reshape(len(context), -1)], dim=1)
+        parts = [x.flatten(1), self.time(t).expand(x.shape[0], -1)]
+        return torch.cat(parts if context is None else [*parts, context.reshape(context.shape[0], -1)], dim=1)
 
     def _passes(self, s: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """a_l and p_l of every layer, (B, m) each."""

@@ -147,6 +147,8 @@ def in_data_units(
     offset: Tensor,  # |mean|/sd of the data, any shape
 ) -> Tensor:
     """Round x to the dtype of y, unless that would round differences between points away."""
+    if torch.compiler.is_compiling():  # as for an export, which takes no decision by values
+        return x
     return x if offset.max() > MAX_OFFSET else x.to(dtype)
 
 
@@ -170,10 +172,10 @@ class Identity(Transform):
         return velocity
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return x, x.new_zeros(len(x))
+        return x, x.new_zeros(x.shape[0])
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return y, y.new_zeros(len(y))
+        return y, y.new_zeros(y.shape[0])
 
 
 @checked
@@ -237,7 +239,7 @@ class Compose(Transform):
         return x, total
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        total = y.new_zeros(len(y))
+        total = y.new_zeros(y.shape[0])
         for transform in reversed(self._parts()):
             y, log_det = transform.inverse(y)
             total = total + log_det

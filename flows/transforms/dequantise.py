@@ -71,7 +71,7 @@ class UniformNoise(DequantisationNoise):
     """
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return uniform_like(x, generator), x.new_zeros(len(x))
+        return uniform_like(x, generator), x.new_zeros(x.shape[0])
 
     def log_prob(self, u: Tensor, x: Tensor) -> Tensor:
         return u.new_zeros(len(u))

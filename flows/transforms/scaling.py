@@ -49,7 +49,7 @@ class UnitInterval(Transform):
         return velocity / self.scale
 
     def _log_det(self, x: Tensor) -> Tensor:
-        return x.new_full((len(x),), -math.prod(x.shape[1:]) * math.log(self.scale))
+        return x.new_full((x.shape[0],), -math.prod(x.shape[1:]) * math.log(self.scale))
 
 
 @checked
@@ -134,4 +134,4 @@ class Standardise(Transform):
         return (velocity / self.sd).to(velocity.dtype)
 
     def _log_sd(self, y: Tensor) -> Tensor:
-        return self.sd.log().sum().to(y.dtype).expand(len(y))
+        return self.sd.log().sum().to(y.dtype).expand(y.shape[0])

@@ -122,7 +122,7 @@ class Whiten(Transform):
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # a lower precision would round the data
             centred = (x.flatten(1) - self.mean).to(self.inverse_root.dtype)
-            return (centred @ self.inverse_root).to(x.dtype).view_as(x), self.log_det.to(x.dtype).expand(len(x))
+            return (centred @ self.inverse_root).to(x.dtype).view_as(x), self.log_det.to(x.dtype).expand(x.shape[0])
 
     def push_velocity(self, velocity: Tensor) -> Tensor:
         root = self.inverse_root.to(velocity.dtype)
@@ -132,7 +132,7 @@ class Whiten(Transform):
         with torch.autocast(y.device.type, enabled=False):
             moved = (y.flatten(1).to(self.root.dtype) @ self.root + self.mean).view_as(y)
             x = in_data_units(moved, y.dtype, self.mean.abs() / self.root.norm(dim=0))  # the norm is the sd
-            return x, -self.log_det.to(y.dtype).expand(len(y))
+            return x, -self.log_det.to(y.dtype).expand(y.shape[0])
 
 
 def _spectrum(covariance: Tensor, num_points: int) -> tuple[Tensor, Tensor]:  # (d,) and (d, d)
