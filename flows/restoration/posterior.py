@@ -204,6 +204,7 @@ def _sample(
     spread = (misfit / target.size).sqrt().clamp_min(target.sd)  # (chains,), what the noise falls from
     step = torch.full_like(prior, 0.1)
     accepted, last = torch.zeros_like(prior), 0
+    adapted: list[Tensor] = []  # logarithms of step sizes at the final noise
     ones = [1] * (z.ndim - 1)
     for round_ in tqdm(range(num_proposals), desc="restoring", unit="proposal", disable=not progress_bar):
         share = min(1.0, (round_ + 1) / max(1.0, ANNEALED * num_proposals))
@@ -230,7 +231,12 @@ def _sample(
         gradients = torch.where(taken.view(1, -1, *ones), there[2], gradients)
         if round_ < ADAPTED * num_proposals:
             step = (step * ((probability - ACCEPTANCE) * 2 * RATE).exp()).clamp(*STEP_SIZES)
+            if share == 1:
+                adapted.append(step.log())
         else:
+            if adapted:  # a single step size has the noise of its last acceptances
+                step = torch.stack(adapted).mean(0).exp()
+                adapted.clear()
             accepted, last = accepted + taken, last + 1
     return z.detach(), accepted / max(1, last)
 
