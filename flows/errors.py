@@ -32,6 +32,10 @@ class FileError(FlowsError, OSError):
     """A file or a folder cannot be read or written."""
 
 
+class UnstatedError(FlowsError, AttributeError):
+    """A class lacks an attribute that it must state."""
+
+
 class ComputationError(FlowsError, RuntimeError):
     """A computation failed although its input was valid."""
 

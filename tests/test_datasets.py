@@ -16,7 +16,7 @@ from scipy.special import digamma, logsumexp
 
 from flows import datasets
 from flows.datasets import ConditionalDensity, Density, FreeField, Funnel, Particles, Phi4
-from flows.errors import FileError, InvalidTypeError, InvalidValueError
+from flows.errors import FileError, FlowsError, InvalidTypeError, InvalidValueError
 
 CONFIGS = {path.stem: OmegaConf.load(path) for path in sorted(Path(__file__).parents[1].glob("conf/data/*.yaml"))}
 for config in CONFIGS.values():
@@ -438,3 +438,26 @@ def test_bad_settings():
     state = datasets.Rings().train_stream(1, rng()).state_dict()
     with pytest.raises(ValueError, match="belongs to the data set 'rings', but this one is 'moons'"):
         density.train_stream(1, rng()).load_state_dict(state)
+
+
+class Bowl(datasets.Energy):
+    def __init__(self):
+        """Forgets its parent's."""
+
+    def log_density(self, x):
+        return -x.square().sum(1)
+
+
+def test_data_are_named_by_their_class_and_say_what_they_must_state():
+    class DeepBowl(Bowl):
+        pass
+
+    class Named(DeepBowl):
+        name = "bowl_of_soup"
+
+    later = type("Later", (Named,), {})
+    assert (DeepBowl().name, Named().name, later().name) == ("deep_bowl", "bowl_of_soup", "bowl_of_soup")
+    assert datasets.Moons.name == "moons"
+    with pytest.raises(FlowsError, match=r"Bowl does not state num_test; set it .* or call super\(\).__init__"):
+        Bowl().test_batches(10)
+    assert not hasattr(Bowl(), "num_test")

@@ -26,6 +26,10 @@ RUNS = {  # the run that a checkpoint in a command stands for
     "runs/classes": ("data=moons_by_class",),
     "runs/tank": ("data=trajectories", "data.path=x.csv", "data.input_columns=[inflow]", "field=forced"),
     "runs/glucose": ("model=neural_ode", "data=trajectories", "data.path=x.csv", "objective=trajectory_matching"),
+    "runs/table": ("data=tabular", "data.path=x.csv"),
+    "runs/people": ("data=tabular", "data.path=x.csv", "data.context_columns=[age]"),
+    "runs/pictures": ("data=images", "data.path=x"),
+    "runs/series": ("data=trajectories", "data.path=x.csv"),
     "RUN": ("experiment=digits",),
 }
 

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from flows.checks import fits_in_memory, whole_number
 from flows.conditions import Conditions
 from flows.datasets.batches import Batch, BatchStream, convert_batch
 from flows.datasets.fingerprint import fingerprint_of_rows
-from flows.errors import InvalidValueError
+from flows.errors import InvalidValueError, UnstatedError
+from flows.naming import in_words
 
 METHODS = (  # whose arguments are checked, in every data set
     "train_stream",
@@ -38,11 +39,12 @@ METHODS = (  # whose arguments are checked, in every data set
 class Dataset(CheckedMethods, ABC, checks=METHODS):
     """Examples of one shape in three splits: training, validation, test.
 
-    Subclasses set `name`, `event_shape`, `num_validation` and `num_test`, and implement `train_stream`, `held_out`
+    Subclasses set `event_shape`, `num_validation` and `num_test`, and implement `train_stream`, `held_out`
     and `reference`. All other attributes have defaults.
 
     Attributes:
-        name: name of the runs; equal to the name of the yaml in `conf/data`.
+        name: name of the runs; equal to the name of the yaml in `conf/data`. Default: that of the class in small
+            letters, such as double_well for DoubleWell.
         event_shape: shape of one example.
         entropy: differential entropy in nats, which no expected NLL can fall below. With contexts it is
             H(x | context). Default: None, unknown.
@@ -77,9 +79,24 @@ class Dataset(CheckedMethods, ABC, checks=METHODS):
         for name in ("sample", "sample_context", "draw"):
             if name in vars(cls):
                 setattr(cls, name, _of_count(vars(cls)[name]))
+        stated = [base for base in cls.__mro__ if "name" in vars(base) and not vars(base).get("_is_named_by_class")]
+        if not stated:
+            cls.name, cls._is_named_by_class = in_words(cls.__name__), True
         super().__init_subclass__(**options)
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("event_shape", "num_validation", "num_test"):
+                example = "(2,)" if name == "event_shape" else "1000"
+                raise UnstatedError(
+                    f"the data set {type(self).__name__} does not state {name}; set it in the class, such as "
+                    f"{name} = {example}, or call super().__init__() if that sets it"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     name: str
+    _is_named_by_class: bool
     event_shape: tuple[int, ...]
     entropy: float | None = None
     context_shape: tuple[int, ...] | None = None
