@@ -349,6 +349,17 @@ def test_regression_tables_take_their_published_split(tmp_path):
         flows.datasets.UCIRegression(tmp_path)
 
 
+def test_regression_tables_get_noise_where_the_target_repeats(tmp_path):
+    table = np.random.default_rng(0).normal(size=(400, 3))
+    table[:, 2] = (3 * table[:, 0]).round()  # such as the quality of wine
+    np.savetxt(tmp_path / "data.txt", table)
+    (tmp_path / "test_rows_0.txt").write_text("4\n0\n")
+    data = flows.datasets.UCIRegression(tmp_path)
+    assert data.units.tolist() == [1]
+    noise = data.reference() - data.reference().round()
+    assert noise.std() == pytest.approx(12**-0.5, rel=0.1)
+
+
 def test_the_entropy_of_the_generated_table_is_right():
     conditional_table = pytest.importorskip("benchmarks.conditional_table")
     table = conditional_table.conditional_table(2000)

@@ -428,6 +428,18 @@ def test_ties_are_named(kind):
         Table(np.c_[NORMAL[:, 2], column], columns=["free", "tied"])
 
 
+def test_ties_of_a_single_column_are_found():
+    def units(values, context=None):
+        return Table(values, dequantise_columns="auto", context=context, quiet=True).units.tolist()
+
+    assert units(COUNTS[:, None]) == [1]
+    assert units(COUNTS[:, None], NORMAL) == [1]
+    copies = np.tile(NORMAL[:200], (10, 1))  # of whole rows, conditions included, are no ties
+    assert units(copies[:, :1], copies[:, 1:]) == [0]
+    with pytest.warns(DataWarning, match=r"column '0' \(.*distinct values in 2,000 rows"):
+        Table(COUNTS[:, None], context=NORMAL)
+
+
 DEPENDENT = {
     "copy": NORMAL[:, 0],
     "other unit": 1e6 - 2.54 * NORMAL[:, 0],

@@ -38,10 +38,10 @@ def warnings_about(
 ) -> Iterator[str]:
     """Yield one sentence for each kind of trouble."""
     keep = np.array(continuous, dtype=bool)
-    ties = find_ties(table)
+    given = contexts or {}
+    ties = find_ties(table, np.column_stack(list(given.values())) if given else None)
     yield from _about_ties([found for found in ties if keep[found.column]], columns, source)
     if keep.any():
-        given = contexts or {}
         whole = np.column_stack([*given.values(), table[:, keep]])
         yield from _about_copies(row_keys(whole), split, source)
         yield from _about_near_copies(whole, split, source)

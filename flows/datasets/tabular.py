@@ -153,7 +153,8 @@ class Table(Dataset):
         elif categories:
             raise InvalidValueError(f"{source}: categories are of the context columns, and there are none")
         fractions = {"test": test_fraction, "validation": validation_fraction}
-        whole = table.numpy() if contexts is None else np.hstack([contexts.stable(), table.numpy()])
+        others = None if contexts is None else contexts.stable()
+        whole = table.numpy() if others is None else np.hstack([others, table.numpy()])
         self.is_scored = scored = isinstance(test_rows, str) and test_rows == ALL
         if scored:
             self.split = _all_rows(len(table), source)
@@ -178,11 +179,11 @@ class Table(Dataset):
             self._labels = {split: stable[rows.numpy()] for split, rows in self.split.items()}
         if not scored:
             _check_varies(self._parts["train"], self.columns, source)
-        self.units = _units(table, self.columns, dequantise_columns, source)
+        self.units = _units(table, self.columns, dequantise_columns, source, others)
         if not (quiet or scored):
             rows = {split: indices.numpy() for split, indices in self.split.items()}
-            given = {} if contexts is None else dict(zip(contexts.conditions.columns, contexts.stable().T, strict=True))
-            for message in warnings_about(table.numpy(), rows, self.columns, (self.units == 0).tolist(), source, given):
+            named = {} if contexts is None else dict(zip(contexts.conditions.columns, contexts.stable().T, strict=True))
+            for message in warnings_about(table.numpy(), rows, self.columns, (self.units == 0).tolist(), source, named):
                 warnings.warn(message, DataWarning, stacklevel=2)
         if self.units.any():
             steps = {name: unit for name, unit in zip(self.columns, self.units.tolist(), strict=True) if unit}
@@ -516,7 +517,9 @@ def _dequantised(rows: Tensor, units: Tensor, generator: torch.Generator) -> Ten
     return rows + units * (torch.rand(rows.shape, generator=generator, dtype=rows.dtype) - 0.5)
 
 
-def _units(table: Tensor, columns: Sequence[str], chosen: Noise, source: str) -> Tensor:  # (columns,)
+def _units(
+    table: Tensor, columns: Sequence[str], chosen: Noise, source: str, others: np.ndarray | None
+) -> Tensor:  # (columns,)
     """Return the rounding unit of the columns to dequantise, and 0 for all others."""
     units = torch.zeros(len(columns), dtype=torch.float64)
     if chosen is None:
@@ -527,7 +530,7 @@ def _units(table: Tensor, columns: Sequence[str], chosen: Noise, source: str) ->
             units[choose_columns([name], columns, source)[0]] = float(unit)
         return units
     if chosen == "auto":
-        found = {ties.column: ties.unit for ties in find_ties(table.numpy()) if ties.unit is not None}
+        found = {ties.column: ties.unit for ties in find_ties(table.numpy(), others) if ties.unit is not None}
     else:
         found = {i: rounding_unit(np.unique(table[:, i].numpy())) for i in choose_columns(chosen, columns, source)}
     for column, unit in found.items():

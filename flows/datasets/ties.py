@@ -38,10 +38,17 @@ class Ties:
         return self.unit is not None and self.distinct >= MILD * self.rows
 
 
-def find_ties(table: Values) -> list[Ties]:
-    """Return the columns whose values repeat. Copies of whole rows count once."""
-    _, first = np.unique(row_keys(table), return_index=True)
-    rows = table[np.sort(first)[:MAX_ROWS]]
+def find_ties(table: Values, given: Values | None = None) -> list[Ties]:
+    """Return the columns whose values repeat.
+
+    Copies of whole rows count once, with the conditions in `given`. In a single column without conditions, a copy is a
+    repeated value.
+    """
+    whole = table if given is None else np.hstack([given, table])
+    rows = table[:MAX_ROWS]
+    if whole.shape[1] > 1:
+        _, first = np.unique(row_keys(whole), return_index=True)
+        rows = table[np.sort(first)[:MAX_ROWS]]
     found = []
     for column, values in enumerate(rows.T):
         distinct, counts = np.unique(values, return_counts=True)
