@@ -465,7 +465,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             event_shape=data.event_shape,
             encoder=encoder,
         )
-        return flow.fit_ends(data.reference())
+        return flow.fit_ends(data.reference(), data.reference_contexts())
 
     def _exact_flow(self) -> CNF:
         """The flow in float64, with the divergence of scores."""

@@ -2,6 +2,7 @@
 
 from flows.bases.adapters import FlowBase, TorchDistribution, as_base
 from flows.bases.base import Base, NoDensityError
+from flows.bases.conditional import ConditionalNormal, Frame
 from flows.bases.empirical import Empirical
 from flows.bases.mixture import Mixture
 from flows.bases.normal import Normal
@@ -10,8 +11,10 @@ from flows.bases.uniform import Uniform
 
 __all__ = [
     "Base",
+    "ConditionalNormal",
     "Empirical",
     "FlowBase",
+    "Frame",
     "Mixture",
     "NoDensityError",
     "Normal",

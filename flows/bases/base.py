@@ -32,6 +32,7 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
     Attributes:
         is_closed_form: whether `log_prob` is a formula, so that millions of values are affordable. Default: `True`.
         has_rsample: whether gradients of draws reach trained parameters. Default: `True`.
+        context_shape: shape of the contexts that it depends on, see `ConditionalNormal`. Default: `None`, on none.
 
     Args:
         event_shape: shape of a point.
@@ -56,6 +57,7 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
 
     is_closed_form: ClassVar[bool] = True
     has_rsample: ClassVar[bool] = True
+    context_shape: tuple[int, ...] | None = None
     _like: Tensor  # has the device and the dtype
     _ready: bool = True  # False until what is fitted to data has been fitted or loaded
 

@@ -63,7 +63,7 @@ def trajectory_of(
     if not times or not 0 <= times[-1] <= times[0] <= 1:
         raise InvalidValueError(f"times must be one or more numbers from 0 (noise) to 1 (data), got {times}")
     with torch.no_grad():
-        states = [flow.transform(x, generator)[0].to(flow.dtype)]
+        states = [flow.to_flow_space(x, context, generator)]
         for start, end in zip([1.0, *times], times, strict=False):
             here = states[-1]
             states.append(here if start == end else flow.transport(here, (start, end), context, log_density=False).x)

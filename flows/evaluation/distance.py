@@ -123,7 +123,7 @@ class DistanceEvaluator(FlowEvaluator):
         generator = self.generator(flow, "paths")
         data = first_points(flow, self.dataset, self.part, num_paths, self.points)
         with torch.no_grad():
-            y = flow.transform(data.x, generator)[0].to(flow.dtype)
+            y = flow.to_flow_space(data.x, data.context, generator)
             z = flow.base.sample((len(y),), generator)
             energy, nfe = _energy(flow, z, data.context)
             few = slice(min(CHECKED_PATHS, len(z)))

@@ -358,7 +358,7 @@ def _variance_of_one_probe(
     flow: CNF, x: Tensor, context: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:  # (B,)
     """Return half the squared difference of two log-densities of the same points under different probes."""
-    y, _ = flow.transform(x, generator)
+    y = flow.to_flow_space(x, context, generator)
     first, second = (flow.transport(y, (1.0, 0.0), context, generator).log_density_change for _ in range(2))
     assert first is not None  # since the transport took the divergence
     assert second is not None

@@ -138,19 +138,20 @@ class Posterior(Distribution):
         context = self._given(x)
         if context.ndim != self._ndim:
             raise InvalidValueError(f"map takes one observation, got a batch of shape {tuple(context.shape)}")
-        transform = self.flow.transform
+        flow = self.flow
         drawn = self.sample((num_init,), context, generator)
         with torch.no_grad():
-            density = self.flow.log_prob(drawn, context)
+            density = flow.log_prob(drawn, context)
             start = drawn[density.topk(min(num_to_optimize, num_init)).indices]
-            y = transform(start)[0]
+            given = context.expand(len(start), *context.shape)
+            y = flow.to_flow_space(start, given)
         best, value = start[0].clone(), float(density.max())
         y = y.detach().requires_grad_()
         optimizer = torch.optim.Adam([y], learning_rate)
         with torch.enable_grad():
             for _ in range(steps):
-                theta = transform.inverse(y)[0]
-                density = self.flow.log_prob(theta, context)
+                theta = flow.to_data_space(y, given)
+                density = flow.log_prob(theta, context)
                 (y.grad,) = torch.autograd.grad(-density.sum(), y)
                 found = density.detach()
                 if float(found.max()) > value:

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 import flows
 from flows.arguments import checked
-from flows.bases import Base, NoDensityError, as_base
+from flows.bases import Base, ConditionalNormal, Frame, NoDensityError, as_base
 from flows.checks import as_shape, check_number, fits_in_memory
 from flows.divergence import Auto, DivergenceEstimator
 from flows.divergence.parameters import learned_parts, learned_tensors
@@ -107,6 +107,7 @@ class CNF(nn.Module):
         if encoder is not None:
             self._check_features(encoder)
             encoder.to(self.device, self.dtype)
+        self._check_contexts_of_base()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take any base that the constructor takes, to the field's device and dtype."""
@@ -177,6 +178,7 @@ class CNF(nn.Module):
     def fit_ends(
         self,
         points: Tensor,  # (n, *event), training data in data space
+        contexts: Tensor | None = None,  # (n, *context), of the points, for a base that depends on them
     ) -> CNF:
         """Fit the transform, then the base in flow space, to training data; return the flow.
 
@@ -186,12 +188,13 @@ class CNF(nn.Module):
             InvalidValueError: transform or base cannot be fitted to them.
         """
         self.transform.fit(points)
-        return self.fit_base(points)
+        return self.fit_base(points, contexts)
 
     @checked
     def fit_base(
         self,
         points: Tensor,  # (n, *event), training data in data space
+        contexts: Tensor | None = None,  # (n, *context), of the points
     ) -> CNF:
         """Fit the base alone, to what a fitted transform makes of training data; return the flow."""
         if not self.base.needs_fit:
@@ -203,9 +206,32 @@ class CNF(nn.Module):
             self.transform.check(x)
             return self.transform(x, generator)[0].to(self.dtype)
 
+        given = {} if self.base.context_shape is None else {"contexts": contexts}
         with torch.no_grad():
-            self.base.fit(to_flow_space(points), to_flow_space)
+            self.base.fit(to_flow_space(points), to_flow_space, **given)
         return self
+
+    @checked
+    def to_flow_space(
+        self,
+        x: Tensor,  # (B, *event), data space
+        context: Tensor | None = None,  # (B, *context)
+        generator: torch.Generator | None = None,  # of dequantisation noise
+    ) -> Tensor:  # (B, *event)
+        """Points where the ODE has them at t = 1: transformed, and in units of a base that depends on the context."""
+        y = self.transform(x, generator)[0].to(self.dtype)
+        frame = self._frame(context, (len(y),))
+        return y if frame is None else frame.relative(y)[0]
+
+    @checked
+    def to_data_space(
+        self,
+        y: Tensor,  # (B, *event), flow space
+        context: Tensor | None = None,  # (B, *context)
+    ) -> Tensor:  # (B, *event)
+        """The inverse of `to_flow_space`."""
+        frame = self._frame(context, (len(y),))
+        return self.transform.inverse(y if frame is None else frame.absolute(y)[0])[0]
 
     @checked
     def guided(self, weight: float) -> CNF:
@@ -300,10 +326,13 @@ class CNF(nn.Module):
     ) -> LogProbEstimate:
         self._require_density()
         points, batch_shape = self._flatten(x)
+        frame = self._frame(context, batch_shape)
         context = self._flatten_context(context, batch_shape)
         self.transform.check(points)
         y, terms = self.transform.account(points, generator)
         y, terms = self._in_own_dtype(y), {name: self._in_own_dtype(term) for name, term in terms.items()}
+        if frame is not None:
+            y, terms["base"] = frame.relative(y)
         if rows is not None:
             context, batch_shape = None if context is None else context[rows], (len(points[rows]),)
         estimator = self.divergence.bind(self.bind(context))
@@ -341,12 +370,12 @@ class CNF(nn.Module):
         """Draw from the flow, without computing a divergence.
 
         Differentiable where autograd records and the data are continuous."""
-        z, context, full_shape = self._base_points(shape, context, generator)
+        z, context, full_shape, frame = self._base_points(shape, context, generator)
         field = self.bind(context)
         examine(self.base, field, z)
         dynamics = StateDynamics(field)
         solution = self.solver.solve(dynamics, dynamics.initial_state(z), (0.0, 1.0), self._differentiated(field, z))
-        y = solution.end[0]
+        y = solution.end[0] if frame is None else frame.absolute(solution.end[0])[0]
         return self.transform.inverse(y)[0].reshape(*full_shape, *self.event_shape)
 
     @checked
@@ -375,22 +404,27 @@ class CNF(nn.Module):
     ) -> Sample:
         """`sample_and_log_prob` with standard errors and path costs; `rows` as in `estimate_log_prob`."""
         self._require_density()
-        z, context, full_shape = self._base_points(shape, context, generator)
+        z, context, full_shape, frame = self._base_points(shape, context, generator)
         if rows is not None:
             context, full_shape = None if context is None else context[rows], (len(z[rows]),)
+            frame = None if frame is None else frame.part(rows)
         estimator = self.divergence.bind(self.bind(context))
         z, _, probes, directions = self._drawn(estimator, z, {}, path_costs, generator, rows)
         dynamics = AugmentedDynamics(estimator, probes, path_costs, directions)
         tensors, times = self._differentiated(estimator.field, z, probes, estimator), (0.0, 1.0)
         with steps_together(rows):
             solution = self.solver.solve(dynamics, dynamics.initial_state(z), times, tensors)
-        y, change, *integrals = solution.end
+        y, changes, *integrals = solution.end
+        change = changes.mean(0)
+        if frame is not None:
+            y, log_det = frame.absolute(y)
+            change = change - log_det
         x, log_det = self.transform.inverse(y)
-        error = estimator.standard_error(change.detach())
+        error = estimator.standard_error(changes.detach())
         costs = dynamics.path_costs(integrals, times)
         return Sample(
             x=x.reshape(*full_shape, *self.event_shape),
-            log_prob=(self.base.log_prob(z) + change.mean(0) - log_det).reshape(full_shape),
+            log_prob=(self.base.log_prob(z) + change - log_det).reshape(full_shape),
             standard_error=error.reshape(full_shape),
             path_costs={name: integral.reshape(full_shape) for name, integral in costs.items()},
             statistics=solution.statistics,
@@ -408,7 +442,7 @@ class CNF(nn.Module):
         """Carry points of flow space along the ODE, through all `times`.
 
         Two times give the end alone; more give the state at every time, the first included. The transform is
-        not applied: a data point `x` has its latent at `transport(flow.transform(x)[0]).x`.
+        not applied: a data point `x` has its latent at `transport(flow.to_flow_space(x, context), context=context).x`.
         """
         points, batch_shape = self._flatten(x)
         points = self._in_own_dtype(points)
@@ -486,8 +520,8 @@ class CNF(nn.Module):
 
     def _base_points(
         self, shape: int | Sequence[int], context: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-        """Base points (n, *event), the context of each, and the full batch shape of the draw."""
+    ) -> tuple[Tensor, Tensor | None, tuple[int, ...], Frame | None]:
+        """Base points (n, *event), the features of each, the full batch shape of the draw, and the frame of each."""
         full_shape = as_shape("shape", shape, at_least=0)
         if context is not None:
             full_shape += tuple(context.shape[: context.ndim - self._context_ndim(context)])
@@ -496,7 +530,8 @@ class CNF(nn.Module):
             num_bytes = math.prod(full_shape) * math.prod(self.event_shape) * self.dtype.itemsize
             fits_in_memory(f"shape: samples of shape {full_shape}", num_bytes)
         z = self.base.sample((math.prod(full_shape),), generator)
-        return z, self._flatten_context(context, full_shape), full_shape
+        frame = self._frame(context, full_shape)
+        return z, self._flatten_context(context, full_shape), full_shape, frame
 
     def _require_density(self) -> None:
         """Raise `NoDensityError` before a solve, unless the base has a density."""
@@ -582,9 +617,33 @@ class CNF(nn.Module):
                 f"point of a batch of shape {batch_shape}"
             ) from None
 
+    def _frame(self, context: Tensor | None, batch_shape: tuple[int, ...]) -> Frame | None:
+        """The units of a base that depends on the context, for each point; `None` for any other base."""
+        base = self.base
+        if not isinstance(base, ConditionalNormal):
+            return None
+        if context is None:
+            raise InvalidValueError(
+                f"the base {type(base).__name__} depends on the context: pass context=..., of shape "
+                f"{base.context_shape} for each point"
+            )
+        self._check_place("context", context)
+        place = context.ndim - self._context_ndim(context)
+        leading, own = context.shape[:place], context.shape[place:]
+        return base.frame(context.reshape(-1, *own)).expand(leading, batch_shape)
+
     def _context_ndim(self, context: Tensor) -> int:
         stated = self.context_shape
         return min(1, context.ndim) if stated is None else min(len(stated), context.ndim)
+
+    def _check_contexts_of_base(self) -> None:
+        own, stated = self.base.context_shape, self.context_shape
+        if own is not None and (not self.bind().takes_context or stated not in (None, own)):
+            takes = "takes none" if stated is None else f"takes contexts of shape {stated}"
+            raise InvalidValueError(
+                f"the base {type(self.base).__name__} depends on contexts of shape {own}, and the flow {takes}; build "
+                "both for the same contexts"
+            )
 
     def _check_features(self, encoder: Encoder) -> None:
         view = self.bind()

@@ -161,7 +161,7 @@ class FlowMatching(Objective):
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         self._check_base(flow.base)
         with torch.no_grad():  # learned noise is trained by the likelihood, whose bound it tightens
-            data = flow.transform(batch.x, generator)[0].to(flow.dtype)  # tables come in float64
+            data = flow.to_flow_space(batch.x, batch.context, generator)  # tables come in float64
         coupling, path = self._coupling, by_name(ProbabilityPath, self.path)
         independent = coupling.is_independent
         marginal = self._is_marginal(flow)
@@ -235,6 +235,11 @@ class FlowMatching(Objective):
     def _check_base(self, base: Base) -> None:
         """Raise `InvalidTypeError` unless the base has what the settings ask for."""
         name, weight = type(base).__name__, self.divergence_weight
+        if self.context_dropout and base.context_shape is not None:
+            raise InvalidTypeError(
+                f"context_dropout={self.context_dropout:g} trains the flow without contexts as well, and the base "
+                f"{name} depends on them; use context_dropout=0 or another base, such as base=normal"
+            )
         if self.target == "marginal" and not weighs_pairs(base):
             lack = "has none" if not base.has_density else "takes a solve for each value of its own"
             raise InvalidTypeError(

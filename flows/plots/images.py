@@ -77,7 +77,7 @@ def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None
     with torch.no_grad():
         z = flow.base.sample((NUM_SAMPLES,), generator)
         y = flow.transport(z, (0.0, 1.0), context, log_density=False).x
-        drawn = flow.transform.inverse(y)[0].cpu()
+        drawn = flow.to_data_space(y, context).cpu()
     unseen = next(iter(dataset.validation_batches(NUM_UNSEEN))).x
     pictures = {
         "samples": image_samples(drawn, reference),
@@ -187,8 +187,9 @@ def image_classes(
     context = torch.eye(dataset.num_classes)[:classes].to(flow.device, flow.dtype)
     with torch.no_grad():
         z = flow.base.sample((num_each,), generator).repeat(classes, 1, 1, 1)
-        y = flow.transport(z, (0.0, 1.0), context.repeat_interleave(num_each, 0), log_density=False).x
-        drawn = flow.transform.inverse(y)[0].unflatten(0, (-1, num_each))
+        each = context.repeat_interleave(num_each, 0)
+        y = flow.transport(z, (0.0, 1.0), each, log_density=False).x
+        drawn = flow.to_data_space(y, each).unflatten(0, (-1, num_each))
     return _strips(drawn, dataset.reference(), rows=[str(label) for label in range(classes)])
 
 
@@ -213,15 +214,15 @@ def interpolations(
     rows = len(start)
     weights = torch.linspace(0, 1, num_columns).to(start).view(-1, 1, 1)
     with torch.no_grad():
-        images = flow.transform(torch.cat([start, end]), generator)[0]
         twice = None if context is None else context.repeat(2, *[1] * (context.ndim - 1))
+        images = flow.to_flow_space(torch.cat([start, end]), twice, generator)
         z, w = flow.transport(images, (1.0, 0.0), twice, log_density=False).x.flatten(1).split(rows)
         cosine = (z * w).sum(1) / (z.norm(dim=1) * w.norm(dim=1))
         angle = cosine.clamp(-1 + 1e-6, 1 - 1e-6).arccos().unsqueeze(1)
         latent = (((1 - weights) * angle).sin() * z + (weights * angle).sin() * w) / angle.sin()  # (columns, rows, d)
         latent = latent.reshape(-1, *flow.event_shape)
         each = None if context is None else context.repeat(num_columns, *[1] * (context.ndim - 1))
-        decoded = flow.transform.inverse(flow.transport(latent, (0.0, 1.0), each, log_density=False).x)[0]
+        decoded = flow.to_data_space(flow.transport(latent, (0.0, 1.0), each, log_density=False).x, each)
     images = decoded.unflatten(0, (num_columns, rows)).transpose(0, 1)
     return _strips(images, dataset.reference(), columns=["image", *[""] * (num_columns - 2), "image"])
 

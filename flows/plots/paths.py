@@ -29,7 +29,7 @@ def draw_paths(
     with torch.no_grad():
         base = flow.base.sample((num_points,), generator)
         states = flow.transport(base, times.tolist(), context, generator, log_density=False).x
-        return torch.stack([flow.transform.inverse(state)[0] for state in states]).cpu()
+        return torch.stack([flow.to_data_space(state, context) for state in states]).cpu()
 
 
 @checked

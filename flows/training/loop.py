@@ -405,7 +405,7 @@ class Loop:
 def knows_the_data(model: nn.Module) -> bool:
     """Return whether the model may suit the data before it is trained: a flow that starts elsewhere than at N(0, I)."""
     base = getattr(model, "base", None)
-    return isinstance(base, Base) and not base.is_standard
+    return isinstance(base, Base) and (not base.is_standard or base.context_shape is not None)
 
 
 def step_metrics(statistics: SolverStatistics) -> Mapping[str, float]:

@@ -271,6 +271,7 @@ def build_model(
         conditions = getattr(dataset, "conditions", None) if conditions is None else conditions
     shapes: dict[str, Any] = {"event_shape": tuple(event_shape)}
     contexts = {} if context_shape is None else {"context_shape": tuple(context_shape)}
+    known = shapes | contexts | {"num_points": num_points} | ({} if conditions is None else {"conditions": conditions})
     model = config.get("model", DEFAULT_MODEL)
     parts = {part: _part(config, part) for part in model_parts(config) if part in config or part not in OPTIONAL}
     built: dict[str, Any] = {}
@@ -293,10 +294,11 @@ def build_model(
             _check_amounts(parts, given)
         if dataset is None and isinstance(parts.get("base"), Mapping):  # the points of its data are in the weights
             parts["base"] = {name: value for name, value in parts["base"].items() if name != "dataset"}
-        known = shapes | contexts | {"num_points": num_points}
+        if parts.get("base") is not None:
+            built["base"] = _build_base(parts["base"], known, dataset)
         for part in parts:
             if part not in built and parts[part] is not None:
-                built[part] = instantiate(parts[part], part, **_accepted(parts[part], known))
+                built[part] = instantiate(parts[part], part, **_accepted(parts[part], shapes | contexts))
         found = instantiate(model, "model", **built, **_accepted(model, shapes))
         if dataset is not None and isinstance(found, CNF) and found.base.needs_fit:
             _fit_base(found, dataset)
@@ -312,6 +314,14 @@ def _fit_transform(transform: Transform, dataset: Dataset) -> None:
         transform.fit(dataset.reference())
 
 
+def _build_base(config: Any, known: Mapping[str, Any], dataset: Dataset | None) -> Any:
+    """The base that the settings describe, unfitted; it takes contexts in data units."""
+    if isinstance(config, Mapping) and "context_shape" in set(parameter_names(config.get(TARGET))) - known.keys():
+        name = "these data have" if dataset is None else f"the data {dataset.name!r} have"
+        raise SettingsError(f"base: it depends on contexts, and {name} none; choose another one, such as base=normal")
+    return instantiate(config, "base", **_accepted(config, known))
+
+
 def _fit_base(flow: CNF, dataset: Dataset) -> None:
     """Fit the base to the training data.
 
@@ -324,7 +334,7 @@ def _fit_base(flow: CNF, dataset: Dataset) -> None:
             "samples; choose base=normal or base=student_t"
         )
     try:
-        flow.fit_base(dataset.reference())
+        flow.fit_base(dataset.reference(), dataset.reference_contexts())
     except InvalidValueError as error:
         raise SettingsError(f"base: {error}") from error
 
