@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from benchmarks.image_baselines import BASELINES, TITLES
 from benchmarks.recipes import settings
 from flows.datasets import Dataset
 from flows.evaluation import Likelihood, likelihood, part_batches
+from flows.fields import Linear
+from flows.models.cnf import CNF
+from flows.solvers import ODESolver
 from flows.training.runs import build_dataset, build_flow, build_trainer
 
 DATASETS = ("digits", "photo_patches")
@@ -60,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in arguments.datasets:
         config = settings(f"experiment={name}", *arguments.set)
         plain = settings(f"data={name}")["transform"]
-        rows = [train_recipe(config, arguments.draws)]
+        rows = train_recipe(config, arguments.draws)
         rows += fit_baselines(config, plain, arguments.baselines, 60 * arguments.minutes, arguments.draws)
         dataset = build_dataset(config)
         shape = " × ".join(map(str, dataset.event_shape))
@@ -68,9 +72,11 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n".join(table(rows, dataset.event_shape)), flush=True)
 
 
-def train_recipe(config: Mapping[str, Any], num_draws: int) -> Row:
-    """Train what `config` describes and test the weights that validation chose."""
+def train_recipe(config: Mapping[str, Any], num_draws: int) -> list[Row]:
+    """Train what `config` describes and test the weights that validation chose; test a fitted base alone, too."""
     trainer = build_trainer(config)
+    assert isinstance(trainer.model, CNF), "the recipes train one"
+    begun = alone(trainer.model)  # a stage of likelihood may train the base
     summary = trainer.fit()
     stages = " + ".join(
         f"{stage['steps']} steps of {name.replace('_', ' ')}" for name, stage in config["objective"].items()
@@ -78,7 +84,19 @@ def train_recipe(config: Mapping[str, Any], num_draws: int) -> Row:
     one, many = evaluate(trainer.model, trainer.dataset, num_draws)
     title = f"flows, {type(trainer.model.field).__name__}"
     setting = f"{stages}, solver error {summary.metrics.get('solver_error') or 0:.0e} nats; {summary.output_dir}"
-    return Row(title, setting, one, many, summary.position.seconds, summary.parameters)
+    rows = [Row(title, setting, one, many, summary.position.seconds, summary.parameters)]
+    if begun.base.needs_fit:
+        parameters = sum(buffer.numel() for buffer in begun.base.buffers()) - 1
+        results = evaluate(begun, trainer.dataset, num_draws)
+        rows.append(Row("its base alone", f"{type(begun.base).__name__}, fitted", *results, 0.0, parameters))
+    return rows
+
+
+def alone(flow: CNF) -> CNF:
+    """Return the base of a flow under the same transform, as the flow of a field that is 0."""
+    d = math.prod(flow.event_shape)
+    parts = copy.deepcopy({"base": flow.base, "transform": flow.transform})
+    return CNF(Linear(flow.event_shape, torch.zeros(d, d)), solver=ODESolver("euler", step_size=1.0), **parts)
 
 
 def fit_baselines(
@@ -120,6 +138,7 @@ def table(rows: Sequence[Row], event_shape: Sequence[int]) -> Iterator[str]:
         bounds = ""
         for result, first in ((row.one, rows[0].one), (row.many, rows[0].many)):
             bits, gap = result.bits_per_dim, (result.values - first.values) / nats_per_bit
+            assert bits is not None, "images are whole numbers"
             paired = "" if row is rows[0] else f"{gap.mean():+.4f} ± {gap.std() / math.sqrt(len(gap)):.4f}"
             bounds += f"{f'{bits.value:.4f} ± {bits.standard_error:.4f}':>17}{paired:>19}"
         yield f"{row.title:28}{bounds}{row.seconds:9.0f}{row.parameters:12,}  {row.setting}"

@@ -159,6 +159,56 @@ def test_a_mixture_finds_its_components():
         Mixture(2).sample((3,))
 
 
+def apart():
+    """A mixture whose components hardly touch, so that a point tells its component."""
+    covariances = torch.tensor([[[1.0, 0.6], [0.6, 0.5]], [[0.3, 0.0], [0.0, 1.5]], [[0.5, -0.3], [-0.3, 0.7]]])
+    return Mixture(2, weights=[0.2, 0.3, 0.5], means=[[-9.0, 0.0], [9.0, 0.0], [0.0, 9.0]], covariances=covariances)
+
+
+def test_companions_come_from_the_component_of_the_point():
+    base = apart()
+    points = base.sample((20_000,), rng())
+    drawn, middles = base.companions(points, rng(1))
+    component = torch.cdist(points, base.mean).argmin(1)
+    assert torch.equal(middles, base.mean[component])
+    torch.testing.assert_close(torch.cdist(drawn, base.mean).argmin(1), component)
+    for k, factor in enumerate(base.factor):
+        own = drawn[component == k]
+        torch.testing.assert_close(own.mean(0), base.mean[k], atol=0.06, rtol=0)
+        torch.testing.assert_close(own.T.cov(), factor @ factor.T, atol=0.06, rtol=0)
+        assert torch.corrcoef(torch.stack([own[:, 0], points[component == k][:, 0]]))[0, 1].abs() < 0.06
+    normal = Normal(2, mean=[1.0, 2.0], covariance=[[2.0, 0.5], [0.5, 1.0]])
+    drawn, middles = normal.companions(points, rng(1))
+    assert torch.equal(drawn, normal.sample((20_000,), rng(1)))
+    assert torch.equal(middles, normal.mean.expand(20_000, 2))
+    assert torch.equal(StudentT(2).companions(points, rng(1))[1], torch.zeros(20_000, 2))
+
+
+@pytest.mark.parametrize("path", ["cosine", "linear"])
+def test_flow_matching_leaves_a_mixture_that_is_right(path):
+    """Around the means the cosine path asks for no velocity, so the gradient at rest vanishes in expectation."""
+    torch.manual_seed(0)
+    base = apart()
+    flow = CNF(MLP((2,), hidden=(8,), at_rest=True), base=base)
+    objective = FlowMatching(path=path, coupling="components", time_power=3.0)
+    generator, found = rng(), []
+    for _ in range(150):
+        loss = objective(flow, Batch(base.sample((200,), generator)), generator).loss
+        found.append(torch.autograd.grad(loss, flow.field.out.weight)[0].flatten())
+    gradients = torch.stack(found)
+    sigmas = gradients.mean(0).abs() / (gradients.std(0) / math.sqrt(150))
+    assert (sigmas < 4).all() == (path == "cosine")
+
+
+def test_components_need_noise_that_is_the_base_of_every_context():
+    flow = CNF(MLP((2,), hidden=(8,), context_shape=(1,)), base=apart())
+    batch = Batch(torch.randn(4, 2), torch.randn(4, 1))
+    with pytest.raises(ValueError, match="components differ between contexts"):
+        FlowMatching(coupling="components")(flow, batch)
+    with pytest.raises(ValueError, match="cannot pair noise that has been drawn already"):
+        flows.objectives.couplings.Components().pair(torch.zeros(3, 2), torch.zeros(3, 2))
+
+
 def test_shrinkage_keeps_small_components_from_overfitting():
     """A huge one gives every component the covariance of all points; a small one helps held-out points."""
     torch.manual_seed(0)

@@ -76,6 +76,15 @@ def test_table_states_paired_differences(digits, transform):
     assert "+" not in first
 
 
+def test_a_base_alone_has_its_own_density(digits, transform):
+    base = flows.bases.Normal(SHAPE, fit=True).fit(fitting.flow_points(digits, transform, 0, 2000).view(-1, *SHAPE))
+    found = images.alone(flows.CNF(flows.fields.MLP(SHAPE, hidden=(4,)), base=base, transform=transform))
+    x = digits.reference()[:20].double()
+    y, log_det = transform(x, torch.Generator().manual_seed(0))
+    log_prob = found.log_prob(x, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(log_prob, base.log_prob(y) + log_det)
+
+
 def test_samples_are_judged_by_their_class(digits):
     conditional = Digits(conditional=True)
     batch = next(conditional.test_batches(1000))

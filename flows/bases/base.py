@@ -21,7 +21,7 @@ class NoDensityError(InvalidTypeError):
 
 
 @checked
-class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit")):
+class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit", "companions")):
     """A distribution over points of one event shape, in flow space.
 
     It follows `.to(device, dtype)` like any module, and draws on its device and in its dtype. To add one: subclass it,
@@ -63,7 +63,7 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Let every base draw and compute densities in its own precision, whatever autocast asks for."""
-        for name in ("sample", "log_prob"):
+        for name in ("sample", "log_prob", "companions"):
             if name in vars(cls):
                 setattr(cls, name, _in_own_precision(vars(cls)[name]))
         super().__init_subclass__(**options)
@@ -146,6 +146,17 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit"))
         A base with data of its own takes them to flow space by `to_flow_space`.
         """
         return self
+
+    def companions(
+        self,
+        points: Tensor,  # (n, *event), data in flow space
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:  # (n, *event) each
+        """Draw a point of the base for each data point, and return the middle of the part that it comes from.
+
+        Default: independent draws of the whole base, with the middle 0.
+        """
+        return self.sample((len(points),), generator), torch.zeros_like(points)
 
     def _require_fit(self, name: str, instead: str) -> None:
         """Refuse to draw from, or to judge by, what neither data nor arguments have set."""

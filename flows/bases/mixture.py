@@ -133,6 +133,20 @@ class Mixture(Base):
             moved = torch.einsum("nij,nj->ni", self.factor[which], noise)
             return (self.mean[which] + moved).reshape(*shape, *self.event_shape)
 
+    def companions(self, points: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw a component of each data point from its posterior, and a point of that component; the middle is μ_k."""
+        self._require_fit("Mixture", "means and covariances")
+        noise = self.standard_normal((len(points),), generator).flatten(1)
+        with torch.no_grad():
+            total = self._log_joint(points.flatten(1)).softmax(-1).cumsum(-1)
+            rank = self.uniform((len(points),), generator, ()).unsqueeze(1) * total[:, -1:]
+            which = torch.searchsorted(total, rank, right=True).squeeze(1).clamp_max(self.num_components - 1)
+            drawn = self.mean[which]
+            for k, factor in enumerate(self.factor):
+                own = (which == k).nonzero().squeeze(1)
+                drawn[own] += noise[own] @ factor.T
+            return drawn.view_as(points), self.mean[which].view_as(points)
+
     def log_prob(
         self,
         z: Tensor,  # (*batch, *event)
@@ -141,10 +155,14 @@ class Mixture(Base):
         self._require_fit("Mixture", "means and covariances")
         check_points("z", z, self.event_shape, batched=False)
         flat = z.flatten(z.ndim - len(self.event_shape)).reshape(-1, self.mean.shape[1])
+        logits = self._log_joint(flat)
+        return logits.logsumexp(-1).reshape(z.shape[: z.ndim - len(self.event_shape)])
+
+    def _log_joint(self, flat: Tensor) -> Tensor:  # (n, d) to (n, K)
+        """Return the log-density of each component, times its weight."""
         whitening, shift = self.whitening()
         white = (flat @ whitening.flatten(0, 1).T).view(len(flat), *self.mean.shape) - shift
-        logits = self.log_constant() - 0.5 * white.square().sum(-1)
-        return logits.logsumexp(-1).reshape(z.shape[: z.ndim - len(self.event_shape)])
+        return self.log_constant() - 0.5 * white.square().sum(-1)
 
     def whitening(self) -> tuple[Tensor, Tensor]:  # (K, d, d) and (K, d)
         """Return L⁻¹ and L⁻¹ μ of each component, for Σ = L Lᵀ."""

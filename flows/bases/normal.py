@@ -105,6 +105,11 @@ class Normal(Base):
         log_prob = -0.5 * (squares + math.prod(self.event_shape) * LOG_TWO_PI)
         return log_prob if log_det is None else log_prob - log_det
 
+    def companions(self, points: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw independent points; their middle is μ."""
+        drawn = self.sample((len(points),), generator)
+        return drawn, torch.zeros_like(drawn) if not self.is_given else self._centre(points).expand_as(drawn)
+
     def whitened(
         self,
         differences: Tensor,  # (*batch, *event)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flows.arguments import CheckedMethods, checked
 from flows.checks import check_number
+from flows.errors import InvalidValueError
 from flows.objectives.contexts import groups_of
 
 MIN_BATCH_TO_WARN = 16  # in smaller batches, class labels may all differ by chance
@@ -136,6 +137,31 @@ class Independent(Coupling):
     ) -> tuple[Tensor, Tensor]:
         every = torch.arange(len(data), device=data.device)
         return every, every
+
+
+@checked
+@dataclass(frozen=True)
+class Components(Coupling):
+    """Noise from the component of the base that each data point belongs to.
+
+    A data point x₁ draws its component k from the posterior p(k | x₁) of the base (`flows.bases.Mixture`), and noise
+    from that component. Paths go around the mean μ_k of the component,
+
+        x_t = μ_k + a (x₁ − μ_k) + b (x₀ − μ_k).
+
+    Along `path="cosine"` the velocity is 0 where the data of each component are normal with its covariance. So a field
+    that starts at rest starts near its target, and training learns only what the base has missed; along straight paths
+    all points would have to move towards the mean and back. A base without components, such as `Normal`, is one
+    component. After EM the noise has the distribution of the base, as its weights are then the mean posteriors.
+
+    It refuses contexts: components differ between contexts, so that the noise would not be that of the base.
+    """
+
+    def pair(self, noise: Tensor, data: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        raise InvalidValueError(
+            "coupling=components draws noise for given data from the components of a base, so it cannot pair noise "
+            "that has been drawn already; use it in FlowMatching, or another coupling"
+        )
 
 
 @checked

@@ -23,12 +23,16 @@ from flows.naming import by_name
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.checks import check_flow
 from flows.objectives.contexts import drop_contexts, same_context
-from flows.objectives.couplings import Coupling
+from flows.objectives.couplings import Components, Coupling
 from flows.objectives.paths import ProbabilityPath
 from flows.objectives.posterior import base_posterior
 from flows.shares import own_rows
 from flows.vector_field import checked_value
 
+WITHOUT_CONTEXTS = (
+    "coupling=components takes noise from the component of each data point, and components differ between contexts, so "
+    "that the noise would not be that of the base; train without contexts, or use coupling=independent"
+)
 OWN_TIMES = "flow matching draws one time per sample"
 AUTO_MAX_DIMENSION = 8  # up to which a batch of some hundred points covers a density
 AUTO_QUERIES = 512  # evaluations of the field in a batch whose other points serve as a pool
@@ -166,12 +170,17 @@ class FlowMatching(Objective):
         independent = coupling.is_independent
         marginal = self._is_marginal(flow)
         number = AUTO_QUERIES if self.num_queries == "auto" else self.num_queries
-        queries = slice(number if marginal or not independent else None)
-        ends = data[queries]
+        componentwise = isinstance(coupling, Components)
+        queries = slice(number if marginal or not (independent or componentwise) else None)
+        ends, context, centre = data[queries], batch.context, None
         with torch.no_grad():  # a trained base is trained by the likelihood
-            noise = flow.base.sample((len(ends if independent else data),), generator)
-        context = batch.context
-        if not independent:
+            if componentwise:
+                if context is not None:
+                    raise InvalidValueError(WITHOUT_CONTEXTS)
+                noise, centre = flow.base.companions(ends, generator)
+            else:
+                noise = flow.base.sample((len(ends if independent else data),), generator)
+        if not (independent or componentwise):
             chosen, own = coupling.pairs(noise, data, context, generator)
             noise, ends = noise[chosen[queries]], data[own[queries]]
             context = None if context is None else context[own]
@@ -179,7 +188,11 @@ class FlowMatching(Objective):
         t = torch.rand(len(ends), generator=generator, dtype=data.dtype, device=device).to(data.device)
         t = (1 - ((1 - t) ** self.time_power).clamp_min(torch.finfo(t.dtype).eps)) * path.last_time
         a, b, a_rate, b_rate = path.coefficients(t.view(-1, *[1] * (data.ndim - 1)))
+        if centre is not None:
+            ends, noise = ends - centre, noise - centre
         position = a * ends + b * noise
+        if centre is not None:
+            position = position + centre
         dropped = None
         if context is not None:
             context = flow.encode(context[queries])
