@@ -257,6 +257,15 @@ def test_groups_of_a_copula_are_pixels_apart():
     assert bound(whole) > bound(noise) > 0.5  # entropy falls with what the noise knows
 
 
+def test_noise_of_a_copula_is_saved_with_its_flow(tmp_path):
+    noise = CopulaNoise((1, 4, 4), 4, stride=2).fit(together(100, (1, 4, 4), 4))
+    flow = flows.CNF(flows.fields.MLP((1, 4, 4), hidden=(4,)), transform=chain((1, 4, 4), 4, noise))
+    flows.save(flow, tmp_path / "images.flow")
+    x = together(5, (1, 4, 4), 4)
+    loaded = flows.load(tmp_path / "images.flow")
+    assert torch.equal(loaded.log_prob(x, generator=rng()), flow.log_prob(x, generator=rng()))
+
+
 def test_a_wide_truncated_normal_is_uniform():
     u, log_q = TruncatedNormalNoise(1e3).sample(levels(10), rng())
     assert log_q.abs().max() < 1e-4

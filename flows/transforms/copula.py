@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class CopulaNoise(DequantisationNoise):
         size, levels = math.prod(self.event_shape), checked_levels(num_levels)
         fits_in_memory(f"event_shape: a copula of {size:,} entries with {levels:,} levels", 8 * size * (size + levels))
         groups = _groups(self.event_shape, stride)
-        self.ends = torch.tensor([len(group) for group in groups]).cumsum(0).tolist()
+        self.ends = list(accumulate(len(group) for group in groups))
         self.register_buffer("order", torch.cat(groups), persistent=False)  # in which entries are drawn
         self.register_buffer("shares", torch.full((size, levels), 1 / levels))  # p, by entry
         self.register_buffer("below", torch.arange(levels).div(levels).repeat(size, 1))  # F at the whole numbers
