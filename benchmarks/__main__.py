@@ -26,6 +26,7 @@ from benchmarks import (
     series,
     training,
     uci,
+    unet_step,
 )
 from flows.errors import FlowsError
 
@@ -47,6 +48,7 @@ BENCHMARKS = (
     sbi,
     series,
     uci,
+    unet_step,
     conditional_table,
     processes,
     large_table,

@@ -7,7 +7,7 @@ import torch
 
 import flows
 from benchmarks import image_baselines as fitting
-from benchmarks import image_classes, images
+from benchmarks import image_classes, images, unet_step
 from benchmarks.densities import Gaussian, Mixture, Spline, spline_flow
 from flows.datasets import Digits
 from flows.errors import MissingPackageError
@@ -117,3 +117,9 @@ def test_a_missing_spline_library_is_named(monkeypatch):
         spline_flow()
     with pytest.raises(MissingPackageError, match="zuko"):
         Spline(Dequantise(17), SHAPE)
+
+
+def test_a_missing_unet_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchcfm.models.unet", None)
+    with pytest.raises(MissingPackageError, match="torchcfm's, which is not installed: pip install torchcfm"):
+        unet_step.other_unet()
