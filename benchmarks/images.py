@@ -6,7 +6,7 @@ import argparse
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,19 @@ from flows.training.runs import build_dataset, build_flow, build_trainer
 
 DATASETS = ("digits", "photo_patches")
 CLASSES = "digits_by_class"
+UNIFORM = ("transform.dequantise.noise._target_=flows.transforms.UniformNoise", "~transform.dequantise.noise.stride")
+WITHOUT = {  # what each part of a recipe gives: settings that leave it out
+    "digits": {
+        "uniform noise": UNIFORM,
+        "straight paths": ("objective.flow_matching.objective.path=linear",),
+        "field not at rest": ("field.at_rest=false",),
+    },
+    "photo_patches": {
+        "no shrinkage of the mixture": ("base.shrinkage=0",),
+        "no likelihood stage": ("~objective.maximum_likelihood",),
+        "no flow matching": ("~objective.flow_matching",),
+    },
+}
 TEST_SEED = 2  # of the dequantisation noise, the same for all models
 
 
@@ -48,6 +61,7 @@ def add_command(benchmarks: Any) -> None:
     part.add_argument("--minutes", type=float, default=10.0, help="at most, for each baseline (%(default)s)")
     part.add_argument("--draws", type=int, default=16, help="noise draws of the tighter bound (%(default)s)")
     part.add_argument("--set", nargs="*", default=[], metavar="SETTING", help="overrides of the recipes")
+    part.add_argument("--parts", action="store_true", help="train the recipes without each of their parts instead")
     part.add_argument("--classes", action="store_true", help=f"train {CLASSES} and classify its samples instead")
     part.add_argument("--each", type=int, default=200, help="samples per class, with --classes (%(default)s)")
     part.set_defaults(run=run)
@@ -59,13 +73,20 @@ def run(arguments: argparse.Namespace) -> None:
         config = settings(f"experiment={CLASSES}", *arguments.set)
         print("\n".join(image_classes.report(config, arguments.each)))
         return
-    if "nsf" in arguments.baselines:
+    if "nsf" in arguments.baselines and not arguments.parts:
         spline_flow()  # fail before minutes of training if zuko is missing
     for name in arguments.datasets:
         config = settings(f"experiment={name}", *arguments.set)
         plain = settings(f"data={name}")["transform"]
         rows = train_recipe(config, arguments.draws)
-        rows += fit_baselines(config, plain, arguments.baselines, 60 * arguments.minutes, arguments.draws)
+        for part, changes in WITHOUT[name].items() if arguments.parts else ():
+            row = train_recipe(settings(f"experiment={name}", *arguments.set, *changes), arguments.draws)[0]
+            rows.append(replace(row, title=part))
+        rows += (
+            ()
+            if arguments.parts
+            else fit_baselines(config, plain, arguments.baselines, 60 * arguments.minutes, arguments.draws)
+        )
         dataset = build_dataset(config)
         shape = " × ".join(map(str, dataset.event_shape))
         print(f"\n{name}, {shape}, {dataset.num_test:,} test images, {torch.get_num_threads()} threads")
