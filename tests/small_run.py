@@ -10,6 +10,7 @@ from flows.datasets import Gaussian, Table
 from flows.evaluation import default_evaluator
 from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.training import Hardware, Optimization, Reporting, Stage, Trainer
+from flows.training.loggers import training_curves
 
 STAGES = {
     "flow_matching": Stage(FlowMatching(), steps=6, batch_size=16, learning_rate=1e-2, warmup_steps=2),
@@ -96,4 +97,6 @@ class Memory:
         pass
 
     def series(self, name):
-        return [(step, metrics[name]) for step, metrics in self.rows if name in metrics]
+        """The values of a metric; `train/...` is that of any stage."""
+        rows = [(step, {**metrics, **training_curves(metrics)}) for step, metrics in self.rows]
+        return [(step, metrics[name]) for step, metrics in rows if name in metrics]

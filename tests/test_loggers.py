@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from small_run import Memory, small_flow, small_gaussian, small_trainer, stopping_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import flows
@@ -19,6 +20,7 @@ from flows.training import (
     TensorBoardLogger,
     TrainingInterrupted,
     read_metrics,
+    training_curves,
 )
 
 
@@ -42,6 +44,12 @@ def hparams_of(accumulator):
     return content
 
 
+def layout_of(accumulator):
+    (event,) = accumulator.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {group.title: {chart.title: list(chart.multiline.tag) for chart in group.chart} for group in layout.category}
+
+
 CONFIG = {"seed": 0, "field": {"hidden": [8, 8], "activation": "silu"}, "solver": {"rtol": 1e-5, "step_size": None}}
 
 
@@ -52,30 +60,34 @@ def test_a_run_can_be_read_in_tensorboard(tmp_path, monkeypatch):
     found = events(tmp_path)
     tags = found.Tags()
     assert set(tags["scalars"]) >= {
-        "train/loss",
-        "train/nll",
-        "train/velocity_error",
-        "train/nfe_forward",
-        "train/nfe_backward",
-        "train/gradient_norm",
-        "train/learning_rate",
-        "train/steps_per_second",
-        "train/divergence_standard_error",
+        *(
+            f"{stage}/{name}"
+            for stage in ("flow_matching", "maximum_likelihood")
+            for name in ("loss", "gradient_norm", "learning_rate", "steps_per_second")
+        ),
+        "flow_matching/velocity_error",
+        "maximum_likelihood/nll",
+        "maximum_likelihood/nfe_forward",
+        "maximum_likelihood/nfe_backward",
+        "maximum_likelihood/divergence_standard_error",
         "validation/nll",
         "validation/gap",
         "validation/nfe",
         "validation/steps_accepted",
+        "validation/nll_se",
         "test/nll",
+        "test/nll_se",
         "test/gap",
         "validation/score",
     }
-    assert [step for step, _ in scalars(tmp_path, "train/loss")] == [2, 4, 6, 8, 10, 11]
-    assert [step for step, _ in scalars(tmp_path, "train/nll")] == [8, 10, 11]
+    assert not [tag for tag in tags["scalars"] if tag.startswith("train/")]  # two units in one curve
+    assert [step for step, _ in scalars(tmp_path, "flow_matching/loss")] == [2, 4, 6]
+    assert [step for step, _ in scalars(tmp_path, "maximum_likelihood/nll")] == [8, 10, 11]
     assert [step for step, _ in scalars(tmp_path, "validation/nll")] == [3, 6, 9, 11]
     gap = dict(scalars(tmp_path, "validation/gap"))
     for step, nll in scalars(tmp_path, "validation/nll"):
         assert gap[step] == pytest.approx(nll - dataset.entropy, abs=1e-5)
-    assert scalars(tmp_path, "train/nfe_forward")[0] == (8, 16.0)
+    assert scalars(tmp_path, "maximum_likelihood/nfe_forward")[0] == (8, 16.0)
     assert scalars(tmp_path, "test/nll") == [(11, pytest.approx(summary.metrics["nll"], abs=1e-5))]
 
     pictures = {f"plots/{name}" for name in ("density", "samples", "trajectories", "evolution")}
@@ -87,6 +99,11 @@ def test_a_run_can_be_read_in_tensorboard(tmp_path, monkeypatch):
     assert files == {f"{name}{end}.png" for name in ("density", "samples", "trajectories", "evolution", "solve")
                      for end in ("", "_000006")} | {"curves.png"}  # fmt: skip
 
+    charts = layout_of(found)
+    assert list(charts) == ["quality", "flow_matching", "maximum_likelihood", "cost"]
+    assert charts["maximum_likelihood"]["loss"] == ["maximum_likelihood/loss", "maximum_likelihood/nll"]
+    assert {"validation/nll", "test/nll"} <= set(charts["quality"]["negative log-likelihood in nats"])
+
     text = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "hidden:" in text
     assert (tmp_path / "config.yaml").read_text().startswith("seed: 0\n")
@@ -95,7 +112,6 @@ def test_a_run_can_be_read_in_tensorboard(tmp_path, monkeypatch):
         "field.hidden": "[8, 8]",
         "field.activation": "silu",
         "solver.rtol": 1e-5,
-        "solver.step_size": "None",
         "parameters": summary.parameters,
     }
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1  # one file, so one row in the HPARAMS tab
@@ -106,15 +122,15 @@ def test_a_curve_goes_on_where_a_run_was_stopped(tmp_path):
     with pytest.raises(TrainingInterrupted):
         small_trainer(tmp_path, stopping_at(small_gaussian(), 5)).fit()
     for logger in (TensorBoardLogger(tmp_path), JSONLinesLogger(tmp_path / "metrics.jsonl")):
-        logger.log({"train/loss": 99.0}, 6)
+        logger.log({"flow_matching/loss": 99.0}, 6)
         logger.close()
     memory = Memory()
     small_trainer(tmp_path, resume=tmp_path, loggers=[memory]).fit()
     assert [step for step, _ in memory.series("train/loss")] == [6, 7, 8, 9, 10, 11]
-    curve = read_metrics(tmp_path / "metrics.jsonl")["train/loss"]
+    curve = training_curves(read_metrics(tmp_path / "metrics.jsonl"))["train/loss"]
     assert [step for step, _ in curve] == list(range(1, 12))
     assert curve[5:] == memory.series("train/loss")
-    written = scalars(tmp_path, "train/loss")
+    written = scalars(tmp_path, "flow_matching/loss") + scalars(tmp_path, "maximum_likelihood/loss")
     assert [step for step, _ in written] == list(range(1, 12))
     assert [value for _, value in written] == pytest.approx([value for _, value in curve], rel=1e-6)
 

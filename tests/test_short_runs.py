@@ -1,6 +1,9 @@
 """`steps=...` of the program: the steps of a whole run, shared among its stages."""
 
+import json
+
 import pytest
+from small_run import STAGES, small_trainer
 
 from flows.cli.config import as_on_the_command_line
 from flows.cli.sweeps import _note
@@ -48,11 +51,25 @@ def test_advice_names_settings_in_full():
     )
 
 
-@pytest.mark.parametrize(("target", "said"), [("FlowMatching", True), ("MaximumLikelihood", False)])
-def test_a_sweep_over_a_divergence_without_effect_says_so(tmp_path, target, said):
-    (tmp_path / "run").mkdir()
-    stage = f"{{objective: {{_target_: flows.objectives.{target}}}}}"
-    (tmp_path / "run/config.yaml").write_text(f"objective: {{a: {stage}}}")
-    note = _note(tmp_path, {"run": {"divergence": "exact"}})
-    assert (note is not None and "plays no part" in note) is said
-    assert _note(tmp_path, {"run": {"seed": 1}}) is None
+@pytest.mark.parametrize(
+    ("used", "said"),
+    [(0, "plays no part in these figures"), (40, "took part in 40 of 3,540 steps alone"), (3540, None)],
+)
+def test_a_sweep_over_a_divergence_without_effect_says_so(used, said):
+    note = _note({"run": {"divergence": "exact", "divergence_steps": used, "steps": 3540}})
+    assert note is None if said is None else said in note
+    assert _note({"run": {"seed": 1, "divergence_steps": used, "steps": 3540}}) is None
+
+
+def test_a_run_says_in_which_steps_its_divergence_took_part(tmp_path, caplog):
+    matching = {"flow_matching": STAGES["flow_matching"]}
+    summary = small_trainer(tmp_path / "a", stages=matching).fit()
+    assert "the divergence Hutchinson plays no part in what is trained: flow_matching takes none" in caplog.text
+    assert "estimator  Hutchinson in none of 6 steps" in str(summary)
+    assert json.loads((tmp_path / "a/summary.json").read_text())["divergence_steps"] == 0
+    caplog.clear()
+    summary = small_trainer(tmp_path / "b").fit()
+    assert "plays no part" not in caplog.text
+    assert "estimator  Hutchinson in 5 of 11 steps" in str(summary)
+    summary = small_trainer(tmp_path / "c", stages={"maximum_likelihood": STAGES["maximum_likelihood"]}).fit()
+    assert "estimator" not in str(summary)

@@ -373,7 +373,7 @@ def test_what_solves_tell_is_in_tensorboard(tmp_path, monkeypatch):
     content.Reload()
     tags = content.Tags()
     names = {"steps_accepted", "steps_rejected", "steps_forced", "shortest_step", "limited_by_state"}
-    assert {f"train/{name}" for name in names} <= set(tags["scalars"])
+    assert {f"maximum_likelihood/{name}" for name in names} <= set(tags["scalars"])
     assert "plots/solve" in tags["images"]
     assert (tmp_path / "plots/solve_000010.png").exists()
     assert (tmp_path / "plots/solve.png").exists()  # of the last step

@@ -77,7 +77,7 @@ def current_job() -> str | None:
         return None
     _folders.setdefault(settings.sweep.dir, Path(settings.sweep.dir))  # if hydra.sweep.dir itself was given
     # other sweepers than Hydra's own draw values, some of them twice
-    return job_name(_swept(), settings.job.num, numbered=settings.sweeper._target_ != BASIC_SWEEPER)
+    return job_name(swept(), settings.job.num, numbered=settings.sweeper._target_ != BASIC_SWEEPER)
 
 
 def sweep_folder(given: str | None, resume: str | None = None) -> str:
@@ -140,7 +140,7 @@ def recorded_job(name: str | None) -> Iterator[None]:
         "sweep": os.environ.get(SWEEP),
         "number": settings.job.num,
         "process": os.getpid(),
-        "swept": _swept(),
+        "swept": swept(),
     }
 
     def write(status: str, **more: Any) -> None:
@@ -182,5 +182,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _swept() -> dict[str, str]:
+def swept() -> dict[str, str]:
+    """What the sweep varies, and its values in the running job."""
     return swept_settings(HydraConfig.get().overrides.task, os.environ.get(FIXED, "").split())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -14,7 +15,7 @@ from flows.cli.arguments import refuse
 from flows.cli.config import check_program_settings, plain_settings, run_with_hydra
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
-from flows.cli.jobs import current_job, recorded_job
+from flows.cli.jobs import current_job, recorded_job, swept
 from flows.cli.resuming import RESUME_SETTINGS, find_run, resumed_config
 from flows.cli.sweeps import sweep_table, sweeping
 from flows.errors import InvalidValueError
@@ -58,6 +59,8 @@ def _train(composed: DictConfig) -> tuple[float | None, str | None]:
         checkpoint = found.checkpoint or AUTO
     from_file = composed.resume not in (None, AUTO)
     trainer = build_trainer(config, checkpoint, network=not from_file or may_download(None, composed.trust))
+    if current_job() is not None:
+        trainer.labels = {name: yaml.safe_load(value) for name, value in swept().items()}
     if trainer.resumed_step is not None:
         trainer.fabric.print(f"resumes after step {trainer.resumed_step:,} of the run in {trainer.source}")
     summary = trainer.fit()

@@ -261,10 +261,12 @@ class DensityEvaluator(FlowEvaluator):
             metrics["gap"] = result.nll - self.dataset.entropy
         if result.bits_per_dim is not None:
             metrics["bits_per_dim"] = result.bits_per_dim.value
+            if (error := known(result.bits_per_dim.standard_error)) is not None:
+                metrics["bits_per_dim_se"] = error
             metrics |= {f"bits_per_dim/{name}": value for name, value in result.bits_per_dim.parts.items()}
         fault = result.unresolved(self.dataset.entropy)
         if fault is not None:
-            figures = [name for name in metrics if name.startswith(FIGURES) and name != "nll_se"]
+            figures = [name for name in metrics if name.startswith(FIGURES) and not name.endswith("_se")]
             metrics = {f"{name}_unresolved" if name in figures else name: value for name, value in metrics.items()}
         return Evaluation(result.nll, metrics, result.statistics, fault)
 

@@ -20,7 +20,6 @@ from flows.plots.style import (
     DATA,
     DENSITY,
     FLOW,
-    MUTED,
     check_in_the_plane,
     check_names,
     points_to_plot,
@@ -31,7 +30,7 @@ from flows.plots.style import (
 
 @checked
 def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_with: str | None = None) -> Figure:
-    """Plot the density of the data beside that of the flow, on one colour scale.
+    """Plot the density of the data beside that of the flow, on one colour scale: that of the data.
 
     If the density of the data is unknown, a histogram of training points replaces it. A density that cannot be right,
     by its solver error or its mass, has "unresolved" in its title. `Auto()` replaces a stochastic divergence, whose
@@ -66,7 +65,7 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_wit
         title, known = "data density", dataset.log_prob(grid).exp().reshape(resolution, resolution).T.numpy()
     else:
         title, known = f"{len(reference):,} data points", histogram(reference, low, high, bins=64)
-    peak = max(float(np.quantile(known, 0.998)), float(np.quantile(modelled, 0.998)))
+    peak = float(np.quantile(known, 0.998))  # of the data, so that all flows on them share a scale
     figure = Figure(figsize=(9.6, 4.6), dpi=120, layout="compressed")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, name, values in zip(panels, (title, marked("flow density", mark)), (known, modelled), strict=True):
@@ -75,7 +74,7 @@ def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_wit
         )
         label_plane(axes, name)
     panels[1].set_ylabel("")
-    tidy(figure.colorbar(image, ax=panels, label="density per unit area", pad=0.02).ax)
+    tidy(figure.colorbar(image, ax=panels, label="density per unit area", pad=0.02, extend="max").ax)
     if evaluated_with is not None:
         note_estimator(panels[1], evaluated_with)
     return figure
@@ -130,9 +129,9 @@ def histogram(points: Tensor, low: Sequence[float], high: Sequence[float], bins:
 
 
 def note_estimator(axes: Axes, name: str) -> None:
-    """Say below a panel which divergence estimator its density was evaluated with."""
-    place = {"ha": "right", "va": "top", "fontsize": 7, "color": MUTED}
-    axes.text(1, -0.11, f"evaluated with {name}", transform=axes.transAxes, **place)
+    """Say in a panel which divergence estimator its density was evaluated with."""
+    place = {"ha": "right", "va": "bottom", "fontsize": 7, "color": "white"}
+    axes.text(0.98, 0.02, f"evaluated with {name}", transform=axes.transAxes, **place)
 
 
 def label_plane(axes: Axes, title: str, names: Sequence[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from flows.training.checkpoint import CheckpointError, find_checkpoint, load_che
 from flows.training.events import TensorBoardLogger
 from flows.training.fabric import Hardware
 from flows.training.files import OutputFolderError
-from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, read_metrics
+from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, read_metrics, training_curves
 from flows.training.loop import NonFiniteLossError
 from flows.training.runs import build_dataset, build_flow, load_flow
 from flows.training.signals import TrainingInterrupted
@@ -40,4 +40,5 @@ __all__ = [
     "load_flow",
     "read_metrics",
     "save_checkpoint",
+    "training_curves",
 ]

@@ -52,11 +52,12 @@ from flows.training.loggers import (
     JSONLinesLogger,
     Logger,
     ProgressBar,
-    flat,
     read_metrics,
+    training_curves,
 )
 from flows.training.loop import step_metrics
 from flows.training.memory import memory_errors
+from flows.training.shown import chosen_settings, layout
 from flows.training.state import Run
 from flows.writing import write_figure
 
@@ -269,6 +270,8 @@ class MetricLogging:
         events = TensorBoardLogger(run.folder, resume_step, EVENTS_OF_RUNS, kept)
         self._files = {"events": events, "metrics": metrics}
         self._loggers = [events, metrics, *([] if self._bar is None else [self._bar]), *run.reporting.loggers]
+        if resume_step is None:
+            run.log({"layout": layout(list(run.stages))})
         if run.config and resume_step is None:
             text = yaml.safe_dump(dict(run.config), sort_keys=False)
             run.log({"config": "".join(f"    {line}\n" for line in text.splitlines())})
@@ -302,7 +305,7 @@ class MetricLogging:
         if position.skipped:
             metrics["skipped"] = float(position.skipped)
         # One probe leaves the standard error unknown, which is no curve to look at.
-        run.log({f"train/{name}": value for name, value in metrics.items() if value == value})
+        run.log({f"{position.stage}/{name}": value for name, value in metrics.items() if value == value})
         self._last = (now, position.step)
 
     def on_validation_end(self, run: Run, evaluation: Evaluation | None, is_best: bool) -> None:
@@ -320,8 +323,10 @@ class MetricLogging:
             self._bar.close()  # the test has a bar of its own
 
     def on_summary(self, run: Run, summary: Summary) -> None:
-        results = {f"test/{name}": value for name, value in summary.headline().items()}
-        settings = {**flat(run.config or {}), "parameters": summary.parameters}
+        found = summary.headline()
+        found |= {f"{name}_se": summary.metrics[f"{name}_se"] for name in found if f"{name}_se" in summary.metrics}
+        results = {f"test/{name}": value for name, value in found.items()}
+        settings = {**chosen_settings(run), "parameters": summary.parameters}
         run.log({"summary": HParams(settings, {**results, "seconds": summary.position.seconds})})
 
     def on_run_end(self, run: Run) -> None:
@@ -404,6 +409,7 @@ class Pictures:
             entropy = getattr(run.dataset, "entropy", None)  # any data with a train_stream will do
             with self._forgiving(run.folder / METRICS):
                 curves = read_metrics(run.folder / METRICS)
+                curves |= training_curves(curves)
                 self._save(run, {"curves": plots.curves(curves, entropy, steps)}, "")
 
     def state_dict(self) -> dict[str, Any]:

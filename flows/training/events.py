@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -16,7 +17,9 @@ import numpy as np
 from flows.arguments import checked
 from flows.training.appended import AppendedFile
 from flows.training.files import EVENTS, EVENTS_OF_RUNS
-from flows.training.loggers import HParams
+from flows.training.loggers import HParams, Layout
+
+SHRUNK = 0.6  # of the size of a figure, beside that of its words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,11 +72,17 @@ class TensorBoardLogger:
 
         for name, value in metrics.items():
             if _is_figure(value):
-                self._write(summary.image(name, _pixels(value), dataformats="HWC"), step)
+                self._write(summary.image(name, _pixels(thumbnail(value)), dataformats="HWC"), step)
             elif isinstance(value, str):
                 self._write(summary.text(name, value), step)
             elif isinstance(value, HParams):
                 self._log_hparams(value, step)
+            elif isinstance(value, Layout):
+                charts = {
+                    group: {title: ["Multiline", list(tags)] for title, tags in own.items()}
+                    for group, own in value.charts.items()
+                }
+                self._write(summary.custom_scalars(charts), step)
             else:
                 self._write(summary.scalar(name, value), step)
 
@@ -147,6 +156,22 @@ def _is_figure(value: object) -> bool:
     """Whether it is a figure; without matplotlib, which is slow to import, nothing is."""
     matplotlib: Any = sys.modules.get("matplotlib.figure")
     return matplotlib is not None and isinstance(value, matplotlib.Figure)
+
+
+def thumbnail(figure: Figure) -> Figure:
+    """Make a figure smaller, so that its words are larger beside it and legible where pictures are small."""
+    if not any(axes.axison for axes in figure.axes):
+        return figure  # pictures without words
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(SHRUNK * width, SHRUNK * height)
+    figure.set_dpi(figure.dpi / SHRUNK)
+    with contextlib.suppress(RuntimeError):  # of a colour bar that another layout has placed
+        figure.set_layout_engine("compressed" if _has_images(figure) else "constrained")
+    return figure
+
+
+def _has_images(figure: Figure) -> bool:
+    return any(axes.get_aspect() != "auto" for axes in figure.axes)
 
 
 def _pixels(figure: Figure) -> np.ndarray:  # (height, width, 3), bytes

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,9 +24,17 @@ from flows.writing import write_text
 
 Metric = float | Tensor
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<LEFT, {rate_fmt}{postfix}]"  # as tqdm draws it
-BAR_LABELS = {
-    "train/loss": "loss",
-    "train/nfe_forward": "nfe",
+OF_THE_RUN = (
+    "validation",
+    "bits_per_dim",
+    "test",
+    "plots",
+    "config",
+    "summary",
+)  # groups of metrics that belong to no stage
+BAR_LABELS = {  # of a stage first
+    "loss": "loss",
+    "nfe_forward": "nfe",
     "validation/nll": "nll",
     "validation/bits_per_dim": "bits/dim",
     "validation/gap": "gap",
@@ -72,6 +80,14 @@ class MetricMeans:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._sums = dict(state["sums"])
         self._counts = dict(state["counts"])
+
+
+@checked
+@dataclass(frozen=True)
+class Layout:
+    """How TensorBoard's CUSTOM SCALARS tab groups the curves of a run."""
+
+    charts: Mapping[str, Mapping[str, Sequence[str]]]  # by title: the charts of a group, and the tags of each
 
 
 @checked
@@ -122,7 +138,7 @@ class Logger(Protocol):
 
 @checked
 class JSONLinesLogger:
-    """Appends one JSON object a call, `{"step": 20, "train/loss": 1.4, ...}`; only numbers are kept.
+    """Appends one JSON object a call, `{"step": 20, "flow_matching/loss": 1.4, ...}`; only numbers are kept.
 
     `pandas.read_json(path, lines=True)` reads the file. A number that is not finite is written as null. A disk that
     fails delays lines and never ends the run, see `AppendedFile`.
@@ -211,7 +227,8 @@ class ProgressBar:
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Show the numbers that have a place on the bar."""
         del step
-        new = {label: f"{metrics[name]:.4g}" for name, label in BAR_LABELS.items() if name in metrics}
+        known = {**metrics, **training_curves(metrics, prefix="")}
+        new = {label: f"{known[name]:.4g}" for name, label in BAR_LABELS.items() if name in known}
         if not new or self._bar.disable:
             return
         if len(new) > 1:
@@ -291,6 +308,21 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[tuple[int, floa
             if name != "step" and value is not None:
                 curves.setdefault(name, []).append((row["step"], value))
     return curves
+
+
+def training_curves(metrics: Mapping[str, Any], prefix: str = "train/") -> dict[str, Any]:
+    """Return what stages log, `flow_matching/loss`, under the same names for all of them, `train/loss`.
+
+    Curves of several stages, lists of (step, value) pairs, are joined.
+    """
+    joined: dict[str, Any] = {}
+    for name, value in metrics.items():
+        group, _, own = name.partition("/")
+        if not own or group in OF_THE_RUN:
+            continue
+        key = prefix + own
+        joined[key] = sorted([*joined[key], *value]) if key in joined and isinstance(value, list) else value
+    return joined
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

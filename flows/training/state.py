@@ -316,6 +316,7 @@ class Run:
         reporting: how often to log, validate, draw and save.
         folder: of the run.
         settings: of the run, as yaml text; None if it was started without `config`.
+        labels: what a sweep varies, for TensorBoard's HPARAMS tab.
         described: what builds the model again, for a run without settings.
         config: the same, nested.
         solves: what the solver tells about the last step; empty for an objective that solves nothing.
@@ -362,6 +363,7 @@ class Run:
         self.config = config
         self.settings = settings
         self.described: Mapping[str, Any] = {}
+        self.labels: Mapping[str, Any] = {}
         self.solves: list[SolverStatistics] = []
         self.learning_rate = 0.0
         self.stage_is_over = False

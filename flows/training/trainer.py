@@ -28,6 +28,7 @@ from flows.models.results import DataNames
 from flows.naming import by_name, in_words
 from flows.objectives import Objective
 from flows.solvers import Compilations, SolverError, compilations, many_solves
+from flows.training import estimator_use
 from flows.training.callbacks import Reporting
 from flows.training.checkpoint import CheckpointError, describe, find_checkpoint, load_checkpoint
 from flows.training.clock import Clock
@@ -56,6 +57,7 @@ from flows.training.files import (
 )
 from flows.training.identity import check_same_run, load_best, load_to_resume, mark_folder
 from flows.training.launcher import together
+from flows.training.loggers import OF_THE_RUN
 from flows.training.loop import Loop, LossModule, OptimizerStep
 from flows.training.memory import memory_errors
 from flows.training.settings_text import settings_text
@@ -96,6 +98,8 @@ class Summary:
     seed: int
     output_dir: str
     compilations: Compilations = field(default_factory=Compilations)  # of solver steps, by this process
+    divergence_steps: int | None = None  # in which the flow's estimator took part; None: that cannot be told
+    divergence_use: str | None = None  # the same in words, if it was chosen and took part in some steps alone
 
     @property
     def validation_score(self) -> float | None:
@@ -123,6 +127,7 @@ class Summary:
             "device": self.device,
             "seed": self.seed,
             "output_dir": self.output_dir,
+            "divergence_steps": self.divergence_steps,
             "compilations": self.compilations.count,
             "compile_seconds": self.compilations.seconds,
             "uncompiled_because": self.compilations.reasons,
@@ -137,6 +142,8 @@ class Summary:
             rows.append(("weights", f"of step {self.position.best_step:,}, the best on the validation part"))
         time = f"{training}, {self.evaluation_seconds:.1f} s for the test, {self.total_seconds:.1f} s in all"
         rows.append(("time", time))
+        if self.divergence_use is not None:
+            rows.append(("estimator", self.divergence_use))
         if str(self.compilations):
             rows.append(("compiled", str(self.compilations)))
         return aligned([*rows, ("files", self.output_dir)])
@@ -211,6 +218,7 @@ class Trainer:
         self.reporting = reporting or Reporting()
         self.seed = seed
         self.config = None if config is None else dict(config)
+        self.labels: dict[str, Any] = {}  # what a sweep varies, for TensorBoard's HPARAMS tab
         self.evaluator = evaluator or default_evaluator(model, dataset, seed, self.reporting.progress_bar)
         for stage in self.stages.values():
             if isinstance(stage.objective, Objective):
@@ -224,6 +232,8 @@ class Trainer:
         self._compiled, self._notices = stages_to_compile(
             self.hardware.compile, self.fabric.device.type, model, self.stages
         )
+        if (text := estimator_use.notice(model, self.stages)) is not None:
+            self._notices = [*self._notices, text]
         self._starts_over = False  # in a folder where this run was killed before it saved anything
         if resume == AUTO:
             resume = saved_state(output_dir)
@@ -315,6 +325,7 @@ class Trainer:
         state = self._new_state()
         position = state.position
         run = Run(self.fabric, state, self.stages, self.evaluator, self.reporting, self.folder, self.config, settings)
+        run.labels = self.labels
         described = try_to_describe(self.model) if settings is None else None
         if described is not None and described.settings is not None:
             run.described = {"described": settings_text(described.settings), "arguments": described.arguments}
@@ -414,6 +425,7 @@ class Trainer:
         if failure is not None:
             run.log({"test/failed": str(failure)})
         run.call("on_test_end", report)
+        taking = estimator_use.stages_with_estimator(self.model, self.stages)
         summary = Summary(
             metrics={} if report is None else dict(report.metrics),
             report=report,
@@ -426,6 +438,8 @@ class Trainer:
             seed=self.seed,
             output_dir=str(self.folder),
             compilations=compilations().since(self._compilations),
+            divergence_steps=None if taking is None else estimator_use.steps(taking, self.stages, run.position),
+            divergence_use=estimator_use.in_words(self.model, self.stages, run.position),
         )
         run.call("on_summary", summary)
         with run.writing(self.folder / SUMMARY):
@@ -459,6 +473,8 @@ def as_stages(objective: Objective | Callable | Mapping[str, Stage] | str, steps
     if steps is not None:
         raise InvalidValueError("each stage has its own steps: leave out steps=...")
     for name, stage in objective.items():
+        if name in OF_THE_RUN:
+            raise InvalidValueError(f"a stage cannot be called {name!r}, as other metrics are; choose another name")
         if not isinstance(stage, Stage):
             raise InvalidTypeError(f"objective must hold Stages by name, got {stage!r} for {name!r}")
     return dict(objective)
