@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -266,3 +267,37 @@ def test_a_failed_job_is_a_failed_trial_of_optuna(tmp_path):
     good = {name: result["validation_score"] for name, result in results.items() if result["status"] == "done"}
     best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
     assert best["best_value"] == min(good.values())
+
+
+def test_what_a_resumed_run_is_told_is_compared_with_its_own_settings(run, tmp_path):
+    """The command that started it may be given again; what would make it another run is refused by name."""
+    assert run("train", *TINY, "output_dir=run", "seed=3")[0] == 0
+    code, _, err = run("train", *TINY, "resume=run", "seed=3", "solver=rk4", "field=mlp", "reporting=default")
+    assert code == 0, err
+    refused = {
+        "seed=4": r"seed \(it is 3\) cannot change",
+        "data=moons": "data cannot change",
+        "solver=dopri5": "solver cannot change",
+        "field.hidden=[8]": r"field.hidden \(it is \[8, 8\]\) cannot change",
+        "objective.ml.steps=9": "there is no setting objective.ml; objective has flow_matching, maximum_likelihood",
+        "objective.flow_matching.step=9": r"objective.flow_matching.step \(did you mean .*steps",
+        "field.widths=[8]": "there is no setting field.widths",
+        "~reporting.plot_every": "removes nothing|cannot remove",
+    }
+    for override, message in refused.items():
+        code, _, err = run("train", "resume=run", override)
+        assert (code, bool(re.search(message, err))) == (2, True), err
+    code, _, err = run("train", "resume=run", "steps=6")
+    assert "steps=6 are fewer than the 7 that the run has taken" in err
+    code, _, err = run("train", "resume=run", "steps=14")
+    assert code == 0, err
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 14
+
+
+def test_the_advice_of_a_run_works_as_printed(run, tmp_path, caplog):
+    run("train", *TINY, "output_dir=run")
+    _, _, err = run("train", "resume=run")
+    advice = re.search(r"give it more: (resume=\S+ objective\.\S+)", err)[1]
+    code, _, err = run("train", *advice.split())
+    assert code == 0, err
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 10

@@ -6,8 +6,8 @@ import pytest
 from small_run import STAGES, small_trainer
 
 from flows.cli.config import as_on_the_command_line
+from flows.cli.steps import share_steps
 from flows.cli.sweeps import _note
-from flows.cli.train import share_steps
 from flows.errors import InvalidValueError
 
 

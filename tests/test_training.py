@@ -322,7 +322,7 @@ def solver_breaks(output):
             lambda output: LossOutput(output.loss * math.nan, output.metrics),
             NonFiniteLossError,
             r"the loss is nan at step 3 \(step 3 of 6 in the stage flow_matching; the state to resume from is in "
-            r".*last.pt\)\. Try a lower learning_rate \(now 0.01\)",
+            r".*last.pt\)\. In a new run, try a lower learning_rate \(now 0.01\)",
         ),
         (gradient_breaks, NonFiniteLossError, r"its gradient is not finite at step 3 "),
         (solver_breaks, flows.SolverError, r"training stopped at step 3 .*: the step size underflowed"),

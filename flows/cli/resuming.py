@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from flows.checks import whole_number
 from flows.cli.jobs import read_json
+from flows.cli.steps import share_steps
 from flows.errors import FlowsError, InvalidValueError
 from flows.training.annotations import show
 from flows.training.checkpoint import CheckpointError, find_checkpoint
@@ -28,7 +30,7 @@ from flows.training.trusted import check_trusted, foreign_packages
 # are recognised by their content. Anything else would make it another.
 CHANGEABLE_ON_RESUME = re.compile(
     r"hardware\.(?!precision$)\w+|reporting\.\w+|evaluation\.[\w.]+|optimization\.(on|max)_solver_errors?"
-    r"|objective\.\w+\.(steps|seconds)|data\.(path|columns|delimiter|header)"
+    r"|objective\.\w+\.(steps|seconds|patience)|data\.(path|validation_path|test_path|columns|delimiter|header)"
 )
 
 
@@ -40,32 +42,47 @@ def resumed_config(
     path: str | os.PathLike[str],  # a checkpoint or the folder of a run
     overrides: Sequence[str],  # as given on the command line
     trust: Sequence[str] = (),
+    composed: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """The settings of a run to resume, and the checkpoint to continue from.
 
-    Overrides may change how the run is watched, where it runs and how long it lasts. Without an `output_dir` among
-    them, the run continues in its own folder.
+    Overrides may change how the run is watched, where it runs and how long it lasts, or say again what the run has.
+    Without an `output_dir` among them, the run continues in its own folder.
+
+    Args:
+        composed: the settings that the command line chooses, for choices of groups such as `data=moons`.
 
     Raises:
         CheckpointError: there is no usable checkpoint, or it lies in no run's folder.
-        InvalidValueError: an override would make it another run.
+        InvalidValueError: an override would make it another run, or the run has no such setting.
     """
     file = find_checkpoint(path, prefer="last")
-    config = checkpoint_config(load_to_resume(file), file, trust, of_run=True)
+    content = load_to_resume(file)
+    config = checkpoint_config(content, file, trust)
+    before = _comparable(config)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    given = {override.key_or_group: override.value() for override in parsed}
-    fixed = [key for key in given if key not in RESUME_SETTINGS and not CHANGEABLE_ON_RESUME.fullmatch(key)]
+    given = {str(override.key_or_group): override for override in parsed}
+    removed = [key for key, override in given.items() if override.is_delete()]
+    if removed:
+        raise InvalidValueError(f"a resumed run keeps its settings, so ~{removed[0]} cannot remove one; leave it out")
+    fixed: list[str] = []
+    for key, override in given.items():
+        if key in RESUME_SETTINGS or key == "steps":
+            continue
+        if key in config and isinstance(before.get(key), Mapping) and composed is not None:
+            fixed += _choose(config, key, before, composed)
+        else:
+            fixed += _replace(config, key, override.value(), before, file)
+    if "steps" in given:
+        _share_what_is_left(config, given["steps"].value(), content.get("position"))
     if fixed:
         raise InvalidValueError(
             f"a resumed run keeps the settings that it was started with; {', '.join(fixed)} cannot change, only the "
             "steps of a stage and how it is run and watched (hardware.devices, reporting.log_every, data.path, "
             "...) can. Leave it out, or start a new run"
         )
-    for key, value in given.items():
-        if key not in RESUME_SETTINGS:
-            _replace(config, key, value, file)
     if "output_dir" in given:
-        config["output_dir"] = str(given["output_dir"])
+        config["output_dir"] = str(given["output_dir"].value())
     elif file.parent.name == FOLDER:
         config["output_dir"] = str(file.parent.parent)
     else:
@@ -73,15 +90,63 @@ def resumed_config(
     return config, file
 
 
-def _replace(config: dict[str, Any], key: str, value: Any, file: Path) -> None:
-    """Set `config["a"]["b"]` for the key `a.b`, which must exist."""
-    parent, _, last = key.rpartition(".")
+def _share_what_is_left(config: dict[str, Any], total: Any, position: Any) -> None:
+    """Share the steps of the whole run among the stages that are not over."""
+    whole_number("steps", total, 1)
+    stages, stage = dict(config["objective"]), position.get("stage") if isinstance(position, Mapping) else None
+    first = list(stages).index(stage) if stage in stages else 0
+    over = position["stage_starts"][first] if stage in stages else 0
+    taken = position["step"] if stage in stages else 0
+    left = dict(list(stages.items())[first:])
+    if total - over < len(left) or total < taken:
+        raise InvalidValueError(f"steps={total} are fewer than the {taken} that the run has taken; give more")
+    shared: dict[str, Any] = {"steps": total - over, "objective": left}
+    share_steps(shared)
+    config["objective"] = {**stages, **shared["objective"]}
+
+
+def _choose(config: dict[str, Any], part: str, before: Mapping[str, Any], composed: Mapping[str, Any]) -> list[str]:
+    """Take the choice of a group, `data=moons`; returns what it would change and cannot, in words."""
+    chosen = {**before, part: composed.get(part)}
+    try:
+        chosen = _comparable(chosen)
+    except (FlowsError, TypeError, KeyError, AttributeError):
+        return [part]
+    changed = differences({part: before[part]}, {part: chosen[part]})
+    if any(not CHANGEABLE_ON_RESUME.fullmatch(name) for name in changed):
+        return [part]
+    for name, (_, value) in changed.items():
+        _set(config, name, value)
+    return []
+
+
+def _replace(config: dict[str, Any], key: str, value: Any, before: Mapping[str, Any], file: Path) -> list[str]:
+    """Set `config["a"]["b"]` for the key `a.b`; returns what it would change and cannot, in words.
+
+    Raises:
+        InvalidValueError: the run has no such setting.
+    """
+    node, parent = before, ""
+    *parents, last = key.split(".")
+    for word in [*parents, last]:
+        if not isinstance(node, Mapping) or word not in node:
+            valid = [name for name in node if not str(name).startswith("_")] if isinstance(node, Mapping) else []
+            raise InvalidValueError(f"{no_setting(word, parent, valid)} in the run {file}")
+        node, parent = node[word], f"{parent}.{word}" if parent else word
+    if node == value or (isinstance(node, Sequence) and isinstance(value, Sequence) and list(node) == list(value)):
+        return []
+    if not CHANGEABLE_ON_RESUME.fullmatch(key):
+        shown = "" if isinstance(node, Mapping) else f" (it is {show(node)})"
+        return [f"{key}{shown}"]
+    _set(config, key, value)
+    return []
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
     node: Any = config
-    for word in parent.split("."):
-        node = node.get(word) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or last not in node:
-        valid = [name for name in node if not name.startswith("_")] if isinstance(node, dict) else []
-        raise InvalidValueError(f"{no_setting(last, parent, valid)} in the run {file}")
+    for word in parents:
+        node = node.setdefault(word, {})
     node[last] = value
 
 

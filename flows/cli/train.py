@@ -12,13 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from flows.cli.arguments import refuse
-from flows.cli.config import check_program_settings, plain_settings, run_with_hydra
+from flows.cli.config import check_program_settings, plain, plain_settings, run_with_hydra
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
 from flows.cli.jobs import current_job, recorded_job, swept
 from flows.cli.resuming import RESUME_SETTINGS, find_run, resumed_config
+from flows.cli.steps import share_steps
 from flows.cli.sweeps import sweep_table, sweeping
-from flows.errors import InvalidValueError
 from flows.training.continuing import AUTO
 from flows.training.loggers import flat
 from flows.training.runs import PARTS, build_trainer
@@ -73,45 +73,14 @@ def chosen_settings(composed: DictConfig) -> tuple[dict[str, Any], Path | str | 
     context = HydraConfig.get()
     if composed.resume not in (None, AUTO):
         check_program_settings({name: composed[name] for name in RESUME_SETTINGS if name in composed})
-        return resumed_config(composed.resume, context.overrides.task, composed.trust)
+        chosen = plain(composed, resolve=True)
+        return resumed_config(composed.resume, context.overrides.task, composed.trust, chosen)
     config = plain_settings(composed)
     share_steps(config)
     check_parts(config, context.overrides.task)
     if current_job() is not None:
         config["output_dir"] = context.runtime.output_dir  # each job of a sweep has a folder of its own
     return config, None
-
-
-def share_steps(config: dict[str, Any]) -> None:
-    """Give the stages the number of steps that `steps` asks for, in the proportions of their own.
-
-    Warm-ups become shorter or longer with them.
-
-    Raises:
-        InvalidValueError: a stage ends by time, or there are fewer steps than stages.
-    """
-    total = config.pop("steps", None)
-    stages = config.get("objective")
-    if total is None or not isinstance(stages, dict):
-        return
-    given = {name: stage.get("steps") if isinstance(stage, dict) else None for name, stage in stages.items()}
-    before = {name: steps for name, steps in given.items() if isinstance(steps, int) and steps > 0}
-    if uncounted := [f"objective.{name}" for name in given if name not in before]:
-        raise InvalidValueError(
-            f"steps={total} is shared among stages that count steps, and {', '.join(uncounted)} does not; set steps or "
-            "seconds of each stage"
-        )
-    if total < len(before):
-        names = ", ".join(before)
-        raise InvalidValueError(f"steps must be >= {len(before)}, one a stage ({names}), got {total}")
-    left, weight = total, sum(before.values())
-    for place, (name, old) in enumerate(before.items()):
-        later = len(before) - place - 1
-        new = left if later == 0 else min(max(1, round(left * old / weight)), left - later)
-        left, weight = left - new, weight - old
-        stages[name] = {**stages[name], "steps": new}
-        if isinstance(warmup := stages[name].get("warmup_steps"), int):
-            stages[name]["warmup_steps"] = warmup * new // old
 
 
 def check_parts(config: Mapping[str, Any], overrides: Sequence[str]) -> None:

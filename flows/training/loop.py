@@ -279,7 +279,7 @@ class Loop:
             if isinstance(error, SolverError):
                 raise error.retold(self._where("training", error, stage)) from error
             if is_out_of_memory(error):
-                cure = "; choose a smaller batch_size, with optimization.accumulate_batches for the same gradient"
+                cure = "; in a new run, choose a smaller batch_size, and accumulate_batches for the same gradient"
                 raise MemoryLimitError(self._where("training", memory_message(error), stage) + cure) from error
             raise
         elapsed = self._elapsed(stage, begun)
@@ -384,7 +384,7 @@ class Loop:
 
     def _diverged(self, what: str, stage: Stage) -> NonFiniteLossError:
         return NonFiniteLossError(
-            f"training diverged: {what} {self._place(stage)}. Try a lower learning_rate (now "
+            f"training diverged: {what} {self._place(stage)}. In a new run, try a lower learning_rate (now "
             f"{stage.learning_rate:g}), more warmup_steps (now {stage.warmup_steps}), a smaller gradient_clip (now "
             f"{self.step.optimization.gradient_clip}), or tighter solver tolerances"
         )

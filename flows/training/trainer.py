@@ -370,10 +370,12 @@ class Trainer:
         if state.position.stage == names[-1] and run.done >= 1 and (self.folder / SUMMARY).exists():
             # Not in TensorBoard: a run that is resumed once more keeps the same events.
             LOG.warning(
-                "at step %d, nothing is left to train, so the best weights are only tested again; to train on, resume "
-                "with more steps: objective.%s.steps=...",
+                "at step %d, nothing is left to train, so the best weights are only tested again; to train on, give it "
+                "more: resume=%s objective.%s.%s",
                 state.position.step,
+                self.folder,
                 names[-1],
+                more_of(self.stages[names[-1]]),
             )
         for index, name in list(enumerate(names))[first:]:
             stage = self.stages[name]
@@ -454,6 +456,11 @@ class Trainer:
             kind = ComputationError if isinstance(failure, ComputationError) else InvalidValueError
             raise kind(message) from failure
         return summary
+
+
+def more_of(stage: Stage) -> str:
+    """The setting by which a stage would last twice as long."""
+    return f"steps={2 * stage.steps}" if stage.steps is not None else f"seconds={2 * (stage.seconds or 0.0):g}"
 
 
 def as_stages(objective: Objective | Callable | Mapping[str, Stage] | str, steps: int | None) -> dict[str, Stage]:
