@@ -47,7 +47,10 @@ def hparams_of(accumulator):
 def layout_of(accumulator):
     (event,) = accumulator.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    return {group.title: {chart.title: list(chart.multiline.tag) for chart in group.chart} for group in layout.category}
+    return {
+        group.title: {chart.title: [tag[1:-1] for tag in chart.multiline.tag] for chart in group.chart}
+        for group in layout.category
+    }
 
 
 CONFIG = {"seed": 0, "field": {"hidden": [8, 8], "activation": "silu"}, "solver": {"rtol": 1e-5, "step_size": None}}
@@ -102,7 +105,10 @@ def test_a_run_can_be_read_in_tensorboard(tmp_path, monkeypatch):
     charts = layout_of(found)
     assert list(charts) == ["quality", "flow_matching", "maximum_likelihood", "cost"]
     assert charts["maximum_likelihood"]["loss"] == ["maximum_likelihood/loss", "maximum_likelihood/nll"]
-    assert {"validation/nll", "test/nll"} <= set(charts["quality"]["negative log-likelihood in nats"])
+    assert charts["quality"]["negative log-likelihood in nats"] == ["validation/nll", "test/nll"]
+    shown = {tag for group in charts.values() for tags in group.values() for tag in tags}
+    assert shown <= set(tags["scalars"]) | {"flow_matching/nll", "flow_matching/nfe_forward", "flow_matching/nfe_backward"
+        } | {f"flow_matching/steps_{kind}" for kind in ("accepted", "rejected")}  # fmt: skip
 
     text = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "hidden:" in text

@@ -271,7 +271,7 @@ class MetricLogging:
         self._files = {"events": events, "metrics": metrics}
         self._loggers = [events, metrics, *([] if self._bar is None else [self._bar]), *run.reporting.loggers]
         if resume_step is None:
-            run.log({"layout": layout(list(run.stages))})
+            run.log({"layout": layout(run)})
         if run.config and resume_step is None:
             text = yaml.safe_dump(dict(run.config), sort_keys=False)
             run.log({"config": "".join(f"    {line}\n" for line in text.splitlines())})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,9 @@ class TensorBoardLogger:
                 self._log_hparams(value, step)
             elif isinstance(value, Layout):
                 charts = {
-                    group: {title: ["Multiline", list(tags)] for title, tags in own.items()}
+                    group: {
+                        title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in own.items()
+                    }
                     for group, own in value.charts.items()
                 }
                 self._write(summary.custom_scalars(charts), step)
@@ -107,6 +110,11 @@ class TensorBoardLogger:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _exactly(tags: Sequence[str]) -> list[str]:
+    """Patterns of these tags alone."""
+    return [f"^{re.escape(tag)}$" for tag in tags]
 
 
 def _after_others(folder: Path, suffix: str) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flows.naming import in_words
+from flows.objectives import FlowMatching
 from flows.training.loggers import Layout
 from flows.training.settings import TARGET, complete
 from flows.training.stage import DEFAULTS
@@ -13,6 +14,7 @@ from flows.training.state import Run
 
 UNTOLD = ("output_dir", "resume", "trust", "reporting", "hardware", "evaluation")  # parts that do not tell runs apart
 USUAL = {"model": "cnf", "base": "normal", "transform": "standardise", "optimizer": "adam"}  # names that go unsaid
+SIZES = ("data.num_validation", "data.num_test")  # of what a run is judged on
 METHOD = "method"  # of a solver: its name
 
 
@@ -39,6 +41,7 @@ def chosen_settings(run: Run) -> dict[str, Any]:
     known = {
         name: value for name, value in shown.items() if value is not None and not _is_recommended(name, value, run)
     }
+    known = {name: value for name, value in known.items() if not _is_recommended(name, value, run)}
     names = sorted(known, key=lambda name: "." in name)  # the names of parts first: few columns are shown at once
     return {**run.labels, **{name: known[name] for name in names if name not in run.labels}}
 
@@ -95,28 +98,29 @@ def _of_model(run: Run) -> dict[str, Any]:
     return shown
 
 
-def layout(stages: Sequence[str]) -> Layout:
-    """The curves that belong together: one tab for the quality, one for each stage, one for the cost."""
-    quality = {
-        "negative log-likelihood in nats": ["validation/nll", "test/nll"],
-        "standard error": ["validation/nll_se"],
-        "gap to the entropy in nats": ["validation/gap", "test/gap"],
-        "bits per dimension": ["validation/bits_per_dim", "test/bits_per_dim"],
-        "score (lower is better)": ["validation/score"],
-    }
-    parts = {
-        stage: {
-            "loss": [f"{stage}/loss", f"{stage}/nll"],
-            "square errors of flow matching": [f"{stage}/velocity_error", f"{stage}/divergence_error"],
-            "gradient norm": [f"{stage}/gradient_norm"],
-            "learning rate": [f"{stage}/learning_rate"],
-        }
-        for stage in stages
-    }
+def layout(run: Run) -> Layout:
+    """The curves that belong together: the quality, each stage, and the cost."""
+    stages, dataset = run.stages, run.dataset
+    quality = {"score (lower is better)": ["validation/score"]}
+    if getattr(dataset, "has_samples", False):
+        quality = {"negative log-likelihood in nats": ["validation/nll", "test/nll"]}
+        quality["standard error in nats"] = ["validation/nll_se", "test/nll_se"]
+    if getattr(dataset, "entropy", None) is not None:
+        quality["gap to the entropy in nats"] = ["validation/gap", "test/gap"]
+    if getattr(dataset, "num_levels", None) is not None:
+        quality["bits per dimension"] = ["validation/bits_per_dim", "test/bits_per_dim"]
+    charts: dict[str, dict[str, list[str]]] = {"quality": quality}
+    for name, stage in stages.items():
+        charts[name] = {"loss": [f"{name}/loss", f"{name}/nll"]}
+        if isinstance(stage.objective, FlowMatching):
+            errors = ("velocity_error", "divergence_error")
+            charts[name]["square errors of flow matching"] = [f"{name}/{error}" for error in errors]
+        charts[name]["gradient norm"] = [f"{name}/gradient_norm"]
+        charts[name]["learning rate"] = [f"{name}/learning_rate"]
     nfe = [f"{stage}/nfe_{way}" for stage in stages for way in ("forward", "backward")]
-    cost = {
+    charts["cost"] = {
         "evaluations of the field": [*nfe, "validation/nfe"],
         "steps per second": [f"{stage}/steps_per_second" for stage in stages],
         "steps of a solve": [f"{stage}/steps_{kind}" for stage in stages for kind in ("accepted", "rejected")],
     }
-    return Layout({"quality": quality, **parts, "cost": cost})
+    return Layout(charts)
