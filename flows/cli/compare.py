@@ -63,6 +63,7 @@ def compare(composed: DictConfig) -> None:
                 context=context,
                 seed=settings["seed"],
                 progress=settings["progress_bar"],
+                configured=compared.flow.divergence,
                 **settings["measure"],
             )
         except FlowsError as error:

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class Accuracy:
     rmse: float  # root of the mean square over points and probes
     unbiased: bool  # neither the mean error nor the error that remains over probes differs significantly from zero
     draws: int  # of the probes at each point and time
+    stated: float | None = None  # stated over measured standard error, root mean square; None: it states none
 
 
 def truth(
@@ -78,12 +79,24 @@ def evaluate(
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (T, n), float64
     """Estimates of the divergence with new probes at each time."""
+    return estimated(estimator, field, trajectory, generator)[0]
+
+
+def estimated(
+    estimator: DivergenceEstimator,
+    field: nn.Module,
+    trajectory: Trajectory,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:  # (T, n) each, float64
+    """Estimates of the divergence with new probes at each time, and the standard errors that they state."""
     with torch.no_grad():
         bound = estimator.bind(trajectory.bind(field))
-        found = []
+        found, errors = [], []
         for t, x in zip(trajectory.times, trajectory.x, strict=True):
-            found.append(bound(t, x, bound.draw_probes(x, generator)).divergence.double())
-        return torch.stack(found)
+            sample = bound(t, x, bound.draw_probes(x, generator))
+            found.append(sample.divergence.double())
+            errors.append(bound.standard_error(sample.estimates).double())
+        return torch.stack(found), torch.stack(errors)
 
 
 def accuracy(
@@ -106,10 +119,16 @@ def accuracy(
     if bound.is_exact:
         draws = 2  # to confirm it
     started = time.perf_counter()
-    errors = []
+    errors, stated = [], []
     while not errors or (random and _goes_on(len(errors), draws, time.perf_counter() - started, seconds)):
-        errors.append(evaluate(estimator, field, trajectory, generator) - exact)
-    return summarise(torch.stack(errors), rounding)
+        estimate, standard_error = estimated(estimator, field, trajectory, generator)
+        errors.append(estimate - exact)
+        stated.append(standard_error)
+    found = summarise(torch.stack(errors), rounding)
+    if bound.is_exact or not found.sd > rounding:
+        return found
+    squared = float(torch.stack(stated).square().mean())
+    return replace(found, stated=None if math.isnan(squared) else math.sqrt(squared) / found.sd)
 
 
 def summarise(

@@ -31,6 +31,7 @@ class Candidates:
     measured: list[Candidate]  # each setting once
     left_out: dict[str, str]  # by name, why an estimator cannot or need not be measured
     chosen: dict[str, str]  # by name, the label of the estimator that another chose
+    configured: str | None = None  # the label of the setting that the flow itself has
 
 
 def gather(
@@ -38,8 +39,9 @@ def gather(
     budgets: Sequence[int],
     field: nn.Module,
     trajectory: Trajectory,
+    configured: DivergenceEstimator | None = None,
 ) -> Candidates:
-    """The settings of the estimators that apply to the field.
+    """The settings of the estimators that apply to the field, and the `configured` one as it is.
 
     Raises:
         ValueError: there is none.
@@ -57,16 +59,21 @@ def gather(
                 f"costs {estimator.cost} products here, more than the {view.dimension} of Exact()"
             )
         found += worthwhile
+    own = []
+    if configured is not None and not not_applicable(configured.bind(view), field, trajectory):
+        own = [configured.bind(view)]
     if not found:
         raise InvalidValueError(
             "none of the estimators applies: " + "; ".join(f"{n}: {r}" for n, r in left_out.items())
         )
-    named = labelled([*found, *chosen.values()])
+    named = labelled([*found, *own, *chosen.values()])
     measured: dict[str, Candidate] = {}
-    for candidate in named[: len(found)]:
+    count = len(found) + len(own)
+    for candidate in named[:count]:
         measured.setdefault(candidate.label, candidate)
-    labels = (candidate.label for candidate in named[len(found) :])
-    return Candidates(list(measured.values()), left_out, dict(zip(chosen, labels, strict=True)))
+    labels = (candidate.label for candidate in named[count:])
+    configured_label = named[len(found)].label if own else None
+    return Candidates(list(measured.values()), left_out, dict(zip(chosen, labels, strict=True)), configured_label)
 
 
 def not_applicable(estimator: DivergenceEstimator, field: nn.Module, trajectory: Trajectory) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,15 +49,26 @@ def case(
     return run
 
 
-def time_ratio(bare: Case, with_estimator: Case, seconds: float) -> tuple[float, float]:
-    """Seconds of the second case, and as a multiple of the first.
+@dataclass(frozen=True)
+class Cost:
+    """The time of an evaluation."""
+
+    seconds: float
+    ratio: float  # to a bare evaluation of the field
+    spread: float  # half the distance of the quartiles of the ratios, from turn to turn
+
+
+def time_ratio(bare: Case, with_estimator: Case, seconds: float) -> Cost:
+    """The time of the second case, also as a multiple of the first.
 
     The cases take turns, and the shortest run of each counts: other work on the machine can only add time, and on a
-    shared machine it adds unevenly to medians.
+    shared machine it adds unevenly to medians. The spread says how much the turns differ.
     """
     times = alternating_times({"bare": bare, "estimator": with_estimator}, seconds, most=200)
     least = {name: min(values) for name, values in times.items()}
-    return least["estimator"], least["estimator"] / least["bare"]
+    turns = zip(times["estimator"], times["bare"], strict=False)
+    low, high = np.quantile([slow / fast for slow, fast in turns], [0.25, 0.75])
+    return Cost(least["estimator"], least["estimator"] / least["bare"], float(high - low) / 2)
 
 
 def affordable(

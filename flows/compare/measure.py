@@ -40,6 +40,8 @@ class Row:
     training_ratio: float | None  # of that to the bare field, forward and backward
     memory: float  # peak, bytes a point, without gradients
     training_memory: float | None  # forward and backward
+    ratio_spread: float | None = None  # how much the ratio differs from turn to turn, half the distance of quartiles
+    training_ratio_spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Comparison:
     points: int
     device: str
     dtype: str
+    configured: str | None = None  # the label of the setting that the flow itself has, if it was measured
 
 
 @checked
@@ -71,6 +74,7 @@ def compare(
     memory: float = 2.0,
     seed: int = 0,
     progress: bool = False,
+    configured: DivergenceEstimator | None = None,
 ) -> Comparison:
     """Measure estimators on a flow, along the trajectories of `x`.
 
@@ -84,13 +88,14 @@ def compare(
         memory: GiB that one evaluation may take; more expensive settings use fewer points.
         seed: of the probes, and of the noise that discrete data take.
         progress: whether to show a progress bar after two seconds.
+        configured: a setting to measure as it is beside the others, such as `flow.divergence`.
 
     Raises:
         ValueError: fewer than two points, a bad budget or time, or no estimator applies.
     """
     _check(x, budgets, draws, seconds, memory)
     trajectory = trajectory_of(flow, x, times, context, torch.Generator(x.device).manual_seed(seed))
-    candidates = gather(estimators, budgets, flow.field, trajectory)
+    candidates = gather(estimators, budgets, flow.field, trajectory, configured)
     exact = truth(flow.field, trajectory, candidates.measured)
     rows = []
     with tqdm(candidates.measured, desc="estimators", delay=2, leave=False, disable=not progress) as bar:
@@ -108,6 +113,7 @@ def compare(
         points=len(x),
         device=str(x.device),
         dtype=str(x.dtype).removeprefix("torch."),
+        configured=candidates.configured,
     )
 
 
@@ -138,9 +144,9 @@ def _row(
     costs = {}
     for training in (False, True) if trains else (False,):
         bare, run = (case(field, timed, one, probes, training) for one in (None, estimator))
-        taken, ratio = time_ratio(bare, run, seconds / 20)
+        cost = time_ratio(bare, run, seconds / 20)
         peak = peak_memory(case(field, middle, estimator, probes, training), timed.x.device)
-        costs[training] = (taken / len(timed.times), ratio, peak / points)
+        costs[training] = (cost.seconds / len(timed.times), cost.ratio, peak / points, cost.spread)
     return Row(
         label=candidate.label,
         kind=candidate.kind,
@@ -154,6 +160,8 @@ def _row(
         training_seconds=costs[True][0] if trains else None,
         training_ratio=costs[True][1] if trains else None,
         training_memory=costs[True][2] if trains else None,
+        ratio_spread=costs[False][3],
+        training_ratio_spread=costs[True][3] if trains else None,
     )
 
 

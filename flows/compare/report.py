@@ -40,6 +40,7 @@ def as_dict(comparison: Comparison, advice: Advice) -> dict[str, Any]:
             "estimators": rows,
             "not_applicable": comparison.not_applicable,
             "chosen": comparison.chosen,
+            "configured": comparison.configured,
             "advice": asdict(advice),
         }
     )
@@ -67,18 +68,26 @@ def _heading(comparison: Comparison) -> Iterator[str]:
 def _table(comparison: Comparison) -> Iterator[str]:
     width = max(len(row.label) for row in comparison.rows) + 2
     fewer = any(row.points < comparison.points for row in comparison.rows)
-    yield f"{'':{width}}{'':9}{'mean error':>21}{'':10}{'  evaluations':>8}{'    KiB a point':>8}"
+    yield f"{'':{width}}{'':9}{'mean error':>21}{'':10}{'stated/':>9}{'evaluations':>19}{'KiB a point':>15}"
     yield (
-        f"{'':{width}}{'products':>9}{'(bias)':>21}{'sd':>10}"
-        f"{'forward':>9}{'+bwd':>7}{'forward':>9}{'+bwd':>9}" + ("  points" if fewer else "")
+        f"{'':{width}}{'products':>9}{'(bias)':>21}{'sd':>10}{'measured':>9}"
+        f"{'forward':>12}{'+bwd':>12}{'forward':>9}{'+bwd':>9}" + ("  points" if fewer else "")
     )
     for row in comparison.rows:
         points = f"{row.points:8}" if fewer else ""
         yield (
-            f"{row.label:{width}}{row.products:9}{_bias(row):>21}{_sd(row):>10}"
-            f"{row.ratio:9.1f}{_or_dash(row.training_ratio, 7)}"
+            f"{row.label:{width}}{row.products:9}{_bias(row):>21}{_sd(row):>10}{_or_dash(row.accuracy.stated, 9, 2)}"
+            f"{_spread(row.ratio, row.ratio_spread)}{_spread(row.training_ratio, row.training_ratio_spread)}"
             f"{row.memory / 1024:9.1f}{_or_dash(row.training_memory and row.training_memory / 1024, 9)}{points}"
         )
+
+
+def _spread(ratio: float | None, spread: float | None) -> str:
+    """A ratio with how much it differs from turn to turn."""
+    if ratio is None:
+        return f"{'-':>12}"
+    error = "" if spread is None else f" ± {spread:.1f}"
+    return f"{f'{ratio:.1f}{error}':>12}"
 
 
 def _bias(row: Row) -> str:
@@ -93,13 +102,16 @@ def _sd(row: Row) -> str:
     return "0" if row.exact else f"{row.accuracy.sd:.3g}"
 
 
-def _or_dash(value: float | None, width: int) -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:{width}.1f}"
+def _or_dash(value: float | None, width: int, digits: int = 1) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
 def _left_out(comparison: Comparison) -> Iterator[str]:
-    if comparison.chosen:
+    if comparison.chosen or comparison.configured:
         yield ""
+    if comparison.configured:
+        yield f"the flow itself has {comparison.configured}"
+    if comparison.chosen:
         yield from (f"{name} is {label} here" for name, label in comparison.chosen.items())
     if comparison.not_applicable:
         yield ""
