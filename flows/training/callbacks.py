@@ -267,7 +267,7 @@ class MetricLogging:
         with run.writing("what was logged before"):
             kept = keep_events(run.folder, self._counts["events"])
             metrics = JSONLinesLogger(run.folder / METRICS, resume_step, self._counts["metrics"])
-        events = TensorBoardLogger(run.folder, resume_step, EVENTS_OF_RUNS, kept)
+        events = TensorBoardLogger(run.folder, resume_step, EVENTS_OF_RUNS, kept, thumbnails=True)
         self._files = {"events": events, "metrics": metrics}
         self._loggers = [events, metrics, *([] if self._bar is None else [self._bar]), *run.reporting.loggers]
         if resume_step is None:

@@ -37,6 +37,7 @@ class TensorBoardLogger:
         resume_step: the step that a resumed run starts from; later events, written before it was stopped, are hidden.
         suffix: ends the name of the file.
         count: of the events in the files that this one follows.
+        thumbnails: draw figures smaller, so that their words are larger beside them.
 
     Attributes:
         count: of the events so far, but those that begin a file.
@@ -52,7 +53,12 @@ class TensorBoardLogger:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], resume_step: int | None = None, suffix: str = "", count: int = 0
+        self,
+        directory: str | os.PathLike[str],
+        resume_step: int | None = None,
+        suffix: str = "",
+        count: int = 0,
+        thumbnails: bool = False,
     ) -> None:
         from tensorboard.compat.proto import event_pb2  # not needed unless asked for
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -64,6 +70,7 @@ class TensorBoardLogger:
         self.file = AppendedFile(Path(directory) / name)
         self._writer = RecordWriter(self.file)
         self.count = count
+        self.thumbnails = thumbnails
         self._write(file_version="brain.Event:2")
         if resume_step is not None:
             self._write(step=resume_step + 1, session_log=protocol.SessionLog(status=protocol.SessionLog.START))
@@ -73,7 +80,8 @@ class TensorBoardLogger:
 
         for name, value in metrics.items():
             if _is_figure(value):
-                self._write(summary.image(name, _pixels(thumbnail(value)), dataformats="HWC"), step)
+                figure = thumbnail(value) if self.thumbnails else value
+                self._write(summary.image(name, _pixels(figure), dataformats="HWC"), step)
             elif isinstance(value, str):
                 self._write(summary.text(name, value), step)
             elif isinstance(value, HParams):
