@@ -250,7 +250,7 @@ def test_training_finds_log_z_without_a_single_point(tmp_path):
     assert figures["validation_score"] == summary.position.best_score
     assert "ESS" in str(summary)
     lines = (tmp_path / "run/metrics.jsonl").read_text()
-    for name in ("train/effective_sample_size", "train/log_z", "validation/free_energy", "validation/log_z"):
+    for name in ("reverse_kl/effective_sample_size", "reverse_kl/log_z", "validation/free_energy", "validation/log_z"):
         assert name in lines
     assert '"validation/steps_accepted": 5' in lines
 

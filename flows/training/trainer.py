@@ -232,8 +232,6 @@ class Trainer:
         self._compiled, self._notices = stages_to_compile(
             self.hardware.compile, self.fabric.device.type, model, self.stages
         )
-        if (text := estimator_use.notice(model, self.stages)) is not None:
-            self._notices = [*self._notices, text]
         self._starts_over = False  # in a folder where this run was killed before it saved anything
         if resume == AUTO:
             resume = saved_state(output_dir)
@@ -364,6 +362,8 @@ class Trainer:
 
     def _train(self, run: Run, loop: Loop) -> None:
         names, state = list(self.stages), run.state
+        if (text := estimator_use.notice(self.model, self.stages)) is not None and run.fabric.is_global_zero:
+            LOG.warning("%s", text)
         for notice in self._notices:
             run.warn(notice)
         first = names.index(state.position.stage or names[0])
