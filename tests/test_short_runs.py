@@ -9,6 +9,7 @@ from flows.cli.config import as_on_the_command_line
 from flows.cli.steps import share_steps
 from flows.cli.sweeps import _note
 from flows.errors import InvalidValueError
+from flows.training.estimator_use import notice
 
 
 def stages(**steps):
@@ -61,15 +62,17 @@ def test_a_sweep_over_a_divergence_without_effect_says_so(used, said):
     assert _note({"run": {"seed": 1, "divergence_steps": used, "steps": 3540}}) is None
 
 
-def test_a_run_says_in_which_steps_its_divergence_took_part(tmp_path, caplog):
+def test_a_run_says_in_which_steps_its_divergence_took_part(tmp_path):
     matching = {"flow_matching": STAGES["flow_matching"]}
-    summary = small_trainer(tmp_path / "a", stages=matching).fit()
-    assert "the divergence Hutchinson plays no part in what is trained: flow_matching takes none" in caplog.text
+    trainer = small_trainer(tmp_path / "a", stages=matching)
+    text = notice(trainer.model, trainer.stages)
+    assert "the divergence Hutchinson plays no part in what is trained: flow_matching takes none" in text
+    summary = trainer.fit()
     assert "estimator  Hutchinson in none of 6 steps" in str(summary)
     assert json.loads((tmp_path / "a/summary.json").read_text())["divergence_steps"] == 0
-    caplog.clear()
-    summary = small_trainer(tmp_path / "b").fit()
-    assert "plays no part" not in caplog.text
+    trainer = small_trainer(tmp_path / "b")
+    assert notice(trainer.model, trainer.stages) is None
+    summary = trainer.fit()
     assert "estimator  Hutchinson in 5 of 11 steps" in str(summary)
     summary = small_trainer(tmp_path / "c", stages={"maximum_likelihood": STAGES["maximum_likelihood"]}).fit()
     assert "estimator" not in str(summary)

@@ -20,6 +20,7 @@ from flows.cli.resuming import RESUME_SETTINGS, find_run, resumed_config
 from flows.cli.steps import share_steps
 from flows.cli.sweeps import sweep_table, sweeping
 from flows.training.continuing import AUTO
+from flows.training.estimator_use import notice
 from flows.training.loggers import flat
 from flows.training.runs import PARTS, build_trainer
 from flows.training.settings import TARGET
@@ -63,6 +64,8 @@ def _train(composed: DictConfig) -> tuple[float | None, str | None]:
         trainer.labels = {name: yaml.safe_load(value) for name, value in swept().items()}
     if trainer.resumed_step is not None:
         trainer.fabric.print(f"resumes after step {trainer.resumed_step:,} of the run in {trainer.source}")
+    if (caution := notice(trainer.model, trainer.stages)) is not None:
+        trainer.fabric.print(f"Caution: {caution}")
     summary = trainer.fit()
     trainer.fabric.print(summary)  # once, however many processes train
     return summary.validation_score, summary.metrics.get("unresolved")

@@ -362,8 +362,6 @@ class Trainer:
 
     def _train(self, run: Run, loop: Loop) -> None:
         names, state = list(self.stages), run.state
-        if (text := estimator_use.notice(self.model, self.stages)) is not None and run.fabric.is_global_zero:
-            LOG.warning("%s", text)
         for notice in self._notices:
             run.warn(notice)
         first = names.index(state.position.stage or names[0])
