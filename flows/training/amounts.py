@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 from torch.overrides import TorchFunctionMode
 
 from flows.checks import FASTEST_STEP, can_be_finished, fits_in_memory
@@ -22,6 +16,7 @@ from flows.errors import InvalidValueError
 from flows.evaluation.density import FlowEvaluator
 from flows.models.cnf import CNF
 from flows.training.annotations import is_list
+from flows.training.registration import watching
 from flows.training.trusted import NO_AMOUNTS
 
 COPIES = 4  # of the weights while training, at least: gradients, two moments of the optimiser, the average
@@ -57,7 +52,7 @@ def check_size(build: Callable[[], nn.Module], part: str) -> None:
     """
     state, count = torch.get_rng_state(), _Count(part)
     try:
-        with count.watching(), torch.device("meta"):
+        with watching(count, count.add, count.add_module), torch.device("meta"):
             build()
     except Exception:  # such as a number that is read from a tensor without values
         if count.refusal is not None:
@@ -116,26 +111,12 @@ class _Count(TorchFunctionMode):
             self._check(result.numel() * result.element_size())
         return result
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        hooks = [
-            register_module_parameter_registration_hook(self._add),
-            register_module_buffer_registration_hook(self._add),
-            register_module_module_registration_hook(self._add_module),
-        ]
-        try:
-            with self:
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _add(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    def add(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
         if tensor is not None and tensor.is_meta:
             self.bytes += tensor.numel() * tensor.element_size()
             self._check(self.bytes)
 
-    def _add_module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
+    def add_module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
         self.modules += 1
         if self.modules > MAX_MODULES:
             self._refuse(f"{self.part} has more than {MAX_MODULES:,} modules; choose smaller numbers")

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as trees
 
 from flows.errors import InvalidValueError
+from flows.training.registration import watching
 
 T = TypeVar("T", bound=nn.Module)
 SPARE_ELEMENTS = 1 << 20  # of tensors that are in no file, such as the frequencies of time features
@@ -43,7 +38,7 @@ def build_like(build: Callable[[], T], weights: Mapping[str, Any]) -> T:
     """
     tensors = [weight for weight in weights.values() if isinstance(weight, Tensor)]
     budget = _Budget(len(tensors), sum(weight.numel() for weight in tensors))
-    with budget.spent(), torch.device("meta"):
+    with watching(budget, budget.tensor, budget.module), torch.device("meta"):
         plan = build()
     check_shapes(weights, plan.state_dict())
     return build()
@@ -95,22 +90,7 @@ class _Budget(TorchFunctionMode):
                 self._refuse(f"needs a tensor of {made.numel():,} numbers")
         return result
 
-    @contextlib.contextmanager
-    def spent(self) -> Iterator[None]:
-        """Watch the modules that are made while entered."""
-        hooks = [
-            register_module_parameter_registration_hook(self._tensor),
-            register_module_buffer_registration_hook(self._tensor),
-            register_module_module_registration_hook(self._module),
-        ]
-        try:
-            with self:
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _tensor(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    def tensor(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
         if tensor is None or threading.get_ident() != self.thread:
             return
         self.tensors -= 1
@@ -118,7 +98,7 @@ class _Budget(TorchFunctionMode):
         if self.tensors < 0 or self.elements < 0:
             self._refuse(f"needs more for {type(module).__name__}.{name} alone and what comes before it")
 
-    def _module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
+    def module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
         if threading.get_ident() == self.thread:
             self.modules -= 1
             if self.modules < 0:
