@@ -28,12 +28,30 @@ BLOCKS = 24  # groups of draws whose gradients are compared
 
 
 class EstimatorCheckError(InvalidValueError):
-    """An estimator breaks a promise; the message names the check and its figures."""
+    """An estimator breaks a promise; the message names the check and its figures.
+
+    ```python
+    from flows.divergence import EstimatorCheckError, Hutchinson, check_estimator
+
+    try:
+        check_estimator(Hutchinson(2), event_shapes=[(2,)], draws=500)
+    except EstimatorCheckError as error:
+        print(error)
+    ```
+    """
 
 
 @dataclass(frozen=True)
 class EstimatorCheck:
-    """One check that was passed."""
+    """One check that was passed.
+
+    ```python
+    from flows.divergence import check_estimator
+
+    first = check_estimator("exact", event_shapes=[(2,)])[0]
+    print(first.name, first.event_shape, first.figures)
+    ```
+    """
 
     name: str
     event_shape: tuple[int, ...]
