@@ -66,20 +66,22 @@ def resumed_config(
     if removed:
         raise InvalidValueError(f"a resumed run keeps its settings, so ~{removed[0]} cannot remove one; leave it out")
     fixed: list[str] = []
+    known: dict[str, Any] = {}  # what the run has for them, where that is one value
     for key, override in given.items():
         if key in RESUME_SETTINGS or key == "steps":
             continue
         if key in config and isinstance(before.get(key), Mapping) and composed is not None:
             fixed += _choose(config, key, before, composed)
         else:
-            fixed += _replace(config, key, override.value(), before, file)
+            fixed += _replace(config, key, override.value(), before, file, known)
     if "steps" in given:
         _share_what_is_left(config, given["steps"].value(), content.get("position"))
     if fixed:
+        had = f" ({', '.join(f'{key} is {show(value)}' for key, value in known.items())})" if known else ""
         raise InvalidValueError(
             f"a resumed run keeps the settings that it was started with; {', '.join(fixed)} cannot change, only the "
             "steps of a stage and how it is run and watched (hardware.devices, reporting.log_every, data.path, "
-            "...) can. Leave it out, or start a new run"
+            f"...) can{had}. Leave it out, or start a new run"
         )
     if "output_dir" in given:
         config["output_dir"] = str(given["output_dir"].value())
@@ -120,7 +122,9 @@ def _choose(config: dict[str, Any], part: str, before: Mapping[str, Any], compos
     return []
 
 
-def _replace(config: dict[str, Any], key: str, value: Any, before: Mapping[str, Any], file: Path) -> list[str]:
+def _replace(
+    config: dict[str, Any], key: str, value: Any, before: Mapping[str, Any], file: Path, known: dict[str, Any]
+) -> list[str]:
     """Set `config["a"]["b"]` for the key `a.b`; returns what it would change and cannot, in words.
 
     Raises:
@@ -136,8 +140,8 @@ def _replace(config: dict[str, Any], key: str, value: Any, before: Mapping[str, 
     if node == value or (isinstance(node, Sequence) and isinstance(value, Sequence) and list(node) == list(value)):
         return []
     if not CHANGEABLE_ON_RESUME.fullmatch(key):
-        shown = "" if isinstance(node, Mapping) else f" (it is {show(node)})"
-        return [f"{key}{shown}"]
+        known |= {} if isinstance(node, Mapping) else {key: node}
+        return [key]
     _set(config, key, value)
     return []
 
