@@ -55,8 +55,8 @@ PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "variants": Mapping[str, Mapping[str, Any]] | None,
     "measure": Mapping[str, Any],
     "affordable": float,
-    "batch_size": int | None,
-    "solver_error_points": int | None,
+    "batch_size": int,
+    "solver_error_points": int,
     "plot": bool,
     "progress_bar": bool,
 }
@@ -294,6 +294,11 @@ def check_output(path: str | None, *suffixes: str, name: str = "output") -> None
 def in_words_or(names: Sequence[str]) -> str:
     """Names as a phrase, such as ".csv, .npy or .png"."""
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def is_given(name: str) -> bool:
+    """Whether the command line of the running program sets this setting."""
+    return any(override.lstrip("+~").partition("=")[0] == name for override in HydraConfig.get().overrides.task)
 
 
 def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

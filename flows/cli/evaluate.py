@@ -12,7 +12,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from flows.cli.arguments import refuse
-from flows.cli.config import check_output, plain_settings, run_with_hydra, with_changes
+from flows.cli.config import check_output, is_given, plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
 from flows.datasets import Dataset, Energy
@@ -42,7 +42,6 @@ from flows.training.trusted import may_download
 from flows.writing import to_json, write_result
 
 PARTS = ("data", "divergence", "solver")  # as in training unless the settings change them
-SOLVER_ERROR_POINTS = 2_000  # unless each row is asked for
 SCORES = ("nll", "free_energy", "wasserstein2", "mse")  # the first of them in a report is what the program returns
 
 
@@ -148,9 +147,8 @@ def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any],
     divergence = (config.get("evaluation") or {}).get("divergence", "auto")
     if isinstance(divergence, Mapping):
         divergence = instantiate(divergence, "evaluation.divergence")
-    if settings["solver_error_points"] is None:
-        number = dataset.num_test + dataset.num_validation if settings["rows"] else SOLVER_ERROR_POINTS
-        settings = {**settings, "solver_error_points": number}
+    if settings["rows"] and not is_given("solver_error_points"):
+        settings = {**settings, "solver_error_points": dataset.num_test + dataset.num_validation}
     options = {
         "divergence": flow.divergence if settings.get("divergence") else divergence,
         **{name: settings[name] for name in ("points", "batch_size", "solver_error_points", "part", "seed")},
@@ -212,7 +210,7 @@ def _tested_series(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any], 
         dataset,
         batch_size=settings["batch_size"],
         max_series=settings["points"],
-        solver_error_series=SOLVER_ERROR_POINTS if (chosen := settings["solver_error_points"]) is None else chosen,
+        solver_error_series=settings["solver_error_points"],
         part=settings["part"],
         span=run.data.get("training_span"),  # the data may be others than those of the run
     )

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from flows import plots
-from flows.cli.config import check_output, plain_settings, run_with_hydra, with_changes
+from flows.cli.config import check_output, is_given, plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
 from flows.datasets import Dataset
@@ -74,9 +74,9 @@ def sample(composed: DictConfig) -> None:
         )
         count = settings["num_samples"] if context is None else len(context)
         progress = "samples" if settings["progress_bar"] else None
-        stopped = False
+        batch_size, stopped = settings["batch_size"] if is_given("batch_size") else None, False
         try:
-            samples = draw_samples(flow, count, settings["batch_size"], generator, context, progress)
+            samples = draw_samples(flow, count, batch_size, generator, context, progress)
         except SamplingInterrupted as interruption:
             samples, stopped = interruption.samples, True
             if not len(samples):
