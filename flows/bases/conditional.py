@@ -233,7 +233,7 @@ class ConditionalNormal(Normal):
         return self
 
     def _least_squares(self, points: Tensor, features: Tensor) -> None:
-        y, x = points.flatten(1).double().cpu(), features.double().cpu()
+        y, x = points.flatten(1).cpu().double(), features.cpu().double()
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)  # columns may depend on each other
         found = torch.linalg.solve(gram, x.T @ y)  # (features + 1, d)
