@@ -292,3 +292,14 @@ def test_auto_compiles_large_batches_without_gradients(account, monkeypatch):
             torch.testing.assert_close(flow.log_prob(x), expected)
             flow.log_prob(x[:11])
     assert account.count == 1
+
+
+@pytest.mark.slow
+def test_generated_gradients_in_single_precision_are_right():
+    torch._dynamo.reset()
+    before = copy.deepcopy(compilations())
+    torch.manual_seed(0)
+    flow = flows.CNF(ConcatSquashMLP((2,)), solver=ODESolver("dopri5", compile=True))
+    (-flow.log_prob(torch.randn(512, 2)).mean()).backward()  # compared with uncompiled code
+    found = compilations().since(before)
+    assert (found.count, found.reasons) == (1, [])

@@ -50,8 +50,9 @@ def tanh(z: Tensor) -> Tensor:
     PyTorch's own takes three times as long on a CPU. It resolves small values to the last digit, which layers do not
     need, because their biases round away as much.
     """
-    if z.dtype != torch.float32 or not z.is_cpu:
-        return z.tanh()
+    traced = type(z) is not Tensor or torch.compiler.is_compiling()
+    if z.dtype != torch.float32 or not z.is_cpu or (traced and torch.is_grad_enabled()):
+        return z.tanh()  # in traced code torch 2.13 gives wrong gradients of the weights otherwise
     return (2 * z).sigmoid_().mul(2).sub_(1)
 
 

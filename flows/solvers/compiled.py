@@ -147,6 +147,7 @@ class CompiledSteps:
             parameters = [lifted[place] for place in self.lifted.parameters]
             function = self.compilable.rebuild(given, parameters, start)
             function.moving = moving
+            function.compiles = True
             step = take_step(method, function, 0.0, 0.0, start, slope, kind.evaluates_next, (times, dt))
         found = [*step.end]
         for stage in self._kept(kind):

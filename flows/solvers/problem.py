@@ -102,6 +102,7 @@ class RightHandSide:
         self.moving: Tensor | None = None  # (B,), which samples move in this step; None: all
         self.bounds: tuple[float, float] | None = None  # of the times at which this step may evaluate
         self.steps: CompiledSteps | None = None  # None: steps run uncompiled
+        self.compiles = False  # this is traced, and the compiler leaves out by itself what nobody needs
 
     def __call__(self, t: float | Tensor, state: State) -> State:
         derivatives = self.dynamics(self._announced(t), state)
@@ -111,7 +112,7 @@ class RightHandSide:
     def leading(self) -> Callable[[float | Tensor, State], State] | None:
         """The derivative of the first component alone; `None` unless all derivatives depend on that component alone."""
         first = getattr(self.dynamics, "leading", None)
-        if first is None:
+        if first is None or self.compiles:
             return None
         return lambda t, state: self._checked((first(self._announced(t), state),), self.shapes[:1])
 
