@@ -33,8 +33,7 @@ WITHOUT = {  # what each part of a recipe gives: settings that leave it out
     },
     "photo_patches": {
         "no shrinkage of the mixture": ("base.shrinkage=0",),
-        "no likelihood stage": ("~objective.maximum_likelihood",),
-        "no flow matching": ("~objective.flow_matching",),
+        "no mixture": ("base=normal", "~base.num_components", "~base.shrinkage"),
     },
 }
 TEST_SEED = 2  # of the dequantisation noise, the same for all models
