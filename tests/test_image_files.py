@@ -687,3 +687,27 @@ def test_duplicates_are_counted(tmp_path):
     saved(tmp_path / "a.npz", x_train=pixels()[[0, 0, *range(30)]], x_validation=pixels(4, seed=1), x_test=X[:4] // 2)
     with pytest.warns(DataWarning, match="2 of 40 images are duplicates of other images, all in the same part"):
         ImageFiles(path=tmp_path / "a.npz")
+
+
+# A stranger's first hour
+
+
+@pytest.mark.slow
+def test_my_pictures(run, tmp_path):
+    """The commands of docs/how_to/pictures.md on a folder of two classes."""
+    for i, kind in enumerate(("cat", "dog")):
+        save(tmp_path / "photos" / kind, [Image.fromarray(x) for x in pixels(40, (12, 10, 3), seed=i)])
+    tiny = ["data.size=[8,8]", "data.mode=RGB", "field.channels=8", "steps=3", "reporting.progress_bar=false"]
+    quick = ["objective.flow_matching.batch_size=8", "evaluation.points=4", "solver=euler", "solver.step_size=0.25"]
+    given = ["data=images", "data.path=photos", "data.conditional=true", "output_dir=runs/photos", *tiny, *quick]
+    code, out, err = run("train", *given)
+    assert code == 0, err
+    assert "bits" in out
+    assert {"samples", "classes", "evaluations"} <= {path.stem for path in (tmp_path / "runs/photos/plots").iterdir()}
+    code, out, err = run("sample", "checkpoint=runs/photos", "class=cat", "num_samples=4", "output=cats.png")
+    assert code == 0, err
+    assert (tmp_path / "cats.png").stat().st_size > 100
+    code, out, err = run("evaluate", "checkpoint=runs/photos")
+    assert code == 0, err
+    code, _, err = run("sample", "checkpoint=runs/photos", "class=eel")
+    assert (code, "cat" in err) == (2, True), err

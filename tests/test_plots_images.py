@@ -88,7 +88,14 @@ def test_images_get_their_pictures_from_fixed_noise(conditional):
     flow = small_flow(dataset)
     draw = lambda: plots.figures(flow, dataset, torch.Generator().manual_seed(3))  # noqa: E731
     first, again = draw(), draw()
-    names = ["samples", "trajectories", "neighbours", "interpolations", *(["classes"] if conditional else [])]
+    names = [
+        "samples",
+        "trajectories",
+        "neighbours",
+        "interpolations",
+        *(["classes"] if conditional else []),
+        "evaluations",
+    ]
     assert list(first) == names
     for name in names:
         assert np.array_equal(shown(first[name], -1), shown(again[name], -1)), name
@@ -162,11 +169,40 @@ def test_each_class_has_a_row():
     figure = plots.image_classes(flow, dataset, num_each=3)
     pixels = shown(figure)
     for label, quarter in enumerate([np.s_[:2, :2], np.s_[:2, 2:], np.s_[2:, :2], np.s_[2:, 2:]]):
-        for column in range(3):
+        for column in (0, 1, 2, 4, 5, 6):  # images of the data, a gap, samples
             image = cell(pixels, label, column)[..., 0]
             assert image[quarter].min() > 0.9
             assert image.sum() == pytest.approx(4, abs=0.5)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0", "1", "2", "3"]
+        assert set(cell(pixels, label, 3).flatten()) == {pixels[0, 0, 0]}
+    names = lambda: [label.get_text() for label in figure.axes[0].get_yticklabels()]  # noqa: E731
+    assert names() == ["0", "1", "2", "3"]
+    dataset.class_names = ("ant", "bee", "cod", "dab")
+    figure = plots.image_classes(flow, dataset, num_each=3)
+    assert names() == ["ant", "bee", "cod", "dab"]
+
+
+def test_few_evaluations_are_those_of_euler():
+    """With the velocity 1 - 2 t, Euler's method ends 1/n away from where it began."""
+
+    class Turn(torch.nn.Module):
+        event_shape = (1, 4, 4)
+
+        def forward(self, t, x):
+            return torch.ones_like(x) * (1 - 2 * t)
+
+    data = torch.rand(20, 1, 4, 4)
+    flow = flows.CNF(Turn(), solver=flows.ODESolver("rk4", step_size=0.5))
+    figure = plots.images.image_evaluations(
+        flow, data, num_columns=3, evaluations=(1, 2), generator=torch.Generator().manual_seed(0)
+    )
+    pixels, (black, white) = shown(figure), shades(data)
+    z = flow.base.sample((3,), torch.Generator().manual_seed(0))
+    for row, shift in ((1, 1.0), (2, 0.5), (3, 0.0)):
+        for column in range(3):
+            expected = ((z[column, 0] + shift - black) / (white - black)).clamp(0, 1)
+            assert cell(pixels, row, column)[..., 0] == pytest.approx(expected.numpy(), abs=1e-6)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["data", "1", "2", "8"]
+    assert flow.solver == flows.ODESolver("rk4", step_size=0.5)
 
 
 def test_samples_of_images_are_shown_beside_the_data(tmp_path):

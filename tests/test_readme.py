@@ -30,6 +30,7 @@ RUNS = {  # the run that a checkpoint in a command stands for
     "runs/people": ("data=tabular", "data.path=x.csv", "data.context_columns=[age]"),
     "runs/pictures": ("data=images", "data.path=x"),
     "runs/series": ("data=trajectories", "data.path=x.csv"),
+    "runs/photos": ("data=images", "data.path=photos", "data.conditional=true"),
     "RUN": ("experiment=digits",),
 }
 

@@ -170,8 +170,10 @@ def _note(results: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 
 def _title(run: str, result: Mapping[str, Any]) -> str:
-    gap = _cell(result, "test_gap", "test_nll_se")
-    return run if not gap else f"{run}, {gap}" if gap == UNRESOLVED else f"{run}, gap {gap} nats"
+    for name, error, form in (("gap", "nll_se", "gap {} nats"), ("bits_per_dim", "bits_per_dim_se", "{} bits/dim")):
+        if figure := _cell(result, f"test_{name}", f"test_{error}"):
+            return f"{run}, {figure}" if figure == UNRESOLVED else f"{run}, {form.format(figure)}"
+    return run
 
 
 def _csv(results: Mapping[str, Mapping[str, Any]]) -> str:

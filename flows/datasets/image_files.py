@@ -72,9 +72,6 @@ class ImageFiles(Images):
             too few images, they do not fit in memory, or classes cannot be conditioned on.
 
     Example:
-        `ImageFiles(path="pictures", mode="RGB", size=(32, 32))` reads a folder of pictures of any size.
-
-    Example:
         ```python
         from pathlib import Path
 
@@ -85,8 +82,8 @@ class ImageFiles(Images):
         Path("pictures").mkdir()
         for i in range(20):
             Image.new("L", (8, 8), 10 * i).save(f"pictures/{i}.png")
-        data = flows.datasets.HubImages(path="pictures", validation_split=None, test_split=None)
-        data.event_shape  # (1, 8, 8)
+        data = flows.datasets.ImageFiles(path="pictures", mode="RGB", size=(4, 4))
+        data.event_shape  # (3, 4, 4)
         ```
     """
 

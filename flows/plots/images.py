@@ -20,10 +20,14 @@ from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.plots.paths import draw_paths
 from flows.plots.style import check_classes, points_to_plot, quantiles
+from flows.solvers import ODESolver
 from flows.writing import write_result
 
 ANY_IMAGE = (None, None, None)
 NUM_SAMPLES, NUM_UNSEEN = 64, 1000  # samples drawn; validation images to compare with
+NUM_SHOWN = 36  # samples shown: more would be too small in TensorBoard, where a picture is 300 pixels wide
+NUM_REAL = 3  # images of a class beside its samples
+EVALUATIONS = (1, 2, 4, 8, 16)  # of the field, for samples by Euler's method
 GAP, WIDTH, DPI = 0.94, 0.62, 120  # shade of the gaps; inches an image; dots per inch
 
 
@@ -88,11 +92,12 @@ def image_figures(flow: CNF, dataset: Dataset, generator: torch.Generator | None
         pictures["interpolations"] = interpolations(flow, dataset, generator=generator)
     if dataset.num_classes is not None:
         pictures["classes"] = image_classes(flow, dataset, generator=generator)
+    pictures["evaluations"] = image_evaluations(flow, reference, context, generator=generator)
     return pictures
 
 
 @checked
-def image_samples(drawn: Tensor, data: Tensor | None, num_images: int = NUM_SAMPLES) -> Figure:
+def image_samples(drawn: Tensor, data: Tensor | None, num_images: int = NUM_SHOWN) -> Figure:
     """Plot images of the data, if any, beside samples, in the shades of the data.
 
     Example:
@@ -115,7 +120,7 @@ def image_samples(drawn: Tensor, data: Tensor | None, num_images: int = NUM_SAMP
     figure = Figure(figsize=(columns * WIDTH, rows * WIDTH + 0.4), dpi=DPI, layout="compressed")
     for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _show(axes, images, black, white)
-        axes.set_title(title, fontsize=11)
+        axes.set_title(title, fontsize=_text_size(figure))
     return figure
 
 
@@ -175,9 +180,9 @@ def neighbours(
 
 @checked
 def image_classes(
-    flow: CNF, dataset: Dataset, num_each: int = 10, most: int = 10, generator: torch.Generator | None = None
+    flow: CNF, dataset: Dataset, num_each: int = 7, most: int = 10, generator: torch.Generator | None = None
 ) -> Figure:
-    """Plot samples of each class, one row a class, all from the same noise."""
+    """Plot validation images of each class beside samples, one row a class, all from the same noise."""
     _image_shape(flow)
     check_classes(dataset, "image_classes")
     assert dataset.num_classes is not None  # as checked
@@ -189,8 +194,50 @@ def image_classes(
         z = flow.base.sample((num_each,), generator).repeat(classes, 1, 1, 1)
         each = context.repeat_interleave(num_each, 0)
         y = flow.transport(z, (0.0, 1.0), each, log_density=False).x
-        drawn = flow.to_data_space(y, each).unflatten(0, (-1, num_each))
-    return _strips(drawn, dataset.reference(), rows=[str(label) for label in range(classes)])
+        drawn = flow.to_data_space(y, each).unflatten(0, (-1, num_each)).cpu()
+    batch = next(iter(dataset.validation_batches(NUM_UNSEEN)))
+    real = drawn.new_full((classes, NUM_REAL + 1, *drawn.shape[2:]), torch.nan)  # the last column parts both
+    for label in range(classes):
+        found = batch.x[batch.context[:, label] == 1][:NUM_REAL] if batch.context is not None else batch.x[:0]
+        real[label, : len(found)] = found.to(real)
+    names = [str(name) for name in dataset.class_names or range(classes)][:classes]
+    columns = ["", "data", *[""] * (NUM_REAL - 1 + num_each // 2), "samples"]
+    return _strips(torch.cat([real, drawn], 1), dataset.reference(), columns=columns, rows=names)
+
+
+@checked
+def image_evaluations(
+    flow: CNF,
+    data: Tensor,
+    context: Tensor | None = None,  # (num_columns or more, *context)
+    num_columns: int = 8,
+    evaluations: Sequence[int] = EVALUATIONS,
+    generator: torch.Generator | None = None,
+) -> Figure:
+    """Plot samples from the same noise by few evaluations of the field, one row a number of them.
+
+    Rows are Euler's method with that many steps; the last one is the flow's own solver, with its evaluations. Above
+    them stand images of the data.
+    """
+    data = points_to_plot("data", data, *_image_shape(flow))
+    num_columns = whole_number("num_columns", num_columns)
+    counts = [whole_number("each of evaluations", count) for count in evaluations]
+    context = None if context is None else context[:num_columns]
+    own = flow.solver
+    rows, names = [data[torch.arange(num_columns) % len(data)]], ["data"]
+    with torch.no_grad():
+        z = flow.base.sample((num_columns,), generator)
+        try:
+            for solver in [*(ODESolver("euler", step_size=1 / count) for count in counts), own]:
+                flow.solver = solver
+                end = flow.transport(z, (0.0, 1.0), context, log_density=False)
+                rows.append(flow.to_data_space(end.x, context).cpu().to(data))
+                names.append(f"{end.statistics.nfe_forward}")
+        finally:
+            flow.solver = own
+    figure = _strips(torch.stack(rows), data, rows=names)
+    figure.axes[0].set_ylabel("evaluations of the field", fontsize=_text_size(figure))
+    return figure
 
 
 @checked
@@ -258,8 +305,15 @@ def _strips(
     height, width = images.shape[3] + 1, images.shape[4] + 1
     axes.set_xticks([(i + 0.5) * width for i in range(len(columns))], columns)
     axes.set_yticks([(i + 0.5) * height for i in range(len(rows))], rows)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.tick_params(axis="x", labelsize=8 if sum(map(bool, columns)) > 2 else _text_size(figure))
+    axes.tick_params(axis="y", labelsize=_text_size(figure))
     return figure
+
+
+def _text_size(figure: Figure) -> float:
+    """Return a size of letters that can be read when the figure is 300 pixels wide."""
+    return max(9.0, 1.8 * figure.get_figwidth())
 
 
 def _show(axes: Axes, images: Tensor, black: float, white: float) -> None:
