@@ -689,6 +689,13 @@ def test_duplicates_are_counted(tmp_path):
         ImageFiles(path=tmp_path / "a.npz")
 
 
+def test_levels_that_do_not_occur(tmp_path):
+    saved(tmp_path / "a.npz", x=pixels(high=17))
+    with pytest.warns(DataWarning, match="the highest value is 16; if the images have 17 levels, set num_levels=17"):
+        ImageFiles(path=tmp_path / "a.npz")
+    check(tmp_path / "a.npz", pixels(high=17)[:, None], num_levels=17)
+
+
 # A stranger's first hour
 
 

@@ -21,8 +21,8 @@ from flows.errors import DataWarning, FileError, InvalidValueError
 
 CHANNELS = (1, 3, 4)  # grey, colour, colour with transparency
 OBJECTS = (
-    "holds Python objects, which are not read, as they can run programs; save numbers, such as numpy.stack(pictures), "
-    "all of one size"
+    "holds Python objects, which are not read, as they can run programs; save numbers, as numpy.stack(pictures) of one "
+    "size, and words as numpy.array(labels, dtype=str)"
 )
 NAMES_WORDS = ("class_names", "label_names", "names", "categories")
 DAMAGE = (
@@ -95,7 +95,8 @@ def by_split(
     images = {split: name for (role, split), name in roles.items() if role == "image"}
     for wanted, setting in ((image, "image"), (label, "label")):
         if wanted is not None and not any(role == setting for role, _ in roles):
-            raise InvalidValueError(f"{where} has no array {wanted!r}; it has {listed}")
+            what = f"no {setting}s in the array" if wanted in shapes else "no array"
+            raise InvalidValueError(f"{where} has {what} {wanted!r}; it has {listed}")
     if not images and objects:
         raise InvalidValueError(f"{where}, array {objects[0]!r} {OBJECTS}")
     if not images:

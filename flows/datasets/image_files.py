@@ -198,6 +198,14 @@ def _decode(
         if given is not None and len(names) > 1 and stored.class_names is not None:  # classes of several sources
             given = [None if label is None else stored.class_names[label] for label in given]
         labels[part] = given[kept] if isinstance(given, np.ndarray) else given and [given[i] for i in kept.tolist()]
+    count = max(2, (decoder.highest or 0) + 1)
+    if decoder.highest is not None and 2 * decoder.highest < decoder.num_levels - 1:
+        warnings.warn(
+            f"{where}: the highest value is {decoder.highest}; if the images have {count} levels, set "
+            f"num_levels={count}, as bits per dimension of {decoder.num_levels:,} levels are other bits",
+            DataWarning,
+            stacklevel=4,
+        )
     classes = read_classes(labels, names.pop() if len(names) == 1 else None, where)
     return classes, {
         part: LabelledImages(torch.from_numpy(images), classes.numbers[part]) for part, images in pixels.items()

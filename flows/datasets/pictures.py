@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flows.checks import fits_in_memory
+from flows.datasets.images import MAX_LEVELS
 from flows.datasets.stored_images import Encoded, StoredImages
 from flows.errors import DataWarning, FileError, InvalidValueError
 
@@ -44,6 +45,7 @@ class Decoder:
     ):
         self.where, self.mode, self.size, self.num_levels = where, mode, size, num_levels
         self.scale, self.skip_unreadable = scale, skip_unreadable
+        self.highest: int | None = None  # of all arrays of numbers
         self._losses: dict[str, list[str]] = {}  # what is lost, and of which pictures
         self._first: tuple[str, str, tuple[int, int]] | None = None  # name, mode and size of the first picture
 
@@ -168,11 +170,13 @@ class Decoder:
         if block.dtype == np.uint16 and self.mode is not None and self.num_levels <= 256 and block.max() > 255:
             self._losses.setdefault(UPPER_BITS, []).append(f"image {row} {name}")
             block = block >> 8
+        self.highest = max(self.highest or 0, int(block.max()))
         wrong = (block < 0) | (block >= self.num_levels)
         if wrong.any():
             index = tuple(wrong.nonzero()[i][0] for i in range(block.ndim))
             value = block[index]
-            cure = f"set num_levels={int(block.max()) + 1} or more" if value > 0 else "levels count from 0"
+            most = int(block.max()) + 1
+            cure = f"set num_levels={most} or more" if value > 0 and most <= MAX_LEVELS else "levels count from 0"
             if block.dtype.itemsize == 2 and value > 0:
                 cure += ", or convert 16 bits to 8 with mode=L or RGB" * (block.dtype == np.uint16)
             raise InvalidValueError(
@@ -203,7 +207,7 @@ class Decoder:
                 )
             loss = f"has values between levels (scale={self.scale:g}), which are rounded"
             self._losses.setdefault(loss, []).append(f"image {row + first} {name}")
-        return levels.astype(np.int64)
+        return levels.clip(-1.0, 2.0**60).astype(np.int64)  # what is no level stays none
 
     # Pictures in files
 

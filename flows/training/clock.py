@@ -209,7 +209,8 @@ def _step_seconds(run: Run, stage: Stage) -> float:
 
 def _gradient_seconds(run: Run, stage: Stage, count: int) -> float:
     parameters = [p for p in run.model.parameters() if p.requires_grad]
-    device, dtype = run.fabric.device, parameters[0].dtype
+    device, dtype, objective = run.fabric.device, parameters[0].dtype, stage.objective
+    assert callable(objective)
     generator = torch.Generator(device).manual_seed(0)
     stream = run.dataset.train_stream(count, torch.Generator().manual_seed(0), device, dtype)
     batch: Any = stream.next()
@@ -217,7 +218,7 @@ def _gradient_seconds(run: Run, stage: Stage, count: int) -> float:
         torch.cuda.synchronize(device)
     began = time.perf_counter()
     with run.fabric.autocast():
-        loss = stage.objective(run.model, batch, generator).loss
+        loss = objective(run.model, batch, generator).loss
     torch.autograd.grad(loss, parameters, allow_unused=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
