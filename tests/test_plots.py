@@ -11,6 +11,7 @@ from small_run import small_flow, small_gaussian, small_table
 
 import flows
 from flows import plots
+from flows.cli import sweeps
 from flows.datasets import Gaussian, Table
 from flows.plots.plane import square
 from flows.plots.style import quantiles
@@ -174,6 +175,9 @@ def test_pictures_of_several_runs_on_one_sheet(tmp_path):
     for name, size in (("a", 2), ("b", 3), ("c", 4)):
         plots.scatter(torch.randn(9, 2), None if size == 2 else torch.randn(9, 2)).savefig(tmp_path / name)
     sheet = plots.contact_sheet({f"run {name}": tmp_path / f"{name}.png" for name in "abc"})
+    figures = {"test_bits_per_dim": 1.9, "test_bits_per_dim_se": 0.01}
+    assert sweeps._title("run a", figures) == "run a, 1.9000 ± 0.0100 bits/dim"
+    assert sweeps._title("run a", {"test_gap": 0.1, **figures}) == "run a, gap 0.1000 nats"
     assert [axes.get_title() for axes in sheet.axes if axes.images] == ["run a", "run b", "run c"]
     sheet.savefig(tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
