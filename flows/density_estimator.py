@@ -344,7 +344,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             raise
         except (ValueError, TypeError) as error:
             kind = InvalidTypeError if isinstance(error, TypeError) else InvalidValueError
-            raise kind(str(error)) from error
+            raise kind(f"{error}{_about_words(X)}") from error
 
     def _dataset(self, rows: NDArray[np.float64], context: Any, seed: int) -> Table:
         """The rows as a data set. A copy of the first one is its test part, which nobody looks at."""
@@ -412,7 +412,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         given: dict[str, Any] = {
             "steps": None if self.steps is None else whole_number("steps", self.steps),
             "polish": None if self.polish is None else whole_number("polish", self.polish, 0),
-            "hidden": None if self.hidden is None else tuple(whole_number("hidden", one) for one in self.hidden),
+            "hidden": None if self.hidden is None else _widths(self.hidden),
             "batch_sizes": None if self.batch_size is None else (self.batch_size, self.batch_size),
             "learning_rates": None if self.learning_rate is None else (self.learning_rate, self.learning_rate),
             "weight_decay": self.weight_decay,
@@ -515,6 +515,21 @@ class DensityEstimator(DensityMixin, BaseEstimator):
                 f"context must have one row for each of X, {rows}, or a single one, got {len(found)}"
             )
         return found.expand(rows, found.shape[-1])
+
+
+def _widths(hidden: Any) -> tuple[int, ...]:
+    if isinstance(hidden, str) or not isinstance(hidden, Sequence | np.ndarray) or not len(hidden):
+        raise InvalidTypeError(f"hidden must be a list of widths, such as (64, 64), got {hidden!r}")
+    return tuple(whole_number("hidden", width) for width in hidden)
+
+
+def _about_words(X: Any) -> str:
+    """What to do about columns of a data frame that hold no numbers."""
+    kinds = getattr(X, "dtypes", None)
+    if not hasattr(kinds, "items"):
+        return ""
+    words = [repr(str(name)) for name, kind in kinds.items() if getattr(kind, "kind", "O") not in "biuf"]  # type: ignore[union-attr]
+    return f"; column {', '.join(words)} holds no numbers: leave it out, or pass it as context=..." if words else ""
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,12 @@ BAD = {
     "steps as text": ({"steps": "many"}, X, "steps must be a whole number"),
     "polish": ({"polish": -1}, X, "polish must be a whole number >= 0, got -1"),
     "hidden": ({"hidden": (0,)}, X, "hidden must be"),
+    "one width": ({"hidden": 4}, X, r"hidden must be a list of widths, such as \(64, 64\), got 4"),
+    "words": (
+        {},
+        pd.DataFrame({"a": AGE, "sex": SEX}),
+        "could not convert string to float: .*column 'sex' holds no numbers: leave it out, or pass it as context",
+    ),
     "rate": ({"learning_rate": -1.0}, X, "learning_rate must be"),
     "fraction": ({"validation_fraction": 1.5}, X, "validation_fraction must be"),
     "patience": ({"patience": 0}, X, "patience must be a whole number >= 1, got 0; None never ends"),
