@@ -12,6 +12,7 @@ from benchmarks import (
     divergence,
     entropy_gap,
     error_bars,
+    few_steps,
     gpu,
     gradients,
     images,
@@ -27,6 +28,7 @@ from benchmarks import (
     training,
     uci,
     unet_step,
+    work_precision,
 )
 from flows.errors import FlowsError
 
@@ -44,6 +46,7 @@ BENCHMARKS = (
     data_to_data,
     mixture_base,
     error_bars,
+    few_steps,
     parameters,
     sbi,
     series,
@@ -52,6 +55,7 @@ BENCHMARKS = (
     conditional_table,
     processes,
     large_table,
+    work_precision,
 )
 
 

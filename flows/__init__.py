@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flows.inference import Posterior, infer
     from flows.models.cnf import CNF
     from flows.models.distribution import FlowDistribution
+    from flows.models.few_steps import fit_grid
     from flows.models.neural_ode import NeuralODE
     from flows.models.results import LogProbEstimate, Sample, Trajectory, Transport
     from flows.sharing import from_hub, load, save, to_hub
@@ -63,6 +64,7 @@ __all__ = [
     "evaluation",
     "export",
     "fields",
+    "fit_grid",
     "from_hub",
     "infer",
     "inference",
@@ -97,6 +99,7 @@ _HOMES = {
     "Trajectory": "flows.models.results",
     "Transport": "flows.models.results",
     "export": "flows.exporting",
+    "fit_grid": "flows.models.few_steps",
     "from_hub": "flows.sharing",
     "infer": "flows.inference",
     "load": "flows.sharing",

@@ -13,7 +13,7 @@ from flows.arguments import checked
 from flows.errors import ComputationError, InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
-from flows.solvers.stepping import grid
+from flows.solvers.stepping import grid, through
 from flows.solvers.tableaux import RUNGE_KUTTA, RungeKutta
 
 EXAMPLES = 7  # in the batch that is traced, a number that no other size is likely to have
@@ -122,7 +122,7 @@ class _Solve(nn.Module):
         super().__init__()
         solver, self.flow = flow.solver, flow
         tableau = RUNGE_KUTTA.get(solver.method)
-        if tableau is None or solver.step_size is None:
+        if tableau is None or solver.longest_step is None:
             raise InvalidValueError(
                 f"a solve by {solver.method!r} cannot be exported, since its steps depend on the data; choose fixed "
                 "steps, flow.solver = flows.ODESolver('rk4', step_size=0.05), and compare"
@@ -132,10 +132,10 @@ class _Solve(nn.Module):
                 "a flow of whole numbers cannot be exported whole, since its transform draws noise; export its field"
             )
         self.tableau: RungeKutta = tableau
-        self.step_size = float(solver.step_size)
+        self.step_size, self.stops = float(solver.longest_step), solver.grid
 
     def solve(self, state: tuple[Tensor, ...], slope: Any, first: float, last: float) -> tuple[Tensor, ...]:
-        for t0, t1 in itertools.pairwise(grid((first, last), self.step_size)):
+        for t0, t1 in itertools.pairwise(grid(through(self.stops, (first, last)), self.step_size)):
             h, slopes = t1 - t0, []
             for node, row in zip((0.0, *self.tableau.nodes), ((), *self.tableau.coefficients), strict=True):
                 slopes.append(slope(state[0].new_tensor(t0 + node * h), *_moved(state, slopes, row, h)))

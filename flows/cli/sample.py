@@ -19,6 +19,8 @@ from flows.cli.grammar import readable_arguments
 from flows.datasets import Dataset
 from flows.datasets.recognition import recognised, without_noise
 from flows.errors import FlowsError
+from flows.models.cnf import CNF
+from flows.models.few_steps import fit_grid
 from flows.samples import (
     ENDINGS,
     SamplingInterrupted,
@@ -27,6 +29,7 @@ from flows.samples import (
     draw_samples,
     save_samples,
 )
+from flows.solvers import ODESolver
 from flows.training.files import run_folder
 from flows.training.runs import LoadedRun, build_dataset, load_run, place
 from flows.training.settings import instantiate
@@ -34,6 +37,7 @@ from flows.training.trusted import may_download
 
 TABLES = (".csv", ".parquet")
 PICTURE = ".png"
+FITTED_POINTS = 256  # that a grid of times is fitted to
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,6 +77,8 @@ def sample(composed: DictConfig) -> None:
             settings["context"],
         )
         count = settings["num_samples"] if context is None else len(context)
+        if settings["evaluations"] is not None:
+            flow.solver = few_evaluations(flow, settings["evaluations"], context, settings["seed"])
         progress = "samples" if settings["progress_bar"] else None
         batch_size, stopped = settings["batch_size"] if is_given("batch_size") else None, False
         try:
@@ -100,6 +106,17 @@ def sample(composed: DictConfig) -> None:
             print(f"picture in {picture}" + (f", of the samples alone: {unknown}" if unknown else ""))
         if stopped:
             raise KeyboardInterrupt
+
+
+def few_evaluations(flow: CNF, evaluations: int, context: Tensor | None, seed: int) -> ODESolver:
+    """A solver with that many evaluations at times fitted to the flow; prints the settings that give it again."""
+    generator = torch.Generator().manual_seed(seed)
+    if context is not None:
+        context = context[torch.randperm(len(context), generator=generator)[:FITTED_POINTS]]
+    solver = fit_grid(flow, evaluations, context=context, generator=generator)
+    grid = ",".join(f"{time:.4g}" for time in solver.grid or ())
+    print(f"{evaluations} evaluations: solver={solver.method} solver.step_size=null solver.grid=[{grid}]")
+    return solver
 
 
 def guidance_caveat(config: Mapping[str, Any]) -> str | None:

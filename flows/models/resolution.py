@@ -91,6 +91,8 @@ def below_zero(value: float, standard_error: float, num_points: int) -> bool:
 
 def remedy(solver: ODESolver) -> str:
     """Say which settings of the solver to change."""
+    if solver.grid is not None:
+        return "take a finer solver.grid, or an adaptive method such as solver=flow5"
     if solver.is_fixed_step:
         return f"set a smaller solver.step_size (now {solver.step_size:g}), or an adaptive method such as solver=flow5"
     loose = f"set a smaller solver.rtol and solver.atol (now {solver.rtol:g} and {solver.atol:g})"

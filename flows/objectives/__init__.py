@@ -4,6 +4,7 @@ from flows.objectives import couplings, paths
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.couplings import Coupling
 from flows.objectives.derivative_matching import DerivativeMatching
+from flows.objectives.few_steps import Distillation, Reflow
 from flows.objectives.flow_matching import FlowMatching
 from flows.objectives.maximum_likelihood import MaximumLikelihood
 from flows.objectives.paths import ProbabilityPath
@@ -13,11 +14,13 @@ from flows.objectives.trajectory_matching import TrajectoryMatching
 __all__ = [
     "Coupling",
     "DerivativeMatching",
+    "Distillation",
     "FlowMatching",
     "LossOutput",
     "MaximumLikelihood",
     "Objective",
     "ProbabilityPath",
+    "Reflow",
     "ReverseKL",
     "TrajectoryMatching",
     "couplings",

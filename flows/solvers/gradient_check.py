@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flows.arguments import checked
 from flows.errors import InvalidValueError
-from flows.solvers.solver import REFERENCE_FACTOR, ODESolver
+from flows.solvers.solver import REFERENCE_FACTOR, ODESolver, divided
 from flows.solvers.tableaux import RUNGE_KUTTA
 
 
@@ -142,7 +142,10 @@ def check_gradients(
 
     backprop = gradients(replace(solver, gradient="backprop"))
     adjoint = gradients(replace(solver, gradient="adjoint"))
-    if solver.step_size is not None:
+    if solver.grid is not None:
+        finer = replace(solver, gradient="adjoint", grid=divided(solver.grid, 2))
+        exact = replace(finer, gradient="backprop")
+    elif solver.step_size is not None:
         finer = replace(solver, gradient="adjoint", step_size=solver.step_size / 2)
         exact = replace(finer, gradient="backprop")
     else:
@@ -212,6 +215,8 @@ def _advice(
         return "Nothing needs to change"
     other = "checkpoint" if solver.method in RUNGE_KUTTA else "backprop"
     checkpoint = f", or use gradient='{other}'"
+    if solver.grid is not None:
+        return f"Take a finer grid{checkpoint if difference > tolerance else ''}"
     if solver.is_fixed_step:
         return f"Lower step_size (now {solver.step_size:g}){checkpoint if difference > tolerance else ''}"
     helps = difference > tolerance and (tighter_adjoint_difference < difference / 2 or backprop_error <= tolerance)

@@ -17,7 +17,7 @@ from flows.solvers.multistep import integrate_by_torchdiffeq
 from flows.solvers.outputs import Outputs
 from flows.solvers.problem import RightHandSide, State, all_finite
 from flows.solvers.runge_kutta import Step
-from flows.solvers.stepping import StepLimits, StepLog, adaptive_steps, fixed_steps
+from flows.solvers.stepping import StepLimits, StepLog, adaptive_steps, fixed_steps, through
 from flows.solvers.tableaux import RK4, RUNGE_KUTTA, RungeKutta
 
 
@@ -34,6 +34,7 @@ class Integrator:
         compiles: whether the steps of a Runge-Kutta method run as compiled code; `"pieces"`: those of large batches
             without gradients alone, which one program serves.
         controller: of the sizes of adaptive steps, by name.
+        grid: times at which fixed steps end, beside those of the outputs.
     """
 
     method: str
@@ -43,6 +44,7 @@ class Integrator:
     options: Mapping[str, Any]
     compiles: bool | Literal["pieces"] = False
     controller: str = "i"
+    grid: Sequence[float] | None = None
 
     def prepared(self, function: RightHandSide, outputs: Outputs) -> RightHandSide:
         """The right-hand side with its compiled steps, if they are wanted and there can be any."""
@@ -109,7 +111,7 @@ class Integrator:
             return adaptive_steps(method, function, state, *span, self.norm, self.limits, log, controller)
         assert self.step_size is not None
         interpolates = not outputs.stops
-        times = outputs.stops or outputs.span
+        times = through(self.grid, outputs.stops or outputs.span)
         return fixed_steps(method, function, state, times, self.step_size, log, interpolates)
 
     def check_finite(
@@ -142,7 +144,12 @@ class Integrator:
         which = errors.first_bad(names, end)
         with torch.no_grad():
             for step in fixed_steps(
-                self.tableau or RK4, function, start, times, self.step_size, StepLog(direction, names, [])
+                self.tableau or RK4,
+                function,
+                start,
+                through(self.grid, times),
+                self.step_size,
+                StepLog(direction, names, []),
             ):
                 if all_finite(*step.end):
                     continue

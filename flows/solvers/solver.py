@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -87,6 +89,8 @@ class ODESolver:
             those of large batches without gradients whose samples differ in their states alone, in equal pieces.
         controller: how errors set the size of adaptive steps: "i" by the last one, "pi" by the last two, "pid" by the
             last three, which makes sizes change more smoothly. Flows take as many evaluations with each.
+        grid: instead of `step_size`, the increasing times at which the steps of a Runge-Kutta method with fixed steps
+            end, such as (0, 0.2, 0.6, 1). Those inside a solve count, in its direction. `flows.fit_grid` fits one.
         options: further options: `max_order` of Adams methods, `max_iters` of implicit_adams, and `solver` of
             scipy_solver, such as `{"solver": "RK45"}`.
 
@@ -98,7 +102,7 @@ class ODESolver:
         import flows
 
         fast = flows.ODESolver(method="rk4", step_size=0.1)
-        fine = flows.ODESolver(rtol=1e-7, atol=1e-7, gradient="adjoint")  # dopri5; memory does not grow with the steps
+        fine = flows.ODESolver(rtol=1e-7, atol=1e-7, gradient="adjoint")  # flow5; memory does not grow with the steps
         flow = flows.CNF(flows.fields.MLP((2,)), solver=fine)
         ```
     """
@@ -118,6 +122,7 @@ class ODESolver:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     compile: bool | Literal["auto"] = False
     controller: Literal["i", "pi", "pid"] = "i"
+    grid: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -154,8 +159,28 @@ class ODESolver:
                     f"max_step must be > min_step = {self.min_step:g}, got {self.max_step:g}; {no_limit}"
                 )
 
+    def _check_grid(self) -> None:
+        if self.step_size is not None or self.method not in RUNGE_KUTTA or self.controls_error:
+            instead = "give one of the two" if self.step_size is not None else "choose a method such as 'midpoint'"
+            raise InvalidValueError(
+                "grid sets the steps of a Runge-Kutta method with fixed steps, and takes no step_size beside it, got "
+                f"method {self.method!r} and step_size {self.step_size!r}; {instead}"
+            )
+        try:
+            times = tuple(float(time) for time in self.grid or ())
+        except (TypeError, ValueError):
+            times = ()
+        rising = len(times) > 1 and all(0 < b - a < math.inf for a, b in itertools.pairwise(times))
+        if isinstance(self.grid, str) or not rising:
+            raise InvalidValueError(
+                f"grid must be at least two increasing numbers, such as [0, 0.2, 0.6, 1], got {self.grid!r}"
+            )
+        object.__setattr__(self, "grid", times)
+
     def _check_effects(self) -> None:
-        if self.is_fixed_step:
+        if self.grid is not None:
+            self._check_grid()
+        elif self.is_fixed_step:
             check_number(
                 f"step_size of method {self.method!r}",
                 self.step_size,
@@ -195,6 +220,11 @@ class ODESolver:
         return not self.controls_error and self.method != SCIPY
 
     @property
+    def longest_step(self) -> float | None:
+        """The longest of fixed steps; infinite where a grid sets them, `None` for other methods."""
+        return math.inf if self.grid is not None else self.step_size
+
+    @property
     def controls_error(self) -> bool:
         """Whether the method is an adaptive Runge-Kutta method, which uses `error_control` and the bounds of steps."""
         return self.method in RUNGE_KUTTA and RUNGE_KUTTA[self.method].is_adaptive
@@ -206,6 +236,8 @@ class ODESolver:
         adaptive Runge-Kutta methods take steps of at most 0.2 units of time. Without these bounds, a solve whose steps
         do not depend on its settings might be compared with itself.
         """
+        if self.grid is not None:
+            return replace(self, grid=divided(self.grid, 10, REFERENCE_STEP_SIZE))
         if self.is_fixed_step:
             assert self.step_size is not None
             return replace(self, step_size=min(self.step_size / 10, REFERENCE_STEP_SIZE))
@@ -304,7 +336,9 @@ class ODESolver:
         compiles: bool | Literal["pieces"] = self.compile is True
         if self.compile == "auto" and expects_many_solves():
             compiles = True if torch.is_grad_enabled() else "pieces"
-        forward = Integrator(self.method, norm, limits, self.step_size, self.options, compiles, self.controller)
+        forward = Integrator(
+            self.method, norm, limits, self.longest_step, self.options, compiles, self.controller, self.grid
+        )
         counted = 0 if self.adjoint_seminorm else num_parameters
         adjoint_norm = replace(
             norm,
@@ -316,3 +350,12 @@ class ODESolver:
         backward = replace(forward, norm=adjoint_norm)
         jumps = jumps_of(dynamics, outputs.start, outputs.end, state[0].dtype)
         return Task(dynamics, outputs, forward, backward, SolverStatistics(names), Precision(state[0].device), jumps)
+
+
+def divided(grid: Sequence[float], parts: int, longest: float = math.inf) -> tuple[float, ...]:
+    """The grid with each interval in at least so many equal parts, none longer than `longest`."""
+    points = [grid[0]]
+    for start, end in itertools.pairwise(grid):
+        count = max(parts, math.ceil((end - start) / longest))
+        points += [start + (end - start) * i / count for i in range(1, count)] + [end]
+    return tuple(points)

@@ -183,6 +183,14 @@ def grid(times: Sequence[float], step_size: float) -> list[float]:
     return points
 
 
+def through(stops: Sequence[float] | None, times: Sequence[float]) -> Sequence[float]:
+    """Monotonic times, with those of `stops` that lie between them."""
+    if stops is None:
+        return times
+    inside = {t for t in stops if min(times[0], times[-1]) < t < max(times[0], times[-1])}
+    return sorted(inside | set(times), reverse=times[-1] < times[0])
+
+
 def check_step_size(step_size: float, times: Sequence[float]) -> None:
     """Raise `InvalidValueError` if steps of this size between `times` are more than a million."""
     total = sum(abs(end - start) / step_size for start, end in itertools.pairwise(times))

@@ -1,0 +1,143 @@
+"""Sampling in few evaluations: fitted grids, straighter paths, distilled steps."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import flows
+from flows import CNF, ODESolver, fit_grid
+from flows.datasets import Moons
+from flows.fields import MLP
+from flows.objectives import Distillation, Reflow
+from tests.problems import perceptron
+
+
+class Late(nn.Module):
+    """A rotation, most of which happens near t = 1."""
+
+    event_shape = (2,)
+
+    def forward(self, t, x):
+        return 0.05 * torch.exp(4 * t) * torch.stack([-x[:, 1], x[:, 0]], 1)
+
+
+def curved():
+    """A flow that needs short steps late, and points of its base."""
+    flow = CNF(Late()).double()
+    return flow, torch.randn(256, 2, generator=torch.Generator().manual_seed(1))
+
+
+def distance(flow, solver, start):
+    """Root mean square distance in flow space from the ends of accurate paths."""
+    exact = copy.copy(flow)
+    exact.solver, flow.solver = ODESolver(rtol=1e-9, atol=1e-9), solver
+    ends = [model.transport(start, (0.0, 1.0), log_density=False).x for model in (exact, flow)]
+    return float((ends[0] - ends[1]).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
+def test_a_fitted_grid_is_never_worse_than_the_even_one_on_its_batch(method):
+    flow, start = curved()
+    evaluations = 8
+    flow.base.sample = lambda shape, generator=None: start
+    fitted = fit_grid(flow, evaluations, method, steps=25)
+    steps = len(fitted.grid) - 1
+    even = ODESolver(method, step_size=1 / steps)
+    assert distance(flow, fitted, start) < 0.8 * distance(flow, even, start)
+    unfitted = fit_grid(flow, evaluations, method, steps=0)
+    assert distance(flow, unfitted, start) == pytest.approx(distance(flow, even, start))
+    assert flow.transport(start, (0.0, 1.0), log_density=False).statistics.nfe_forward == evaluations
+
+
+def test_auto_takes_the_best_method():
+    flow, start = curved()
+    flow.base.sample = lambda shape, generator=None: start
+    best = distance(flow, fit_grid(flow, 4, steps=10), start)
+    for method in ("euler", "midpoint", "heun2", "rk4"):
+        assert best <= distance(flow, fit_grid(flow, 4, method, steps=10), start) + 1e-9
+    with pytest.raises(ValueError, match=r"evaluations must be a multiple of 4, the stages of 'rk4', got 6"):
+        fit_grid(flow, 6, "rk4")
+
+
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
+def test_a_grid_sets_the_steps_in_both_directions(gradient):
+    """With the points of an even grid, all is as with its step size; `tighter` divides each interval."""
+    flow = CNF(perceptron((2,), (8, 8)))
+    x = torch.randn(5, 2)
+    found = []
+    for settings in ({"step_size": 0.25}, {"grid": [-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 2.0]}):
+        flow.solver = ODESolver("rk4", gradient=gradient, **settings)
+        estimate = flow.estimate_log_prob(x)
+        assert estimate.nfe == 16
+        gradient_of = torch.autograd.grad(estimate.value.sum(), flow.field.out.weight)[0]
+        found.append((estimate.value.detach(), gradient_of))
+    torch.testing.assert_close(*found)
+    uneven = ODESolver("euler", grid=(0.0, 0.9, 1.0))
+    solution = uneven.solve(lambda t, s: (t.expand_as(s[0]),), (torch.zeros(1),), (1.0, 0.0))
+    assert [attempt.dt for attempt in solution.statistics.attempts] == pytest.approx([-0.1, -0.9])
+    finer = uneven.tighter().grid  # tenths, and at most 0.05 long
+    assert finer == pytest.approx([0.05 * k for k in range(18)] + [0.9 + 0.01 * k for k in range(11)])
+
+
+def test_errors_of_grids():
+    with pytest.raises(ValueError, match=r"grid must be at least two increasing numbers, .* got \[0, 0.5, 0.5\]"):
+        ODESolver("euler", grid=[0, 0.5, 0.5])
+    with pytest.raises(ValueError, match=r"grid sets the steps of a Runge-Kutta method with fixed steps, .*one of the"):
+        ODESolver("euler", step_size=0.1, grid=[0, 1])
+    with pytest.raises(ValueError, match=r"grid sets .* choose a method such as 'midpoint'"):
+        ODESolver(grid=[0, 1])
+
+
+def learnt(flow, objective, steps):
+    """Train in place, without a Trainer."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(flow.parameters(), 3e-3)
+    for batch in (Moons().train_stream(256, generator).next() for _ in range(steps)):
+        optimizer.zero_grad()
+        objective(flow, batch, generator).loss.backward()
+        optimizer.step()
+
+
+def curvature(flow):
+    """E ∫ ‖v(t, x_t) − (x₁ − x₀)‖² dt, zero for straight paths."""
+    start = torch.randn(500, 2, generator=torch.Generator().manual_seed(2))
+    times = torch.linspace(0, 1, 17)
+    with torch.no_grad():
+        path = flow.transport(start, times, log_density=False).x
+        velocity = torch.stack([flow.field(t, x) for t, x in zip(times, path, strict=True)])
+    return float((velocity - (path[-1] - path[0])).square().mean())
+
+
+@pytest.mark.slow
+def test_reflow_makes_paths_straighter_and_distillation_makes_two_steps_exact():
+    flow = CNF(MLP((2,), (32, 32)))
+    learnt(flow, flows.objectives.FlowMatching(), 200)
+    teacher = copy.deepcopy(flow)
+    two = ODESolver("euler", step_size=0.5)
+    student = copy.deepcopy(flow)
+    learnt(student, Distillation(teacher, two), 100)
+    learnt(flow, Reflow(teacher), 150)
+    assert curvature(flow) < 0.4 * curvature(teacher)
+    start = torch.randn(500, 2, generator=torch.Generator().manual_seed(3))
+
+    def error(model, solver):
+        model.solver = solver
+        with torch.no_grad():
+            ends = [m.transport(start, (0.0, 1.0), log_density=False).x for m in (teacher, model)]
+        return float((ends[0] - ends[1]).square().mean().sqrt())
+
+    assert error(student, two) < 0.5 * error(copy.deepcopy(teacher), two)
+    assert error(flow, two) < 0.7 * error(copy.deepcopy(teacher), two)
+
+
+def test_errors_of_teachers():
+    flow = CNF(MLP((2,), (8,)))
+    batch = Moons().train_stream(4, torch.Generator()).next()
+    with pytest.raises(ValueError, match=r"the teacher is the flow that is trained; give a copy, copy\.deepcopy"):
+        Reflow(flow)(flow, batch)
+    with pytest.raises(ValueError, match=r"the teacher has events of shape \(3,\), and the flow of shape \(2,\)"):
+        Distillation(CNF(MLP((3,), (8,))))(flow, batch)
+    with pytest.raises(ValueError, match=r"solver must take a few fixed steps, got the adaptive method 'flow5'"):
+        Distillation(copy.deepcopy(flow), ODESolver())
