@@ -27,6 +27,7 @@ from flows.datasets.series import Series
 from flows.datasets.series_batches import SeriesBatch
 from flows.datasets.simulations import Simulations
 from flows.datasets.simulator import Simulator
+from flows.datasets.streamed_images import StreamedImages
 from flows.datasets.systems import DynamicalSystem, Lorenz, LotkaVolterra, Oscillator, Pendulum, Spiral, TwoBody
 from flows.datasets.tabular import BreastCancer, Diabetes, Table, Tabular
 from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
@@ -84,6 +85,7 @@ __all__ = [
     "Simulations",
     "Simulator",
     "Spiral",
+    "StreamedImages",
     "SwissRoll",
     "Table",
     "Tabular",

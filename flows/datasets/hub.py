@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,26 @@ def read_hub(source: str | None, image: str | None, label: str | None) -> dict[s
             "pictures or Parquet files, or to a file of images that you have"
         ) from error
     return _stored(found, source, image, label)
+
+
+def streamed(source: str | None, files: Sequence[Path] | None, split: str) -> Any:
+    """Return a split of a data set on the hub, or the rows of Parquet files, as an iterable of `datasets`.
+
+    Raises:
+        FileError: the data set cannot be reached, or the files cannot be read.
+        MissingPackageError: the library `datasets` is not installed.
+    """
+    where = str(source if files is None else files[0].parent)
+    datasets = _library(where)
+    if files is None and _offline.get():
+        raise FileError(f"{where} is streamed over the network, and settings in a file open none; pass trust=[flows]")
+    try:
+        if files is not None:
+            names = [str(file) for file in files]
+            return datasets.load_dataset("parquet", data_files={"train": names}, split="train", streaming=True)
+        return datasets.load_dataset(source, split=split, streaming=True)
+    except Exception as error:  # the library raises many types, and all mean the same here
+        raise FileError(f"{where} cannot be streamed ({_reason(error)})") from error
 
 
 def is_saved(folder: Path) -> bool:

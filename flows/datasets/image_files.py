@@ -119,7 +119,7 @@ class ImageFiles(Images):
                 f"validation_split and test_split are both {test_split!r}; set validation_split=null to set a fraction "
                 "of the training images aside"
             )
-        decoder = Decoder("", mode, _checked_size(size), num_levels, scale, skip_unreadable)
+        decoder = Decoder("", mode, checked_size(size), num_levels, scale, skip_unreadable)
         where = str(source if path is None else path)
         decoder.where = where
         found = read_hub(source, image, label) if path is None else _read("path", path, image, label)
@@ -230,7 +230,7 @@ def _tell_repeated(dataset: ImageFiles, where: str) -> None:
     warnings.warn(f"{found}{shared}; drop the duplicates if they are no data of their own", DataWarning, stacklevel=4)
 
 
-def _checked_size(size: object) -> tuple[int, int] | None:
+def checked_size(size: object) -> tuple[int, int] | None:
     if size is None:
         return None
     message = f"size must be [height, width] in pixels, such as [32, 32], got {size!r}"
