@@ -1,7 +1,8 @@
 """How much memory does a table take that is read in parts?
 
 A table of 2 GB is written into a temporary folder, as .npy and as Parquet, trained on in a process of its own, and
-removed. Memory is the largest resident memory of that process above what it has before the data are opened.
+removed. Times are CPU times. Memory is the largest resident memory of that process above what it has before the data
+are opened.
 """
 
 from __future__ import annotations

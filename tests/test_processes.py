@@ -367,3 +367,22 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     printed = train("objective.maximum_likelihood.steps=6", resume, "hardware.devices=2")
     assert printed.count("resumes after step 4") == 1
     check_equal(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("worker", ["joblib.externals.loky", "submitit.core._submit"])
+def test_workers_of_a_sweep_start_no_processes(monkeypatch, worker):
+    from flows.training.launcher import _Others
+
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", worker])
+    with pytest.raises(InvalidValueError, match=r"which is a worker of .* hydra/launcher=basic"):
+        _Others(2)
+
+
+@TWO_CORES
+@pytest.mark.slow
+def test_a_sweep_in_two_processes_has_one_table(tmp_path):
+    more = ("-m", "seed=0,1", "steps=2", "hardware.devices=2", "hardware.accelerator=cpu", "field.hidden=[8]")
+    sizes = ("data=moons", "data.num_test=50", "data.num_validation=50", "reporting.progress_bar=false")
+    printed = train(*more, *sizes, "reporting.plot_every=null", f"output_dir={tmp_path / 'sweep'}")
+    assert printed.count("all figures in") == 1
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()) == ["seed-0", "seed-1"]

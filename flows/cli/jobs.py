@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from flows.cli.errors import JobFailedError
 from flows.training.continuing import AUTO, saved_state
 from flows.training.files import RUNS, check_place, new_folder
+from flows.training.processes import is_first
 from flows.writing import to_json, write_text
 
 RECORD = "job.json"  # in the folder of a job
@@ -115,7 +116,8 @@ class Sweep:
 def sweep_environment(arguments: Sequence[str]) -> Iterator[Sweep]:
     """Tell the processes of the jobs what sweep they belong to."""
     _folders.clear()
-    before = {name: os.environ.pop(name, None) for name in (FIXED, NEW_FOLDER, SWEEP)}
+    new = (FIXED, NEW_FOLDER, SWEEP) if is_first() else (FIXED, SWEEP)  # other processes use the folder of the first
+    before = {name: os.environ.pop(name, None) for name in new}
     with contextlib.suppress(Exception):  # reported when Hydra parses them
         os.environ[FIXED] = " ".join(fixed_keys(arguments))
     os.environ[SWEEP] = uuid.uuid4().hex
@@ -144,6 +146,8 @@ def recorded_job(name: str | None) -> Iterator[None]:
     }
 
     def write(status: str, **more: Any) -> None:
+        if not is_first():
+            return
         with contextlib.suppress(OSError):  # the run has told of it, if it writes there
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, to_json({**record, "status": status, **more}))

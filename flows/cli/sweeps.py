@@ -15,6 +15,7 @@ from flows.cli.jobs import failed_jobs, job_records, read_json, sweep_environmen
 from flows.errors import FileError
 from flows.training.files import SUMMARY
 from flows.training.loggers import flat
+from flows.training.processes import is_first
 from flows.writing import write_result
 
 COLUMNS = (  # of the table: title, figure, its standard error, format
@@ -57,7 +58,7 @@ def sweeping(arguments: Sequence[str]) -> Iterator[None]:
 def sum_up(folder: Path) -> None:
     """Write and print the table of a sweep, and draw its sheet."""
     results = sweep_results(folder)
-    if not results:
+    if not results or not is_first():  # each of several processes comes here
         return
     try:
         write_result(folder / "sweep.csv", _csv(results))

@@ -23,6 +23,7 @@ POLL_SECONDS = 0.2
 GRACE_SECONDS = 3.0  # for the first process to end by itself when another one has ended
 TELL_FIRST_SECONDS = 1.0  # for the first process to tell of an error that all have
 PR_SET_PDEATHSIG = 1  # of Linux
+WORKERS = ("joblib", "submitit")  # whose commands are of no use in another process
 
 
 class ProcessEndedError(ComputationError):
@@ -88,6 +89,12 @@ class _Others:
         return cls._started
 
     def __init__(self, number: int) -> None:
+        workers = [name for name in WORKERS if any(name in word for word in sys.orig_argv)]
+        if workers:
+            raise InvalidValueError(
+                f"hardware.devices={number} starts {number} processes with the command of this one, which is a "
+                f"worker of {workers[0]}; use hydra/launcher=basic, one job after the other, or one device a job"
+            )
         if hasattr(sys, "ps1") or "ipykernel" in sys.modules or not sys.orig_argv[1:]:
             raise InvalidValueError(
                 f"hardware.devices={number} starts {number} processes with the command of this one, and an interactive "

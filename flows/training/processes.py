@@ -73,6 +73,11 @@ def started_together() -> Together | None:
     return Together(here, max(1, number // here))
 
 
+def is_first() -> bool:
+    """Whether this is the first, or the only one, of the processes of a run, as far as its environment says."""
+    return all(os.environ.get(name, "0").strip() in ("", "0") for name in ("RANK", "LOCAL_RANK"))
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as found:
