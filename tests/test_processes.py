@@ -248,9 +248,9 @@ class TwoProcesses:
     def pids(self):
         return [int(line) for line in self.text.splitlines() if line.isdecimal()]
 
-    def ends(self, seconds=15):
+    def ends(self, seconds=30):
         """The exit code; all processes must end in so many seconds."""
-        code, until = self.process.wait(seconds), time.monotonic() + 5
+        code, until = self.process.wait(seconds), time.monotonic() + 15
         while any(map(lives, self.pids)) and time.monotonic() < until:
             time.sleep(0.1)
         assert len(self.pids) == 2
