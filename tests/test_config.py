@@ -5,6 +5,8 @@ import re
 import warnings
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -164,6 +166,13 @@ def test_every_choice_trains(tmp_path, request, group, name):
         np.savetxt(tmp_path / "data.txt", np.random.default_rng(0).normal(size=(60, 3)))
         (tmp_path / "test_rows_0.txt").write_text("0 1 2 3 4 5")
         overrides.append(f"data.path={tmp_path}")
+    elif (group, name) == ("data", "large_table"):
+        np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(60, 3)))
+        overrides += [f"data.path={tmp_path / 'rows.npy'}", "data.num_validation=5", "data.num_test=5"]
+    elif (group, name) == ("data", "streamed_images"):
+        pictures = [path.read_bytes() for path in request.getfixturevalue("pictures").glob("train/*/*.png")]
+        pq.write_table(pa.table({"image": 4 * pictures}), tmp_path / "rows.parquet")
+        overrides.append(f"data.path={tmp_path / 'rows.parquet'}")
     elif group == "data" and "path: ???" in text:
         overrides.append(f"data.path={request.getfixturevalue('table')}")
     elif (group, name) == ("data", "simulator"):

@@ -49,7 +49,24 @@ class StreamedImages(Dataset):
         InvalidValueError: there are too few images, they differ in size or mode, or there is no column of pictures.
 
     Example:
-        `StreamedImages(path="shards", mode="RGB", size=(32, 32))` reads the Parquet files of a folder.
+        ```python
+        import io
+
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        from PIL import Image
+
+        import flows
+
+        pictures = []
+        for level in range(60):
+            picture = io.BytesIO()
+            Image.new("L", (4, 4), level).save(picture, "png")
+            pictures.append(picture.getvalue())
+        pq.write_table(pa.table({"image": pictures}), "pictures.parquet")
+        data = flows.datasets.StreamedImages(path="pictures.parquet", num_validation=5, num_test=5)
+        data.event_shape  # (1, 4, 4)
+        ```
     """
 
     num_levels = 256
