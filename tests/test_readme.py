@@ -27,6 +27,7 @@ RUNS = {  # the run that a checkpoint in a command stands for
     "runs/tank": ("data=trajectories", "data.path=x.csv", "data.input_columns=[inflow]", "field=forced"),
     "runs/glucose": ("model=neural_ode", "data=trajectories", "data.path=x.csv", "objective=trajectory_matching"),
     "runs/table": ("data=tabular", "data.path=x.csv"),
+    "runs/tabular/2026-01-31_12-00-00": ("data=tabular", "data.path=x.csv"),
     "runs/people": ("data=tabular", "data.path=x.csv", "data.context_columns=[age]"),
     "runs/pictures": ("data=images", "data.path=x"),
     "runs/series": ("data=trajectories", "data.path=x.csv"),
