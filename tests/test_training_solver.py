@@ -20,8 +20,8 @@ from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.path_costs import JacobianNorm, KineticEnergy
 from flows.solvers import Attempt, SolverError, SolverStatistics
 from flows.training import Optimization, Stage, TrainingInterrupted, load_checkpoint
-from flows.training.callbacks import WINDOW, EvaluationWatch
 from flows.training.compile import compiled, stages_to_compile
+from flows.training.expensive_solves import WINDOW, EvaluationWatch
 from flows.training.loop import Loop
 
 ADAPTIVE = ODESolver(rtol=1e-3, atol=1e-3)
