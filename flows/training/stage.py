@@ -215,6 +215,12 @@ class Optimization:
             raise InvalidValueError(f"on_solver_error must be 'raise' or 'skip', got {self.on_solver_error!r}")
         whole_number("max_solver_errors", self.max_solver_errors, 1)
 
+    def optimizer_of(self, stage: Stage) -> Callable[..., Optimizer]:
+        """What builds the optimiser of a stage: its own, or the one of all stages."""
+        chosen = stage.optimizer or self.optimizer
+        assert callable(chosen), "names have become classes"
+        return chosen
+
     def check(self, world_size: int) -> None:
         """Raise `InvalidValueError` where skipping does not work: in processes that wait for each other."""
         if self.on_solver_error == "skip" and world_size > 1:

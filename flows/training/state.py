@@ -212,7 +212,7 @@ class RunState:
         self._set_up(index, stages[position.stage])
         try:
             stage = stages[position.stage]
-            build = stage.optimizer or self.optimization.optimizer
+            build = self.optimization.optimizer_of(stage)
             taken = position.step_in_stage
             check_optimizer(checkpoint["optimizer"], self.optimizer, build, stage.peak_learning_rate, taken)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -286,7 +286,7 @@ class RunState:
         return self.optimizer.param_groups[0]["lr"]
 
     def _set_up(self, index: int, stage: Stage) -> None:
-        new_optimizer = stage.optimizer or self.optimization.optimizer
+        new_optimizer = self.optimization.optimizer_of(stage)
         optimizer = new_optimizer(self.model.parameters(), lr=stage.peak_learning_rate)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
