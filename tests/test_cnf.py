@@ -42,7 +42,7 @@ def gaussian_of(field):
 def test_linear_flow_is_the_matrix_exponential(event_shape, estimator):
     d = math.prod(event_shape)
     field = Linear(event_shape, torch.randn(d, d) / 2, torch.randn(d))
-    flow = CNF(field, estimator, ODESolver(rtol=1e-11, atol=1e-11))
+    flow = CNF(field, estimator, ODESolver(rtol=1e-12, atol=1e-12))
     truth, linear, shift = gaussian_of(field)
     x = torch.randn(6, *event_shape)
     with torch.no_grad():

@@ -153,7 +153,18 @@ def pictures(tmp_path, monkeypatch):
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{group}={name}" for group, name in CHOICES])
+COSTLY = {  # over ten seconds, and much like a choice that is tested by default
+    ("experiment", "mnist"),
+    ("experiment", "photo_patches"),
+    ("field", "unet_small"),
+    ("solver", "adaptive_heun"),
+}
+TRAINED = [
+    pytest.param(*choice, id="=".join(choice), marks=pytest.mark.slow if choice in COSTLY else ()) for choice in CHOICES
+]
+
+
+@pytest.mark.parametrize(("group", "name"), TRAINED)
 def test_every_choice_trains(tmp_path, request, group, name):
     overrides = [f"{group}={name}"]
     text = (CONF / group / f"{name}.yaml").read_text()

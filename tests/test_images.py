@@ -627,4 +627,4 @@ def test_yaml(name):
     del config["defaults"]
     dataset = instantiate(config)
     assert dataset.name == name
-    assert len(dataset.reference()) <= 10_000
+    assert len(dataset.reference()) <= 40_000

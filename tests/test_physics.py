@@ -93,7 +93,7 @@ def test_transforms_that_are_not_affine_are_refused():
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
 def test_gradients_of_parameters(gradient):
     field = corrected(parameters={"alpha": 1.4, "beta": {"start": 0.9, "low": 0}, "gamma": Coefficient(2.5, 0, 5)})
-    ode = flows.NeuralODE(field, flows.ODESolver("dopri8", rtol=1e-9, atol=1e-9, gradient=gradient))
+    ode = flows.NeuralODE(field, flows.ODESolver("dopri8", rtol=1e-11, atol=1e-11, gradient=gradient))
     loss = ode.trajectory(POINTS, [0.0, 0.5, 1.0], solver_error=False).states.square().sum()
     names = ["raw_alpha", "raw_beta", "raw_gamma"]
     found = torch.autograd.grad(loss, [getattr(field, name) for name in names])

@@ -94,8 +94,10 @@ def test_bad_stages_are_refused(settings, message):
 
 
 def test_a_stage_needs_an_objective():
-    with pytest.raises(TypeError, match=r"objective must be a flows.objectives.Objective or a function"):
-        Stage("maximum_likelihood", steps=1)
+    with pytest.raises(TypeError, match=r"objective must be a flows.objectives.Objective"):
+        Stage(3, steps=1)
+    with pytest.raises(ValueError, match=r"unknown Objective 'maximum'; expected one of .*maximum_likelihood"):
+        Stage("maximum", steps=1)
 
 
 # The average
@@ -264,7 +266,7 @@ def test_a_stage_may_have_an_optimiser_of_its_own_and_resumes_with_it(tmp_path):
     parts.fit()
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    with pytest.raises(TypeError, match="optimizer must be a function or None, got an object of class SGD"):
+    with pytest.raises(TypeError, match="optimizer must be a function, a text or None, got an object of class SGD"):
         replace(second, optimizer=torch.optim.SGD(whole.model.parameters(), lr=1.0))
 
 

@@ -380,5 +380,5 @@ class Explosion(nn.Module):
 def test_a_state_that_explodes_says_when():
     times = torch.linspace(0, 2, 5).expand(10, 5)
     batch = Series(times, torch.ones(10, 5, 1)).part("train")
-    with pytest.raises(SolverError, match=r"underflowed at t = 1, "):
+    with pytest.raises(SolverError, match=r"underflowed at t = (1|0\.99999\d*), "):
         TrajectoryMatching()(flows.NeuralODE(Explosion()), batch)

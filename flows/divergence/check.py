@@ -41,6 +41,7 @@ class EstimatorCheckError(InvalidValueError):
     """
 
 
+@checked
 @dataclass(frozen=True)
 class EstimatorCheck:
     """One check that was passed.

@@ -95,6 +95,7 @@ class Field(CheckedMethods, nn.Module, ABC):
             )
 
 
+@checked
 def named_field(field: nn.Module | str, event_shape: int | Sequence[int] | None) -> nn.Module:
     """Return the field, or a new one of the class with that lower-case name and its default settings.
 

@@ -310,6 +310,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[tuple[int, floa
     return curves
 
 
+@checked
 def training_curves(metrics: Mapping[str, Any], prefix: str = "train/") -> dict[str, Any]:
     """Return what stages log, `flow_matching/loss`, under the same names for all of them, `train/loss`.
 
