@@ -275,7 +275,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             return rows
         import pandas
 
-        return pandas.DataFrame(rows, columns=self.feature_names_in_)
+        return pandas.DataFrame(rows, columns=getattr(self, "feature_names_in_", None))
 
     def fitted_flow(self) -> CNF:
         """The flow, once there is one.
@@ -290,11 +290,12 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         """Plain values that `from_dict` takes beside the flow."""
         names = getattr(self, "feature_names_in_", None)
         plain = (bool, int, float, str, type(None))
+        parameters = {name: _bare(value) for name, value in self.get_params(deep=False).items()}
         parameters = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in self.get_params(deep=False).items()
-            if isinstance(value, plain)
-            or (isinstance(value, list | tuple) and all(isinstance(v, plain) for v in value))
+            name: value
+            for name, value in parameters.items()
+            if name != "output_dir"  # a place on this machine
+            and (isinstance(value, plain) or (isinstance(value, list) and all(isinstance(v, plain) for v in value)))
         }
         return {
             "parameters": parameters,
@@ -359,6 +360,8 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         given = None
         if context is not None:
             given = as_columns(context, SOURCE)
+            if not hasattr(self, "feature_names_in_") and set(names) & set(given):
+                names = [f"x{i}" for i in range(len(names))]
             wrong = next((name for name, column in given.items() if len(column) != len(rows)), None)
             if wrong is not None:
                 raise InvalidValueError(
@@ -507,6 +510,8 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             array = np.asarray(context)
             if array.dtype.kind in "fiub":
                 context = array[:, None] if array.ndim == 1 and self.conditions_.shape == (1,) else array
+            elif array.ndim in (1, 2) and array.dtype.kind in "OUS":
+                context = as_columns(context, "scores")  # as `fit` reads them
         found = self.conditions_.encode(context)
         if rows is None:
             return found
@@ -538,3 +543,9 @@ class _FitEvaluator(DensityEvaluator):
 
     def test(self, model: nn.Module) -> Report:
         return Report({}, ())
+
+
+def _bare(value: Any) -> Any:
+    """Numbers and lists in place of those of NumPy."""
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return [_bare(part) for part in value] if isinstance(value, list | tuple) else value

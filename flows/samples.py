@@ -187,8 +187,13 @@ def class_number(label: int | str, num_classes: int, class_names: Sequence[str] 
     names = list(class_names or ())
     if str(label) in names:
         return names.index(str(label))
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < num_classes:
-        return label
+    if isinstance(label, int) and not isinstance(label, bool):
+        numbered = [i for i, name in enumerate(names) if name.lstrip("-").isdecimal()]
+        same = [i for i in numbered if int(names[i]) == label]
+        if len(same) == 1:
+            return same[0]
+        if not numbered and 0 <= label < num_classes:
+            return label
     known = f"one of {', '.join(names[:MAX_NAMES])}{', ...' * (len(names) > MAX_NAMES)}, or " if names else ""
     close = difflib.get_close_matches(str(label), names, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""

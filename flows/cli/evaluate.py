@@ -95,7 +95,9 @@ def evaluate(composed: DictConfig) -> float | None:
             **{name: config[name] for name in parts},
             "data_differ_from_run": list(data.differences),
         }
-        if dataset.is_scored or (data.differences and data.hashes):
+        if dataset.is_scored and not data.hashes:
+            rows.append(("trained on", "unknown: the file of the model keeps no rows of its training data"))
+        elif dataset.is_scored or (data.differences and data.hashes):
             content["points_trained_on"], _ = data.trained_on(part)
             words = data.trained_on_in_words(part) if content["points_trained_on"] else "see the warning"
             if dataset.is_scored:

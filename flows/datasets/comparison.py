@@ -70,6 +70,7 @@ class Comparison:
     doubt: str = ""
     about_columns: Sequence[str] = ()
     same_rows: bool = False
+    partial: bool = False  # whether only some of the training rows were hashed
 
     @property
     def text(self) -> str:
@@ -107,6 +108,8 @@ class Comparison:
         known = np.isin(found, self.trained).astype(np.float64)
         if self.share < 1 and len(self.trained):
             known[found > self.trained[-1]] = np.nan
+        if self.partial:
+            known[known == 0] = np.nan
         return known
 
     def trained_on_in_words(self, part: str) -> str:
@@ -114,6 +117,7 @@ class Comparison:
         count, total = self.trained_on(part)
         found = self.found_otherwise(part)
         about = "about " if (self.share < 1 and count) or (found is not None and found.about) else ""
+        about = "at least " if self.partial else about
         are = "is a training point" if total == 1 else "are training points"
         how = "" if found is None else " up to rounding"
         if found is not None and found.left_out:

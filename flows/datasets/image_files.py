@@ -11,6 +11,7 @@ import torch
 
 from flows.arguments import checked
 from flows.checks import check_number, existing_path, whole_number
+from flows.datasets.folders import SPLIT_OF
 from flows.datasets.hashing import hash_rows
 from flows.datasets.hub import read_hub
 from flows.datasets.image_labels import Classes, read_classes
@@ -164,6 +165,14 @@ def _chosen(found: Mapping[str, StoredImages], wanted: Mapping[str, str | None],
         raise InvalidValueError(
             f"{where} has no split 'train', only {', '.join(map(repr, found))}; rename one, or merge them"
         )
+    for part, split in wanted.items():
+        if split and split != part and split not in found:
+            read_as = SPLIT_OF.get(split.lower())
+            cure = "" if read_as is None else f"; {split!r} is read as {read_as!r}"
+            raise InvalidValueError(
+                f"{where} has no split {split!r}, only {', '.join(map(repr, found))}{cure}; name one of them with "
+                f"{part}_split, or set it to null for a fraction of the training images"
+            )
     meant = {"train", "validation", "test", *wanted.values()}  # those replaced by settings are left out on purpose
     unused = {split: stored.count for split, stored in found.items() if split not in meant}
     if unused:
@@ -192,6 +201,7 @@ def _decode(
     names = {stored.class_names for stored in chosen.values() if stored.class_names is not None}
     labels = {}
     pixels = {}
+    decoder.widest = max((stored.highest or 0 for stored in chosen.values()), default=0) or None
     for part, stored in chosen.items():
         pixels[part], kept = decoder(stored, part)
         given = stored.labels

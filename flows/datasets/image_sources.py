@@ -111,7 +111,8 @@ def _npy_images(path: Path) -> StoredImages:
     labels = None
     for old, new in (("images", "labels"), ("image", "label"), ("x", "y"), ("X", "y"), ("X", "Y"), ("data", "labels")):
         if path.stem == old or path.stem.startswith(f"{old}_") or path.stem.endswith(f"_{old}"):
-            beside = path.with_name(path.name.replace(old, new, 1))
+            stem = path.stem[: -len(old)] + new if path.stem.endswith(f"_{old}") else new + path.stem[len(old) :]
+            beside = path.with_name(stem + path.suffix)
             if labels is None and beside != path and beside.is_file():
                 labels = beside
     return paired(images, None if labels is None else read_npy(labels), str(path), labels and labels.name)

@@ -107,6 +107,10 @@ class LargeTable(Dataset):
         values = torch.from_numpy(file.take(rows))
         self._held_out = {"validation": values[:num_validation], "test": values[num_validation:held]}
         self._reference = values[held:]
+        self._places = {
+            "validation": torch.from_numpy(rows[:num_validation]),
+            "test": torch.from_numpy(rows[num_validation:held]),
+        }
         self._rows: ShuffledRows = file.shuffled(held_out, split)
         self.split_settings = {"rows": file.count, "checksum": found.checksum, "split_seed": split_seed}
         if not quiet:
@@ -121,6 +125,9 @@ class LargeTable(Dataset):
                 values.numpy(), split_rows, self.columns, [True] * values.shape[1], source, {}
             ):
                 warnings.warn(message, DataWarning, stacklevel=2)
+
+    def row_numbers(self, split: Literal["validation", "test"]) -> Tensor:  # (n,), in the file
+        return self._places[split]
 
     def train_stream(
         self,

@@ -46,6 +46,7 @@ class Decoder:
         self.where, self.mode, self.size, self.num_levels = where, mode, size, num_levels
         self.scale, self.skip_unreadable = scale, skip_unreadable
         self.highest: int | None = None  # of all arrays of numbers
+        self.widest: int | None = None  # stored level of all 16-bit arrays, which share one scale; None: not known
         self._losses: dict[str, list[str]] = {}  # what is lost, and of which pictures
         self._first: tuple[str, str, tuple[int, int]] | None = None  # name, mode and size of the first picture
 
@@ -167,7 +168,12 @@ class Decoder:
             raise InvalidValueError(
                 f"{self.where} holds whole numbers ({block.dtype}), which need no scale={self.scale:g}; leave it out"
             )
-        if block.dtype == np.uint16 and self.mode is not None and self.num_levels <= 256 and block.max() > 255:
+        if (
+            block.dtype == np.uint16
+            and self.mode is not None
+            and self.num_levels <= 256
+            and (self.widest or block.max()) > 255
+        ):
             self._losses.setdefault(UPPER_BITS, []).append(f"image {row} {name}")
             block = block >> 8
         self.highest = max(self.highest or 0, int(block.max()))

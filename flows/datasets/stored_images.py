@@ -34,6 +34,7 @@ class StoredImages:
     blocks: Callable[[], Iterator[Sequence[Encoded] | np.ndarray]]
     labels: Sequence[Any] | np.ndarray | None = None  # one an image, in any form
     class_names: tuple[str, ...] | None = None  # what labels are numbers of, if the file says so
+    highest: int | None = None  # of 16-bit levels, if all are at hand
 
 
 def of_array(
@@ -47,4 +48,5 @@ def of_array(
     def blocks() -> Iterator[np.ndarray]:
         return (images[start : start + BLOCK] for start in range(0, len(images), BLOCK))
 
-    return StoredImages(where, len(images), blocks, labels, class_names)
+    highest = int(images.max()) if images.dtype == np.uint16 and images.size else None
+    return StoredImages(where, len(images), blocks, labels, class_names, highest)

@@ -12,7 +12,7 @@ from flows.datasets import Dataset
 from flows.datasets.comparison import compare
 from flows.datasets.readers import column_names
 from flows.datasets.tabular import ALL
-from flows.errors import FlowsError, InvalidValueError
+from flows.errors import DataWarning, FlowsError, InvalidValueError
 from flows.training.runs import LoadedRun, build_dataset
 from flows.training.settings import TARGET, parameter_names
 
@@ -74,4 +74,19 @@ def _holds(data: Mapping[str, Any], columns: list[str], conditions: Conditions |
         known, _ = column_names(Path(data["path"]), **reading)
     except (FlowsError, OSError, TypeError, KeyError):
         return False  # told when the file is read
-    return all(name in known for name in columns)
+    missing = [name for name in columns if name not in known]
+    if not missing:
+        return True
+    if data.get("columns") is not None or known == [str(i) for i in range(len(known))]:
+        return False
+    others = {*(conditions.columns if conditions else ()), data.get("group_column")}
+    left = [name for name in known if name not in others]
+    text = (
+        f"{data['path']} lacks {', '.join(map(repr, missing))}; the columns of the run are {', '.join(columns)}, those "
+        f"of the file {', '.join(left)}"
+    )
+    if any(name in known and left[i : i + 1] != [name] for i, name in enumerate(columns)):
+        raise InvalidValueError(f"{text}; rename them, or choose them in the order of the run with data.columns=[...]")
+    if len(left) == len(columns):
+        warnings.warn(f"{text}, which are taken in this order", DataWarning, stacklevel=3)
+    return False
