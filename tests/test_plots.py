@@ -181,3 +181,12 @@ def test_pictures_of_several_runs_on_one_sheet(tmp_path):
     assert [axes.get_title() for axes in sheet.axes if axes.images] == ["run a", "run b", "run c"]
     sheet.savefig(tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+def test_samples_beside_a_single_point_of_the_data_are_in_the_picture():
+    drawn = torch.randn(200, 2) + 5
+    figure = plots.scatter(drawn, torch.zeros(1, 2))
+    low, high = figure.axes[1].get_xlim()
+    assert ((drawn[:, 0] > low) & (drawn[:, 0] < high)).double().mean() > 0.95
+    assert len(figure.axes[1].collections[0].get_offsets()) == 200
+    plots.scatter(torch.zeros(3, 2), torch.zeros(3, 2))  # no warning of equal limits

@@ -90,3 +90,11 @@ def test_masks_and_bases_that_cannot_be_are_refused():
     flow = flows.CNF(flows.fields.MLP((2,)), base=Empirical(points=torch.randn(50, 2)))
     with pytest.raises(FlowsError, match="density"):
         restore(flow, torch.zeros(1, 2), Denoising(), 0.5)
+
+
+def test_contexts_are_asked_for_in_their_shape():
+    flow = flows.CNF(flows.fields.MLP((2,), hidden=(4,), context_shape=(3,)), solver=FAST).double()
+    classes = flows.datasets.one_hot(torch.tensor([0, 2]), 3)
+    assert restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=2, context=classes).x.shape == (1, 2, 2)
+    with pytest.raises(FlowsError, match=r"of shape \(2, 3\), got \(2,\); classes are one-hot"):
+        restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=2, context=torch.tensor([0, 2]))

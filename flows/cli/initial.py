@@ -38,6 +38,7 @@ def read_initial(
     context_columns: Sequence[str] = (),
     id_column: str | None = None,
     input_columns: Sequence[str] = (),
+    usual_id: str | None = None,
 ) -> Initial:
     """Read initial states: numbers of one or several, or a file.
 
@@ -45,6 +46,7 @@ def read_initial(
         context: the numbers of a context for all; None: from the columns `context_columns` of the file. For a model
             with inputs u(t), a table (S, 1 + k) of them, or a file with the columns `input_columns`.
         input_columns: of inputs, their times first and static covariates last; none for other models.
+        usual_id: the column that named series in training, which is taken where the file has it.
 
     Raises:
         FileError, InvalidValueError: the states or contexts are missing or have another shape; says which.
@@ -70,6 +72,8 @@ def read_initial(
                 f"{', '.join(names)}"
             )
         values = torch.from_numpy(read_table(path, wanted)[0])
+        if id_column is None and usual_id in names:
+            id_column = usual_id
         if id_column is None:
             ids = [str(i) for i in range(len(values))]
         elif id_column in names:

@@ -56,6 +56,7 @@ def predict(composed: DictConfig) -> None:
             run.config["data"].get("context_columns") or (),
             settings["id"],
             _columns_of_inputs(run),
+            run.config["data"].get("id"),
         )
         check_size(len(initial.ids), len(times), len(columns))
         place(model, settings["device"], settings["dtype"])

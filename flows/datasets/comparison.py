@@ -245,6 +245,7 @@ def _compare_rows(old: Mapping[str, Any], new: Mapping[str, Any], dataset: Datas
         doubt=doubt,
         about_columns=about_columns,
         same_rows=everywhere,
+        partial=old["settings"].get("rows", 0) > sum(old["rows"].values()),
     )
 
 

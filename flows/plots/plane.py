@@ -27,6 +27,8 @@ from flows.plots.style import (
     tidy,
 )
 
+FEW, MOST = 50, 5000  # points of the data that do not say where samples lie; points that are shown
+
 
 @checked
 def density(flow: CNF, dataset: Dataset, resolution: int = 128, *, evaluated_with: str | None = None) -> Figure:
@@ -100,9 +102,10 @@ def scatter(
     data = None if data is None else points_to_plot("data", data, 2)
     check_names(names, 2)
     shown = [("flow samples", drawn, FLOW)] if data is None else [("data", data, DATA), ("flow samples", drawn, FLOW)]
-    low, high = square(shown[0][1])
+    is_sparse = data is not None and len(data) < FEW  # such as the rows of a table that have some context
+    low, high = square(torch.cat([points for _, points, _ in shown]) if is_sparse else shown[0][1])
     figure = Figure(figsize=(4.5 * len(shown), 4.8), dpi=120, layout="compressed")
-    count = min(5000, *(len(points) for _, points, _ in shown))
+    count = MOST if is_sparse else min(MOST, *(len(points) for _, points, _ in shown))
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (name, points, colour) in zip(panels, shown, strict=True):
         axes.scatter(*points[:count].T.numpy(), s=4, color=colour, alpha=0.35, linewidths=0)
@@ -116,7 +119,7 @@ def scatter(
 def square(points: Tensor, quantile: float = 0.001, margin: float = 0.12) -> tuple[list[float], list[float]]:
     """Return two corners of a square around nearly all `points` (n, 2)."""
     ends = quantiles(points, (quantile, 1 - quantile))
-    half = float((ends[1] - ends[0]).max()) * (0.5 + margin)
+    half = float((ends[1] - ends[0]).max()) * (0.5 + margin) or 0.5  # one point, or equal ones
     centre = (ends[0] + ends[1]) / 2
     return (centre - half).tolist(), (centre + half).tolist()
 

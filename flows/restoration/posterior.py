@@ -92,6 +92,7 @@ def restore(
         num_draws: chains for each observation.
         num_proposals: of each chain.
         num_leapfrogs: gradients for each proposal.
+        context: one for each observation, such as `flows.datasets.one_hot(labels, num_classes)`.
         solver: of the chains. Default: the flow's own.
         progress_bar: show one.
 
@@ -155,9 +156,11 @@ class _Target:
                 f"of {len(observation)} rows; mark what is missing by Inpainting(known)"
             )
         if context is not None:
-            if len(context) != len(observation):
+            wanted = (len(observation), *(flow.context_shape or ()))
+            if tuple(context.shape) != wanted:
                 raise InvalidValueError(
-                    f"context must have a row for each of the {len(observation)} observations, got {len(context)}"
+                    f"context must have a row for each observation, of shape {wanted}, got {tuple(context.shape)}; "
+                    "classes are one-hot: flows.datasets.one_hot(labels, num_classes)"
                 )
             context = context.repeat(num_draws, *[1] * (context.ndim - 1))
         parts = (flow.base, flow.transform, flow.event_shape, flow.encoder)
