@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 import types
 
@@ -336,7 +337,7 @@ DAMAGE = {
     "flipped weights": lambda data: data[:-3] + b"\1\2\3",
     "huge header": lambda data: b"\xff" * 8 + data[8:],
     "settings": lambda data: data.replace(b"flows.fields.MLP", b"flows.fields.UNe"),
-    "dtype": lambda data: data.replace(b'"F64"', b'"F32"', 1),
+    "dtype": lambda data: re.sub(rb'"F(64|32)"', b'"F16"', data, count=1),
     "shape": lambda data: data.replace(b'"shape":[2]', b'"shape":[9]', 1),
     "nesting": lambda data: (200_000).to_bytes(8, "little") + b"{" + b"[" * 199_999,
     "negative offsets": lambda data: data.replace(b'"data_offsets":[0', b'"data_offsets":[9', 1),
