@@ -131,6 +131,11 @@ class _Solve(nn.Module):
             raise InvalidTypeError(
                 "a flow of whole numbers cannot be exported whole, since its transform draws noise; export its field"
             )
+        if getattr(flow.base, "context_shape", None) is not None:
+            raise InvalidTypeError(
+                f"a flow from {type(flow.base).__name__}, which depends on the context, cannot be exported whole; "
+                "export its field"
+            )
         self.tableau: RungeKutta = tableau
         self.step_size, self.stops = float(solver.longest_step), solver.grid
 

@@ -11,6 +11,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.
 KEPT = 2**30  # bytes, at most
 PADDING = 2**26  # bytes that the heap grows by at once
 SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+OLD_MOST = 2**25  # the largest threshold that older versions of glibc take
 
 
 @functools.cache
@@ -24,6 +25,7 @@ def keep_freed_memory() -> bool:
     if any(name in os.environ for name in SETTINGS) or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    values = {M_MMAP_THRESHOLD: KEPT, M_TRIM_THRESHOLD: KEPT, M_TOP_PAD: PADDING}
-    taken = [mallopt(option, value) for option, value in values.items()]
+    if not (mallopt(M_MMAP_THRESHOLD, KEPT) or mallopt(M_MMAP_THRESHOLD, OLD_MOST)):
+        return False  # the other settings alone would map each large tensor anew
+    taken = [mallopt(M_TRIM_THRESHOLD, KEPT), mallopt(M_TOP_PAD, PADDING)]
     return all(taken)

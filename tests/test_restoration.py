@@ -77,7 +77,7 @@ def test_downsampling_is_the_mean_of_blocks():
     ],
 )
 def test_mistakes_are_explained(change, words):
-    settings = {"observation": torch.zeros(1, 2), "operator": Denoising(), "noise_sd": 0.5, "num_proposals": 2}
+    settings = {"observation": torch.zeros(1, 2), "operator": Denoising(), "noise_sd": 0.5, "num_proposals": 5}
     with pytest.raises(FlowsError, match=words):
         restore(gaussian_flow(), **settings | change)
 
@@ -95,6 +95,21 @@ def test_masks_and_bases_that_cannot_be_are_refused():
 def test_contexts_are_asked_for_in_their_shape():
     flow = flows.CNF(flows.fields.MLP((2,), hidden=(4,), context_shape=(3,)), solver=FAST).double()
     classes = flows.datasets.one_hot(torch.tensor([0, 2]), 3)
-    assert restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=2, context=classes).x.shape == (1, 2, 2)
+    assert restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=5, context=classes).x.shape == (1, 2, 2)
     with pytest.raises(FlowsError, match=r"of shape \(2, 3\), got \(2,\); classes are one-hot"):
-        restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=2, context=torch.tensor([0, 2]))
+        restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=5, context=torch.tensor([0, 2]))
+
+
+def test_a_base_in_units_of_the_context_and_a_uniform_base():
+    """x | c is narrow around 5 + 3c, so observations hardly move it; a uniform base has a density without a slope."""
+    c = torch.rand(400, 1)
+    x = 5 + 3 * c + 0.1 * torch.randn(400, 1)
+    base = flows.bases.ConditionalNormal((1,), context_shape=(1,))
+    flow = flows.CNF(flows.fields.MLP((1,), (4,), context_shape=(1,), at_rest=True), base=base, solver=FAST).double()
+    flow.fit_ends(x, c)
+    seed, given = torch.Generator().manual_seed(0), torch.tensor([[0.5]])
+    settings = {"num_draws": 200, "num_proposals": 60, "generator": seed, "context": given}
+    found = restore(flow, torch.tensor([[6.5]]), Denoising(), 0.3, **settings)
+    assert abs(float(found.x.mean()) - 6.5) < 0.1
+    box = flows.CNF(flows.fields.MLP((2,), (4,)), base=torch.distributions.Uniform(torch.zeros(2), torch.ones(2)))
+    assert restore(box.double(), torch.zeros(1, 2), Denoising(), 0.5, num_proposals=5, solver=FAST).x.isfinite().all()

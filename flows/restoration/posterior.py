@@ -90,7 +90,7 @@ def restore(
         operator: what is observed of a point, such as `Inpainting(known)`.
         noise_sd: s, in data units; above 0, or from 0 on for whole numbers.
         num_draws: chains for each observation.
-        num_proposals: of each chain.
+        num_proposals: of each chain, at least 5.
         num_leapfrogs: gradients for each proposal.
         context: one for each observation, such as `flows.datasets.one_hot(labels, num_classes)`.
         solver: of the chains. Default: the flow's own.
@@ -116,7 +116,7 @@ def restore(
     """
     for name, value in (("num_draws", num_draws), ("num_leapfrogs", num_leapfrogs)):
         whole_number(name, value, 1)
-    whole_number("num_proposals", num_proposals, 2)
+    whole_number("num_proposals", num_proposals, 5)
     has_levels = flow.transform.num_levels is not None
     check_number("noise_sd", noise_sd, at_least=0, above=None if has_levels else 0)
     flow._require_density()
@@ -178,7 +178,8 @@ class _Target:
 
     def points(self, z: Tensor) -> tuple[Tensor, int]:  # (chains, *event), flow space
         moved = self.flow.transport(z, (0.0, 1.0), self.context, log_density=False)
-        return moved.x, moved.statistics.nfe_forward
+        frame = self.flow._frame(self.context, (len(z),))  # of a base whose units depend on the context
+        return moved.x if frame is None else frame.absolute(moved.x)[0], moved.statistics.nfe_forward
 
     def misfit(self, y: Tensor) -> Tensor:  # (chains,), ‖y − A x‖²
         for transform in reversed(self.transforms):
@@ -190,8 +191,16 @@ class _Target:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             prior, misfit = self.flow.base.log_prob(z), self.misfit(self.points(z)[0])
-            gradients = [torch.autograd.grad(value.sum(), z, retain_graph=True)[0] for value in (prior, misfit)]
+            gradients = [_gradient(value, z) for value in (prior, misfit)]
         return prior.detach(), misfit.detach(), torch.stack(gradients)
+
+
+def _gradient(value: Tensor, z: Tensor) -> Tensor:
+    """That of the sum; zero where a value does not depend on z, as the density of a uniform base."""
+    found = None
+    if value.requires_grad:
+        found = torch.autograd.grad(value.sum(), z, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(z) if found is None else found
 
 
 def _sample(
@@ -219,7 +228,8 @@ def _sample(
         def energy(prior: Tensor, misfit: Tensor, momentum: Tensor, precision: Tensor = precision) -> Tensor:
             return 0.5 * momentum.square().flatten(1).sum(1) + 0.5 * precision * misfit - prior
 
-        start = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        device = z.device if generator is None else generator.device
+        start = torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)
         size = step.view(-1, *ones)
         moved, momentum, there = z, start + 0.5 * size * slope(gradients), (prior, misfit, gradients)
         for leap in range(num_leapfrogs):
@@ -228,7 +238,8 @@ def _sample(
             momentum = momentum + (1.0 if leap < num_leapfrogs - 1 else 0.5) * size * slope(there[2])
         change = energy(prior, misfit, start) - energy(there[0], there[1], momentum)
         probability = change.clamp(max=0).exp().nan_to_num(nan=0.0)
-        taken = torch.rand(probability.shape, generator=generator, device=z.device, dtype=z.dtype) < probability
+        chance = torch.rand(probability.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)
+        taken = chance < probability
         z = torch.where(taken.view(-1, *ones), moved, z)
         prior, misfit = torch.where(taken, there[0], prior), torch.where(taken, there[1], misfit)
         gradients = torch.where(taken.view(1, -1, *ones), there[2], gradients)

@@ -146,6 +146,12 @@ class ErrorNorm:
         ratios, worst = measured.tolist()  # waits for the device once
         return ratios, [int(index) for index in worst]
 
+    def anywhere(self, found: bool, device: torch.device) -> bool:
+        """Whether it is so in any process that shares the batch; all of them must call this."""
+        if self.share is None:
+            return found
+        return bool(self.share.gather(torch.tensor([float(found)], device=device)).any())
+
     def worst(self, error: State, before: State, after: State, moving_share: float = 1.0) -> tuple[float, str, int]:
         """The largest error over tolerance with its component and sample. NaN counts as the largest."""
         return self.worst_of(self.measure(error, before, after, moving_share))

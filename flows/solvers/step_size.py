@@ -75,7 +75,7 @@ def initial_size(
     sizes, speeds = (norm(values, state, state)[0] for values in (state, slope))
     largest, fastest = (max(values, key=_nan_as_largest) for values in (sizes, speeds))
     if not math.isfinite(largest) or not math.isfinite(fastest):  # bad values, or their squares overflow
-        return 1e-6 * span, not all_finite(*state, *slope)
+        return 1e-6 * span, norm.anywhere(not all_finite(*state, *slope), state[0].device)
     first = min(1e-6 if min(largest, fastest) < 1e-5 else 0.01 * largest / fastest, span)
     ahead = start + math.copysign(first, end - start)
     moved = tuple(y + (ahead - start) * k for y, k in zip(state, slope, strict=True))

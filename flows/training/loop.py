@@ -318,6 +318,8 @@ class Loop:
             if best:
                 position.best_score, position.best_step = evaluation.score, position.step
         except FlowsError as error:
+            if self.run.fabric.world_size > 1 and getattr(self.run.evaluator, "shares", False):
+                raise  # it may have failed here alone, and the others would wait for ever
             message = self._where("validation", error, stage)
             if position.step == 0 and not isinstance(error, MemoryLimitError):
                 pass  # training may mend the weights
