@@ -510,7 +510,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             array = np.asarray(context)
             if array.dtype.kind in "fiub":
                 context = array[:, None] if array.ndim == 1 and self.conditions_.shape == (1,) else array
-            elif array.ndim in (1, 2) and array.dtype.kind in "OUS":
+            elif array.ndim in (1, 2) and array.dtype.kind in "OUS" and "c0" in self.conditions_.columns:
                 context = as_columns(context, "scores")  # as `fit` reads them
         found = self.conditions_.encode(context)
         if rows is None:

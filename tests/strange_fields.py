@@ -205,7 +205,12 @@ class RemembersObjects(Remembers):
         return id(t)
 
 
-@strange(**solving(BY_CHANCE), matching=BY_CHANCE, divergence_matching=f"{BY_CHANCE}|cannot trace")
+FORWARD = f"{BY_CHANCE}|go through no code outside torch"  # its tensors have no memory to ask for
+
+
+@strange(
+    **solving(BY_CHANCE) | {"forward": FORWARD}, matching=BY_CHANCE, divergence_matching=f"{BY_CHANCE}|cannot trace"
+)
 class RemembersMemory(Remembers):
     def key(self, t, x):
         return x.data_ptr(), float(t.flatten()[0])
