@@ -198,6 +198,8 @@ def test_every_choice_trains(tmp_path, request, group, name):
         overrides.insert(0, "data=double_well")
     elif group != "experiment" and re.search("NeuralODE|[tT]rajectory|[dD]erivative_?[mM]atching", text):
         overrides.insert(0, "data=spiral")
+    elif (group, name) == ("field", "unet"):
+        overrides.append("field.channels=8")
     dataset = None
     if group == "divergence":
         others = (other for kind, other in CHOICES if kind == "field" and other not in ("mlp", NEEDS_INPUTS))
