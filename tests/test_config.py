@@ -156,6 +156,7 @@ def pictures(tmp_path, monkeypatch):
 COSTLY = {  # over ten seconds, and much like a choice that is tested by default
     ("experiment", "mnist"),
     ("experiment", "photo_patches"),
+    ("field", "unet"),  # experiment=cifar10 trains one
     ("field", "unet_small"),
     ("solver", "adaptive_heun"),
 }
@@ -198,8 +199,6 @@ def test_every_choice_trains(tmp_path, request, group, name):
         overrides.insert(0, "data=double_well")
     elif group != "experiment" and re.search("NeuralODE|[tT]rajectory|[dD]erivative_?[mM]atching", text):
         overrides.insert(0, "data=spiral")
-    elif (group, name) == ("field", "unet"):
-        overrides.append("field.channels=8")
     dataset = None
     if group == "divergence":
         others = (other for kind, other in CHOICES if kind == "field" and other not in ("mlp", NEEDS_INPUTS))
