@@ -74,7 +74,7 @@ def report(
         started = time.perf_counter()
         try:
             yield from part()
-        except Exception as error:  # the rest of the loan must not be lost
+        except Exception as error:  # one part that fails must not end the others
             yield f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
         yield f"({time.perf_counter() - started:.0f} s)"
     yield f"compiled: {compilations()}"

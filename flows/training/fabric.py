@@ -174,13 +174,18 @@ def share_of(fabric: Fabric) -> Share | None:
     return Share(fabric.global_rank, fabric.world_size, gather)
 
 
+def evaluates_together(fabric: Fabric, evaluator: Any) -> bool:
+    """Whether several processes share what an evaluator evaluates. One that fails then must not go on alone."""
+    return fabric.world_size > 1 and getattr(evaluator, "shares", False)
+
+
 def evaluated_together(fabric: Fabric, evaluator: Any, evaluate: Callable[[], T]) -> T:
     """Call `evaluate` in all processes, which share its batches, or in the first alone if `evaluator` shares none.
 
     All of them return the result of the first, which must survive pickling.
     """
     share = share_of(fabric)
-    if share is None or not getattr(evaluator, "shares", False):
+    if share is None or not evaluates_together(fabric, evaluator):
         return on_first_process(fabric, evaluate)
     with sharing(share):
         found = evaluate()

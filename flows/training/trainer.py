@@ -40,6 +40,7 @@ from flows.training.fabric import (
     build_fabric,
     deterministic_algorithms,
     evaluated_together,
+    evaluates_together,
     on_first_process,
 )
 from flows.training.files import (
@@ -404,15 +405,11 @@ class Trainer:
             with memory_errors("the test", "choose a smaller evaluation.batch_size"):
                 report = evaluated_together(self.fabric, self.evaluator, lambda: self.evaluator.test(self.model))
         except FlowsError as error:  # the run is done, and what it has found is kept
-            if self._shares_evaluation:
+            if evaluates_together(self.fabric, self.evaluator):
                 raise  # it may have failed here alone, and the others would wait for ever
             failure = error
         seconds = time.perf_counter() - started
         return on_first_process(self.fabric, lambda: self._summarise(run, report, failure, seconds))
-
-    @property
-    def _shares_evaluation(self) -> bool:
-        return self.fabric.world_size > 1 and getattr(self.evaluator, "shares", False)
 
     def _best_weights(self, state: RunState) -> dict[str, Any]:
         if state.position.best_step is None:  # nothing was validated
