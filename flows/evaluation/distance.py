@@ -24,6 +24,7 @@ from flows.evaluation.metrics import (
 )
 from flows.evaluation.sampled import first_points, measured
 from flows.models.cnf import CNF
+from flows.models.inputs import features_of
 from flows.models.resolution import solver_fault
 from flows.path_costs import KineticEnergy
 
@@ -185,7 +186,7 @@ class PathEnergy:
 def _energy(flow: CNF, z: Tensor, context: Tensor | None) -> tuple[Tensor, int]:  # (B,)
     """Integrate ‖v‖² along the paths from base points; also return the evaluations."""
     cost = KineticEnergy()
-    dynamics = StateDynamics(flow.bind(flow._flatten_context(context, (len(z),))), [cost])
+    dynamics = StateDynamics(flow.bind(features_of(flow, context, (len(z),))), [cost])
     solution = flow.solver.solve(dynamics, dynamics.initial_state(z), (0.0, 1.0))
     integrals = dynamics.path_costs(solution.end[1:])
     return integrals[cost.name].double().cpu(), solution.statistics.nfe_forward

@@ -14,16 +14,25 @@ from torch.distributions import Distribution
 
 import flows
 from flows.arguments import checked
-from flows.bases import Base, ConditionalNormal, Frame, NoDensityError, as_base
+from flows.bases import Base, Frame, NoDensityError, as_base
 from flows.checks import as_shape, check_number, fits_in_memory
 from flows.divergence import Auto, DivergenceEstimator
 from flows.divergence.parameters import learned_parts, learned_tensors
 from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.encoders import Encoder
-from flows.errors import InvalidValueError
 from flows.fields import Guided, named_field
 from flows.models.distribution import FlowDistribution
 from flows.models.examination import examine, foreign_tensors, look_for_jumps
+from flows.models.inputs import (
+    check_base,
+    check_encoder,
+    check_place,
+    context_ndim,
+    features_of,
+    frame_of,
+    in_own_dtype,
+    points_of,
+)
 from flows.models.precision import keeping_complex, suitable_context, working_dtype
 from flows.models.results import DataNames, LogProbEstimate, Sample, Transport
 from flows.naming import by_name
@@ -105,9 +114,9 @@ class CNF(nn.Module):
         self.base: Base = base  # type: ignore[assignment]  (made one below)
         self.encoder = encoder
         if encoder is not None:
-            self._check_features(encoder)
+            check_encoder(self, encoder)
             encoder.to(self.device, self.dtype)
-        self._check_contexts_of_base()
+        check_base(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take any base that the constructor takes, to the field's device and dtype."""
@@ -220,7 +229,7 @@ class CNF(nn.Module):
     ) -> Tensor:  # (B, *event)
         """Points where the ODE has them at t = 1: transformed, and in units of a base that depends on the context."""
         y = self.transform(x, generator)[0].to(self.dtype)
-        frame = self._frame(context, (len(y),))
+        frame = frame_of(self, context, (len(y),))
         return y if frame is None else frame.relative(y)[0]
 
     @checked
@@ -230,7 +239,7 @@ class CNF(nn.Module):
         context: Tensor | None = None,  # (B, *context)
     ) -> Tensor:  # (B, *event)
         """The inverse of `to_flow_space`."""
-        frame = self._frame(context, (len(y),))
+        frame = frame_of(self, context, (len(y),))
         return self.transform.inverse(y if frame is None else frame.absolute(y)[0])[0]
 
     @checked
@@ -325,12 +334,12 @@ class CNF(nn.Module):
         rows: slice | None = None,
     ) -> LogProbEstimate:
         self._require_density()
-        points, batch_shape = self._flatten(x)
-        frame = self._frame(context, batch_shape)
-        context = self._flatten_context(context, batch_shape)
+        points, batch_shape = points_of(self, x)
+        frame = frame_of(self, context, batch_shape)
+        context = features_of(self, context, batch_shape)
         self.transform.check(points)
         y, terms = self.transform.account(points, generator)
-        y, terms = self._in_own_dtype(y), {name: self._in_own_dtype(term) for name, term in terms.items()}
+        y, terms = in_own_dtype(self, y), {name: in_own_dtype(self, term) for name, term in terms.items()}
         if frame is not None:
             y, terms["base"] = frame.relative(y)
         if rows is not None:
@@ -444,9 +453,9 @@ class CNF(nn.Module):
         Two times give the end alone; more give the state at every time, the first included. The transform is
         not applied: a data point `x` has its latent at `transport(flow.to_flow_space(x, context), context=context).x`.
         """
-        points, batch_shape = self._flatten(x)
-        points = self._in_own_dtype(points)
-        context = self._flatten_context(context, batch_shape)
+        points, batch_shape = points_of(self, x)
+        points = in_own_dtype(self, points)
+        context = features_of(self, context, batch_shape)
         bound, probes, estimator = self.bind(context), None, None
         if log_density:
             estimator = self.divergence.bind(bound)
@@ -524,132 +533,16 @@ class CNF(nn.Module):
         """Base points (n, *event), the features of each, the full batch shape of the draw, and the frame of each."""
         full_shape = as_shape("shape", shape, at_least=0)
         if context is not None:
-            full_shape += tuple(context.shape[: context.ndim - self._context_ndim(context)])
-        self._check_place("flow", self.base._like)
+            full_shape += tuple(context.shape[: context.ndim - context_ndim(self, context)])
+        check_place(self, "flow", self.base._like)
         if self.device.type == "cpu":
             num_bytes = math.prod(full_shape) * math.prod(self.event_shape) * self.dtype.itemsize
             fits_in_memory(f"shape: samples of shape {full_shape}", num_bytes)
         z = self.base.sample((math.prod(full_shape),), generator)
-        frame = self._frame(context, full_shape)
-        return z, self._flatten_context(context, full_shape), full_shape, frame
+        frame = frame_of(self, context, full_shape)
+        return z, features_of(self, context, full_shape), full_shape, frame
 
     def _require_density(self) -> None:
         """Raise `NoDensityError` before a solve, unless the base has a density."""
         if not self.base.has_density:
             raise NoDensityError(self.base.why_no_density())
-
-    def _flatten(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Points (B, *event) and the batch shape."""
-        self._check_place("points", x)
-        batch_shape = self._batch_shape(x)
-        dtypes = self._dtypes()
-        if not x.is_floating_point() or (dtypes and x.dtype not in dtypes and x.dtype != torch.float64):
-            own = next(iter(dtypes), self.dtype)
-            raise InvalidValueError(
-                f"the points are {x.dtype} and the flow is {own}; convert the points with x.to({own}), or the flow "
-                "with flow.double() for more digits"
-            )
-        points = x.reshape(-1, *self.event_shape)
-        bad = (~points.isfinite()).flatten(1).any(1).nonzero()
-        if len(bad):
-            raise InvalidValueError(
-                f"{len(bad)} of {len(points)} points hold NaN or infinite values, the first at index "
-                f"{bad[0].item()}; remove or repair them"
-            )
-        return points, batch_shape
-
-    def _batch_shape(self, x: Tensor) -> tuple[int, ...]:
-        event_ndim = len(self.event_shape)
-        batch_shape = tuple(x.shape[: x.ndim - event_ndim])
-        if x.ndim < event_ndim or tuple(x.shape[len(batch_shape) :]) != self.event_shape:
-            raise InvalidValueError(
-                f"expected points of shape (*batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}"
-            )
-        return batch_shape
-
-    def _dtypes(self) -> set[torch.dtype]:
-        """The dtype of points; empty for a field without parameters, which takes any."""
-        return {working_dtype(self.field)} if next(self.field.parameters(), None) is not None else set()
-
-    def _in_own_dtype(self, values: Tensor) -> Tensor:
-        """Round float64 points to the flow's dtype, after a transform has had their digits."""
-        dtypes = self._dtypes()
-        return values.to(self.dtype) if dtypes and values.dtype not in dtypes else values
-
-    def _check_place(self, what: str, given: Tensor) -> None:
-        """Raise `InvalidValueError` unless `given` holds numbers where the flow computes."""
-        if given.is_meta:
-            raise InvalidValueError(
-                f"the {what} {'is' if what != 'points' else 'are'} on the device meta, which holds no numbers; make it "
-                "on the device where the flow computes"
-            )
-        places = {parameter.device for parameter in self.field.parameters()}
-        if places and given.device not in places | {self.device}:
-            raise InvalidValueError(
-                f"the {what} {'is' if what != 'points' else 'are'} on the device {given.device}, and the flow is on "
-                f"{self.device}; move one of them, e.g. x.to(flow.device)"
-            )
-        if given.layout != torch.strided:
-            raise InvalidValueError(f"the {what} must be a dense tensor, got {given.layout}; write x.to_dense()")
-
-    def _flatten_context(self, context: Tensor | None, batch_shape: tuple[int, ...]) -> Tensor | None:
-        if context is None:
-            return None
-        self._check_place("context", context)
-        if context.is_complex():
-            raise InvalidValueError(f"the context is {context.dtype}; give real numbers, such as context.real")
-        place = context.ndim - self._context_ndim(context)
-        own, leading = context.shape[place:], context.shape[:place]
-        encoded = self.encode(context.reshape(-1, *own))
-        if encoded.device.type == "cpu" or not torch.is_grad_enabled():  # a GPU need not wait in each training step
-            bad = (~encoded.isfinite()).reshape(len(encoded), -1).any(1).nonzero()
-            if len(bad):
-                raise InvalidValueError(
-                    f"{len(bad)} of {len(encoded)} contexts hold NaN or infinite values, the first at index "
-                    f"{bad[0].item()}; remove or repair them"
-                )
-        features = encoded.shape[1:]
-        try:
-            return encoded.reshape(*leading, *features).expand(*batch_shape, *features).reshape(-1, *features)
-        except RuntimeError:
-            raise InvalidValueError(
-                f"a context of shape {tuple(context.shape)} does not broadcast to one of shape {tuple(own)} for each "
-                f"point of a batch of shape {batch_shape}"
-            ) from None
-
-    def _frame(self, context: Tensor | None, batch_shape: tuple[int, ...]) -> Frame | None:
-        """The units of a base that depends on the context, for each point; `None` for any other base."""
-        base = self.base
-        if not isinstance(base, ConditionalNormal):
-            return None
-        if context is None:
-            raise InvalidValueError(
-                f"the base {type(base).__name__} depends on the context: pass context=..., of shape "
-                f"{base.context_shape} for each point"
-            )
-        self._check_place("context", context)
-        place = context.ndim - self._context_ndim(context)
-        leading, own = context.shape[:place], context.shape[place:]
-        return base.frame(context.reshape(-1, *own)).expand(leading, batch_shape)
-
-    def _context_ndim(self, context: Tensor) -> int:
-        stated = self.context_shape
-        return min(1, context.ndim) if stated is None else min(len(stated), context.ndim)
-
-    def _check_contexts_of_base(self) -> None:
-        own, stated = self.base.context_shape, self.context_shape
-        if own is not None and (not self.bind().takes_context or stated not in (None, own)):
-            takes = "takes none" if stated is None else f"takes contexts of shape {stated}"
-            raise InvalidValueError(
-                f"the base {type(self.base).__name__} depends on contexts of shape {own}, and the flow {takes}; build "
-                "both for the same contexts"
-            )
-
-    def _check_features(self, encoder: Encoder) -> None:
-        view = self.bind()
-        if not view.takes_context or view.context_shape not in (None, encoder.features_shape):
-            takes = f"of shape {view.context_shape}" if view.takes_context else "none"
-            raise InvalidValueError(
-                f"the encoder makes features of shape {encoder.features_shape}, and the field {view.name} takes "
-                f"contexts {takes}; build it with context_shape={encoder.features_shape}"
-            )

@@ -13,6 +13,7 @@ from flows.arguments import checked
 from flows.checks import as_shape
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.expectations import refusal
+from flows.models.inputs import batch_shape_of, context_ndim
 
 if TYPE_CHECKING:
     from flows.models.cnf import CNF
@@ -55,7 +56,7 @@ class FlowDistribution(Distribution):
         self.flow = flow
         self.context = context
         if batch_shape is None:
-            batch_shape = () if context is None else context.shape[: context.ndim - flow._context_ndim(context)]
+            batch_shape = () if context is None else context.shape[: context.ndim - context_ndim(flow, context)]
         super().__init__(
             torch.Size(as_shape("batch_shape", batch_shape, at_least=0)),
             torch.Size(flow.event_shape),
@@ -71,7 +72,7 @@ class FlowDistribution(Distribution):
     @checked
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value | context) in nats, of shape (*sample, *batch)."""
-        own = self.flow._batch_shape(value)
+        own = batch_shape_of(self.flow, value)
         try:
             shape = torch.broadcast_shapes(own, self.batch_shape)
         except RuntimeError:

@@ -14,6 +14,7 @@ from flows.arguments import checked
 from flows.checks import check_number, whole_number
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
+from flows.models.inputs import frame_of
 from flows.restoration.operators import Operator
 from flows.solvers import ODESolver
 from flows.transforms import Compose, Transform
@@ -178,7 +179,7 @@ class _Target:
 
     def points(self, z: Tensor) -> tuple[Tensor, int]:  # (chains, *event), flow space
         moved = self.flow.transport(z, (0.0, 1.0), self.context, log_density=False)
-        frame = self.flow._frame(self.context, (len(z),))  # of a base whose units depend on the context
+        frame = frame_of(self.flow, self.context, (len(z),))  # of a base whose units depend on the context
         return moved.x if frame is None else frame.absolute(moved.x)[0], moved.statistics.nfe_forward
 
     def misfit(self, y: Tensor) -> Tensor:  # (chains,), ‖y − A x‖²
