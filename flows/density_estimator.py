@@ -26,8 +26,8 @@ from flows.arguments import checked
 from flows.bases import Base
 from flows.checks import check_number, whole_number
 from flows.datasets import Table
-from flows.datasets.diagnosis import warnings_about
-from flows.datasets.table_contexts import as_columns
+from flows.datasets.tables.contexts import as_columns
+from flows.datasets.tables.diagnosis import warnings_about
 from flows.divergence import Auto, DivergenceEstimator
 from flows.encoders import Embedding
 from flows.errors import DataWarning, FlowsError, InvalidTypeError, InvalidValueError

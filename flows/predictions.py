@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flows.datasets.series import Series
-from flows.datasets.series_batches import SeriesBatch
-from flows.datasets.systems import DynamicalSystem
+from flows.datasets.series.batches import SeriesBatch
+from flows.datasets.series.series import Series
+from flows.datasets.series.systems import DynamicalSystem
 from flows.models.neural_ode import NeuralODE
 from flows.solvers import ODESolver, SolverStatistics
 

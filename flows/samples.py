@@ -17,7 +17,7 @@ from tqdm import tqdm
 from flows.checks import check_number, fits_in_memory
 from flows.conditions import Conditions
 from flows.datasets import Dataset, one_hot
-from flows.datasets.table_contexts import read_contexts
+from flows.datasets.tables.contexts import read_contexts
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.writing import write_columns, write_result

@@ -222,7 +222,7 @@ def test_a_run_without_settings_says_what_to_do(tmp_path):
 
 HOSTILE = {
     "a function of the system": {"_target_": "os.system", "_args_": ["touch owned"]},
-    "the system through a module of ours": {"_target_": "flows.datasets.readers.os.system"},
+    "the system through a module of ours": {"_target_": "flows.datasets.tables.readers.os.system"},
     "the system through training": {"_target_": "flows.training.files.os.system", "command": "touch owned"},
     "a builtin": {"_target_": "builtins.eval", "_args_": ["1"]},
     "our own loader, with trust in everything": {"_target_": "flows.training.load_flow", "trust": ["os"]},

@@ -11,7 +11,7 @@ import torch
 import flows
 from flows.conditions import Conditions
 from flows.datasets import Table, Tabular
-from flows.datasets.comparison import compare
+from flows.datasets.recognition.comparison import compare
 from flows.encoders import Embedding, Standardised
 from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
 from flows.samples import chosen_context, save_samples

@@ -18,8 +18,8 @@ from torch.distributions import MultivariateNormal
 
 from flows import CNF
 from flows.datasets import BreastCancer, Table, Tabular
-from flows.datasets.diagnosis import near_copies
-from flows.datasets.ties import rounding_unit
+from flows.datasets.tables.diagnosis import near_copies
+from flows.datasets.tables.ties import rounding_unit
 from flows.errors import DataWarning, FileError, InvalidTypeError, InvalidValueError
 from flows.evaluation import likelihood, part_batches
 from flows.fields import MLP, Linear

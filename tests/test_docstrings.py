@@ -15,7 +15,7 @@ PACKAGE = Path(flows.__file__).parent
 NEEDS_RUN = "flows.training.runs.load_flow"
 SLOW = {  # they train, evaluate or draw for a while
     NEEDS_RUN,
-    "flows.datasets.image_density.ImageDensity",
+    "flows.datasets.densities.image_density.ImageDensity",
     "flows.evaluation.metrics.likelihoods.AUROC",
     "flows.evaluation.outliers.OutlierScores",
     "flows.evaluation.outliers.outlier_scores",

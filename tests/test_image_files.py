@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from flows.datasets import ImageFiles
-from flows.datasets.plain_pickle import ForeignObjectError, read_pickle
+from flows.datasets.images.plain_pickle import ForeignObjectError, read_pickle
 from flows.errors import DataWarning, FileError, InvalidValueError
 
 N = 30

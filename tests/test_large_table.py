@@ -8,8 +8,8 @@ import torch
 
 import flows
 from flows.datasets import LargeTable
-from flows.datasets.comparison import compare
 from flows.datasets.permutations import Permutation
+from flows.datasets.recognition.comparison import compare
 from flows.errors import FileError, InvalidValueError
 from flows.training.runs import build_model
 
@@ -89,7 +89,7 @@ def test_a_stream_resumes_bit_for_bit(tmp_path, kind, steps):
 
 
 def test_small_windows_are_read_across_their_borders(tmp_path, monkeypatch):
-    monkeypatch.setattr("flows.datasets.row_files.WINDOW_BYTES", 8 * 3 * 300)
+    monkeypatch.setattr("flows.datasets.tables.row_files.WINDOW_BYTES", 8 * 3 * 300)
     data = LargeTable(write(tmp_path, "parquet"), **SIZES)
     stream = stream_of(data, 470)
     seen = [row for _ in range(4) for row in numbers_of(next(stream).x)]

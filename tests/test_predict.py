@@ -11,7 +11,7 @@ from torch import nn
 import flows
 from flows.cli import predict as program
 from flows.cli.initial import read_initial, read_times
-from flows.datasets.readers import read_table
+from flows.datasets.tables.readers import read_table
 from flows.errors import DataWarning, InvalidValueError
 from flows.training import load_flow
 

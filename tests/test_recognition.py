@@ -24,8 +24,8 @@ from flows.datasets import (
     Table,
     Tabular,
 )
-from flows.datasets.comparison import compare
-from flows.datasets.recognition import recognised, refuse_other_data, without_noise
+from flows.datasets.recognition.comparison import compare
+from flows.datasets.recognition.recognition import recognised, refuse_other_data, without_noise
 from flows.errors import DataWarning, InvalidValueError
 from flows.training.checkpoint import describe, fingerprint_entry
 
@@ -114,7 +114,7 @@ def test_the_count_is_that_of_a_comparison_by_hand():
 
 
 def test_many_rows_are_counted_from_a_sample(monkeypatch):
-    monkeypatch.setattr("flows.datasets.fingerprint.MAX_KEPT", 1000)
+    monkeypatch.setattr("flows.datasets.recognition.fingerprint.MAX_KEPT", 1000)
     values = torch.randn(20_000, 2).numpy()
     run, other = Table(values), Table(values, test_fraction=0.3)
     found = compare(stored(run), other)
@@ -212,7 +212,7 @@ def test_new_rows_are_not_taken_for_rounded_ones(columns):
 
 
 def test_rounded_rows_are_counted_from_a_sample(monkeypatch):
-    monkeypatch.setattr("flows.datasets.rounded_rows.MAX_KEPT", 3000)
+    monkeypatch.setattr("flows.datasets.recognition.rounded_rows.MAX_KEPT", 3000)
     values = np.random.default_rng(8).normal(size=(10_000, 3))
     run, entry = table(values), stored(table(values))
     assert entry["fingerprint"]["rounded"]["hashes"].numel() == 3000

@@ -11,7 +11,7 @@ import torch
 
 import flows
 from flows.datasets import Table, Tabular
-from flows.datasets.comparison import compare
+from flows.datasets.recognition.comparison import compare
 from flows.errors import DataWarning, InvalidValueError
 from flows.evaluation import RowScores, likelihood, part_batches
 

@@ -23,7 +23,7 @@ from flows.cli.errors import explain, readable_errors
 from flows.cli.grammar import quoted_override
 from flows.cli.jobs import fixed_keys, job_name, swept_settings
 from flows.cli.sweeps import sweep_table
-from flows.datasets.readers import read_table
+from flows.datasets.tables.readers import read_table
 from flows.errors import DataWarning
 from flows.training import (
     CheckpointError,

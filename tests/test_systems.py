@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from scipy.integrate import solve_ivp
 
 from flows.datasets import DynamicalSystem, Lorenz, LotkaVolterra, Oscillator, Pendulum, Spiral, TwoBody
-from flows.datasets.recognition import refuse_other_data
+from flows.datasets.recognition.recognition import refuse_other_data
 from flows.errors import InvalidTypeError, InvalidValueError
 
 CONFIGS = {path.stem: OmegaConf.load(path) for path in sorted(Path(__file__).parents[1].glob("conf/data/*.yaml"))}

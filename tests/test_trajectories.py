@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flows.datasets import Series, Trajectories
-from flows.datasets.comparison import compare
-from flows.datasets.recognition import recognised, refuse_other_data
+from flows.datasets.recognition.comparison import compare
+from flows.datasets.recognition.recognition import recognised, refuse_other_data
 from flows.errors import DataWarning, InvalidValueError
 
 

@@ -16,7 +16,7 @@ from flows.cli.config import check_output, is_given, plain_settings, run_with_hy
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
 from flows.datasets import Dataset, Energy
-from flows.datasets.recognition import caution_about_outliers, recognised
+from flows.datasets.recognition.recognition import caution_about_outliers, recognised
 from flows.errors import DataWarning, InvalidValueError
 from flows.evaluation import (
     DensityEvaluator,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flows.checks import existing_path, fits_in_memory
-from flows.datasets.readers import column_names, read_table, read_words
+from flows.datasets.tables.readers import column_names, read_table, read_words
 from flows.errors import InvalidValueError
 
 FILES = (".csv", ".parquet")

@@ -17,7 +17,7 @@ from flows.cli.config import check_output, is_given, plain_settings, run_with_hy
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
 from flows.datasets import Dataset
-from flows.datasets.recognition import recognised, without_noise
+from flows.datasets.recognition.recognition import recognised, without_noise
 from flows.errors import FlowsError
 from flows.models.cnf import CNF
 from flows.models.few_steps import fit_grid

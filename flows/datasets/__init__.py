@@ -2,7 +2,23 @@
 
 from flows.datasets.base import Dataset, one_hot
 from flows.datasets.batches import Batch, BatchStream
-from flows.datasets.benchmark_simulators import (
+from flows.datasets.densities.conditional import ConditionalDensity, GaussianMean, MoonsByClass
+from flows.datasets.densities.curves import Moons, Pinwheel, SwissRoll, TwoSpirals
+from flows.datasets.densities.density import Density
+from flows.datasets.densities.energies import DoubleWell, Energy, Funnel, NoData
+from flows.datasets.densities.image_density import ImageDensity
+from flows.datasets.densities.lattice import FreeField, Phi4
+from flows.datasets.densities.particles import Particles
+from flows.datasets.densities.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
+from flows.datasets.images.files import ImageFiles
+from flows.datasets.images.images import Digits, Images, LabelledImages
+from flows.datasets.images.photos import PhotoPatches
+from flows.datasets.images.streamed import StreamedImages
+from flows.datasets.series.batches import SeriesBatch
+from flows.datasets.series.series import Series
+from flows.datasets.series.systems import DynamicalSystem, Lorenz, LotkaVolterra, Oscillator, Pendulum, Spiral, TwoBody
+from flows.datasets.series.trajectories import Trajectories
+from flows.datasets.simulators.benchmark import (
     SIR,
     SLCP,
     BenchmarkSimulator,
@@ -11,28 +27,12 @@ from flows.datasets.benchmark_simulators import (
     LotkaVolterraPosterior,
     TwoMoons,
 )
-from flows.datasets.conditional import ConditionalDensity, GaussianMean, MoonsByClass
-from flows.datasets.curves import Moons, Pinwheel, SwissRoll, TwoSpirals
-from flows.datasets.density import Density
-from flows.datasets.energies import DoubleWell, Energy, Funnel, NoData
-from flows.datasets.image_density import ImageDensity
-from flows.datasets.image_files import ImageFiles
-from flows.datasets.images import Digits, Images, LabelledImages
-from flows.datasets.large_table import LargeTable
-from flows.datasets.lattice import FreeField, Phi4
-from flows.datasets.particles import Particles
-from flows.datasets.photos import PhotoPatches
-from flows.datasets.priors import Prior, box
-from flows.datasets.series import Series
-from flows.datasets.series_batches import SeriesBatch
-from flows.datasets.simulations import Simulations
-from flows.datasets.simulator import Simulator
-from flows.datasets.streamed_images import StreamedImages
-from flows.datasets.systems import DynamicalSystem, Lorenz, LotkaVolterra, Oscillator, Pendulum, Spiral, TwoBody
-from flows.datasets.tabular import BreastCancer, Diabetes, Table, Tabular
-from flows.datasets.toy import Checkerboard, Circles, EightGaussians, Gaussian, Rings
-from flows.datasets.trajectories import Trajectories
-from flows.datasets.uci import UCIRegression
+from flows.datasets.simulators.priors import Prior, box
+from flows.datasets.simulators.simulations import Simulations
+from flows.datasets.simulators.simulator import Simulator
+from flows.datasets.tables.large import LargeTable
+from flows.datasets.tables.tabular import BreastCancer, Diabetes, Table, Tabular
+from flows.datasets.tables.uci import UCIRegression
 
 HubImages = ImageFiles  # its name in runs from before 0.2
 

@@ -17,7 +17,7 @@ from flows.arguments import CheckedMethods, checked
 from flows.checks import fits_in_memory, whole_number
 from flows.conditions import Conditions
 from flows.datasets.batches import Batch, BatchStream, convert_batch
-from flows.datasets.fingerprint import fingerprint_of_rows
+from flows.datasets.recognition.fingerprint import fingerprint_of_rows
 from flows.errors import InvalidValueError, UnstatedError
 from flows.naming import in_words
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flows.datasets.hashing import STEP, mix
+from flows.datasets.recognition.hashing import STEP, mix
 
 ROUNDS = 6
 LARGEST_KEY = 2**62

@@ -12,7 +12,7 @@ import numpy as np
 
 from flows.arguments import checked
 from flows.datasets import Dataset
-from flows.datasets.comparison import Comparison
+from flows.datasets.recognition.comparison import Comparison
 from flows.errors import InvalidValueError
 from flows.evaluation.likelihood import Likelihood
 from flows.writing import write_columns

@@ -15,7 +15,7 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.checks import check_seed, whole_number
 from flows.datasets import Simulations, Simulator
-from flows.datasets.priors import Prior
+from flows.datasets.simulators.priors import Prior
 from flows.encoders import Embedding
 from flows.errors import InvalidValueError
 from flows.evaluation import PosteriorEvaluator

@@ -13,7 +13,7 @@ from torch.distributions import Distribution, constraints
 
 from flows.arguments import checked
 from flows.checks import check_number, whole_number
-from flows.datasets.priors import Prior
+from flows.datasets.simulators.priors import Prior
 from flows.errors import InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.results import LogProbEstimate

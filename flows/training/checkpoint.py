@@ -52,7 +52,10 @@ def describe(dataset: Any) -> dict[str, Any]:
 
 
 def fingerprint_entry(dataset: Any) -> dict[str, Any]:
-    """Return the entry of a checkpoint by which `flows.datasets.comparison` tells the data of the run from others."""
+    """Return the entry of a checkpoint by which the data of a run are told from others.
+
+    `flows.datasets.recognition.comparison` reads it.
+    """
     own = getattr(dataset, "fingerprint", None)  # data of the user's own may do without
     return {} if own is None else {"fingerprint": own()}
 

@@ -17,7 +17,7 @@ from flows.arguments import checked
 from flows.checks import check_seed
 from flows.conditions import Conditions
 from flows.datasets import Dataset
-from flows.datasets.hub import offline
+from flows.datasets.images.hub import offline
 from flows.encoders import Encoder
 from flows.errors import FileError, InvalidTypeError, InvalidValueError
 from flows.models.cnf import CNF
@@ -61,7 +61,7 @@ class LoadedRun:
     step: int
     context_shape: tuple[int, ...] | None  # of the training data
     num_classes: int | None  # None: the contexts are no classes
-    data: Mapping[str, Any]  # what identifies the training data, for `flows.datasets.comparison`
+    data: Mapping[str, Any]  # what identifies the training data, for `flows.datasets.recognition.comparison`
     extra: Mapping[str, Any] = field(default_factory=dict)  # of a file that holds more than a model
 
     @property

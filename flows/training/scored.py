@@ -9,9 +9,9 @@ from typing import Any
 
 from flows.conditions import Conditions
 from flows.datasets import Dataset
-from flows.datasets.comparison import compare
-from flows.datasets.readers import column_names
-from flows.datasets.tabular import ALL
+from flows.datasets.recognition.comparison import compare
+from flows.datasets.tables.readers import column_names
+from flows.datasets.tables.tabular import ALL
 from flows.errors import DataWarning, FlowsError, InvalidValueError
 from flows.training.runs import LoadedRun, build_dataset
 from flows.training.settings import TARGET, parameter_names

@@ -18,7 +18,7 @@ from torch import nn
 from flows.arguments import checked
 from flows.checks import check_seed
 from flows.datasets import Dataset
-from flows.datasets.recognition import refuse_other_data
+from flows.datasets.recognition.recognition import refuse_other_data
 from flows.errors import ComputationError, FlowsError, InvalidTypeError, InvalidValueError
 from flows.evaluation import Evaluator, Report, aligned, default_evaluator
 from flows.freed_memory import keep_freed_memory

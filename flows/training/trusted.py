@@ -143,8 +143,8 @@ def check_trusted(config: Any, trust: Sequence[str] = (), where: str = "") -> No
     """Check that building `config` runs no foreign code, and asks for no more than a model needs.
 
     Each part, such as `field`, may only name classes of that part, which this package *defines*
-    (`flows.datasets.readers.os.system` is none), and those that its arguments may be. Trusted packages may be named
-    anywhere. Interpolations and other special keys are refused, and so are amounts beyond `MAX_AMOUNT`.
+    (`flows.datasets.tables.readers.os.system` is none), and those that its arguments may be. Trusted packages may be
+    named anywhere. Interpolations and other special keys are refused, and so are amounts beyond `MAX_AMOUNT`.
 
     Args:
         trust: names of packages whose classes and functions may be called.

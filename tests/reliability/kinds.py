@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import flows
 from flows import plots
 from flows.datasets import DoubleWell, Gaussian, Images, Moons, MoonsByClass, Table
-from flows.datasets.images import LabelledImages
+from flows.datasets.images.images import LabelledImages
 from flows.evaluation import default_evaluator
 from flows.objectives import FlowMatching, MaximumLikelihood, ReverseKL
 from flows.path_costs import KineticEnergy

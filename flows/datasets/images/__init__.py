@@ -1,0 +1,1 @@
+"""Images: every form in which files hold them, and the data sets made of them."""

@@ -1,0 +1,1 @@
+"""Time series: one's own, and those of dynamical systems."""

@@ -1,0 +1,1 @@
+"""Simulators: priors, simulations, and the six of the benchmark."""

@@ -1,0 +1,1 @@
+"""Tables: files of rows, the roles of their columns, and the data sets made of them."""
