@@ -1,4 +1,4 @@
-"""Samples in 1 to 16 evaluations: even steps, a fitted grid, reflow and distillation, on a toy density."""
+"""Samples in 1 to 16 evaluations: even steps, a fitted grid, reflow and distillation; on toy densities and images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import image_steps
 from benchmarks.time_budget import train
 from benchmarks.work_precision import TOYS, trained
 from flows.datasets import Dataset
@@ -28,13 +29,21 @@ TEACHER = ODESolver(rtol=1e-3, atol=1e-3)
 
 def add_command(benchmarks: Any) -> None:
     """Add `few_steps` to the commands."""
-    description = "Wasserstein distance of samples to data by evaluations: even, fitted, reflow, distilled."
+    description = (
+        "Samples by evaluations of the field. Toy densities: Wasserstein distance to the data, by even steps, fitted "
+        "grids, reflow and distillation. Images: class, boosting on the pixels, Fréchet distance, nearest neighbours."
+    )
     part = benchmarks.add_parser("few_steps", help=description, description=description)
-    part.add_argument("--data", default="8gaussians", choices=TOYS)
+    part.add_argument("--data", default="8gaussians", choices=[*TOYS, *image_steps.RECIPES])
     part.add_argument("--steps", type=int, default=800, help="of flow matching before, in batches of 512")
     part.add_argument("--more", type=int, default=600, help="of reflow, and of each distillation, in batches of 256")
     part.add_argument("--runs", type=Path, help="a folder of runs NAME, which are loaded instead of trained")
     part.add_argument("--points", type=int, default=1000, help="samples and test points")
+    part.add_argument("--run", dest="run_folder", help="images: a run of them by class; default: the recipe is trained")
+    part.add_argument("--set", nargs="*", default=[], metavar="SETTING", help="images: overrides of the recipe")
+    part.add_argument("--weights", nargs="*", type=float, default=[1.0], help="images: of guidance (%(default)s)")
+    part.add_argument("--grid-points", type=int, default=64, help="images: that grids are fitted to (%(default)s)")
+    part.add_argument("--fit", type=int, default=0, help="images: steps of a grid's fit; 0: the best even one")
     part.set_defaults(run=_print_report)
 
 
@@ -42,6 +51,9 @@ def _print_report(arguments: argparse.Namespace) -> None:
     from benchmarks.recipes import settings
     from flows.training import build_dataset
 
+    if arguments.data in image_steps.RECIPES:
+        image_steps.print_report(arguments)
+        return
     flow, points = trained(arguments.data, arguments.steps, 2 * arguments.points, arguments.runs)
     flow, points = flow.float(), points.float()
     data, other = points[: arguments.points], points[arguments.points :]

@@ -141,3 +141,61 @@ def test_errors_of_teachers():
         Distillation(CNF(MLP((3,), (8,))))(flow, batch)
     with pytest.raises(ValueError, match=r"solver must take a few fixed steps, got the adaptive method 'flow5'"):
         Distillation(copy.deepcopy(flow), ODESolver())
+    with pytest.raises(ValueError, match=r"Reflow has no teacher yet: give one, or train with a Trainer and a stage"):
+        Reflow()(flow, batch)
+    with pytest.raises(ValueError, match=r"Reflow learns from a trained flow: give teacher=RUN, .* or put a stage"):
+        flows.Trainer(flow, Moons(), Reflow(), steps=2).fit()
+
+
+def trained(folder, steps=3, resume=None):
+    """Flow matching, then reflow of what it found."""
+    quiet = flows.training.Reporting(progress_bar=False, plot_every=None, checkpoint_every=1, log_every=1)
+    stages = {
+        "matching": flows.training.Stage(flows.objectives.FlowMatching(), steps=2, batch_size=8),
+        "reflow": flows.training.Stage(Reflow(), steps=steps, batch_size=8, schedule="constant"),
+    }
+    torch.manual_seed(0)
+    flow, data = CNF(MLP((2,), (8,))), Moons(num_validation=20, num_test=20)
+    flows.Trainer(flow, data, stages, reporting=quiet, output_dir=folder, resume=resume).fit()
+    return torch.load(folder / "checkpoints/last.pt", weights_only=True)
+
+
+def test_reflow_after_a_stage_learns_from_its_flow_also_when_resumed(tmp_path):
+    """The teacher is kept with the run, so that it goes on bit for bit."""
+    trained(tmp_path / "short", steps=1)
+    resumed = trained(tmp_path / "resumed", resume=tmp_path / "short/checkpoints/last.pt")
+    straight = trained(tmp_path / "straight")
+    for name, weights in straight["model"].items():
+        assert torch.equal(resumed["model"][name], weights), name
+
+
+def test_distillation_of_a_run_from_the_shell(run, tmp_path):
+    """The student starts as its teacher, has its model, and draws by the steps that it was trained for."""
+    tiny = ["reporting.plot_every=null", "reporting.progress_bar=false"]
+    data = ["data=moons", "data.num_validation=20", "data.num_test=20", "field.hidden=[8]"]
+    assert run("train", *data, *tiny, "objective=flow_matching", "steps=2", "output_dir=first")[0] == 0
+    code, _, err = run("train", "teacher=first", "objective=distillation", "steps=2", *tiny, "output_dir=student")
+    assert code == 0, err
+    student = flows.load(tmp_path / "student")
+    assert (student.solver.method, student.solver.step_size) == ("euler", 0.25)
+    assert student.field.hidden == (8,)
+    first = dict(flows.load(tmp_path / "first").named_parameters())
+    change = max((weights - first[name]).abs().max() for name, weights in student.named_parameters())
+    assert 0 < change < 0.01  # two steps
+    code, out, err = run("train", "resume=student", "objective.distillation.steps=3")
+    assert code == 0, err
+    code, _, err = run("train", "teacher=first", "objective=reflow", "field.hidden=[9]")
+    assert code == 2
+    assert "the model and the data are those of the teacher" in err
+    code, _, err = run("train", "teacher=first")
+    assert code == 2
+    assert "teacher=first needs an objective that learns from it: objective=reflow or objective=distillation" in err
+    grids = []
+    for _ in range(2):
+        base = ("sample", "checkpoint=first", "num_samples=20", "plot=false", "output=samples.npy")
+        code, out, err = run(*base, "evaluations=3")
+        assert code == 0, err
+        grids.append(out)
+    assert "kept in first/grids.json" in grids[0]
+    assert "from first/grids.json" in grids[1]
+    assert grids[0].split("]")[0] == grids[1].split("]")[0]

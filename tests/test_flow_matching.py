@@ -8,6 +8,7 @@ import torch
 from problems import dense_divergence
 from scipy.optimize import linear_sum_assignment
 
+import flows
 from flows import CNF, ODESolver
 from flows.datasets import Batch, MoonsByClass, one_hot
 from flows.divergence import Analytic, Auto, Exact, Hutchinson, Probing
@@ -516,6 +517,47 @@ def test_a_guided_flow_shares_its_parameters_and_has_a_density():
     assert list(flow.guided(2.0).parameters()) == list(flow.parameters())
     drawn, log_prob = flow.guided(2.0).sample_and_log_prob((9,), context)
     torch.testing.assert_close(flow.guided(2.0).log_prob(drawn, context), log_prob, rtol=0, atol=1e-4)
+
+
+class ClassOfNormals(torch.nn.Module):
+    """The exact velocity of straight paths from N(0, I) to N(m, s² I), m = mean of the class; no class means m = 0."""
+
+    event_shape, context_shape, s = (2,), (2,), 0.4
+    means = torch.tensor([[1.0, -0.5], [-0.3, 0.8]], dtype=torch.float64)
+
+    def forward(self, t, x, context):
+        rate = (self.s**2 * t - (1 - t)) / ((1 - t) ** 2 + (self.s * t) ** 2)
+        mean = context @ self.means
+        return mean + rate * (x - t * mean)
+
+
+def test_guidance_of_normal_classes_moves_their_means():
+    """v∅ + w (v − v∅) = (w m)(1 − t r) + r x is the velocity of N(w m, s² I), so this is the guided density."""
+    field = ClassOfNormals()
+    flow = CNF(field, Exact(), ODESolver(rtol=1e-9, atol=1e-9)).double()
+    x, context = torch.randn(20, 2, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for weight in (0.0, 1.0, 2.5):
+        mean = weight * field.means[1]
+        expected = torch.distributions.Normal(mean, torch.full_like(mean, field.s)).log_prob(x).sum(1)
+        torch.testing.assert_close(flow.guided(weight).log_prob(x, context), expected, rtol=0, atol=1e-6)
+        drawn = flow.guided(weight).sample((4000,), context, rng())
+        error = field.s / 4000**0.5
+        assert (drawn.mean(0) - weight * field.means[1]).abs().max() < 4 * error
+        assert drawn.std(0).tolist() == pytest.approx([field.s] * 2, abs=3 * error)
+
+
+def test_guidance_of_weight_one_is_the_flow_itself():
+    flow = CNF(MLP((2,), (8,), context_shape=(2,)))
+    x, context = torch.randn(5, 2), torch.tensor([0.0, 1.0])
+    assert torch.equal(flow.guided(1.0).log_prob(x, context), flow.log_prob(x, context))
+    assert torch.equal(flow.guided(1.0).sample((5,), context, rng()), flow.sample((5,), context, rng()))
+
+
+def test_guidance_needs_a_base_without_contexts():
+    base = flows.bases.ConditionalNormal((2,), context_shape=(2,))
+    flow = CNF(MLP((2,), (8,), context_shape=(2,)), base=base)
+    with pytest.raises(ValueError, match=r"the base ConditionalNormal depends on the context; sample without guidance"):
+        flow.guided(2.0)
 
 
 def test_guidance_without_a_closed_form_or_a_context():

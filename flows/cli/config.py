@@ -45,6 +45,7 @@ PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "rows": str | None,
     "checkpoint": str | None,
     "resume": str | None,
+    "teacher": str | None,
     "num_samples": int,
     "id": str | None,
     "class": int | str | None,
@@ -60,7 +61,7 @@ PROGRAM_SETTINGS = {  # settings that no class has, and their types
     "plot": bool,
     "progress_bar": bool,
 }
-PATHS = ("output_dir", "output", "rows", "checkpoint", "resume")
+PATHS = ("output_dir", "output", "rows", "checkpoint", "resume", "teacher")
 
 
 def run_with_hydra(task: Callable[[DictConfig], Any], name: str, arguments: Sequence[str]) -> None:

@@ -16,9 +16,10 @@ from flows import plots
 from flows.cli.config import check_output, is_given, plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
+from flows.cli.jobs import read_json
 from flows.datasets import Dataset
 from flows.datasets.recognition.recognition import recognised, without_noise
-from flows.errors import FlowsError
+from flows.errors import FlowsError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.few_steps import fit_grid
 from flows.samples import (
@@ -34,10 +35,12 @@ from flows.training.files import run_folder
 from flows.training.runs import LoadedRun, build_dataset, load_run, place
 from flows.training.settings import instantiate
 from flows.training.trusted import may_download
+from flows.writing import to_json, write_text
 
 TABLES = (".csv", ".parquet")
 PICTURE = ".png"
 FITTED_POINTS = 256  # that a grid of times is fitted to
+GRIDS = "grids.json"  # of a run: the grids that were fitted to it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,9 +61,7 @@ def sample(composed: DictConfig) -> None:
         run.flow.solver = instantiate(config["solver"], "solver")
         flow = place(run.flow, settings["device"])
         if settings["guidance"] is not None:
-            flow = flow.guided(settings["guidance"])
-            if caveat := guidance_caveat(run.config):
-                print(f"Caution: {caveat}")
+            flow = guided(flow, settings["guidance"], run.config)
         generator = torch.Generator().manual_seed(settings["seed"])
         default = run_folder(run.checkpoint) / "samples" / f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}.npy"
         output = Path(settings["output"] or default)
@@ -78,7 +79,7 @@ def sample(composed: DictConfig) -> None:
         )
         count = settings["num_samples"] if context is None else len(context)
         if settings["evaluations"] is not None:
-            flow.solver = few_evaluations(flow, settings["evaluations"], context, settings["seed"])
+            flow.solver = few_evaluations(flow, run, settings["evaluations"], context, settings)
         progress = "samples" if settings["progress_bar"] else None
         batch_size, stopped = settings["batch_size"] if is_given("batch_size") else None, False
         try:
@@ -108,26 +109,52 @@ def sample(composed: DictConfig) -> None:
             raise KeyboardInterrupt
 
 
-def few_evaluations(flow: CNF, evaluations: int, context: Tensor | None, seed: int) -> ODESolver:
-    """A solver with that many evaluations at times fitted to the flow; prints the settings that give it again."""
-    generator = torch.Generator().manual_seed(seed)
-    if context is not None:
-        context = context[torch.randperm(len(context), generator=generator)[:FITTED_POINTS]]
-    solver = fit_grid(flow, evaluations, context=context, generator=generator)
+def few_evaluations(
+    flow: CNF, run: LoadedRun, evaluations: int, context: Tensor | None, settings: Mapping[str, Any]
+) -> ODESolver:
+    """A solver with that many evaluations at times fitted to the flow.
+
+    The grid lies in the folder of the run, and later samples take it again. Prints the settings that give it, too.
+    """
+    file = run_folder(run.checkpoint) / GRIDS
+    weight = settings["guidance"]
+    key = f"{run.checkpoint.name}, step {run.step}, {evaluations} evaluations"
+    key += "" if weight in (None, 1) else f", guidance {weight:g}"
+    known = read_json(file) or {}
+    try:
+        solver, whence = ODESolver(known[key]["method"], grid=known[key]["grid"]), f" from {file}"
+    except (LookupError, TypeError, FlowsError):  # none yet, or somebody wrote into the file
+        generator = torch.Generator().manual_seed(settings["seed"])
+        if context is not None:
+            context = context[torch.randperm(len(context), generator=generator)[:FITTED_POINTS]]
+        solver, whence = fit_grid(flow, evaluations, context=context, generator=generator), f", kept in {file}"
+        entry = {"method": solver.method, "grid": list(solver.grid or ())}
+        try:
+            write_text(file, to_json({**known, key: entry}))
+        except OSError:  # the run may belong to somebody else
+            whence = ""
     grid = ",".join(f"{time:.4g}" for time in solver.grid or ())
-    print(f"{evaluations} evaluations: solver={solver.method} solver.step_size=null solver.grid=[{grid}]")
+    print(f"{evaluations} evaluations: solver={solver.method} solver.step_size=null solver.grid=[{grid}]{whence}")
     return solver
 
 
-def guidance_caveat(config: Mapping[str, Any]) -> str | None:
-    """A warning if the run was trained without context dropout, which guidance needs."""
-    stages = config.get("objective", {})
-    if any(stage.get("objective", {}).get("context_dropout") for stage in stages.values()):
-        return None
-    return (
-        "no stage of this run left out contexts, so the field without one, which guidance leads away from, has not "
-        "been trained; train with objective.flow_matching.objective.context_dropout=0.1"
-    )
+def guided(flow: CNF, weight: float, config: Mapping[str, Any]) -> CNF:
+    """The flow under guidance of this weight; with 1, the flow itself.
+
+    Raises:
+        InvalidValueError: the flow takes no context, or no stage of its run trained it without one.
+    """
+    found = flow.guided(weight)
+    if weight == 1:
+        return flow
+    stages = config.get("objective")  # none in a file that holds a model alone
+    if stages and not any((stage.get("objective") or {}).get("context_dropout") for stage in stages.values()):
+        raise InvalidValueError(
+            f"guidance={weight:g} leads away from the flow without a context, and no stage of this run left out "
+            "contexts, so that flow has not been trained; train with objective.flow_matching.objective.context_dropout="
+            "0.1, or leave out guidance"
+        )
+    return found
 
 
 def sampling_contexts(

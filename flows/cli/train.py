@@ -19,6 +19,7 @@ from flows.cli.jobs import current_job, recorded_job, swept
 from flows.cli.resuming import RESUME_SETTINGS, find_run, resumed_config
 from flows.cli.steps import share_steps
 from flows.cli.sweeps import sweep_table, sweeping
+from flows.cli.teacher import with_teacher
 from flows.training.continuing import AUTO
 from flows.training.estimator_use import notice
 from flows.training.loggers import flat
@@ -78,7 +79,7 @@ def chosen_settings(composed: DictConfig) -> tuple[dict[str, Any], Path | str | 
         check_program_settings({name: composed[name] for name in RESUME_SETTINGS if name in composed})
         chosen = plain(composed, resolve=True)
         return resumed_config(composed.resume, context.overrides.task, composed.trust, chosen)
-    config = plain_settings(composed)
+    config = with_teacher(plain_settings(composed), context.overrides.task, composed.trust)
     share_steps(config)
     check_parts(config, context.overrides.task)
     if current_job() is not None:

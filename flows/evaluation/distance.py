@@ -48,6 +48,7 @@ class DistanceEvaluator(FlowEvaluator):
     Args:
         metrics: figures of the test: metrics of `flows.evaluation.metrics`, or their lower-case names. The distance of
             two samples of the data from each other is beside each of two samples, for no flow can be nearer.
+        paths: measure path energies and their solver error; off for distilled steps, which are no ODE.
 
     Example:
         ```python
@@ -61,6 +62,7 @@ class DistanceEvaluator(FlowEvaluator):
     """
 
     metrics: Sequence[SampleMetric | str] = ("wasserstein2", "sliced_wasserstein2")
+    paths: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,21 +89,24 @@ class DistanceEvaluator(FlowEvaluator):
         flow, chosen = as_flow(model), chosen_metrics(self.metrics)
         found = dict(measured(flow, self.dataset, chosen, self.part, self.generator(flow, "test"), self.points))
         floors = self._floors(chosen)
-        energy = self.path_energy(flow)
+        energy = self.path_energy(flow) if self.paths else None
         figures: dict[str, Any] = {}
         for name, one in found.items():
             figures |= {name: one.value, f"{name}_se": known(one.standard_error)}
-        figures |= floors | energy.metrics()
+        figures |= floors | ({} if energy is None else energy.metrics())
         rows = []
         for name, one in found.items():
             floor = floors.get(f"{name}_of_data")
             beside = "" if floor is None else f"; {floor:.4f} between two samples of the data"
             rows.append((name.replace("_", " "), f"{one}{beside}"))
-        fault = solver_fault(energy.solver_error, energy.path_energy.standard_error, flow.solver)
+        fault = None
+        if energy is not None:
+            rows += energy.table()
+            fault = solver_fault(energy.solver_error, energy.path_energy.standard_error, flow.solver)
         return Report(
             metrics=figures | {"unresolved": fault},
-            rows=[*rows, *energy.table(), *([] if fault is None else [("unresolved", fault)])],
-            headline=(*found, "path_energy", "transport_cost", "nfe"),
+            rows=[*rows, *([] if fault is None else [("unresolved", fault)])],
+            headline=(*found, *(("path_energy", "transport_cost", "nfe") if energy is not None else ())),
             unresolved=fault,
         )
 

@@ -19,10 +19,13 @@ class Guided(Field):
     r"""v(t, x; ∅) + w (v(t, x; c) − v(t, x; ∅)) with ∅ the zero vector: a conditional field under guidance.
 
     w = 1 is the field itself, w = 0 the unconditional one; w > 1 overstates what sets the context apart, and the
-    flow's samples are then no longer those of the data given the context. The field must have been trained with
-    contexts replaced by zeros now and then (`FlowMatching(context_dropout=0.1)`), and a zero context must mean
-    nothing else, as with classes. An evaluation costs two of the field; the divergence is in closed form where
-    the field's is. [Ho & Salimans 2022, arXiv:2207.12598; of velocities: Zheng et al. 2023, arXiv:2311.13443]
+    flow's samples are then no longer those of the data given the context. It is a flow all the same: its `log_prob` is
+    that of the guided ODE. Take the likelihood of data from the flow without guidance.
+
+    The field must have been trained with contexts replaced by zeros now and then
+    (`FlowMatching(context_dropout=0.1)`), and a zero context must mean nothing else, as with classes. An evaluation
+    costs two of the field; the divergence is in closed form where the field's is. [Ho & Salimans 2022,
+    arXiv:2207.12598; of velocities: Zheng et al. 2023, arXiv:2311.13443]
 
     Args:
         field: with a `context_shape`; its parameters are shared.

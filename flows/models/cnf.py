@@ -244,7 +244,18 @@ class CNF(nn.Module):
 
     @checked
     def guided(self, weight: float) -> CNF:
-        """This flow under classifier-free guidance (`Guided`); it shares all modules."""
+        """This flow under classifier-free guidance (`Guided`); it shares all modules.
+
+        Its samples and its `log_prob` are those of the guided ODE, whose divergence is known as well as the flow's own.
+
+        Raises:
+            InvalidValueError: the field takes no context, or the base depends on it.
+        """
+        if self.base.context_shape is not None:
+            raise InvalidValueError(
+                f"guidance leads away from the flow without a context, and the base {type(self.base).__name__} depends "
+                "on the context; sample without guidance, or train with base=normal and context_dropout=0.1"
+            )
         guided = Guided(self.field, weight)
         parts = (self.divergence, self.solver, self.base, self.transform, self.event_shape, self.encoder)
         flow = CNF(guided, *parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+import flows
 from flows.arguments import checked
 from flows.datasets import Batch, Dataset
 from flows.divergence import DivergenceEstimator
@@ -21,9 +23,85 @@ from flows.solvers import ODESolver
 from flows.vector_field import checked_value
 
 
+@dataclass(frozen=True)
+class _Taught(Objective):
+    """Learns from another flow.
+
+    The teacher is a flow, the folder of a run, or None: the flow as it is when its stage begins.
+    """
+
+    solves: ClassVar[bool] = False
+    recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 512, "learning_rate": 1e-3, "warmup_steps": 0}
+    teacher: CNF | str | None = None
+    _found: list[CNF] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def check(self, model: nn.Module, dataset: Dataset) -> None:
+        super().check(model, dataset)
+        flow = check_flow(model, dataset)
+        if self.teacher is not None:
+            self._teacher(flow)
+
+    def begin(self, flow: CNF, is_first: bool) -> None:
+        """Take the flow as the teacher, or start from the weights of a teacher that a run trained.
+
+        Raises:
+            InvalidValueError: there is no teacher and no stage before, or the run trained another model.
+        """
+        if self.teacher is None and is_first:
+            raise InvalidValueError(
+                f"{type(self).__name__} learns from a trained flow: give teacher=RUN, the folder of a run, or put a "
+                "stage before it"
+            )
+        if self.teacher is None:
+            self._keep(copy.deepcopy(flow))
+            self._found[0].solver = ODESolver()  # that of the flow may be the few steps that are to be learned
+        if isinstance(self.teacher, str):
+            try:
+                flow.load_state_dict(self._teacher(flow).state_dict())
+            except RuntimeError as error:
+                raise InvalidValueError(
+                    f"the run {self.teacher} trained another model than this one: {str(error).splitlines()[-1].strip()}"
+                    "; `flows train teacher=RUN` builds the same"
+                ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of a teacher that no file has."""
+        return self._found[0].state_dict() if self.teacher is None and self._found else {}
+
+    def load_state_dict(self, flow: CNF, state: Mapping[str, Any]) -> None:
+        """Take the teacher of the run that is resumed, which was built like the flow."""
+        if state:
+            self._keep(copy.deepcopy(flow))
+            self._found[0].solver = ODESolver()
+            self._found[0].load_state_dict(state)
+
+    def _keep(self, teacher: CNF) -> None:
+        self._found[:] = [teacher.eval().requires_grad_(False)]
+
+    def _teacher(self, flow: CNF) -> CNF:
+        """The teacher, if it suits the flow."""
+        if isinstance(self.teacher, str) and not self._found:
+            self._keep(flows.load(self.teacher).to(flow.device, flow.dtype))
+        teacher = self._found[0] if self._found else self.teacher
+        if not isinstance(teacher, CNF):
+            raise InvalidValueError(
+                f"{type(self).__name__} has no teacher yet: give one, or train with a Trainer and a stage before it"
+            )
+        if teacher.event_shape != flow.event_shape:
+            raise InvalidValueError(
+                f"the teacher has events of shape {teacher.event_shape}, and the flow of shape {flow.event_shape}"
+            )
+        if teacher is flow or teacher.field is flow.field:
+            raise InvalidValueError("the teacher is the flow that is trained; give a copy, copy.deepcopy(flow)")
+        return teacher
+
+    def divergence(self, flow: CNF) -> DivergenceEstimator | None:
+        return None
+
+
 @checked
 @dataclass(frozen=True)
-class Reflow(Objective):
+class Reflow(_Taught):
     """Flow matching between the base and a teacher's samples of it, E ‖v(t, x_t) − (x₁ − x₀)‖² / d.
 
     Here x₁ is where the teacher carries x₀, and x_t = (1 − t) x₀ + t x₁ with uniform t. Paths of the trained flow are
@@ -34,10 +112,12 @@ class Reflow(Objective):
     The data give only the size of a batch, and contexts. Each call solves the teacher's ODE, without a divergence.
 
     Args:
-        teacher: a trained flow in the same flow space, such as `copy.deepcopy(flow)`. It is not trained.
+        teacher: a trained flow in the same flow space, such as `copy.deepcopy(flow)`, which is not trained; or the
+            folder of a run, whose weights are also those that the stage starts from; or `None` (default): the flow as
+            it is when the stage begins, after another stage.
 
     Raises:
-        InvalidValueError: the teacher has another event shape, or is the flow that is trained.
+        InvalidValueError: the teacher has another event shape, or is the flow that is trained, or there is none.
 
     Example:
         ```python
@@ -54,17 +134,8 @@ class Reflow(Objective):
         ```
     """
 
-    solves: ClassVar[bool] = False
-    recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 512, "learning_rate": 1e-3, "warmup_steps": 0}
-    teacher: CNF
-
-    def check(self, model: nn.Module, dataset: Dataset) -> None:
-        super().check(model, dataset)
-        _check_teacher(check_flow(model, dataset), self.teacher)
-
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
-        _check_teacher(flow, self.teacher)
-        start, end = _pairs(self.teacher, batch, generator)
+        start, end = _pairs(self._teacher(flow), batch, generator)
         device = start.device if generator is None else generator.device
         t = torch.rand(len(start), generator=generator, dtype=start.dtype, device=device).to(start.device)
         share = t.view(-1, *[1] * (start.ndim - 1))
@@ -73,13 +144,10 @@ class Reflow(Objective):
         loss = (checked_value(view(t, position), position) - (end - start)).square().mean()
         return LossOutput(loss, {"velocity_error": loss.detach()})
 
-    def divergence(self, flow: CNF) -> DivergenceEstimator | None:
-        return None
-
 
 @checked
 @dataclass(frozen=True)
-class Distillation(Objective):
+class Distillation(_Taught):
     """Few steps that end where a teacher's paths end, E ‖Φ(x₀) − x₁‖² / d.
 
     Φ takes the steps of `solver` with the field that is trained, and x₁ is where the teacher carries x₀ by its own
@@ -112,9 +180,6 @@ class Distillation(Objective):
         ```
     """
 
-    solves: ClassVar[bool] = False
-    recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 512, "learning_rate": 1e-3, "warmup_steps": 0}
-    teacher: CNF
     solver: ODESolver = field(default_factory=lambda: ODESolver("euler", step_size=1.0))
 
     def __post_init__(self) -> None:
@@ -124,20 +189,12 @@ class Distillation(Objective):
                 'example, ODESolver("euler", step_size=0.5)'
             )
 
-    def check(self, model: nn.Module, dataset: Dataset) -> None:
-        super().check(model, dataset)
-        _check_teacher(check_flow(model, dataset), self.teacher)
-
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
-        _check_teacher(flow, self.teacher)
-        start, end = _pairs(self.teacher, batch, generator)
+        start, end = _pairs(self._teacher(flow), batch, generator)
         context = None if batch.context is None else flow.encode(batch.context)
         solution = self.solver.solve(StateDynamics(flow.bind(context)), (start,), (0.0, 1.0), list(flow.parameters()))
         loss = (solution.end[0] - end).square().mean()
         return LossOutput(loss, {"distance": loss.detach().sqrt()}, solution.statistics)
-
-    def divergence(self, flow: CNF) -> DivergenceEstimator | None:
-        return None
 
 
 @torch.no_grad()
@@ -147,12 +204,3 @@ def _pairs(
     """Base points, and where the teacher carries them."""
     start = teacher.base.sample((len(batch.x),), generator)
     return start, teacher.transport(start, (0.0, 1.0), batch.context, log_density=False).x
-
-
-def _check_teacher(flow: CNF, teacher: CNF) -> None:
-    if teacher.event_shape != flow.event_shape:
-        raise InvalidValueError(
-            f"the teacher has events of shape {teacher.event_shape}, and the flow of shape {flow.event_shape}"
-        )
-    if teacher is flow or teacher.field is flow.field:
-        raise InvalidValueError("the teacher is the flow that is trained; give a copy, copy.deepcopy(flow)")

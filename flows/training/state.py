@@ -156,9 +156,13 @@ class RunState:
         Every stage but the first starts from the averaged weights, which are better than the last ones.
         """
         position = self.position
-        if position.stage is not None:
+        is_first = position.stage is None
+        if not is_first:
             self.model.load_state_dict(self.ema.module.state_dict())
             self.ema.restart()
+        if hasattr(stage.objective, "begin"):
+            stage.objective.begin(self.model, is_first)
+            self.ema.module.load_state_dict(self.model.state_dict())
         position.stage, position.step_in_stage, position.seconds_in_stage = name, 0, 0.0
         position.stage_starts = [*position.stage_starts, position.step]
         self.means = MetricMeans()
@@ -209,6 +213,8 @@ class RunState:
         position.best_score = best["position"]["best_score"] if mine else None  # type: ignore[index]
         position.best_step = best["position"]["best_step"] if mine else None  # type: ignore[index]
         index = list(stages).index(position.stage)
+        if checkpoint.get("objective"):
+            stages[position.stage].objective.load_state_dict(self.model, checkpoint["objective"])
         self._set_up(index, stages[position.stage])
         try:
             stage = stages[position.stage]
@@ -276,6 +282,7 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "position": asdict(self.position),
             "means": self.means.state_dict(),
+            "objective": self._of_objective(),
             "ranks": ranks,
         }
 
@@ -285,7 +292,12 @@ class RunState:
             group["lr"] = group["initial_lr"] * factor
         return self.optimizer.param_groups[0]["lr"]
 
+    def _of_objective(self) -> dict[str, Any]:
+        """What the objective of the stage keeps from its beginning, such as a teacher."""
+        return self._objective.state_dict() if hasattr(self._objective, "state_dict") else {}
+
     def _set_up(self, index: int, stage: Stage) -> None:
+        self._objective: Any = stage.objective
         new_optimizer = self.optimization.optimizer_of(stage)
         optimizer = new_optimizer(self.model.parameters(), lr=stage.peak_learning_rate)
         for group in optimizer.param_groups:
