@@ -20,6 +20,7 @@ from flows.divergence import Auto, DivergenceEstimator
 from flows.divergence.parameters import learned_parts, learned_tensors
 from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.encoders import Encoder
+from flows.errors import InvalidValueError
 from flows.fields import Guided, named_field
 from flows.models.distribution import FlowDistribution
 from flows.models.examination import examine, foreign_tensors, look_for_jumps
