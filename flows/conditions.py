@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,18 @@ from flows.arguments import checked
 from flows.errors import InvalidTypeError, InvalidValueError
 
 Category = str | float
+
+
+class Columns(Protocol):
+    """A data frame: columns by name."""
+
+    @property
+    def columns(self) -> Any: ...
+
+    def __getitem__(self, name: Any, /) -> Any: ...
+
+
+Named = Mapping[str, Any] | Sequence[Mapping[str, Any]] | Columns  # contexts in words and numbers, by name
 MISSING = {"", "?", "na", "n/a", "nan", "null", "none", "<na>"}  # in lower case
 MAX_SHOWN = 12  # categories or columns in a message
 

@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from flows.datasets.tables.contexts import as_columns
 from flows.datasets.tables.diagnosis import warnings_about
 from flows.divergence import Auto, DivergenceEstimator
 from flows.encoders import Embedding
-from flows.errors import DataWarning, FlowsError, InvalidTypeError, InvalidValueError
+from flows.errors import DataWarning, FlowsError, InvalidTypeError, InvalidValueError, warn
 from flows.evaluation import DensityEvaluator, Report
 from flows.fields import MLP
 from flows.models.cnf import CNF
@@ -249,17 +248,19 @@ class DensityEstimator(DensityMixin, BaseEstimator):
 
         Args:
             n_samples: rows to draw, for each context if there are several.
-            context: one or several; those of several follow each other.
+            context: one or several; the rows of several follow each other.
             random_state: seed.
 
         Returns:
-            An array (rows, columns), or a data frame if the estimator was fitted on one.
+            An array (rows, columns), or a data frame if the estimator was fitted on one. The index of the data frame
+            holds the context of each row where there are several; `reset_index()` makes columns of them.
         """
         check_is_fitted(self)
         number = whole_number("n_samples", n_samples)
         seed = int(check_random_state(random_state).randint(2**31))
         generator = torch.Generator(self.flow_.device).manual_seed(seed)
         given = self._contexts(context, None)
+        given_ndim = 0 if given is None else given.ndim
         if given is not None:
             given = given.reshape(-1, given.shape[-1]).repeat_interleave(number, 0)
         total, parts = number if given is None else len(given), []
@@ -275,7 +276,10 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             return rows
         import pandas
 
-        return pandas.DataFrame(rows, columns=getattr(self, "feature_names_in_", None))
+        index = None
+        if given is not None and given_ndim > 1 and self.conditions_ is not None:
+            index = pandas.MultiIndex.from_frame(pandas.DataFrame(self.conditions_.decode(given)))
+        return pandas.DataFrame(rows, index=index, columns=getattr(self, "feature_names_in_", None))
 
     def fitted_flow(self) -> CNF:
         """The flow, once there is one.
@@ -383,7 +387,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         )
         parts = {"train": np.arange(len(rows)), "validation": np.arange(0), "test": np.arange(0)}
         for message in warnings_about(rows, parts, names, (table.units == 0).tolist(), SOURCE):
-            warnings.warn(message, DataWarning, stacklevel=3)
+            warn(message, DataWarning)
         return table
 
     def _trainer(self, data: Table, seed: int, folder: str | os.PathLike[str]) -> Trainer:

@@ -6,8 +6,13 @@ Each class is also the built-in exception that fits, so `except ValueError` work
 from __future__ import annotations
 
 import pickle
+import sys
+import warnings
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
+
+OTHERS = {"flows", "sklearn", "joblib", "lightning_fabric", "torch", "contextlib", "functools"}  # no user wrote these
 
 
 class FlowsError(Exception):
@@ -72,3 +77,12 @@ def sendable(attributes: Mapping[str, Any]) -> dict[str, Any]:
         return True
 
     return {name: value for name, value in attributes.items() if fits(value)}
+
+
+def warn(message: str, kind: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's code that led here."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in OTHERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, kind, stacklevel=level)

@@ -5,6 +5,7 @@ import json
 import re
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -126,6 +127,23 @@ def test_a_flow_on_such_a_table_has_an_encoder_of_its_columns(table_path):
     batch = data.held_out("test")
     assert flow.log_prob(batch.x, batch.context).shape == (30,)
     assert flow.sample(5, context=context).shape == (5, 1)
+    people = pandas.DataFrame({"name": ["Ann", "Bob"], "sex": ["male", "female"], "age": [42, 30], "rooms": [7, 2]})
+    rows, x = flow.encoder.contexts(people), batch.x[:2]
+    for given in (people, people.to_dict("list") | {"name": []}, people.drop(columns="name").to_dict("records")):
+        if isinstance(given, dict):
+            del given["name"]
+        assert torch.equal(flow.log_prob(x, given), flow.log_prob(x, rows))
+        assert torch.equal(flow(given).log_prob(x), flow.log_prob(x, rows))
+        one, other = (flow.sample(3, c, torch.Generator().manual_seed(0)) for c in (given, rows))
+        assert torch.equal(one, other)
+        assert torch.equal(flow.transport(x, context=given).x, flow.transport(x, context=rows).x)
+        assert torch.equal(flow.encode(given), flow.encode(rows))
+        assert torch.equal(flow.estimate_log_prob(x, given).value, flow.estimate_log_prob(x, rows).value)
+    assert flow.sample_and_log_prob(5, {"age": 42, "sex": "male", "rooms": 7})[0].shape == (5, 1)
+    with pytest.raises(InvalidValueError, match="the context lacks 'rooms'"):
+        flow.sample(2, context={"age": 42, "sex": "male"})
+    with pytest.raises(InvalidTypeError, match="a mapping, a list of mappings, a data frame or numbers, got str"):
+        flow.log_prob(x, "male")
     moved = flow.log_prob(batch.x, batch.context + torch.tensor([10.0, 0, 0]))
     assert not torch.allclose(moved, flow.log_prob(batch.x, batch.context))
     embedded = build_flow({**CONFIG, "encoder": {"_target_": "flows.encoders.Embedding"}}, (1,), data)
@@ -245,6 +263,11 @@ def test_bad_contexts_are_refused_by_row_and_column(table_path, given, message):
 
 
 def test_contexts_of_other_kinds_say_what_is_expected(table_path):
+    unnamed = flows.CNF(flows.fields.MLP(2, (8,), context_shape=3))
+    with pytest.raises(InvalidTypeError, match=r"must be a torch.Tensor or None, .*no names; their shape is \(3"):
+        unnamed.sample(2, context={"age": 3})
+    with pytest.raises(InvalidTypeError, match=r"context must be a torch.Tensor or None, .*write torch.as_tensor"):
+        unnamed.log_prob(torch.zeros(2, 2), np.zeros((2, 3)))
     with pytest.raises(InvalidTypeError, match=r"a mapping, a list of mappings, a data frame or numbers, got str"):
         homes(table_path).conditions.encode("male")
     with pytest.raises(InvalidValueError, match="the entries of these contexts have no names; give a tensor"):

@@ -171,6 +171,24 @@ def test_densities_given_a_context(conditional):
         tiny().fit(X).sample(2, context=[[1.0]])
 
 
+def test_samples_of_several_contexts_say_of_which(conditional):
+    given = pd.DataFrame({"age": [30.0, 60.0], "sex": ["m", "f"]})
+    drawn = conditional.sample(2, context=given, random_state=0)
+    assert drawn.reset_index().columns.tolist() == ["age", "sex", "height"]
+    assert drawn.index.tolist() == [(30, "m"), (30, "m"), (60, "f"), (60, "f")]
+    assert conditional.score_samples(drawn, context=drawn.reset_index()).shape == (4,)
+    assert conditional.sample(2, context={"age": 30.0, "sex": "m"}).index.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_warnings_name_the_line_of_the_user(wrapped):
+    rounded = X.round(-1)
+    model = make_pipeline(StandardScaler(), tiny()) if wrapped else tiny()
+    with pytest.warns(DataWarning) as told:
+        model.fit(rounded)
+    assert {warning.filename for warning in told} == {__file__}
+
+
 def test_contexts_are_routed():
     import sklearn
 

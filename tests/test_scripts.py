@@ -431,7 +431,7 @@ def test_the_default_folder_is_named_after_data_and_time(run, tmp_path):
         (
             "train",
             ["data=nope"],
-            r"Could not find 'data/nope'; Available options in 'data': 2spirals, .*, moons",
+            r"Could not find 'data/nope'; Available options in 'data': 2spirals, .*, moons.* your own .* --config-dir",
         ),
         ("train", ["divergence=nope"], r"Available options in 'divergence': .*, hutchinson"),
         (

@@ -40,6 +40,24 @@ SMALL = {"num_simulations": 40, "num_test": 10}
 
 
 @pytest.mark.parametrize(
+    "simulate",
+    [
+        lambda theta: np.sin(theta) + 0.1 * np.random.randn(*theta.shape),
+        lambda theta: np.linspace(0, 1, 4) * theta[0] + theta[1] + np.random.randn(4),
+        lambda theta: np.eye(2) @ theta + np.random.randn(2),
+        lambda theta: np.stack([theta[:, 0], np.array(theta[:, 1])], 1) + np.random.randn(len(theta), 2),
+    ],
+    ids=["elementwise", "a curve", "a matrix", "batches"],
+)
+def test_simulators_in_numpy_get_arrays(simulate):
+    data = Simulator(simulate, UNIT, **SMALL)  # warnings of NumPy about tensors would be errors here
+    batch = data.held_out("test")
+    assert len(batch.x) == len(batch.context) == 10
+    again = Simulator(simulate, UNIT, **SMALL).held_out("test")
+    assert torch.equal(batch.context, again.context)
+
+
+@pytest.mark.parametrize(
     ("prior", "bounds"),
     [
         (box([-1, 0], [1, 3]), ([-1, 0], [1, 3])),

@@ -142,7 +142,9 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
         if text.startswith("Error merging override") and error.__cause__ is not None:
             text += f": {str(error.__cause__).partition(chr(10))[0]}"
         text = text.replace("\n\n", "; ").replace(":\n\t", ": ").replace("\n\t", ", ")  # lists in one line
-        return re.sub(r"\s*\n\s*", "; ", text), MISTAKE
+        text = re.sub(r"\s*\n\s*", "; ", text)
+        own = "; a folder with yamls of your own is named by --config-dir FOLDER"
+        return text + own * ("Could not find '" in text), MISTAKE
     if isinstance(error, RunFileError):
         return str(error), FAILURE
     if isinstance(error, FlowsError):

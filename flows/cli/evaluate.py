@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
 from flows.datasets import Dataset, Energy
 from flows.datasets.recognition.recognition import caution_about_outliers, recognised
-from flows.errors import DataWarning, InvalidValueError
+from flows.errors import DataWarning, InvalidValueError, warn
 from flows.evaluation import (
     DensityEvaluator,
     DistanceEvaluator,
@@ -164,7 +163,7 @@ def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any],
         raise InvalidValueError(f"outliers must be shuffled, or a data set: data@outliers=NAME; got {outliers!r}")
     other = None if outliers in (None, "shuffled") else instantiate(outliers, "outliers")
     if other is not None and (message := caution_about_outliers(run.data, other, settings["part"])):
-        warnings.warn(message, DataWarning, stacklevel=1)
+        warn(message, DataWarning)
     density = DensityEvaluator(dataset, num_draws=settings["num_draws"], metrics=_metrics(config), **options)
     check_evaluation(density, flow, dataset, part="")
     likelihood = None

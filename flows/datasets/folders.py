@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.errors import DataWarning, InvalidValueError
+from flows.errors import DataWarning, InvalidValueError, warn
 
 PICTURES = frozenset(
     [
@@ -182,12 +181,10 @@ def _tell(
 ) -> None:
     if empty:
         named = ", ".join(empty[:MAX_NAMED])
-        warnings.warn(f"{folder}: empty folders are no classes: {named}", DataWarning, stacklevel=6)
+        warn(f"{folder}: empty folders are no classes: {named}", DataWarning)
     if unused:
         reasons = ", ".join(f"{count:,} {reason}" for count, reason in unused)
-        warnings.warn(
-            f"{folder}: {found:,} files found, {used:,} {what} used; not used: {reasons}", DataWarning, stacklevel=6
-        )
+        warn(f"{folder}: {found:,} files found, {used:,} {what} used; not used: {reasons}", DataWarning)
 
 
 def _tell_names(folder: Path, level: int | None, files: Mapping[str, Sequence[Path]]) -> None:
@@ -198,9 +195,8 @@ def _tell_names(folder: Path, level: int | None, files: Mapping[str, Sequence[Pa
     words = Counter(SPLIT_OF[name[1].lower()] for name in names if name)
     if len(words) > 1:
         counts = ", ".join(f"{count:,} {word!r}" for word, count in sorted(words.items()))
-        warnings.warn(
+        warn(
             f"{folder}: names of files begin with splits ({counts}), but only folders make splits, so all pictures are "
             "split at random; move them to sub-folders train, validation and test",
             DataWarning,
-            stacklevel=6,
         )

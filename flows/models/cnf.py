@@ -16,11 +16,13 @@ import flows
 from flows.arguments import checked
 from flows.bases import Base, Frame, NoDensityError, as_base
 from flows.checks import as_shape, check_number, fits_in_memory
+from flows.conditions import Named
 from flows.divergence import Auto, DivergenceEstimator
 from flows.divergence.parameters import learned_parts, learned_tensors
 from flows.dynamics import AugmentedDynamics, StateDynamics
 from flows.encoders import Encoder
-from flows.errors import InvalidValueError
+from flows.errors import InvalidTypeError, InvalidValueError
+from flows.expectations import refusal
 from flows.fields import Guided, named_field
 from flows.models.distribution import FlowDistribution
 from flows.models.examination import examine, foreign_tensors, look_for_jumps
@@ -29,6 +31,7 @@ from flows.models.inputs import (
     check_encoder,
     check_place,
     context_ndim,
+    contexts_of,
     features_of,
     frame_of,
     in_own_dtype,
@@ -179,16 +182,16 @@ class CNF(nn.Module):
         """The dtype of its points."""
         return self.base.dtype
 
-    @checked
-    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+    @checked(own=("context",))
+    def forward(self, context: Tensor | Named | None = None) -> FlowDistribution:
         """The distribution over data space, given the context: `flow(context).log_prob(x)`."""
-        return FlowDistribution(self, context)
+        return FlowDistribution(self, contexts_of(self, context))
 
-    @checked
+    @checked(own=("contexts",))
     def fit_ends(
         self,
         points: Tensor,  # (n, *event), training data in data space
-        contexts: Tensor | None = None,  # (n, *context), of the points, for a base that depends on them
+        contexts: Tensor | Named | None = None,  # (n, *context), of the points, for a base that depends on them
     ) -> CNF:
         """Fit the transform, then the base in flow space, to training data; return the flow.
 
@@ -200,11 +203,11 @@ class CNF(nn.Module):
         self.transform.fit(points)
         return self.fit_base(points, contexts)
 
-    @checked
+    @checked(own=("contexts",))
     def fit_base(
         self,
         points: Tensor,  # (n, *event), training data in data space
-        contexts: Tensor | None = None,  # (n, *context), of the points
+        contexts: Tensor | Named | None = None,  # (n, *context), of the points
     ) -> CNF:
         """Fit the base alone, to what a fitted transform makes of training data; return the flow."""
         if not self.base.needs_fit:
@@ -216,31 +219,32 @@ class CNF(nn.Module):
             self.transform.check(x)
             return self.transform(x, generator)[0].to(self.dtype)
 
-        given = {} if self.base.context_shape is None else {"contexts": contexts}
+        tensors = contexts_of(self, contexts, "contexts")
+        given = {} if self.base.context_shape is None else {"contexts": tensors}
         with torch.no_grad():
             self.base.fit(to_flow_space(points), to_flow_space, **given)
         return self
 
-    @checked
+    @checked(own=("context",))
     def to_flow_space(
         self,
         x: Tensor,  # (B, *event), data space
-        context: Tensor | None = None,  # (B, *context)
+        context: Tensor | Named | None = None,  # (B, *context)
         generator: torch.Generator | None = None,  # of dequantisation noise
     ) -> Tensor:  # (B, *event)
         """Points where the ODE has them at t = 1: transformed, and in units of a base that depends on the context."""
         y = self.transform(x, generator)[0].to(self.dtype)
-        frame = frame_of(self, context, (len(y),))
+        frame = frame_of(self, contexts_of(self, context), (len(y),))
         return y if frame is None else frame.relative(y)[0]
 
-    @checked
+    @checked(own=("context",))
     def to_data_space(
         self,
         y: Tensor,  # (B, *event), flow space
-        context: Tensor | None = None,  # (B, *context)
+        context: Tensor | Named | None = None,  # (B, *context)
     ) -> Tensor:  # (B, *event)
         """The inverse of `to_flow_space`."""
-        frame = frame_of(self, context, (len(y),))
+        frame = frame_of(self, contexts_of(self, context), (len(y),))
         return self.transform.inverse(y if frame is None else frame.absolute(y)[0])[0]
 
     @checked
@@ -283,21 +287,22 @@ class CNF(nn.Module):
         view.check_times(0.0, 1.0)
         return view
 
-    @checked
+    @checked(own=("context",))
     def encode(
         self,
-        context: Tensor,  # (B, *context)
+        context: Tensor | Named,  # (B, *context)
     ) -> Tensor:  # (B, *features)
         """What the field takes as its context: the encoder's features, or the context itself."""
-        if self.encoder is None:
-            return suitable_context(context, self.bind())
-        return suitable_context(self.encoder(context), self.bind())
+        given = contexts_of(self, context)
+        if given is None:
+            raise InvalidTypeError(refusal("context", None, Tensor))
+        return suitable_context(given if self.encoder is None else self.encoder(given), self.bind())
 
-    @checked
+    @checked(own=("context",))
     def log_prob(
         self,
         x: Tensor,  # (*batch, *event), data space
-        context: Tensor | None = None,  # (*batch, *context), or fewer batch dimensions to broadcast
+        context: Tensor | Named | None = None,  # (*batch, *context), or fewer batch dimensions to broadcast
         generator: torch.Generator | None = None,  # of dequantisation noise and probes
     ) -> Tensor:  # (*batch), nats
         """log p(x) in nats; for discrete data, a lower bound.
@@ -313,11 +318,11 @@ class CNF(nn.Module):
         """
         return self._estimate(x, context, generator, solver_error=False).value
 
-    @checked
+    @checked(own=("context",))
     def estimate_log_prob(
         self,
         x: Tensor,  # (*batch, *event), data space
-        context: Tensor | None = None,
+        context: Tensor | Named | None = None,
         generator: torch.Generator | None = None,
         solver_error: bool = True,
         path_costs: Sequence[PathCost] = (),
@@ -338,7 +343,7 @@ class CNF(nn.Module):
     def _estimate(
         self,
         x: Tensor,
-        context: Tensor | None,
+        context: Tensor | Named | None,
         generator: torch.Generator | None,
         solver_error: bool,
         path_costs: Sequence[PathCost] = (),
@@ -347,6 +352,7 @@ class CNF(nn.Module):
     ) -> LogProbEstimate:
         self._require_density()
         points, batch_shape = points_of(self, x)
+        context = contexts_of(self, context)
         frame = frame_of(self, context, batch_shape)
         context = features_of(self, context, batch_shape)
         self.transform.check(points)
@@ -381,11 +387,11 @@ class CNF(nn.Module):
             path_costs={name: integral.reshape(batch_shape) for name, integral in integrals.items()},
         )
 
-    @checked
+    @checked(own=("context",))
     def sample(
         self,
         shape: int | Sequence[int] = (),  # n stands for (n,)
-        context: Tensor | None = None,  # (*batch, *context)
+        context: Tensor | Named | None = None,  # (*batch, *context)
         generator: torch.Generator | None = None,
     ) -> Tensor:  # (*shape, *event), or (*shape, *batch, *event) with a context
         """Draw from the flow, without computing a divergence.
@@ -399,11 +405,11 @@ class CNF(nn.Module):
         y = solution.end[0] if frame is None else frame.absolute(solution.end[0])[0]
         return self.transform.inverse(y)[0].reshape(*full_shape, *self.event_shape)
 
-    @checked
+    @checked(own=("context",))
     def sample_and_log_prob(
         self,
         shape: int | Sequence[int] = (),
-        context: Tensor | None = None,
+        context: Tensor | Named | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw from the flow, with the log-density of each draw.
@@ -414,11 +420,11 @@ class CNF(nn.Module):
         drawn = self.draw(shape, context, generator)
         return drawn.x, drawn.log_prob
 
-    @checked
+    @checked(own=("context",))
     def draw(
         self,
         shape: int | Sequence[int] = (),
-        context: Tensor | None = None,
+        context: Tensor | Named | None = None,
         generator: torch.Generator | None = None,
         path_costs: Sequence[PathCost] = (),
         rows: slice | None = None,
@@ -451,12 +457,12 @@ class CNF(nn.Module):
             statistics=solution.statistics,
         )
 
-    @checked(own=("times",))
+    @checked(own=("times", "context"))
     def transport(
         self,
         x: Tensor,  # (*batch, *event), flow space
         times: Tensor | Sequence[float] = (1.0, 0.0),
-        context: Tensor | None = None,
+        context: Tensor | Named | None = None,
         generator: torch.Generator | None = None,
         log_density: bool = True,
     ) -> Transport:
@@ -467,7 +473,7 @@ class CNF(nn.Module):
         """
         points, batch_shape = points_of(self, x)
         points = in_own_dtype(self, points)
-        context = features_of(self, context, batch_shape)
+        context = features_of(self, contexts_of(self, context), batch_shape)
         bound, probes, estimator = self.bind(context), None, None
         if log_density:
             estimator = self.divergence.bind(bound)
@@ -540,10 +546,11 @@ class CNF(nn.Module):
         return tensors
 
     def _base_points(
-        self, shape: int | Sequence[int], context: Tensor | None, generator: torch.Generator | None
+        self, shape: int | Sequence[int], context: Tensor | Named | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None, tuple[int, ...], Frame | None]:
         """Base points (n, *event), the features of each, the full batch shape of the draw, and the frame of each."""
         full_shape = as_shape("shape", shape, at_least=0)
+        context = contexts_of(self, context)
         if context is not None:
             full_shape += tuple(context.shape[: context.ndim - context_ndim(self, context)])
         check_place(self, "flow", self.base._like)

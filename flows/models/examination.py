@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from flows.bases import Base
 from flows.divergence import Analytic, Bottleneck, DivergenceEstimator, Probing
-from flows.errors import FieldWarning, InvalidValueError
+from flows.errors import FieldWarning, InvalidValueError, warn
 from flows.models.steady import check_steady
 from flows.promises import captured_tensors, examine_derivatives, examine_values
 from flows.promises.captured import held_tensors
@@ -195,12 +194,11 @@ def look_for_jumps(
         found = tuple(t for t in found if all(abs(t - stated) > NEAR * (1 + abs(t)) for stated in known))
         traits.jumps[span] = found
         if found:
-            warnings.warn(
+            warn(
                 f"the field {view.name} jumps in time, near t = {in_words(found)}: its value, or its derivative by a "
                 "parameter. Solves step onto these times from now on. Let the field state them, as an attribute "
                 "`jumps`, so that every solve does, and exactly; a field that changes smoothly needs fewer steps",
                 FieldWarning,
-                stacklevel=4,
             )
 
 
@@ -219,12 +217,11 @@ def _warn_of_jump_in_space(view: BoundField, x: Tensor, context: Tensor | None) 
     if found is not None:
         point, size = found
         where = f", near x = ({', '.join(f'{value:.4g}' for value in point.tolist())})" if point.numel() <= 3 else ""
-        warnings.warn(
+        warn(
             f"the field {view.name} jumps in x{where}, by {size:.3g}: mass is lost or counted twice at a jump, and the "
             "divergence and all gradients miss it, so that log-densities are wrong there whatever the tolerances. "
             "Write comparisons, sign, round and argmax as smooth functions, such as sigmoid, tanh and softmax",
             FieldWarning,
-            stacklevel=5,
         )
 
 

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flows.bases import ConditionalNormal, Frame
-from flows.errors import InvalidValueError
+from flows.conditions import Named
+from flows.errors import InvalidTypeError, InvalidValueError
+from flows.expectations import refusal
 from flows.models.precision import working_dtype
 
 if TYPE_CHECKING:
     from flows.encoders import Encoder
     from flows.models.cnf import CNF
+
+
+def contexts_of(flow: CNF, given: Tensor | Named | None, name: str = "context") -> Tensor | None:
+    """Contexts as a tensor (*batch, *context): those that are given by name become numbers, in data units.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: the contexts of the flow have no names, or they do not fit.
+    """
+    if given is None or isinstance(given, Tensor):
+        return given
+    if flow.encoder is not None and flow.encoder.conditions is not None:
+        return flow.encoder.contexts(given).to(flow.device)
+    by_name = isinstance(given, Mapping) or hasattr(given, "columns")
+    why = f", for the contexts of this flow have no names; their shape is {flow.context_shape}" if by_name else ""
+    raise InvalidTypeError(refusal(name, given, Tensor | None) + why)
 
 
 def points_of(flow: CNF, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 
 from flows.bases import NoDensityError
 from flows.datasets import Dataset, Series
-from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
+from flows.errors import DataWarning, InvalidTypeError, InvalidValueError, warn
 from flows.fields import Field
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
@@ -82,12 +80,11 @@ def check_digits(flow: CNF, dataset: Dataset) -> None:
         if left < (1 - MAX_LOST) * known:
             lost.append(f"{name!r} ({left:,} of {known:,} distinct values are left)")
     if lost:
-        warnings.warn(
+        warn(
             f"the data {dataset.name!r} lose digits in {flow.dtype} after the transform "
             f"{type(flow.transform).__name__}: column {', '.join(lost)}; use transform=standardise, remove "
             "outliers, or compute with hardware.precision=64-true",
             DataWarning,
-            stacklevel=2,
         )
 
 

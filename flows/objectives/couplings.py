@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from flows.arguments import CheckedMethods, checked
 from flows.checks import check_number
-from flows.errors import InvalidValueError
+from flows.errors import InvalidValueError, warn
 from flows.objectives.contexts import groups_of
 
 MIN_BATCH_TO_WARN = 16  # in smaller batches, class labels may all differ by chance
@@ -96,11 +95,10 @@ class Coupling(CheckedMethods, ABC, checks=("pair", "pairs", "couple")):
         groups = groups_of(context)
         shared = (groups.bincount() > 1).nonzero()
         if len(groups) >= MIN_BATCH_TO_WARN and not len(shared):
-            warnings.warn(
+            warn(
                 f"{type(self).__name__} pairs examples of equal context, but in this batch all contexts differ: noise "
                 "and data stay independent; for contexts that are numbers set a context_weight, such as 10, or use "
-                "coupling=independent, which does the same without this warning",
-                stacklevel=2,
+                "coupling=independent, which does the same without this warning"
             )
         alone = torch.arange(len(data), device=data.device)
         single = alone[(groups.bincount() == 1)[groups]]

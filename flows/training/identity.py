@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.errors import DataWarning
+from flows.errors import DataWarning, warn
 from flows.training.checkpoint import (
     MODEL,
     RUN,
@@ -69,7 +68,7 @@ def load_best(folder: Path, keep: bool = False) -> dict[str, Any] | None:
         check_content(content, path, MODEL)
     except DamagedCheckpointError as error:
         if keep:
-            warnings.warn(f"the best weights of the run before are not copied: {error}", DataWarning, stacklevel=2)
+            warn(f"the best weights of the run before are not copied: {error}", DataWarning)
         else:
             set_aside(path, str(error))
         return None
@@ -132,9 +131,7 @@ def set_aside(path: Path, reason: str) -> Path | None:
     except OSError:
         new = None
     kept = f"kept as {new.name}" if new is not None else "left where it is"
-    warnings.warn(
-        f"{path.name} is damaged, and {kept}; the run goes on without it: {reason}", DataWarning, stacklevel=3
-    )
+    warn(f"{path.name} is damaged, and {kept}; the run goes on without it: {reason}", DataWarning)
     return new
 
 

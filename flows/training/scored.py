@@ -12,7 +12,7 @@ from flows.datasets import Dataset
 from flows.datasets.recognition.comparison import compare
 from flows.datasets.tables.readers import column_names
 from flows.datasets.tables.tabular import ALL
-from flows.errors import DataWarning, FlowsError, InvalidValueError
+from flows.errors import DataWarning, FlowsError, InvalidValueError, warn
 from flows.training.runs import LoadedRun, build_dataset
 from flows.training.settings import TARGET, parameter_names
 
@@ -88,5 +88,5 @@ def _holds(data: Mapping[str, Any], columns: list[str], conditions: Conditions |
     if any(name in known and left[i : i + 1] != [name] for i, name in enumerate(columns)):
         raise InvalidValueError(f"{text}; rename them, or choose them in the order of the run with data.columns=[...]")
     if len(left) == len(columns):
-        warnings.warn(f"{text}, which are taken in this order", DataWarning, stacklevel=3)
+        warn(f"{text}, which are taken in this order", DataWarning)
     return False

@@ -7,7 +7,6 @@ import copy
 import logging
 import time
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from flows.arguments import checked
 from flows.checks import check_number
 from flows.datasets import Dataset, NoData
-from flows.errors import FlowsError, InvalidValueError
+from flows.errors import FlowsError, InvalidValueError, warn
 from flows.evaluation import Evaluator, seeded
 from flows.models.precision import working_dtype
 from flows.promises import copyable
@@ -244,10 +243,9 @@ class RunState:
             if own["cuda"] is not None:
                 torch.cuda.set_rng_state(own["cuda"], self.fabric.device)
         else:
-            warnings.warn(
+            warn(
                 f"the run is resumed on {self.fabric.device.type}, another kind of device than it was started on: the "
-                "random numbers of the objective start anew, and the run goes on well, but not bit for bit",
-                stacklevel=2,
+                "random numbers of the objective start anew, and the run goes on well, but not bit for bit"
             )
             seeded(self.generator, self._seed, "objective", index, FIRST, self.position.step)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import tokenize
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from flows.checks import fits_in_memory
 from flows.datasets.folders import SPLIT_OF
 from flows.datasets.images.stored import IMAGE_WORDS, LABEL_WORDS, StoredImages, of_array
-from flows.errors import DataWarning, FileError, InvalidValueError
+from flows.errors import DataWarning, FileError, InvalidValueError, warn
 
 CHANNELS = (1, 3, 4)  # grey, colour, colour with transparency
 OBJECTS = (
@@ -108,7 +107,7 @@ def by_split(
     names = next((name for name in shapes if name.lower() in NAMES_WORDS), None)
     unused = [name for name in shapes if name not in used and name != names]
     if unused:
-        warnings.warn(f"{where}: arrays that are not used: {', '.join(unused)}", DataWarning, stacklevel=4)
+        warn(f"{where}: arrays that are not used: {', '.join(unused)}", DataWarning)
     class_names = None if names is None else tuple(str(name) for name in load(names).ravel().tolist())
     found = {}
     for split, name in images.items():
@@ -176,10 +175,9 @@ def _unflattened(rows: np.ndarray, where: str) -> np.ndarray:
         side = math.isqrt(width // channels)
         if side > 1 and channels * side * side == width:
             kind = "in grey" if channels == 1 else "in colour, red before green before blue"
-            warnings.warn(
+            warn(
                 f"{where}: its rows of {width:,} numbers are taken for pictures of {side} × {side} pixels {kind}",
                 DataWarning,
-                stacklevel=5,
             )
             pixels = rows.reshape(len(rows), channels, side, side)
             return pixels[:, 0] if channels == 1 else np.moveaxis(pixels, 1, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from flows.datasets.images.sources import read_path
 from flows.datasets.images.stored import StoredImages
 from flows.datasets.recognition.hashing import hash_rows
 from flows.datasets.splits import random_split
-from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
+from flows.errors import DataWarning, InvalidTypeError, InvalidValueError, warn
 
 
 @checked(own=("size",))
@@ -177,11 +176,7 @@ def _chosen(found: Mapping[str, StoredImages], wanted: Mapping[str, str | None],
     unused = {split: stored.count for split, stored in found.items() if split not in meant}
     if unused:
         counts = ", ".join(f"{split!r} ({count:,} images)" for split, count in unused.items())
-        warnings.warn(
-            f"{where}: the split {counts} is not used; name it with validation_split or test_split",
-            DataWarning,
-            stacklevel=4,
-        )
+        warn(f"{where}: the split {counts} is not used; name it with validation_split or test_split", DataWarning)
     held = {part: found[split] for part, split in wanted.items() if split and split in found}
     return {"train": found["train"], **held}
 
@@ -210,11 +205,10 @@ def _decode(
         labels[part] = given[kept] if isinstance(given, np.ndarray) else given and [given[i] for i in kept.tolist()]
     count = max(2, (decoder.highest or 0) + 1)
     if decoder.highest is not None and 2 * decoder.highest < decoder.num_levels - 1:
-        warnings.warn(
+        warn(
             f"{where}: the highest value is {decoder.highest}; if the images have {count} levels, set "
             f"num_levels={count}, as bits per dimension of {decoder.num_levels:,} levels are other bits",
             DataWarning,
-            stacklevel=4,
         )
     classes = read_classes(labels, names.pop() if len(names) == 1 else None, where)
     return classes, {
@@ -237,7 +231,7 @@ def _tell_repeated(dataset: ImageFiles, where: str) -> None:
             f", and {known['test']:,} of {len(keys['test']):,} test images and {known['validation']:,} of "
             f"{len(keys['validation']):,} validation images are also training images, so the figures reward memory"
         )
-    warnings.warn(f"{found}{shared}; drop the duplicates if they are no data of their own", DataWarning, stacklevel=4)
+    warn(f"{found}{shared}; drop the duplicates if they are no data of their own", DataWarning)
 
 
 def checked_size(size: object) -> tuple[int, int] | None:

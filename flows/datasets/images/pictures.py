@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import numpy as np
 from flows.checks import fits_in_memory
 from flows.datasets.images.images import MAX_LEVELS
 from flows.datasets.images.stored import Encoded, StoredImages
-from flows.errors import DataWarning, FileError, InvalidValueError
+from flows.errors import DataWarning, FileError, InvalidValueError, warn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,15 +112,14 @@ class Decoder:
                     f"{shown}{more}; repair or remove {it}, or set skip_unreadable=true to go on without "
                     f"({len(unreadable):,} of the {stored.count:,} pictures of the split {split!r})"
                 )
-            warnings.warn(
+            warn(
                 f"{stored.where}: {len(unreadable):,} of the {stored.count:,} pictures of the split {split!r} are left "
                 f"out, as they cannot be read: {shown}{more}",
                 DataWarning,
-                stacklevel=5,
             )
         for loss, names in self._losses.items():
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            warnings.warn(f"{self.where}, split {split!r}: {names[0]}{more} {loss}", DataWarning, stacklevel=5)
+            warn(f"{self.where}, split {split!r}: {names[0]}{more} {loss}", DataWarning)
         self._losses.clear()
 
     # Arrays

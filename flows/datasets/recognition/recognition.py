@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor
 from flows.datasets.base import Dataset
 from flows.datasets.recognition.comparison import Comparison, compare
 from flows.datasets.tables.diagnosis import listed
-from flows.errors import DataWarning, InvalidValueError
+from flows.errors import DataWarning, InvalidValueError, warn
 
 
 def recognised(
@@ -33,32 +32,26 @@ def recognised(
     if found.columns is not None and hasattr(dataset, "reordered"):
         dataset = dataset.reordered(found.columns)  # type: ignore[attr-defined]
         if not dataset.is_scored:
-            warnings.warn(
+            warn(
                 f"{name}: the columns come in another order than in the run, and were put into its order: "
                 f"{listed(dataset.columns or [])}",
                 DataWarning,
-                stacklevel=3,
             )
         found = compare(stored, dataset)
     if dataset.is_scored:
         found = replace(found, differences=found.about_columns)  # these need not be the rows of the run
         if part and found.trained_on(part)[0]:
-            warnings.warn(
+            warn(
                 f"{name}: {found.trained_on_in_words(part)}, so the figures reward memory and say little about new "
                 "points",
                 DataWarning,
-                stacklevel=3,
             )
             return dataset, found
     trained = found.trained_on(part)[0] if part and found.differences else 0
     if found.differences:
         known = f"; {found.trained_on_in_words(part)}" if part and found.hashes else ""
         caution = ", so the figures reward memory and say little about new points" if trained else ""
-        warnings.warn(
-            f"{name}: data or split differ from those of the run: {found.text}{known}{caution}",
-            DataWarning,
-            stacklevel=3,
-        )
+        warn(f"{name}: data or split differ from those of the run: {found.text}{known}{caution}", DataWarning)
     return dataset, found
 
 
@@ -110,10 +103,9 @@ def refuse_other_data(stored: Mapping[str, Any] | None, dataset: Dataset) -> Non
     differences += [] if differences else found.unequal
     if found.rounding and not differences:
         name = getattr(dataset, "source", None) or dataset.name
-        warnings.warn(
+        warn(
             f"{name}: {found.rounding}; the run goes on with these values, and not bit for bit as with its own",
             DataWarning,
-            stacklevel=3,
         )
     if differences:
         raise InvalidValueError(

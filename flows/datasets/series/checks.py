@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flows.datasets.series.batches import EndToEnd
-from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
+from flows.errors import DataWarning, InvalidTypeError, InvalidValueError, warn
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,11 @@ def checked_series(
 def tell_late_starts(tables: Sequence[Checked], source: str) -> None:
     late = [table for table in tables if table.left_out]
     if late:
-        warnings.warn(
+        warn(
             f"{source}: {len(late)} of {len(tables)} series begin with states that were not observed whole, from which "
             f"no model can start; these {sum(table.left_out for table in late)} points were left out, and series "
             f"{late[0].label!r} begins at time {late[0].times[0].item():.15g}",
             DataWarning,
-            stacklevel=3,
         )
 
 

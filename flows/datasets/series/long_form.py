@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from flows.datasets.tables.columns import choose_columns
 from flows.datasets.tables.text import NUMBER
-from flows.errors import DataWarning, InvalidValueError
+from flows.errors import DataWarning, InvalidValueError, warn
 
 Column = str | int
 LONG_FORM = (
@@ -99,11 +98,10 @@ def tell_sorted(numbers: NDArray[np.float64], series: NDArray[np.int64], labels:
     wrong = np.flatnonzero((np.diff(numbers[rows]) < 0) & (np.diff(series[rows]) == 0))
     if len(wrong):
         found = np.unique(series[rows][wrong])
-        warnings.warn(
+        warn(
             f"{path}: the rows of {len(found)} of {len(labels)} series, such as {labels[found[0]]!r}, were not in the "
             "order of time; they were sorted",
             DataWarning,
-            stacklevel=4,
         )
 
 
@@ -112,13 +110,12 @@ def tell_coarse_times(times: NDArray[np.float64], series: NDArray[np.int64], nam
     step = float(np.median(np.diff(times)[np.diff(series) == 0]))
     largest = float(np.abs(times).max())
     if largest * SINGLE_PRECISION > FINE_ENOUGH * step:
-        warnings.warn(
+        warn(
             f"{path}: the times in column {name!r} reach {largest:.4g} at a median step of {step:.4g}; they are kept "
             "in float64, but a field that depends on time sees them in float32, rounded to steps of "
             f"{2 * largest * SINGLE_PRECISION:.2g}. Subtract a constant, or "
             "set relative_times=true to count from the start of each series",
             DataWarning,
-            stacklevel=4,
         )
 
 

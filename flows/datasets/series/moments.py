@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flows.datasets.tables.text import NUMBER, hint
-from flows.errors import DataWarning, InvalidValueError
+from flows.errors import DataWarning, InvalidValueError, warn
 
 TIME_UNITS = {"days": 86_400.0, "hours": 3_600.0, "minutes": 60.0, "seconds": 1.0}  # in seconds
 COMPACT_DATE = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240131
@@ -88,9 +87,8 @@ def _place(path: Path, row: int, column: str) -> str:
 
 def _tell_compact_dates(words: Sequence[str], column: str, path: Path) -> None:
     if len(set(words)) > 1 and all(COMPACT_DATE.fullmatch(word.strip()) for word in words):
-        warnings.warn(
+        warn(
             f"{path}: column {column!r} was taken for numbers, but {words[0].strip()} looks like a date; write dates "
             "as 2024-01-31, or the step between months will be 70 or more",
             DataWarning,
-            stacklevel=5,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -24,7 +23,7 @@ from flows.datasets.series.long_form import (
 from flows.datasets.series.moments import TIME_UNITS, Moments, read_moments
 from flows.datasets.series.series import Series
 from flows.datasets.tables.readers import column_names, read_table, read_words
-from flows.errors import DataWarning, InvalidValueError
+from flows.errors import DataWarning, InvalidValueError, warn
 
 Column = str | int
 
@@ -177,10 +176,9 @@ class Trajectories(Series):
         if unit is None:
             step = float(np.median(np.diff(seconds)[np.diff(series) == 0]))
             self.time_unit = next((name for name, size in TIME_UNITS.items() if size <= step), "seconds")
-            warnings.warn(
+            warn(
                 f"{self.path}: the dates in column {self.time_name!r} became {self.time_unit} since {moments.origin}; "
                 "set time_unit=... to choose the unit yourself",
                 DataWarning,
-                stacklevel=4,
             )
         return seconds / TIME_UNITS[str(self.time_unit)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from flows.checks import check_number, check_seed, whole_number
 from flows.datasets.batches import Batch
 from flows.datasets.simulators.priors import Prior
 from flows.datasets.simulators.simulations import Simulations, as_pairs
-from flows.errors import ComputationError, DataWarning, FlowsError, InvalidTypeError, InvalidValueError
+from flows.errors import ComputationError, DataWarning, FlowsError, InvalidTypeError, InvalidValueError, warn
 
 AT_ONCE = 1_000  # parameters in one call of a vectorised simulator
 
@@ -30,7 +31,7 @@ class Simulator(Simulations):
 
     Args:
         simulate: any function of parameters (d,), or of a batch of them (n, d), that returns an observation or a batch
-            of them: a tensor, an array or numbers.
+            of them: a tensor, an array or numbers. It gets tensors, or arrays if it is written in NumPy.
         prior: of the parameters, see `flows.datasets.Prior`.
         num_simulations: for training and validation together.
         num_test: further ones, for the test alone.
@@ -79,6 +80,7 @@ class Simulator(Simulations):
         if not callable(simulate):
             raise InvalidTypeError(f"simulate must be a function of parameters, got {simulate!r}")
         self.simulate = simulate
+        self._call = simulate
         self.num_simulations = whole_number("num_simulations", num_simulations, 4)
         whole_number("num_test", num_test, 1)
         check_number("validation_fraction", validation_fraction, above=0, below=1)
@@ -86,8 +88,10 @@ class Simulator(Simulations):
         self.num_dropped = 0
         known = Prior(prior)
         with seeded(seed):
-            self._vectorised = _takes_batches(simulate, known) if vectorised == "auto" else bool(vectorised)
-            if self._vectorised and _shares_noise(simulate, known.sample(1)[0]):
+            self._call = _taking_tensors(simulate, known)
+        with seeded(seed):
+            self._vectorised = _takes_batches(self._call, known) if vectorised == "auto" else bool(vectorised)
+            if self._vectorised and _shares_noise(self._call, known.sample(1)[0]):
                 raise InvalidValueError(
                     "the simulator draws some of its random numbers once a batch, so that simulations share their "
                     "noise; draw them for each row, such as torch.randn_like(theta), or set vectorised=False"
@@ -96,11 +100,10 @@ class Simulator(Simulations):
             counts = {"train": self.num_simulations, "test": num_test}
             drawn = {part: self._valid(known.sample(count), invalid) for part, count in counts.items()}
         if self.num_dropped:
-            warnings.warn(
+            warn(
                 f"{self.num_dropped} of {sum(counts.values())} simulations hold NaN or infinite values and were left "
                 "out (invalid=drop); the posterior is the one given that a simulation is valid",
                 DataWarning,
-                stacklevel=2,
             )
         pairs = drawn["train"]
         middle = len(pairs) - max(1, round(len(pairs) * validation_fraction))
@@ -116,7 +119,7 @@ class Simulator(Simulations):
             InvalidValueError: it returns another shape than before, or no numbers.
         """
         if not self._vectorised:
-            rows = [_called(self.simulate, row, f"the parameters {row.tolist()}") for row in theta]
+            rows = [_called(self._call, row, f"the parameters {row.tolist()}") for row in theta]
             for row, found in zip(theta, rows, strict=True):
                 if found.shape != rows[0].shape:
                     raise InvalidValueError(
@@ -127,7 +130,7 @@ class Simulator(Simulations):
         found = []
         for part in theta.split(AT_ONCE):
             given = f"a batch of {len(part)} rows of parameters, the first {part[0].tolist()}"
-            one = _called(self.simulate, part, given)
+            one = _called(self._call, part, given)
             if one.ndim == 0 or len(one) != len(part) or (found and one.shape[1:] != found[0].shape[1:]):
                 expected = ("n", *found[0].shape[1:]) if found else ("n", "*observation")
                 raise InvalidValueError(
@@ -166,6 +169,29 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
+
+
+def _taking_tensors(simulate: Callable[[Tensor], Any], prior: Prior) -> Callable[[Tensor], Any]:
+    """The simulator, which gets arrays if NumPy cannot do with tensors what it does."""
+    theta = prior.sample(prior.event_shape[0] + 2)
+    for given in (theta[0], theta):  # a simulator may be made for one of them
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                simulate(given.clone())
+                failed = False
+            except Exception:  # a simulator may raise anything
+                failed = True
+        if not failed and not any("__array" in str(warning.message) for warning in told):
+            return simulate
+        of_arrays = functools.partial(_with_array, simulate)
+        if _tried(of_arrays, given) is not None:
+            return of_arrays
+    return simulate
+
+
+def _with_array(simulate: Callable[[Any], Any], theta: Tensor) -> Any:
+    return simulate(theta.numpy())
 
 
 def _takes_batches(simulate: Callable[[Tensor], Any], prior: Prior) -> bool:

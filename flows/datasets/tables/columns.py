@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
+from flows.errors import DataWarning, InvalidTypeError, InvalidValueError, warn
 
 Columns = Sequence[str | int] | None  # by name or position; None: all
 
@@ -55,11 +54,10 @@ def features(columns: Columns, names: Sequence[str], index: Sequence[int], sourc
     if columns is not None or not index or len(index) == len(names):
         return chosen
     left_out = ", ".join(repr(names[i]) for i in index)
-    warnings.warn(
+    warn(
         f"{source}: column {left_out} is the index of a data frame, not a feature, and was left out; to take it, name "
         "it in columns=[...]",
         DataWarning,
-        stacklevel=5,
     )
     return [i for i in chosen if i not in index]
 
@@ -108,11 +106,10 @@ def distinct_names(names: Sequence[str], source: Path) -> list[str]:
             before += 1
             candidate = f"{name}.{before}"
         new.append(candidate)
-    warnings.warn(
+    warn(
         f"{source}: the names {', '.join(map(repr, repeated))} occur several times; the columns are now called "
         f"{', '.join(map(repr, new))}",
         DataWarning,
-        stacklevel=4,
     )
     return new
 
@@ -121,9 +118,8 @@ def warn_of_lost_digits(names: Sequence[str], source: Path) -> None:
     """Warn of columns whose whole numbers float64 cannot hold."""
     if names:
         named = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        warnings.warn(
+        warn(
             f"{source}: column {named} holds whole numbers beyond 2^53, of which float64 keeps 16 digits; subtract a "
             "constant before saving, or leave the column out with columns=[...]",
             DataWarning,
-            stacklevel=5,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from flows.datasets.recognition.hashing import STEP, hash_rows, mix
 from flows.datasets.tables.columns import distinct_names
 from flows.datasets.tables.diagnosis import warnings_about
 from flows.datasets.tables.row_files import RowFile, ShuffledRows, open_rows
-from flows.errors import DataWarning, InvalidValueError
+from flows.errors import DataWarning, InvalidValueError, warn
 
 LOG = logging.getLogger("flows")
 
@@ -124,7 +123,7 @@ class LargeTable(Dataset):
             for message in warnings_about(
                 values.numpy(), split_rows, self.columns, [True] * values.shape[1], source, {}
             ):
-                warnings.warn(message, DataWarning, stacklevel=2)
+                warn(message, DataWarning)
 
     def row_numbers(self, split: Literal["validation", "test"]) -> Tensor:  # (n,), in the file
         return self._places[split]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from flows.datasets.tables.diagnosis import warnings_about
 from flows.datasets.tables.files import Wanted, read_parts
 from flows.datasets.tables.readers import read_rows
 from flows.datasets.tables.ties import find_ties, rounding_unit
-from flows.errors import DataWarning, InvalidTypeError, InvalidValueError
+from flows.errors import DataWarning, InvalidTypeError, InvalidValueError, warn
 
 LOGGER = logging.getLogger("flows")
 ALL = "all"  # rows are for the test
@@ -184,7 +183,7 @@ class Table(Dataset):
             rows = {split: indices.numpy() for split, indices in self.split.items()}
             named = {} if contexts is None else dict(zip(contexts.conditions.columns, contexts.stable().T, strict=True))
             for message in warnings_about(table.numpy(), rows, self.columns, (self.units == 0).tolist(), source, named):
-                warnings.warn(message, DataWarning, stacklevel=2)
+                warn(message, DataWarning)
         if self.units.any():
             steps = {name: unit for name, unit in zip(self.columns, self.units.tolist(), strict=True) if unit}
             starts = {name: float(table[:, self.columns.index(name)].min()) for name in steps}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
@@ -22,7 +21,7 @@ from flows.datasets.tables.columns import (
     leading_index,
     warn_of_lost_digits,
 )
-from flows.errors import DataWarning, FileError, InvalidTypeError, InvalidValueError
+from flows.errors import DataWarning, FileError, InvalidTypeError, InvalidValueError, warn
 
 MISSING_WORDS = {"", "?", "na", "n/a", "nan", "null", "none"}  # in lower case
 WORDS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " "}  # easier to type than the characters
@@ -146,11 +145,10 @@ def _tell_silent_losses(
             blank = [not line.strip() for line in islice(file, start, None)]
         inside = sum(blank[: len(blank) - blank[::-1].index(False)])
         if inside:
-            warnings.warn(
+            warn(
                 f"{path}: {inside:,} blank line{'s' if inside > 1 else ''} inside a single column, which may stand for "
                 "missing values, were skipped; remove them to say that nothing is missing",
                 DataWarning,
-                stacklevel=4,
             )
     large = np.flatnonzero((np.abs(values) >= MAX_EXACT).any(0))
     if len(large):
@@ -366,11 +364,10 @@ def _index_names(fields: Sequence[str]) -> Iterator[str]:
 def _guessed(header: bool, first: Sequence[str], path: Path) -> bool:
     taken, other = ("names", "numbers") if header else ("numbers", "names")
     line = ",".join(first[:5]) + (",..." if len(first) > 5 else "")
-    warnings.warn(
+    warn(
         f"{path}: the first line, {line}, was taken for {taken}; if it holds {other}, set "
         f"header={str(not header).lower()}",
         DataWarning,
-        stacklevel=6,
     )
     return header
 
