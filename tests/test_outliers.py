@@ -8,8 +8,16 @@ from sklearn.metrics import roc_auc_score
 
 import flows
 from flows.datasets import Batch, Gaussian
-from flows.evaluation import AUROC, likelihood, outlier_scores, part_batches, shuffled
-from flows.transforms import Standardise
+from flows.evaluation import (
+    AUROC,
+    compressed_length,
+    likelihood,
+    outlier_scores,
+    part_batches,
+    plain,
+    shuffled,
+)
+from flows.transforms import Compose, Dequantise, NormalMarginals, Standardise
 
 
 def rng(seed=0):
@@ -86,6 +94,53 @@ def test_scores_of_a_normal():
     assert [line[-2:] for line in lines[1:]] == [",0"] * 2000 + [",1"] * 500
     assert float(lines[1].split(",")[0]) == pytest.approx(data.values[0].item(), rel=1e-6)
     assert scores.as_dict()["auroc_nll"] == scores.likelihood.value
+
+
+def noisy_images(num_levels=16):
+    """Independent pixels: half are 0, the others have any level. Blank paper is much likelier than an image."""
+    x = torch.randint(num_levels, (120, 1, 4, 4), generator=rng()) * torch.randint(2, (120, 1, 4, 4), generator=rng(1))
+    x[:, 0, 0, 0] = torch.arange(120) % num_levels
+    parts = flows.datasets.LabelledImages(x).split(validation_fraction=0.25, test_fraction=0.25)
+    return flows.datasets.Images(parts, num_levels=num_levels)
+
+
+def test_a_likelihood_ratio_finds_what_is_likelier_because_it_is_simpler():
+    """p(x) is the product of the shares of the levels, so blank images have the least NLL of all."""
+    dataset = noisy_images()
+    levels = NormalMarginals((1, 4, 4), 16)
+    transform = Compose(dequantise=Dequantise(16), marginals=levels).fit(dataset.reference())
+    field = flows.fields.Linear((1, 4, 4), torch.zeros(16, 16))
+    flow = flows.CNF(field, transform=transform, solver=flows.ODESolver("euler", step_size=1.0))
+    data = likelihood(flow, part_batches(flow, dataset, "test", 30)[0], rng())
+    scores = outlier_scores(flow, dataset, data, "test", "plain", 30, rng())
+    assert scores.name == "images, plain"
+    assert scores.likelihood.value < 0.05
+    assert scores.ratio is not None
+    assert scores.ratio.value > 0.95
+    assert scores.as_dict()["auroc_ratio"] == scores.ratio.value
+    assert "by NLL minus compressed length" in dict(scores.table())["AUROC"]
+    assert scores.csv().splitlines()[0] == "nll,typicality,ratio,outlier"
+    figure = flows.plots.outlier_scores(scores.scored(), scores.name)
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == list(scores.scored())
+    normal = Gaussian([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], num_validation=20, num_test=20)
+    with pytest.raises(ValueError, match="outliers=plain needs images of whole numbers, and 'gaussian' is continuous"):
+        outlier_scores(flow, normal, data, "test", "plain", 30)
+
+
+def test_plain_images_have_the_most_frequent_level():
+    x = torch.tensor([[[[3.0, 3.0], [3.0, 1.0]]], [[[0.0, 5.0], [5.0, 5.0]]]])
+    (batch,) = plain([Batch(x)])
+    assert torch.equal(batch.x[:, 0, 0, 0], torch.tensor([3.0, 5.0]))
+    assert all(len(image.unique()) == 1 for image in batch.x)
+
+
+def test_noise_cannot_be_compressed_and_blank_paper_can():
+    """A lossless code of noise takes at least its entropy, n log L nats."""
+    noise, blank = torch.randint(256, (1, 1, 32, 32), generator=rng()), torch.zeros(1, 1, 32, 32)
+    assert float(compressed_length(noise, 256)) > 1024 * math.log(256)
+    assert float(compressed_length(blank, 256)) < 0.1 * 1024 * math.log(256)
+    wide = torch.randint(1000, (1, 500), generator=rng())
+    assert float(compressed_length(wide, 1000)) > 500 * math.log(1000)
 
 
 def test_outliers_of_another_kind():

@@ -100,6 +100,33 @@ def test_contexts_are_asked_for_in_their_shape():
         restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=5, context=torch.tensor([0, 2]))
 
 
+def test_classes_are_given_by_name_or_number():
+    flow = flows.CNF(flows.fields.MLP((2,), hidden=(4,), context_shape=(2,)), solver=FAST).double()
+    flow.names = flows.models.results.DataNames(class_names=("cat", "dog"), num_classes=2)
+    classes = flows.datasets.one_hot(torch.tensor([1, 1]), 2).double()
+    drawn = []
+    for context in (classes, "dog", ["dog", "dog"], 1):
+        seed = torch.Generator().manual_seed(0)
+        settings = {"num_proposals": 5, "context": context, "generator": seed}
+        drawn.append(restore(flow, torch.zeros(2, 2), Denoising(), 0.5, **settings).x)
+    assert all(torch.equal(x, drawn[0]) for x in drawn)
+    with pytest.raises(FlowsError, match=r"class must be one of cat, dog, .* got 'dogs'; did you mean dog"):
+        restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=5, context="dogs")
+    with pytest.raises(FlowsError, match="context must name a class for each of 2 observations, got 1"):
+        restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=5, context=["cat"])
+    with pytest.raises(FlowsError, match="names classes, and the flow takes contexts of shape None"):
+        restore(gaussian_flow(), torch.zeros(2, 2), Denoising(), 0.5, num_proposals=5, context="cat")
+
+
+def test_shades_where_levels_are_expected_are_warned_of():
+    transform = Compose(dequantise=Dequantise(16), unit=UnitInterval(16))
+    flow = flows.CNF(flows.fields.MLP((1, 2, 2), hidden=(4,)), transform=transform, solver=FAST)
+    shades = torch.tensor([[[[0.0, 0.5], [1.0, 0.25]]]])
+    with pytest.warns(flows.errors.DataWarning, match="levels from 0 to 15.*For shades from 0 to 1, multiply by 15"):
+        restore(flow, shades, Denoising(), 0.1, num_proposals=5)
+    restore(flow, 15 * shades, Denoising(), 0.1, num_proposals=5)  # warnings are errors here
+
+
 def test_a_base_in_units_of_the_context_and_a_uniform_base():
     """x | c is narrow around 5 + 3c, so observations hardly move it; a uniform base has a density without a slope."""
     c = torch.rand(400, 1)

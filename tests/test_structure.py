@@ -46,7 +46,7 @@ ALLOWED = {
     "density_estimator": ABOVE | {"evaluation", "objectives", "training"},
     "exporting": ABOVE,
     "inference": ABOVE | {"evaluation", "objectives", "training"},
-    "restoration": ABOVE,
+    "restoration": ABOVE | {"samples"},
     "sharing": ABOVE | {"density_estimator", "inference", "training"},
     "compare": ABOVE | {"evaluation", "plots"},
     "cli": ABOVE | {"compare", "evaluation", "objectives", "plots", "predictions", "samples", "training"},

@@ -40,6 +40,7 @@ from flows.training.settings import instantiate
 from flows.training.trusted import may_download
 from flows.writing import to_json, write_result
 
+MADE = ("shuffled", "plain")  # outliers that are made of the data
 PARTS = ("data", "divergence", "solver")  # as in training unless the settings change them
 SCORES = ("nll", "free_energy", "wasserstein2", "mse")  # the first of them in a report is what the program returns
 
@@ -108,6 +109,11 @@ def evaluate(composed: DictConfig) -> float | None:
         if scores is not None:
             content |= scores.as_dict()
             rows += [*scores.table(), ("scores", str(write_result(output.with_suffix(".csv"), scores.csv())))]
+            if scores.unresolved is None:
+                from flows import plots  # slow to import
+
+                figure = plots.outlier_scores(scores.scored(), scores.name)
+                rows.append(("picture", str(write_result(output.with_suffix(".png"), figure))))
         if settings["rows"] is not None:
             if result is None:
                 raise InvalidValueError("rows=... needs the likelihood of data, and there is none; leave it out")
@@ -159,10 +165,12 @@ def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any],
         check_base(flow, "outliers", "leave out outliers")
     if outliers is not None and not dataset.has_samples:
         raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")
-    if isinstance(outliers, str) and outliers != "shuffled":
-        raise InvalidValueError(f"outliers must be shuffled, or a data set: data@outliers=NAME; got {outliers!r}")
-    other = None if outliers in (None, "shuffled") else instantiate(outliers, "outliers")
-    if other is not None and (message := caution_about_outliers(run.data, other, settings["part"])):
+    if isinstance(outliers, str) and outliers not in MADE:
+        raise InvalidValueError(
+            f"outliers must be {' or '.join(MADE)}, or a data set: data@outliers=NAME; got {outliers!r}"
+        )
+    other = outliers if outliers is None or outliers in MADE else instantiate(outliers, "outliers")
+    if isinstance(other, Dataset) and (message := caution_about_outliers(run.data, other, settings["part"])):
         warn(message, DataWarning)
     density = DensityEvaluator(dataset, num_draws=settings["num_draws"], metrics=_metrics(config), **options)
     check_evaluation(density, flow, dataset, part="")

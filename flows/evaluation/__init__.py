@@ -22,7 +22,7 @@ from flows.evaluation.metrics import (
     Wasserstein1,
     Wasserstein2,
 )
-from flows.evaluation.outliers import OutlierScores, outlier_scores, shuffled
+from flows.evaluation.outliers import OutlierScores, compressed_length, outlier_scores, plain, shuffled
 from flows.evaluation.parameters import ParameterEstimate, fitted_parameters, parameter_estimates
 from flows.evaluation.posterior import PosteriorEvaluator
 from flows.evaluation.rows import RowScores
@@ -60,6 +60,7 @@ __all__ = [
     "Wasserstein1",
     "Wasserstein2",
     "aligned",
+    "compressed_length",
     "default_evaluator",
     "fitted_parameters",
     "importance_weights",
@@ -67,6 +68,7 @@ __all__ = [
     "outlier_scores",
     "parameter_estimates",
     "part_batches",
+    "plain",
     "seeded",
     "shuffled",
 ]

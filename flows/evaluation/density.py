@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -245,7 +245,9 @@ class DensityEvaluator(FlowEvaluator):
         return CHECKED_POINTS, max(self.solver_error_points, CHECKED_POINTS)
 
     @checked
-    def outliers(self, flow: CNF, data: Likelihood, outliers: Dataset | None = None) -> OutlierScores:
+    def outliers(
+        self, flow: CNF, data: Likelihood, outliers: Dataset | Literal["shuffled", "plain"] | None = None
+    ) -> OutlierScores:
         """Score outliers against the part that `test` looks at, whose likelihood is `data`; see `outlier_scores`."""
         with self.evaluating(flow):
             generator = self.generator(flow, "outliers")

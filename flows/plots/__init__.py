@@ -27,6 +27,7 @@ from flows.plots.images import (
     save_grid,
 )
 from flows.plots.metrics import contact_sheet, curves
+from flows.plots.outliers import outlier_scores
 from flows.plots.paths import evolution, trajectories
 from flows.plots.plane import density, scatter
 from flows.plots.series import (
@@ -58,6 +59,7 @@ __all__ = [
     "image_trajectories",
     "interpolations",
     "neighbours",
+    "outlier_scores",
     "pairs",
     "phase_portraits",
     "predict_curves",

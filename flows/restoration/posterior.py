@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,10 +13,12 @@ from tqdm.auto import tqdm
 
 from flows.arguments import checked
 from flows.checks import check_number, whole_number
-from flows.errors import InvalidValueError
+from flows.datasets import one_hot
+from flows.errors import DataWarning, InvalidValueError, warn
 from flows.models.cnf import CNF
 from flows.models.inputs import frame_of
 from flows.restoration.operators import Operator
+from flows.samples import class_number
 from flows.solvers import ODESolver
 from flows.transforms import Compose, Transform
 
@@ -68,7 +71,7 @@ def restore(
     num_draws: int = 1,
     num_proposals: int = 100,
     num_leapfrogs: int = 5,
-    context: Tensor | None = None,  # (B, *context)
+    context: Tensor | Sequence[str | int] | str | int | None = None,  # (B, *context), or classes
     solver: ODESolver | None = None,
     generator: torch.Generator | None = None,
     progress_bar: bool = False,
@@ -93,12 +96,17 @@ def restore(
         num_draws: chains for each observation.
         num_proposals: of each chain, at least 5.
         num_leapfrogs: gradients for each proposal.
-        context: one for each observation, such as `flows.datasets.one_hot(labels, num_classes)`.
+        context: one for each observation; for a flow of classes also their names or numbers, one for each observation
+            or one for all.
         solver: of the chains. Default: the flow's own.
         progress_bar: show one.
 
     Raises:
-        InvalidValueError: the observation has another shape, or holds NaN; a setting is out of its range.
+        InvalidValueError: the observation has another shape, or holds NaN; a setting is out of its range; there is no
+            such class.
+
+    Warns:
+        DataWarning: a flow of levels, such as 0 to 255, is given observations that look like shades from 0 to 1.
         NoDensityError: the base of the flow has no density.
         SolverError: a solve cannot go on.
 
@@ -121,6 +129,8 @@ def restore(
     has_levels = flow.transform.num_levels is not None
     check_number("noise_sd", noise_sd, at_least=0, above=None if has_levels else 0)
     flow._require_density()
+    if not isinstance(context, Tensor | None):
+        context = _classes(flow, context, len(observation))
     target = _Target(flow, operator, observation, noise_sd, num_draws, context, solver)
     z = flow.base.sample((target.chains,), generator)
     z, acceptance = _sample(target, z, num_proposals, num_leapfrogs, generator, progress_bar)
@@ -131,6 +141,29 @@ def restore(
     shape = (num_draws, len(observation))
     cost = num_proposals * num_leapfrogs * nfe
     return Restoration(x.unflatten(0, shape), residual.view(shape), acceptance.view(shape), cost, target.size)
+
+
+def _classes(flow: CNF, given: Sequence[str | int] | str | int, count: int) -> Tensor:  # (count, classes)
+    """One-hot contexts of classes by name or number."""
+    names, shape = flow.names.class_names, flow.context_shape
+    if shape is None or len(shape) != 1:
+        raise InvalidValueError(f"context={given!r} names classes, and the flow takes contexts of shape {shape}")
+    labels = [given] * count if isinstance(given, str | int) else list(given)
+    if len(labels) != count:
+        raise InvalidValueError(f"context must name a class for each of {count} observations, got {len(labels)}")
+    return one_hot(torch.tensor([class_number(label, shape[0], names) for label in labels]), shape[0]).to(flow.dtype)
+
+
+def _check_levels(observation: Tensor, num_levels: int) -> None:
+    """Warn of shades from 0 to 1 where levels are expected."""
+    low, high = float(observation.min()), float(observation.max())
+    if num_levels > 2 and low >= -0.5 and high <= 1.5 and bool((observation != observation.round()).any()):
+        warn(
+            f"the observations lie between {low:.2g} and {high:.2g}, and the flow knows levels from 0 to "
+            f"{num_levels - 1}: pictures nearly black. For shades from 0 to 1, multiply by {num_levels - 1}, and "
+            "noise_sd with them",
+            DataWarning,
+        )
 
 
 class _Target:
@@ -156,12 +189,14 @@ class _Target:
                 f"observation holds NaN or infinite values in {int((~observation.isfinite()).flatten(1).any(1).sum())} "
                 f"of {len(observation)} rows; mark what is missing by Inpainting(known)"
             )
+        if flow.transform.num_levels is not None:
+            _check_levels(observation, flow.transform.num_levels)
         if context is not None:
             wanted = (len(observation), *(flow.context_shape or ()))
             if tuple(context.shape) != wanted:
                 raise InvalidValueError(
                     f"context must have a row for each observation, of shape {wanted}, got {tuple(context.shape)}; "
-                    "classes are one-hot: flows.datasets.one_hot(labels, num_classes)"
+                    "classes are one-hot: flows.datasets.one_hot(labels, num_classes), or given by name"
                 )
             context = context.repeat(num_draws, *[1] * (context.ndim - 1))
         parts = (flow.base, flow.transform, flow.event_shape, flow.encoder)
