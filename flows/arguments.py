@@ -314,7 +314,13 @@ def _kind(value: Any) -> Any:
     if kind in (tuple, list, torch.Size):
         elements = tuple(map(type, value)) if len(value) <= MAX_LISTED else (None,)
         return (kind, *elements) if all(element in PLAIN for element in elements) else None
-    return None if isinstance(value, str | bytes | type | Sequence | Mapping) else kind
+    return kind if _decides(kind) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _decides(kind: type) -> bool:
+    """Whether a type alone says if its values are allowed."""
+    return not issubclass(kind, str | bytes | type | Sequence | Mapping)
 
 
 def check_takes(name: str, function: Any, *arguments: str) -> None:

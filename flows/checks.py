@@ -83,6 +83,9 @@ def as_shape(name: str, value: Any, at_least: int = 1) -> tuple[int, ...]:
         InvalidTypeError: it is neither a whole number nor a list of them.
         InvalidValueError: a size is too small, or too large for a tensor.
     """
+    plain = type(value) is tuple and all(type(size) is int and size >= at_least for size in value)
+    if plain and math.prod(value) <= MAX_SIZE:  # nearly always, and quickly
+        return value
     if isinstance(value, Integral) and not isinstance(value, bool):
         value = (value,)
     expected = f"{name} must be a whole number or a list of whole numbers >= {at_least}, such as (2,)"

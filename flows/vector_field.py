@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,14 +89,43 @@ class BoundField:
         self.traits = traits_of(field) if traits is None else traits
         self._evaluation = None if self.traits.built_in else Evaluation(field, self.name, self.traits)
         self.context_shape: tuple[int, ...] | None = getattr(field, "context_shape", None)
-        self.receptive_radius: int | None = getattr(field, "receptive_radius", None)
-        self.bottleneck_width: int | None = getattr(field, "bottleneck_width", None)
-        self.value_and_divergence = self._closed_form("value_and_divergence")
-        self.value_divergence_and_products = self._closed_form("value_divergence_and_products")
-        self.encode = self._given_context(self._watched(getattr(field, "encode", None)))
-        self.decode = self._given_context(self._watched(getattr(field, "decode", None)))
-        self.potential = self._given_context(self._watched(getattr(field, "potential", None)))
         self.correction: Callable[..., Tensor] | None = None
+
+    # What many evaluations never ask for is looked up at its first use.
+    @cached_property
+    def receptive_radius(self) -> int | None:
+        """How many grid sites away a velocity can depend on x."""
+        return getattr(self.field, "receptive_radius", None)
+
+    @cached_property
+    def bottleneck_width(self) -> int | None:
+        """The width of a narrow layer that the field passes through."""
+        return getattr(self.field, "bottleneck_width", None)
+
+    @cached_property
+    def value_and_divergence(self) -> Callable[..., Any] | None:
+        """v(t, x) and its divergence in closed form."""
+        return self._closed_form("value_and_divergence")
+
+    @cached_property
+    def value_divergence_and_products(self) -> Callable[..., Any] | None:
+        """The same with products of directions with the Jacobian."""
+        return self._closed_form("value_divergence_and_products")
+
+    @cached_property
+    def encode(self) -> Callable[..., Any] | None:
+        """The half of a field before its narrow layer."""
+        return self._given_context(self._watched(getattr(self.field, "encode", None)))
+
+    @cached_property
+    def decode(self) -> Callable[..., Any] | None:
+        """The half after it."""
+        return self._given_context(self._watched(getattr(self.field, "decode", None)))
+
+    @cached_property
+    def potential(self) -> Callable[..., Any] | None:
+        """Φ of a field v = −∇Φ."""
+        return self._given_context(self._watched(getattr(self.field, "potential", None)))
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         if self._evaluation is not None:
@@ -249,6 +278,13 @@ def bind(
         sample.value, sample.estimates  # (10, 2) and (1, 10)
         ```
     """
+    return view_of(field, context, event_shape)
+
+
+def view_of(
+    field: Callable[..., Tensor], context: Tensor | None = None, event_shape: int | Sequence[int] | None = None
+) -> BoundField:
+    """The same as `bind`, for arguments that are known to be right."""
     own = getattr(field, "bind", None)
     view = BoundField(field, context, event_shape) if own is None else own(context)
     if event_shape is not None and view.event_shape != as_shape("event_shape", event_shape):

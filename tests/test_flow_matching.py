@@ -15,7 +15,7 @@ from flows.divergence import Analytic, Auto, Exact, Hutchinson, Probing
 from flows.fields import MLP, Adapter, Guided
 from flows.objectives import FlowMatching, MaximumLikelihood, ProbabilityPath
 from flows.objectives.couplings import Independent, OptimalTransport, Sinkhorn
-from flows.objectives.paths import Cosine, Linear, VariancePreserving
+from flows.objectives.paths import Coefficients, Cosine, Linear, VariancePreserving
 from flows.objectives.posterior import posterior_moments
 
 PATHS = [Linear(), Linear(sigma_min=0.1), Cosine(), VariancePreserving()]
@@ -579,3 +579,19 @@ def test_paths_and_couplings_extend_by_a_class():
             return t**2, 1 - t, 2 * t, -torch.ones_like(t)
 
     assert isinstance(FlowMatching(path="squared").path, Squared)
+
+
+@pytest.mark.parametrize("kind", ["linear", "rounded", "cosine", "variance preserving", "bent"])
+def test_points_between_noise_and_data_follow_the_coefficients(kind):
+    class Bent(Linear):
+        def coefficients(self, t):
+            return Coefficients(t**2, 1 - t, 2 * t, -torch.ones_like(t))
+
+    kinds = {"rounded": Linear(0.1), "cosine": Cosine(), "variance preserving": VariancePreserving(), "bent": Bent()}
+    path = kinds.get(kind, Linear())
+    t = torch.rand(6, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * path.last_time
+    noise, data = torch.randn(2, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    a, b, a_rate, b_rate = path.coefficients(t)
+    position, velocity = path.between(t, noise, data)
+    torch.testing.assert_close(position, a * data + b * noise)
+    torch.testing.assert_close(velocity, a_rate * data + b_rate * noise)

@@ -182,9 +182,10 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit", 
         self, shape: int | Sequence[int], generator: torch.Generator | None
     ) -> Tensor:  # (*shape, *event)
         """Draw N(0, I) with the generator on its device, then move it."""
-        size = (*as_shape("shape", shape, at_least=0), *self.event_shape)
-        device = self.device if generator is None else generator.device
-        return torch.randn(size, generator=generator, dtype=self.dtype, device=device).to(self.device)
+        size, like = (*as_shape("shape", shape, at_least=0), *self.event_shape), self._like
+        if generator is None or generator.device == like.device:
+            return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
+        return torch.randn(size, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
 
     def uniform(
         self, shape: int | Sequence[int], generator: torch.Generator | None, event_shape: Sequence[int] | None = None
@@ -200,8 +201,9 @@ def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def precise(self: Base, *arguments: Any, **named: Any) -> Any:
-        kind = self.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        kind = self._like.device.type
+        known = kind == "cpu" or torch.amp.is_autocast_available(kind)
+        if not known or not torch.is_autocast_enabled(kind):
             return method(self, *arguments, **named)
         with torch.autocast(kind, enabled=False):
             return method(self, *arguments, **named)

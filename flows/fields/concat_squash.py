@@ -56,9 +56,10 @@ class ConcatSquashMLP(Perceptron):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         condition = self._condition(t, context)
         h = x.flatten(1)
-        for layer in self.layers[:-1]:
+        *hidden, last = self.layers  # a slice would be a new module
+        for layer in hidden:
             h = self.activation(layer(h, condition)[0])
-        return self.layers[-1](h, condition)[0].view_as(x)
+        return last(h, condition)[0].view_as(x)
 
     def precompute(self) -> _Gating:
         """The parameters of all gates, put together."""
@@ -82,11 +83,12 @@ class ConcatSquashMLP(Perceptron):
             weights = [*(w for w, _ in maps), weight]
             value = functional.linear(h, weight, bias).view_as(x)
             return Linearised(value, weights, slopes, None, PerceptronTrace(weights))
-        for layer in self.layers[:-1]:
+        *hidden, last = self.layers
+        for layer in hidden:
             z, gate = layer(h, condition)
             h, slope = self.activation.value_and_slope(z)
             slopes.append(slope * gate)
-        value, gate = self.layers[-1](h, condition)
+        value, gate = last(h, condition)
         weights = self._weights()
         return Linearised(value.view_as(x), weights, slopes, gate, PerceptronTrace(weights, gate_per_sample=True))
 

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 import flows
 from flows.arguments import checked
 from flows.bases import Base, Frame, NoDensityError, as_base
-from flows.checks import as_shape, check_number, fits_in_memory
+from flows.checks import as_shape, check_number, check_points, fits_in_memory
 from flows.conditions import Named
 from flows.divergence import Auto, DivergenceEstimator
 from flows.divergence.parameters import learned_parts, learned_tensors
@@ -44,7 +44,7 @@ from flows.path_costs import PathCost, draw_directions
 from flows.shares import steps_together
 from flows.solvers import ODESolver, Solution, SolverError, as_solver
 from flows.transforms import Identity, Transform
-from flows.vector_field import BoundField, bind
+from flows.vector_field import BoundField, bind, view_of
 
 
 @checked(own=("base",))
@@ -233,8 +233,17 @@ class CNF(nn.Module):
         generator: torch.Generator | None = None,  # of dequantisation noise
     ) -> Tensor:  # (B, *event)
         """Points where the ODE has them at t = 1: transformed, and in units of a base that depends on the context."""
-        y = self.transform(x, generator)[0].to(self.dtype)
-        frame = frame_of(self, contexts_of(self, context), (len(y),))
+        return self._to_flow_space(x, contexts_of(self, context), generator)
+
+    def _to_flow_space(self, x: Tensor, context: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """The same for arguments that are known to be right, as in each step of flow matching."""
+        transform = self.transform
+        if type(transform) is Identity:
+            check_points("x", x, self.event_shape)
+            y = x.to(self.dtype)
+        else:
+            y = transform(x, generator)[0].to(self.dtype)
+        frame = frame_of(self, context, (len(y),))
         return y if frame is None else frame.relative(y)[0]
 
     @checked(own=("context",))
@@ -283,7 +292,7 @@ class CNF(nn.Module):
         """The field as one solve sees it, with a context that is encoded already; see `encode`.
 
         `flow.divergence.bind(flow.bind())` states the cost and the exactness of the divergence of this flow."""
-        view = bind(self.field, context, self.event_shape).in_units(self.transform)
+        view = view_of(self.field, context, self.event_shape).in_units(self.transform)
         view.check_times(0.0, 1.0)
         return view
 

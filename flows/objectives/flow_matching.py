@@ -163,34 +163,39 @@ class FlowMatching(Objective):
         self._check_base(check_flow(model, dataset).base)
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
-        self._check_base(flow.base)
-        with torch.no_grad():  # learned noise is trained by the likelihood, whose bound it tightens
-            data = flow.to_flow_space(batch.x, batch.context, generator)  # tables come in float64
+        base = flow.base
+        self._check_base(base)
         coupling, path = self._coupling, by_name(ProbabilityPath, self.path)
         independent = coupling.is_independent
         marginal = self._is_marginal(flow)
         number = AUTO_QUERIES if self.num_queries == "auto" else self.num_queries
         componentwise = isinstance(coupling, Components)
         queries = slice(number if marginal or not (independent or componentwise) else None)
-        ends, context, centre = data[queries], batch.context, None
-        with torch.no_grad():  # a trained base is trained by the likelihood
+        context, centre = batch.context, None
+        with torch.no_grad():  # learned noise and a trained base are trained by the likelihood
+            data = flow._to_flow_space(batch.x, context, generator)  # tables come in float64
+            ends = data if queries.stop is None else data[queries]
             if componentwise:
                 if context is not None:
                     raise InvalidValueError(WITHOUT_CONTEXTS)
-                noise, centre = flow.base.companions(ends, generator)
+                noise, centre = base.companions(ends, generator)
+            elif base.is_standard:
+                noise = base.standard_normal((len(ends if independent else data),), generator)
             else:
-                noise = flow.base.sample((len(ends if independent else data),), generator)
+                noise = base.sample((len(ends if independent else data),), generator)
         if not (independent or componentwise):
             chosen, own = coupling.pairs(noise, data, context, generator)
             noise, ends = noise[chosen[queries]], data[own[queries]]
             context = None if context is None else context[own]
         device = data.device if generator is None else generator.device
         t = torch.rand(len(ends), generator=generator, dtype=data.dtype, device=device).to(data.device)
-        t = (1 - ((1 - t) ** self.time_power).clamp_min(torch.finfo(t.dtype).eps)) * path.last_time
-        a, b, a_rate, b_rate = path.coefficients(t.view(-1, *[1] * (data.ndim - 1)))
+        if self.time_power != 1:
+            t = 1 - (1 - t) ** self.time_power
+        t = t.clamp_max_(1 - torch.finfo(t.dtype).eps)
+        t = t if path.last_time == 1 else t * path.last_time
         if centre is not None:
             ends, noise = ends - centre, noise - centre
-        position = a * ends + b * noise
+        position, target = path.between(t.view(-1, *[1] * (data.ndim - 1)), noise, ends)
         if centre is not None:
             position = position + centre
         dropped = None
@@ -207,21 +212,23 @@ class FlowMatching(Objective):
             possible = possible | dropped.unsqueeze(1)
         rows, weight = own_rows(len(ends))
         if rows is not None:  # the pairs and the pool are those of the whole batch
-            t, position, ends, noise = t[rows], position[rows], ends[rows], noise[rows]
-            a, b, a_rate, b_rate = (tensor[rows] for tensor in (a, b, a_rate, b_rate))
+            t, position, target, ends, noise = (tensor[rows] for tensor in (t, position, target, ends, noise))
             context, possible = (None if tensor is None else tensor[rows] for tensor in (context, possible))
             probes = None if probes is None else probes[:, rows]
         velocity, divergence = _evaluate(flow, t, position, context, estimator, probes)
-        mean, curvature, offset = ends, None, None
-        rate = a_rate * b - a * b_rate  # > 0
+        if not marginal and estimator is None:
+            loss = (velocity - target).square().mean()
+            return LossOutput(loss, {"velocity_error": loss.detach()}, weight=weight)
+        a, b, a_rate, b_rate = path.coefficients(t.view(-1, *[1] * (data.ndim - 1)))
+        rate, offset = a_rate * b - a * b_rate, None  # rate > 0
         if estimator is not None:
-            offset = b * (velocity.detach() - a_rate * ends - b_rate * noise) / rate  # m_v − x₁
-        if marginal or offset is not None:
-            pool = data if marginal else None
-            mean, curvature = base_posterior(flow.base, noise, ends, a, b, pool, possible, offset)
+            offset = b * (velocity.detach() - target) / rate  # m_v − x₁
+        pool = data if marginal else None
+        mean, curvature = base_posterior(base, noise, ends, a, b, pool, possible, offset)
         if marginal:
             noise = noise + a * (ends - mean) / b  # (x_t − a m) / b, without the rounding of x_t
-        loss = (velocity - (a_rate * mean + b_rate * noise)).square().mean()
+            target = a_rate * mean + b_rate * noise
+        loss = (velocity - target).square().mean()
         metrics = {"velocity_error": loss.detach()}
         if divergence is not None and curvature is not None:
             b, b_rate, rate = (tensor.flatten() for tensor in (b, b_rate, rate))

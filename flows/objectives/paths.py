@@ -46,6 +46,16 @@ class ProbabilityPath(CheckedMethods, ABC, checks=("coefficients",)):
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return a, b, a′ and b′ at times t."""
 
+    def between(
+        self,
+        t: Tensor,  # (B, 1, ...), of as many dimensions as the points
+        noise: Tensor,  # (B, *event)
+        data: Tensor,  # (B, *event)
+    ) -> tuple[Tensor, Tensor]:
+        """Return x_t and its velocity. A path may override this with fewer operations."""
+        a, b, a_rate, b_rate = self.coefficients(t)
+        return a * data + b * noise, a_rate * data + b_rate * noise
+
 
 @checked
 @dataclass(frozen=True)
@@ -71,6 +81,12 @@ class Linear(ProbabilityPath):
     def coefficients(self, t: Tensor) -> Coefficients:
         rate = 1 - self.sigma_min
         return Coefficients(t, 1 - rate * t, torch.ones_like(t), torch.full_like(t, -rate))
+
+    def between(self, t: Tensor, noise: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
+        if type(self).coefficients is not Linear.coefficients:  # a subclass with others
+            return super().between(t, noise, data)
+        velocity = torch.sub(data, noise, alpha=1 - self.sigma_min)
+        return torch.addcmul(noise, t, velocity), velocity
 
 
 @checked

@@ -23,18 +23,21 @@ def regime_of(field: Any) -> Hashable:
     stack: list[nn.Module] = [field]
     while stack:
         module = stack.pop()
-        if id(module) in seen:
+        key = id(module)
+        if key in seen:
             continue
-        seen.add(id(module))
-        own = module.__dict__
-        found += (id(module), type(module), module.training)
-        if isinstance(module, torch.jit.ScriptModule):
+        seen.add(key)
+        kind, own = type(module), module.__dict__
+        found += (key, kind, module.training)
+        if issubclass(kind, torch.jit.ScriptModule):
             stack += module.children()
             continue
-        found += [tuple(own[hooks]) for hooks in HOOKS if own[hooks]]
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            found += [tuple(own[hooks]) for hooks in HOOKS if own[hooks]]
         if "forward" in own:
             found.append("forward")
-        stack += [child for child in own["_modules"].values() if child is not None]
+        if own["_modules"]:
+            stack += [child for child in own["_modules"].values() if child is not None]
     return tuple(found)
 
 
