@@ -98,6 +98,12 @@ def steps_together(rows: slice | None) -> Iterator[None]:
         _STEPS.reset(before)
 
 
+def anywhere(found: bool) -> bool:
+    """Whether it is so in any of the processes that solve rows of a shared batch; all of them must call this."""
+    share = share_of_steps()
+    return found if share is None else bool(share.gather(torch.tensor([float(found)])).any())
+
+
 def share_of_steps() -> Share | None:
     """The share of this process in a solve whose steps all processes take together; None: in no such solve."""
     return _STEPS.get()

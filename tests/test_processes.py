@@ -20,7 +20,7 @@ from flows.errors import InvalidValueError
 from flows.evaluation import DensityEvaluator
 from flows.objectives import FlowMatching, MaximumLikelihood, ReverseKL
 from flows.path_costs import JacobianNorm, KineticEnergy
-from flows.shares import Share, sharing
+from flows.shares import Share, current_share, sharing
 from flows.training.processes import check_processes, started_together
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +73,10 @@ def solver(**options):
     return flows.solvers.ODESolver(**{"rtol": 1e-3, "atol": 1e-3, **options})
 
 
+def solver_of_steps(size):
+    return flows.ODESolver("rk4", step_size=size)
+
+
 CASES = {
     "likelihood": (LIKELIHOOD, {"divergence": "hutchinson", "solver": solver()}),
     "hutch++": (MaximumLikelihood(), {"divergence": "hutch_plus_plus", "solver": solver()}),
@@ -82,7 +86,7 @@ CASES = {
         LIKELIHOOD,
         {"divergence": "hutchinson", "solver": solver(error_control=flows.solvers.ErrorControl(per_sample=True))},
     ),
-    "fixed steps": (LIKELIHOOD, {"divergence": "exact", "solver": flows.solvers.ODESolver("rk4", step_size=0.25)}),
+    "fixed steps": (LIKELIHOOD, {"divergence": "exact", "solver": solver_of_steps(0.25)}),
     "sampled": (FlowMatching(target="sampled"), {}),
     "marginal": (FlowMatching(target="marginal", num_queries=13, divergence_weight=0.1), {}),
     "transport": (FlowMatching(coupling="optimal_transport"), {}),
@@ -115,6 +119,24 @@ def test_the_mean_over_processes_is_that_of_one(case):
     if statistics is not None:
         for one in found:
             assert [a.dt for a in one[2].attempts] == pytest.approx([a.dt for a in statistics.attempts], rel=1e-9)
+
+
+def test_a_reference_that_fails_in_one_process_is_repeated_by_all(monkeypatch):
+    flow, x = flow_with(divergence="exact", solver=solver_of_steps(0.25)), torch.randn(10, 2, dtype=torch.float64)
+    solve, finer = flows.ODESolver.solve, [0, 0]
+
+    def failing(self, *arguments, **options):
+        rank = current_share().index
+        if self.step_size < 0.25:
+            finer[rank] += 1
+            if rank == 1 and finer[rank] == 1:
+                raise flows.SolverError("too stiff", 0.5, 0.1)
+        return solve(self, *arguments, **options)
+
+    monkeypatch.setattr(flows.ODESolver, "solve", failing)
+    found = in_threads(2, lambda rank: flow.estimate_log_prob(x, rows=current_share().rows(10)).solver_error)
+    assert finer == [2, 2]
+    assert all(error.isfinite().all() for error in found)
 
 
 def test_each_process_solves_its_own_rows_alone():
@@ -190,7 +212,14 @@ class Objective(flows.objectives.FlowMatching):
         return super().__call__(flow, batch, generator)
 
 class Evaluator(flows.evaluation.DensityEvaluator):
+    def validate(self, model):
+        if "bad validation" in sys.argv and os.environ.get("LOCAL_RANK") == "1":
+            raise flows.SolverError("this part cannot be solved", 0.5, 0.1)
+        return super().validate(model)
+
     def test(self, model):
+        if "bad test" in sys.argv and os.environ.get("LOCAL_RANK") == "1":
+            raise flows.SolverError("this part cannot be solved", 0.5, 0.1)
         if "slow test" in sys.argv:
             print("testing", flush=True)
             time.sleep(30)
@@ -282,6 +311,13 @@ class TestTwoProcesses:
         assert run.ends(120) == 1
         assert "this process is broken" in run.text
         assert "ended with the code 1, and has said why; the whole run ends with it" in run.text
+
+    @pytest.mark.parametrize("what", ["bad validation", "bad test"])
+    def test_all_end_when_one_cannot_evaluate_its_rows(self, tmp_path, what):
+        run = TwoProcesses(tmp_path, 20, what)
+        assert run.ends(120) == 1
+        assert "their shared evaluation failed: this part cannot be solved" in run.text
+        assert not (run.run / "summary.json").exists()
 
     @pytest.mark.parametrize("first", [True, False])
     def test_a_signal_to_one_stops_all_with_the_state_saved(self, tmp_path, first):

@@ -12,7 +12,7 @@ import torch
 
 from flows.arguments import checked
 from flows.checks import check_number
-from flows.errors import ComputationError, InvalidValueError
+from flows.errors import ComputationError, FlowsError, InvalidValueError
 from flows.shares import Share, sharing
 from flows.training.processes import check_processes, in_batch_script, started_together
 
@@ -30,6 +30,7 @@ __all__ = [
     "Fabric",
     "FirstProcessError",
     "Hardware",
+    "SharedEvaluationError",
     "Strategy",
     "build_fabric",
     "deterministic_algorithms",
@@ -44,6 +45,10 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 class FirstProcessError(ComputationError):
     """The first of several processes failed at something that the others wait for."""
+
+
+class SharedEvaluationError(ComputationError):
+    """An evaluation that several processes share failed, perhaps in this one alone: it must not go on."""
 
 
 @checked
@@ -174,21 +179,24 @@ def share_of(fabric: Fabric) -> Share | None:
     return Share(fabric.global_rank, fabric.world_size, gather)
 
 
-def evaluates_together(fabric: Fabric, evaluator: Any) -> bool:
-    """Whether several processes share what an evaluator evaluates. One that fails then must not go on alone."""
-    return fabric.world_size > 1 and getattr(evaluator, "shares", False)
-
-
 def evaluated_together(fabric: Fabric, evaluator: Any, evaluate: Callable[[], T]) -> T:
     """Call `evaluate` in all processes, which share its batches, or in the first alone if `evaluator` shares none.
 
     All of them return the result of the first, which must survive pickling.
+
+    Raises:
+        SharedEvaluationError: it failed where the batches are shared.
     """
     share = share_of(fabric)
-    if share is None or not evaluates_together(fabric, evaluator):
+    if share is None or not getattr(evaluator, "shares", False):
         return on_first_process(fabric, evaluate)
-    with sharing(share):
-        found = evaluate()
+    try:
+        with sharing(share):
+            found = evaluate()
+    except FlowsError as error:
+        raise SharedEvaluationError(
+            f"process {fabric.global_rank} stops, and all others with it, since their shared evaluation failed: {error}"
+        ) from error
     return fabric.broadcast(found)
 
 

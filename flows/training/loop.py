@@ -20,7 +20,7 @@ from flows.fields import Physics
 from flows.objectives import LossOutput, Objective
 from flows.shares import Share, sharing
 from flows.solvers import SolverError, SolverStatistics
-from flows.training.fabric import evaluated_together, evaluates_together, share_of
+from flows.training.fabric import SharedEvaluationError, evaluated_together, share_of
 from flows.training.files import FOLDER, RunFileError
 from flows.training.loggers import Metric
 from flows.training.memory import MemoryLimitError, is_out_of_memory, memory_errors, memory_message
@@ -317,9 +317,9 @@ class Loop:
                 best = position.best_score is None or evaluation.score < position.best_score
             if best:
                 position.best_score, position.best_step = evaluation.score, position.step
+        except SharedEvaluationError:
+            raise  # the others would wait for ever
         except FlowsError as error:
-            if evaluates_together(self.fabric, self.run.evaluator):
-                raise  # it may have failed here alone, and the others would wait for ever
             message = self._where("validation", error, stage)
             if position.step == 0 and not isinstance(error, MemoryLimitError):
                 pass  # training may mend the weights

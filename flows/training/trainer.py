@@ -37,10 +37,10 @@ from flows.training.continuing import AUTO, discard_unsaved, saved_state, was_ki
 from flows.training.described import try_to_describe
 from flows.training.fabric import (
     Hardware,
+    SharedEvaluationError,
     build_fabric,
     deterministic_algorithms,
     evaluated_together,
-    evaluates_together,
     on_first_process,
 )
 from flows.training.files import (
@@ -404,9 +404,9 @@ class Trainer:
         try:
             with memory_errors("the test", "choose a smaller evaluation.batch_size"):
                 report = evaluated_together(self.fabric, self.evaluator, lambda: self.evaluator.test(self.model))
+        except SharedEvaluationError:
+            raise  # the others would wait for ever
         except FlowsError as error:  # the run is done, and what it has found is kept
-            if evaluates_together(self.fabric, self.evaluator):
-                raise  # it may have failed here alone, and the others would wait for ever
             failure = error
         seconds = time.perf_counter() - started
         return on_first_process(self.fabric, lambda: self._summarise(run, report, failure, seconds))
