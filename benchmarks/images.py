@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +25,7 @@ from flows.models.cnf import CNF
 from flows.solvers import ODESolver
 from flows.training.runs import build_dataset, build_flow, build_trainer
 
-DATASETS = ("digits", "photo_patches")
+DATASETS = ("digits", "photo_patches", "mnist")
 CLASSES = "digits_by_class"
 UNIFORM = ("transform.dequantise.noise._target_=flows.transforms.UniformNoise", "~transform.dequantise.noise.stride")
 WITHOUT = {  # what each part of a recipe gives: settings that leave it out
@@ -35,7 +38,17 @@ WITHOUT = {  # what each part of a recipe gives: settings that leave it out
         "no shrinkage of the mixture": ("base.shrinkage=0",),
         "no mixture": ("base=normal", "~base.num_components", "~base.shrinkage"),
     },
+    "mnist": {
+        "uniform noise": (
+            *UNIFORM,
+            "~transform.dequantise.noise.pseudo_count",
+            "~transform.dequantise.noise.rounds",
+        ),
+        "straight paths": ("objective.flow_matching.objective.path=linear",),
+    },
 }
+STEPS_TIMED = 12
+TEST_NUMBERS = 100_000  # in a batch of test images
 TEST_SEED = 2  # of the dequantisation noise, the same for all models
 
 
@@ -47,7 +60,7 @@ class Row:
     setting: str
     one: Likelihood  # one draw of the dequantisation noise
     many: Likelihood  # several draws
-    seconds: float  # of training, validation included
+    seconds: float  # of training: of the CPU for baselines, and by the clock, with validation, for recipes
     parameters: int
 
 
@@ -55,10 +68,17 @@ def add_command(benchmarks: Any) -> None:
     """Add `images` to the commands."""
     description = "Bits per dimension of the image recipes beside a spline flow, a Gaussian mixture and a Gaussian."
     part = benchmarks.add_parser("images", help=description, description=description)
-    part.add_argument("--datasets", nargs="*", choices=DATASETS, default=DATASETS, help="default: all")
-    part.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), help="default: all")
-    part.add_argument("--minutes", type=float, default=10.0, help="at most, for each baseline (%(default)s)")
-    part.add_argument("--draws", type=int, default=16, help="noise draws of the tighter bound (%(default)s)")
+    part.add_argument("--datasets", nargs="*", choices=DATASETS, default=DATASETS[:2], help="default: %(default)s")
+    part.add_argument("--data", metavar="PATH", help="file of the data set, for mnist")
+    part.add_argument(
+        "--baselines", nargs="*", choices=BASELINES, default=["nsf", "mixture", "gaussian"], help="default: %(default)s"
+    )
+    part.add_argument(
+        "--minutes", type=float, default=10.0, help="of the CPU, at most, for each baseline (%(default)s)"
+    )
+    part.add_argument("--same-time", action="store_true", help="train the recipes for as many minutes, too")
+    part.add_argument("--same-transform", action="store_true", help="baselines after the transform of the recipe alone")
+    part.add_argument("--draws", type=int, default=16, help="noise draws of the tighter bound; 1: none (%(default)s)")
     part.add_argument("--set", nargs="*", default=[], metavar="SETTING", help="overrides of the recipes")
     part.add_argument("--parts", action="store_true", help="train the recipes without each of their parts instead")
     part.add_argument("--classes", action="store_true", help=f"train {CLASSES} and classify its samples instead")
@@ -74,22 +94,53 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if "nsf" in arguments.baselines and not arguments.parts:
         spline_flow()  # fail before minutes of training if zuko is missing
+    where = [] if arguments.data is None else [f"data.path={arguments.data}"]
     for name in arguments.datasets:
-        config = settings(f"experiment={name}", *arguments.set)
-        plain = settings(f"data={name}")["transform"]
-        rows = train_recipe(config, arguments.draws)
-        for part, changes in WITHOUT[name].items() if arguments.parts else ():
-            row = train_recipe(settings(f"experiment={name}", *arguments.set, *changes), arguments.draws)[0]
-            rows.append(replace(row, title=part))
-        rows += (
-            ()
-            if arguments.parts
-            else fit_baselines(config, plain, arguments.baselines, 60 * arguments.minutes, arguments.draws)
-        )
+        given = [f"experiment={name}", *where, *arguments.set]
+        config = settings(*given)
+        if arguments.same_time:
+            config = shortened(config, 60 * arguments.minutes)
+        rows = iter(train_recipe(config, arguments.draws))
+        if arguments.parts:
+            rows = itertools.chain(rows, without_parts(name, given, arguments))
+        else:
+            plain = config["transform"] if arguments.same_transform else settings(f"data={name}", *where)["transform"]
+            fits = fit_baselines(config, plain, arguments.baselines, 60 * arguments.minutes, arguments.draws)
+            rows = itertools.chain(rows, fits)
         dataset = build_dataset(config)
         shape = " × ".join(map(str, dataset.event_shape))
         print(f"\n{name}, {shape}, {dataset.num_test:,} test images, {torch.get_num_threads()} threads")
-        print("\n".join(table(rows, dataset.event_shape)), flush=True)
+        for line in table(rows, dataset.event_shape):
+            print(line, flush=True)  # the others may take an hour
+
+
+def without_parts(name: str, given: Sequence[str], arguments: argparse.Namespace) -> Iterator[Row]:
+    """Train the recipe without each of its parts."""
+    for part, changes in WITHOUT[name].items():
+        config = settings(*given, *changes)
+        if arguments.same_time:
+            config = shortened(config, 60 * arguments.minutes)
+        yield replace(train_recipe(config, arguments.draws)[0], title=part)
+
+
+def shortened(config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Give the last stage as many steps as the CPU takes in `seconds`, by the median time of some steps."""
+    trainer = build_trainer({**config, "output_dir": None})
+    name, stage = list(trainer.stages.items())[-1]
+    generator = torch.Generator().manual_seed(config["seed"])
+    stream = trainer.dataset.train_stream(stage.batch_size, generator)
+    parameters = list(trainer.model.parameters())
+    optimizer, times = torch.optim.Adam(parameters, 0.0), []
+    for _ in range(STEPS_TIMED):
+        begun = time.process_time()
+        with trainer.fabric.autocast():
+            loss = stage.objective(trainer.model, stream.next(), generator).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.process_time() - begun)
+    steps = max(1, round(seconds / statistics.median(times[STEPS_TIMED // 3 :])))
+    return {**config, "objective": {**config["objective"], name: {**config["objective"][name], "steps": steps}}}
 
 
 def train_recipe(config: Mapping[str, Any], num_draws: int) -> list[Row]:
@@ -123,6 +174,8 @@ def fit_baselines(
     config: Mapping[str, Any], plain: Mapping[str, Any], names: Sequence[str], seconds: float, num_draws: int
 ) -> Iterator[Row]:
     """Fit each baseline after the transform of `config`, then after `plain` (the settings of a transform)."""
+    data = {**config["data"], "conditional": False} if "conditional" in config["data"] else config["data"]
+    config = {**config, "data": data}
     dataset, seed = build_dataset(config), config["seed"]
     transforms = {"of the recipe": config["transform"], "of the data": plain}
     for name in names:
@@ -131,34 +184,39 @@ def fit_baselines(
                 continue
             flow = build_flow({**config, "transform": transform_settings}, dataset.event_shape, dataset)
             fitted = BASELINES[name](dataset, flow.transform, seconds, seed)
-            one, many = evaluate(fitted.model, dataset, num_draws)
+            one, many = evaluate(fitted.model, dataset, num_draws, fitted.most_images)
             setting = f"transform {whose}, {fitted.setting}"
-            yield Row(TITLES[name], setting, one, many, fitted.seconds, fitted.model.num_parameters)
+            parameters = sum(parameter.numel() for parameter in fitted.model.parameters())
+            parameters = getattr(fitted.model, "num_parameters", parameters)
+            yield Row(TITLES[name], setting, one, many, fitted.seconds, parameters)
 
 
-def evaluate(model: Any, dataset: Dataset, num_draws: int) -> tuple[Likelihood, Likelihood]:
+def evaluate(
+    model: Any, dataset: Dataset, num_draws: int, most_images: int | None = None
+) -> tuple[Likelihood, Likelihood]:
     """Test with one noise draw and with several; the noise is the same for every model."""
-    results = []
-    for draws in (1, num_draws):
-        batches, _ = part_batches(model, dataset, "test", 1_000)
+    results, batch_size = [], min(1_000, TEST_NUMBERS // math.prod(dataset.event_shape))
+    for draws in sorted({1, num_draws}):
+        batches, _ = part_batches(model, dataset, "test", batch_size, most_images)
         generator = torch.Generator().manual_seed(TEST_SEED)
         results.append(likelihood(model, batches, generator, num_draws=draws))
-    return results[0], results[1]
+    return results[0], results[-1]
 
 
-def table(rows: Sequence[Row], event_shape: Sequence[int]) -> Iterator[str]:
+def table(rows: Iterable[Row], event_shape: Sequence[int]) -> Iterator[str]:
     """One line per model: both bounds, and how much worse each is than the first model's, paired by image."""
-    draws = f"{rows[0].many.num_draws} draws"
-    yield (
-        f"{'test bits/dim':28}{'one draw':>17}{'above the first':>19}{draws:>17}{'above the first':>19}{'seconds':>9}"
-        f"{'parameters':>12}  chosen on validation"
-    )
-    nats_per_bit = math.prod(event_shape) * math.log(2)
+    nats_per_bit, best, numbers = math.prod(event_shape) * math.log(2), None, [1]
     for row in rows:
+        if best is None:
+            best = row
+            numbers = [1, row.many.num_draws] if row.many.num_draws > 1 else [1]
+            columns = "".join(f"{'one draw' if n == 1 else f'{n} draws':>17}{'above the first':>19}" for n in numbers)
+            yield f"{'test bits/dim':28}{columns}{'seconds':>9}{'parameters':>12}  chosen on validation"
         bounds = ""
-        for result, first in ((row.one, rows[0].one), (row.many, rows[0].many)):
-            bits, gap = result.bits_per_dim, (result.values - first.values) / nats_per_bit
+        for result, first in ((row.one, best.one), (row.many, best.many))[: len(numbers)]:
+            bits, gap = result.bits_per_dim, (result.values - first.values[: len(result.values)]) / nats_per_bit
             assert bits is not None, "images are whole numbers"
-            paired = "" if row is rows[0] else f"{gap.mean():+.4f} ± {gap.std() / math.sqrt(len(gap)):.4f}"
+            paired = "" if row is best else f"{gap.mean():+.4f} ± {gap.std() / math.sqrt(len(gap)):.4f}"
             bounds += f"{f'{bits.value:.4f} ± {bits.standard_error:.4f}':>17}{paired:>19}"
-        yield f"{row.title:28}{bounds}{row.seconds:9.0f}{row.parameters:12,}  {row.setting}"
+        few = "" if row.one.num_points == best.one.num_points else f", the first {row.one.num_points} images"
+        yield f"{row.title:28}{bounds}{row.seconds:9.0f}{row.parameters:12,}  {row.setting}{few}"

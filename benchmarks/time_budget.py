@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,36 @@ class Looks:
             self.seen.append(Look(self.seconds, self.steps, self.look(run.state.ema.module)))
         if run.stage_is_over:
             self._earlier_stages = self.seconds
+
+
+class CpuBudget:
+    """A schedule and callback: ends a stage after `seconds` of CPU time in its steps, along a cosine.
+
+    On a shared machine, models that train one after another get the same time only if it is counted like this.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.used, self.steps = seconds, 0.0, 0
+        self._begun = time.process_time()
+
+    @property
+    def done(self) -> float:
+        """The share of the time that is used, up to 1."""
+        return min(1.0, self.used / self.seconds)
+
+    def __call__(self, done: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * self.done))
+
+    def on_validation_end(self, run: Any, evaluation: Evaluation | None, is_best: bool) -> None:
+        self._begun = time.process_time()
+
+    def on_optimizer_step(self, run: Any) -> None:
+        self.used += time.process_time() - self._begun
+        self.steps = run.position.step
+        run.stage_is_over = run.stage_is_over or self.done == 1
+
+    def on_step_end(self, run: Any) -> None:
+        self._begun = time.process_time()
 
 
 def train(
