@@ -23,31 +23,46 @@ from flows.evaluation import Likelihood, likelihood, part_batches
 from flows.fields import Linear
 from flows.models.cnf import CNF
 from flows.solvers import ODESolver
+from flows.training import Stage, Trainer
 from flows.training.runs import build_dataset, build_flow, build_trainer
 
 DATASETS = ("digits", "photo_patches", "mnist")
 CLASSES = "digits_by_class"
 UNIFORM = ("transform.dequantise.noise._target_=flows.transforms.UniformNoise", "~transform.dequantise.noise.stride")
-WITHOUT = {  # what each part of a recipe gives: settings that leave it out
+LEARNED = ("transform.dequantise.noise._target_=flows.transforms.VariationalNoise", *UNIFORM[1:])
+LIKELIHOOD = ("objective=flow_matching_then_likelihood", "objective.maximum_likelihood.batch_size=64")
+STAGE = "objective.maximum_likelihood"
+CONVOLUTIONS = (
+    "experiment=digits_conv",
+    "~objective.flow_matching",
+    f"{STAGE}.learning_rate=2e-3",
+    "evaluation.points=100",
+    "reporting.plot_every=null",
+)
+PARTS = {  # what each part of a recipe gives: settings that leave it out, put something else there, or add to it
     "digits": {
         "uniform noise": UNIFORM,
         "straight paths": ("objective.flow_matching.objective.path=linear",),
         "field not at rest": ("field.at_rest=false",),
+        "times by likelihood": ("objective.flow_matching.objective.time_weighting=likelihood",),
+        "and likelihood": LIKELIHOOD,
+        "and 4 draws of it": (*LIKELIHOOD, f"{STAGE}.objective.importance_samples=4", f"{STAGE}.batch_size=16"),
+        "uniform, and likelihood": (*UNIFORM, *LIKELIHOOD),
+        "learned, and likelihood": (*LEARNED, *LIKELIHOOD),
+        "convolutions, likelihood": CONVOLUTIONS,
+        "multiscale, likelihood": (*CONVOLUTIONS, "field=multiscale", "~field.hidden"),
     },
     "photo_patches": {
         "no shrinkage of the mixture": ("base.shrinkage=0",),
         "no mixture": ("base=normal", "~base.num_components", "~base.shrinkage"),
     },
     "mnist": {
-        "uniform noise": (
-            *UNIFORM,
-            "~transform.dequantise.noise.pseudo_count",
-            "~transform.dequantise.noise.rounds",
-        ),
+        "uniform noise": (*UNIFORM, "~transform.dequantise.noise.pseudo_count", "~transform.dequantise.noise.rounds"),
         "straight paths": ("objective.flow_matching.objective.path=linear",),
+        "times by likelihood": ("objective.flow_matching.objective.time_weighting=likelihood",),
     },
 }
-STEPS_TIMED = 12
+LEAST_STEPS, MOST_STEPS = 5, 20  # that are timed
 TEST_NUMBERS = 100_000  # in a batch of test images
 TEST_SEED = 2  # of the dequantisation noise, the same for all models
 
@@ -102,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
             config = shortened(config, 60 * arguments.minutes)
         rows = iter(train_recipe(config, arguments.draws))
         if arguments.parts:
-            rows = itertools.chain(rows, without_parts(name, given, arguments))
+            rows = itertools.chain(rows, changed_parts(name, given, arguments))
         else:
             plain = config["transform"] if arguments.same_transform else settings(f"data={name}", *where)["transform"]
             fits = fit_baselines(config, plain, arguments.baselines, 60 * arguments.minutes, arguments.draws)
@@ -114,24 +129,32 @@ def run(arguments: argparse.Namespace) -> None:
             print(line, flush=True)  # the others may take an hour
 
 
-def without_parts(name: str, given: Sequence[str], arguments: argparse.Namespace) -> Iterator[Row]:
-    """Train the recipe without each of its parts."""
-    for part, changes in WITHOUT[name].items():
-        config = settings(*given, *changes)
+def changed_parts(name: str, given: Sequence[str], arguments: argparse.Namespace) -> Iterator[Row]:
+    """Train the recipe without each of its parts, or with others."""
+    for part, changes in PARTS[name].items():
+        config = settings(*(() if changes[0].startswith("experiment=") else given), *changes)
         if arguments.same_time:
             config = shortened(config, 60 * arguments.minutes)
         yield replace(train_recipe(config, arguments.draws)[0], title=part)
 
 
 def shortened(config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Give the last stage as many steps as the CPU takes in `seconds`, by the median time of some steps."""
+    """Give the first stage as many steps as the CPU takes in `seconds`, less those of the other stages."""
     trainer = build_trainer({**config, "output_dir": None})
-    name, stage = list(trainer.stages.items())[-1]
-    generator = torch.Generator().manual_seed(config["seed"])
-    stream = trainer.dataset.train_stream(stage.batch_size, generator)
-    parameters = list(trainer.model.parameters())
-    optimizer, times = torch.optim.Adam(parameters, 0.0), []
-    for _ in range(STEPS_TIMED):
+    times = {name: seconds_per_step(trainer, stage) for name, stage in trainer.stages.items()}
+    first, *others = times
+    left = seconds - sum((trainer.stages[name].steps or 0) * times[name] for name in others)
+    changed = {**config["objective"][first], "steps": max(1, round(left / times[first]))}
+    return {**config, "objective": {**config["objective"], first: changed}}
+
+
+def seconds_per_step(trainer: Trainer, stage: Stage) -> float:
+    """CPU time of a step, the median of some."""
+    assert stage.batch_size is not None, "a stage that is built has one"
+    generator = torch.Generator().manual_seed(0)
+    stream, times = trainer.dataset.train_stream(stage.batch_size, generator), []
+    optimizer = torch.optim.Adam(trainer.model.parameters(), 0.0)
+    while len(times) < LEAST_STEPS or (len(times) < MOST_STEPS and sum(times) < 1):
         begun = time.process_time()
         with trainer.fabric.autocast():
             loss = stage.objective(trainer.model, stream.next(), generator).loss
@@ -139,8 +162,7 @@ def shortened(config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.process_time() - begun)
-    steps = max(1, round(seconds / statistics.median(times[STEPS_TIMED // 3 :])))
-    return {**config, "objective": {**config["objective"], name: {**config["objective"][name], "steps": steps}}}
+    return statistics.median(times)
 
 
 def train_recipe(config: Mapping[str, Any], num_draws: int) -> list[Row]:

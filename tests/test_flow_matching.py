@@ -33,14 +33,16 @@ def column(t):
 class GaussianVelocity(torch.nn.Module):
     """E[a′x₁ + b′x₀ | x_t] for x₁ ~ N(1, SD² I)."""
 
+    sd = SD
+
     def __init__(self, path):
         super().__init__()
         self.path = path
 
     def forward(self, t, x):
         a, b, a_rate, b_rate = self.path.coefficients(column(t))
-        gain = (x - a) / (a**2 * SD**2 + b**2)
-        return a_rate * (1 + a * SD**2 * gain) + b_rate * b * gain
+        gain = (x - a) / (a**2 * self.sd**2 + b**2)
+        return a_rate * (1 + a * self.sd**2 * gain) + b_rate * b * gain
 
 
 # Paths
@@ -209,6 +211,28 @@ def test_times_are_drawn_by_their_power(power, dtype):
         assert abs((t > late).double().mean() - share) < 4.5 * math.sqrt(share * (1 - share) / len(t))
 
 
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_losses_at_times_by_the_likelihood_differ_by_a_divergence_of_kullback_and_leibler(path):
+    """∫ w (loss − least loss) dt = KL(data ‖ model) of the noised densities at the last time, for normal ones."""
+    own, other = GaussianVelocity(path), GaussianVelocity(path)
+    other.sd = 0.9
+    data = Batch(1 + SD * torch.randn(100_000, 2, generator=rng(3)))
+
+    def loss(field):
+        flow = CNF(field, event_shape=(2,))
+        return float(FlowMatching("sampled", path=path, time_weighting="likelihood")(flow, data, rng(4)).loss)
+
+    t = torch.linspace(0, path.last_time, 200_001, dtype=torch.float64)
+    a, b, a_rate, b_rate = path.coefficients(t)
+    kept = b >= 0.02
+    weight = (a / (b * (a_rate * b - a * b_rate)))[kept]
+    total = torch.trapezoid(weight, t[kept])
+    p, q = ((a * sd) ** 2 + b**2 for sd in (SD, other.sd))
+    ratio = (p / q)[kept][-1]
+    divergence = ratio - 1 - ratio.log()  # of two coordinates
+    assert 2 * total * (loss(other) - loss(own)) == pytest.approx(float(divergence), rel=0.05)
+
+
 def test_the_latest_times_leave_the_marginal_target_its_digits(monkeypatch):
     """There one point of the batch explains x_t, and the marginal target is the sampled one, far from zero as well."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, 1 - 1e-3, dtype=options["dtype"]))
@@ -375,6 +399,8 @@ def test_the_divergence_is_matched_by_context():
 def test_a_setting_out_of_range_is_refused():
     for build, message in [
         (lambda: FlowMatching(time_power=0), "time_power must be a finite number > 0, got 0; 1 draws times uniformly"),
+        (lambda: FlowMatching(time_weighting="late"), "time_weighting must be 'uniform' or 'likelihood', got 'late'"),
+        (lambda: FlowMatching(time_weighting="likelihood", time_power=2), "leave one of them out"),
         (lambda: Linear(1.0), "sigma_min must be a finite number >= 0 and < 1, got 1.0"),
         (lambda: VariancePreserving(2, 1), "beta_max must be a finite number >= 2, got 1"),
         (lambda: Sinkhorn(0), "regularisation must be a finite number > 0, got 0"),

@@ -1,5 +1,7 @@
 """Objectives: their minimisers and gradients, and that all randomness is explicit."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from flows.divergence import Hutchinson
 from flows.fields import MLP, Linear
 from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.objectives.posterior import posterior_moments
-from flows.transforms import Standardise
+from flows.transforms import Dequantise, Standardise
 
 
 class GaussianVelocity(torch.nn.Module):
@@ -51,6 +53,39 @@ def test_maximum_likelihood_is_the_mean_negative_log_density_in_data_space():
     assert out.metrics["nll"] == out.loss
     assert out.metrics["divergence_standard_error"] == 0
     assert out.statistics.nfe_forward > 0
+
+
+def test_more_importance_samples_bring_the_bound_nearer_to_the_probability_of_a_level():
+    """A standard normal flow of one pixel, whose cells have known probabilities, with uniform noise."""
+    flow = CNF(Linear((1,), torch.zeros(1, 1)), solver=ODESolver("euler", step_size=1.0), transform=Dequantise(3))
+    levels = torch.arange(3.0)
+    exact = -(torch.special.ndtr(levels + 1) - torch.special.ndtr(levels)).log().mean()
+    batch = Batch(levels.repeat(4000).unsqueeze(1))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        bounds = [MaximumLikelihood(importance_samples=k)(flow, batch, generator).loss for k in (1, 2, 8, 64)]
+    assert bounds == sorted(bounds, reverse=True)
+    assert exact < bounds[-1] < exact + 0.01 < bounds[0] - 0.1
+    u = (torch.arange(1000) + 0.5) / 1000  # with one draw: −E log p(x + u)
+    whole = 0.5 * (levels.unsqueeze(1) + u).square().mean() + 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(bounds[0], whole, rtol=0, atol=0.03)
+
+
+def test_importance_samples_need_noise_and_keep_contexts_beside_their_points():
+    flow = CNF(MLP((1,), (8,), context_shape=(1,)), transform=Dequantise(3))
+    points, context = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [-1.0]])
+    generator = torch.Generator().manual_seed(0)
+    loss = MaximumLikelihood(importance_samples=2)(flow, Batch(points, context), generator).loss
+    generator.manual_seed(0)
+    values = flow.estimate_log_prob(points.repeat_interleave(2, 0), context.repeat_interleave(2, 0), generator).value
+    torch.testing.assert_close(loss, -values.view(2, 2).exp().mean(1).log().mean())
+    continuous = CNF(MLP((2,), (8,)))
+    with pytest.raises(
+        ValueError, match=r"importance_samples=4 draws the dequantisation noise.*leave importance_sampl"
+    ):
+        MaximumLikelihood(importance_samples=4)(continuous, Batch(torch.randn(8, 2)))
+    with pytest.raises(ValueError, match="importance_samples must be a whole number >= 1, got 0"):
+        MaximumLikelihood(importance_samples=0)
 
 
 def test_the_generator_decides_every_random_number():

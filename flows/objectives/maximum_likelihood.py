@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from flows.arguments import checked
-from flows.checks import check_number
+from flows.checks import check_number, whole_number
 from flows.datasets import Batch, Dataset
+from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.steady import check_steady
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
@@ -35,9 +36,14 @@ class MaximumLikelihood(Objective):
             metrics, next to the `nll` without them.
         steer: b: training solves end at a base time drawn from U(−b, b) instead of 0, which keeps the dynamics from
             concentrating in a short time. Evaluation ends at 0. By default 0. [Ghosh et al. 2020, arXiv:2006.10711]
+        importance_samples: K: draws of the dequantisation noise of each example of discrete data. The loss is then
+            −mean log((1/K) Σ_k p(x + u_k)/q(u_k | x)), which falls towards −log P(x) as K grows and weighs draws by
+            how well they explain the example; a step takes K times as long. By default 1.
+            [Burda et al. 2016, arXiv:1509.00519; Ho et al. 2019, arXiv:1902.00275]
 
     Raises:
-        InvalidValueError: `steer` is not in [0, 1).
+        InvalidValueError: `steer` is not in [0, 1), `importance_samples` is below 1, or it is above 1 and the flow does
+            not dequantise.
         InvalidTypeError: from a call, if the base has no density or one that is 0 somewhere.
 
     Example:
@@ -57,27 +63,37 @@ class MaximumLikelihood(Objective):
     shares: ClassVar[bool] = True
     regularizers: Sequence[PathCost] | Mapping[str, PathCost] = ()
     steer: float = 0.0
+    importance_samples: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regularizers", active_costs(self.regularizers))
         check_number("steer", self.steer, at_least=0, below=1)
+        whole_number("importance_samples", self.importance_samples)
 
     def check(self, model: nn.Module, dataset: Dataset) -> None:
         super().check(model, dataset)
+        self._check_noise(check_flow(model, dataset))
         check_base(check_flow(model, dataset), "MaximumLikelihood", "train it with objective=flow_matching")
         check_steady(check_flow(model, dataset).field)  # before hours of another stage are spent
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         check_base(flow, "MaximumLikelihood", "train it with objective=flow_matching")
+        self._check_noise(flow)
         regularizers = active_costs(self.regularizers)
         base_time = 0.0
         if self.steer:
             device = None if generator is None else generator.device
             base_time = self.steer * (2 * torch.rand((), generator=generator, device=device).item() - 1)
         rows, weight = own_rows(len(batch))
+        number, x, context = self.importance_samples, batch.x, batch.context
+        if number > 1:  # the draws of an example stand side by side
+            x = x.repeat_interleave(number, 0)
+            context = None if context is None else context.repeat_interleave(number, 0)
+            rows = None if rows is None else slice(number * rows.start, number * rows.stop)
         options = {"solver_error": False, "path_costs": regularizers, "base_time": base_time}
-        estimate = flow.estimate_log_prob(batch.x, batch.context, generator, rows=rows, **options)
-        nll = -estimate.value.mean()
+        estimate = flow.estimate_log_prob(x, context, generator, rows=rows, **options)
+        bounds = estimate.value if number == 1 else estimate.value.view(-1, number).logsumexp(1) - math.log(number)
+        nll = -bounds.mean()
         metrics = {
             "nll": nll.detach(),
             "divergence_standard_error": estimate.standard_error.square().mean().sqrt(),
@@ -86,3 +102,11 @@ class MaximumLikelihood(Objective):
             metrics["bits_per_dim"] = nll.detach() / (math.prod(flow.event_shape) * math.log(2))
         loss, costs = regularized(nll, regularizers, estimate.path_costs)
         return LossOutput(loss, metrics | costs, estimate.statistics, weight)
+
+    def _check_noise(self, flow: CNF) -> None:
+        """Require noise to draw several times, if there are several draws."""
+        if self.importance_samples > 1 and flow.transform.num_levels is None:
+            raise InvalidValueError(
+                f"importance_samples={self.importance_samples} draws the dequantisation noise of each example so many "
+                "times, and this flow has none: its data are continuous; leave importance_samples at 1"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from flows.arguments import CheckedMethods, checked
 from flows.checks import check_number
+
+LEAST_NOISE = 0.02  # b(t) down to which times are drawn by the likelihood: its weight has no finite integral
+GRID = 4_000  # intervals of time in which its weight is integrated
 
 
 class Coefficients(NamedTuple):
@@ -55,6 +59,27 @@ class ProbabilityPath(CheckedMethods, ABC, checks=("coefficients",)):
         """Return x_t and its velocity. A path may override this with fewer operations."""
         a, b, a_rate, b_rate = self.coefficients(t)
         return a * data + b * noise, a_rate * data + b_rate * noise
+
+    def likelihood_times(
+        self,
+        u: Tensor,  # (B), uniform on [0, 1)
+    ) -> Tensor:  # (B)
+        """Return times with a density in proportion to w(t) = a / (b (a′b − ab′)), where b(t) is above 0.02."""
+        integral = _likelihood_integral(self).to(u)
+        rank = u * integral[-1, 1]
+        upper = torch.searchsorted(integral[:, 1].contiguous(), rank, right=True).clamp(1, len(integral) - 1)
+        (t, low), (end, high) = integral[upper - 1].unbind(1), integral[upper].unbind(1)
+        return torch.lerp(t, end, ((rank - low) / (high - low)).clamp(0, 1))
+
+
+@lru_cache(maxsize=16)
+def _likelihood_integral(path: ProbabilityPath) -> Tensor:  # (n, 2), times and ∫₀ᵗ w
+    times = torch.linspace(0, path.last_time, GRID + 1, dtype=torch.float64)
+    a, b, a_rate, b_rate = path.coefficients(times)
+    kept = b >= LEAST_NOISE
+    weight = (a / (b * (a_rate * b - a * b_rate)))[kept]
+    steps = times[kept].diff() * 0.5 * (weight[1:] + weight[:-1])
+    return torch.stack([times[kept], torch.cat([steps.new_zeros(1), steps.cumsum(0)])], 1)
 
 
 @checked
