@@ -36,7 +36,7 @@ from flows.transforms import Transform
 FLOORS = (0.1, 0.03, 0.01, 1e-3)  # of a mixture's variances; whitened points have variance 1
 COMPONENTS = (5, 10, 20, 40, 80)
 LARGE = 256  # numbers a point beyond which covariances are drawn towards that of all points instead
-SHRINKAGES = (10_000.0, 3_000.0, 1_000.0, 300.0)
+SHRINKAGES = (3_000.0, 10_000.0, 1_000.0)
 MOST_STEPS = 1_000_000  # time ends training before
 FEW_IMAGES = 100  # that the continuous flow is tested on: each takes a second
 
