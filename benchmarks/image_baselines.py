@@ -83,8 +83,10 @@ def fit_mixture(dataset: Dataset, transform: Transform, seconds: float, seed: in
             if nll > best_at_prior:
                 break
             best_at_prior = nll
+        assert best is not None, "there is at least one fit"
         if best_at_prior > best.validation_nll:
             break
+    assert best is not None
     return replace(best, seconds=time.process_time() - started)
 
 
@@ -177,7 +179,7 @@ def fit_ffjord(dataset: Dataset, transform: Transform, seconds: float, seed: int
     field = instantiate({**config["field"], "event_shape": dataset.event_shape})
     solver = instantiate(config["solver"])
     model = CNF(field, divergence=instantiate(config["divergence"]), solver=solver, transform=transform)
-    budget = CpuBudget(seconds)
+    budget = CpuBudget(max(seconds, 1.0))
     stage = Stage(
         MaximumLikelihood(), steps=MOST_STEPS, batch_size=32, learning_rate=1e-3, warmup_steps=0, schedule="constant"
     )

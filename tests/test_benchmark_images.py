@@ -1,6 +1,7 @@
 """The comparison of image models: baselines are judged by the account of flows, and samples by a classifier."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import flows
 from benchmarks import image_baselines as fitting
 from benchmarks import image_classes, images, unet_step
 from benchmarks.densities import Gaussian, Mixture, Spline, spline_flow
+from benchmarks.recipes import settings
+from benchmarks.time_budget import CpuBudget, train
 from flows.datasets import Digits
 from flows.errors import MissingPackageError
 from flows.evaluation import likelihood
@@ -55,11 +58,52 @@ def test_a_mixture_of_one_is_the_gaussian(digits, transform):
 
 def test_every_baseline_is_fitted_and_beats_what_it_starts_from(digits, transform):
     start = Gaussian(transform, SHAPE, torch.zeros(2, 64), floor=1.0)
-    for name, fit in fitting.BASELINES.items():
-        found = fit(digits, transform, seconds=0.0, seed=0)
+    for name in ("gaussian", "mixture", "nsf"):
+        found = fitting.BASELINES[name](digits, transform, seconds=0.0, seed=0)
         assert found.validation_nll < fitting.validation_nll(start, digits), name
         assert found.validation_nll == pytest.approx(fitting.validation_nll(found.model, digits), abs=1e-3)
         assert found.model.num_parameters > 2000
+
+
+def test_a_shrunk_mixture_of_one_is_the_gaussian(digits, transform):
+    points = fitting.flow_points(digits, transform, seed=0, least=2000)
+    one = Gaussian(transform, SHAPE, points, 1e-6)
+    other = fitting.ShrunkMixture(transform, SHAPE, points, num_components=1, shrinkage=500.0)
+    torch.testing.assert_close(one.log_density(points[:50]), other.log_density(points[:50]), rtol=1e-3, atol=0)
+    assert one.num_parameters == other.num_parameters
+
+
+@pytest.mark.slow
+def test_the_multiscale_flow_trains_for_its_time_and_is_tested_on_few_images(digits, transform):
+    found = fitting.fit_ffjord(digits, transform, seconds=2.0, seed=0)
+    assert found.seconds >= 2.0
+    one, many = images.evaluate(found.model, digits, 1, most_images=3)
+    assert one is many
+    assert one.num_points == 3
+
+
+def test_a_budget_of_the_cpu_ends_a_stage(digits, transform):
+    class Slow(fitting.NegativeLogLikelihood):
+        def __call__(self, model, batch, generator=None):
+            begun = time.process_time()
+            while time.process_time() - begun < 0.02:
+                pass
+            return super().__call__(model, batch, generator)
+
+    budget, model = CpuBudget(0.1), Spline(transform, SHAPE, num_transforms=1, hidden=4, bins=4)
+    stage = flows.training.Stage(Slow(), steps=1000, batch_size=4, schedule=budget)
+    train(model, digits, {"likelihood": stage}, callbacks=[budget], progress=False)
+    assert 1 <= budget.steps <= 5
+    assert budget.used >= 0.1
+    assert (budget(0.0), budget.done) == (0, 1)
+
+
+def test_the_first_stage_gets_the_time_that_the_others_leave(monkeypatch):
+    config = settings("data=moons", "objective=flow_matching_then_likelihood")
+    config["objective"]["maximum_likelihood"]["steps"] = 40
+    monkeypatch.setattr(images, "seconds_per_step", lambda trainer, stage: 0.5 if stage.steps == 40 else 0.1)
+    found = images.shortened(config, 30.0)["objective"]
+    assert (found["flow_matching"]["steps"], found["maximum_likelihood"]["steps"]) == (100, 40)
 
 
 def test_table_states_paired_differences(digits, transform):
