@@ -80,9 +80,7 @@ def test_importance_samples_need_noise_and_keep_contexts_beside_their_points():
     values = flow.estimate_log_prob(points.repeat_interleave(2, 0), context.repeat_interleave(2, 0), generator).value
     torch.testing.assert_close(loss, -values.view(2, 2).exp().mean(1).log().mean())
     continuous = CNF(MLP((2,), (8,)))
-    with pytest.raises(
-        ValueError, match=r"importance_samples=4 draws the dequantisation noise.*leave importance_"
-    ):
+    with pytest.raises(ValueError, match=r"importance_samples=4 draws the dequantisation noise.*leave importance_"):
         MaximumLikelihood(importance_samples=4)(continuous, Batch(torch.randn(8, 2)))
     with pytest.raises(ValueError, match="importance_samples must be a whole number >= 1, got 0"):
         MaximumLikelihood(importance_samples=0)
