@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from flows.datasets import Images
 
-PASSES, BATCH, LEARNING_RATE = 6, 64, 2e-3
-WARP = 0.08  # largest shift of a training image, as a share of its side
+STEPS, BATCH, LEARNING_RATE = 1500, 64, 2e-3
+SHIFT = 0.07  # largest shift of training images, as a share of their side; none of small ones
 
 
 class Judge(nn.Module):
@@ -24,10 +24,10 @@ class Judge(nn.Module):
 
     Args:
         dataset: with labels; the classifier sees its training images alone.
-        passes: over them.
+        steps: of training, in batches of 64.
     """
 
-    def __init__(self, dataset: Images, passes: int = PASSES, seed: int = 0) -> None:
+    def __init__(self, dataset: Images, steps: int = STEPS, seed: int = 0) -> None:
         super().__init__()
         images, labels = dataset._parts["train"].images.float(), dataset.labels("train")
         assert labels is not None, "the data of this benchmark have classes"
@@ -43,20 +43,19 @@ class Judge(nn.Module):
                 *(nn.Flatten(), nn.Linear(32 * pooled, self.num_features), nn.ReLU()),
             )
             self.out = nn.Linear(self.num_features, int(labels.max()) + 1)
-            self._fit(images, labels, passes)
+            self._fit(images, labels, steps)
         self.eval()
 
-    def _fit(self, images: Tensor, labels: Tensor, passes: int) -> None:
-        steps = passes * math.ceil(len(images) / BATCH)
+    def _fit(self, images: Tensor, labels: Tensor, steps: int) -> None:
         optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(passes):
-            for rows in torch.randperm(len(images)).split(BATCH):
-                loss = nn.functional.cross_entropy(self(_shifted(images[rows])), labels[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        order = torch.cat([torch.randperm(len(images)) for _ in range(math.ceil(steps * BATCH / len(images)))])
+        for rows in order[: steps * BATCH].split(BATCH):
+            loss = nn.functional.cross_entropy(self(_shifted(images[rows])), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
 
     def features(self, images: Tensor) -> Tensor:  # (n, 64)
         """The last hidden layer, from images in levels."""
@@ -80,7 +79,7 @@ class Judge(nn.Module):
 
 def _shifted(images: Tensor) -> Tensor:
     """Images moved by some pixels, all of a batch by the same."""
-    most = max(1, round(WARP * images.shape[-1]))
+    most = int(SHIFT * images.shape[-1])
     down, right = torch.randint(-most, most + 1, (2,)).tolist()
     padded = nn.functional.pad(images, (most, most, most, most))
     height, width = images.shape[2:]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flows.models.cnf import CNF
     from flows.models.distribution import FlowDistribution
     from flows.models.few_steps import fit_grid
+    from flows.models.interpolation import interpolate
     from flows.models.neural_ode import NeuralODE
     from flows.models.results import LogProbEstimate, Sample, Trajectory, Transport
     from flows.sharing import from_hub, load, save, to_hub
@@ -68,6 +69,7 @@ __all__ = [
     "from_hub",
     "infer",
     "inference",
+    "interpolate",
     "load",
     "objectives",
     "path_costs",
@@ -100,6 +102,7 @@ _HOMES = {
     "Transport": "flows.models.results",
     "export": "flows.exporting",
     "fit_grid": "flows.models.few_steps",
+    "interpolate": "flows.models.interpolation",
     "from_hub": "flows.sharing",
     "infer": "flows.inference",
     "load": "flows.sharing",

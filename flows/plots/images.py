@@ -18,6 +18,7 @@ from flows.checks import whole_number
 from flows.datasets import Dataset
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
+from flows.models.interpolation import interpolate
 from flows.plots.paths import draw_paths
 from flows.plots.style import check_classes, points_to_plot, quantiles
 from flows.solvers import ODESolver
@@ -258,19 +259,7 @@ def interpolations(
     start, end, context = _pairs_of_images(dataset, num_rows)
     start, end = start.to(flow.device, flow.dtype), end.to(flow.device, flow.dtype)
     context = None if context is None else context.to(flow.device, flow.dtype)
-    rows = len(start)
-    weights = torch.linspace(0, 1, num_columns).to(start).view(-1, 1, 1)
-    with torch.no_grad():
-        twice = None if context is None else context.repeat(2, *[1] * (context.ndim - 1))
-        images = flow.to_flow_space(torch.cat([start, end]), twice, generator)
-        z, w = flow.transport(images, (1.0, 0.0), twice, log_density=False).x.flatten(1).split(rows)
-        cosine = (z * w).sum(1) / (z.norm(dim=1) * w.norm(dim=1))
-        angle = cosine.clamp(-1 + 1e-6, 1 - 1e-6).arccos().unsqueeze(1)
-        latent = (((1 - weights) * angle).sin() * z + (weights * angle).sin() * w) / angle.sin()  # (columns, rows, d)
-        latent = latent.reshape(-1, *flow.event_shape)
-        each = None if context is None else context.repeat(num_columns, *[1] * (context.ndim - 1))
-        decoded = flow.to_data_space(flow.transport(latent, (0.0, 1.0), each, log_density=False).x, each)
-    images = decoded.unflatten(0, (num_columns, rows)).transpose(0, 1)
+    images = interpolate(flow, start, end, num_columns, context, generator).transpose(0, 1)
     return _strips(images, dataset.reference(), columns=["image", *[""] * (num_columns - 2), "image"])
 
 
