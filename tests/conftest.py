@@ -30,6 +30,22 @@ def _coarse_pictures(monkeypatch):
         monkeypatch.setattr(draw.__wrapped__, "__defaults__", (pixels,))  # what the check of arguments calls
 
 
+@pytest.fixture(autouse=True)
+def _no_layout(monkeypatch):
+    """Figures are drawn without arranging their parts, which is half of the work, unless a module says otherwise."""
+    monkeypatch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda self, figure: None)
+
+
+@pytest.fixture(autouse=True)
+def _coarse_masses(monkeypatch):
+    """A density is integrated by few points, unless a module says otherwise: small runs took long for that."""
+    from flows.models import mass
+
+    monkeypatch.setattr(mass, "NUM_SAMPLES", 200)
+    monkeypatch.setattr(mass, "NUM_DENSITIES", 50)
+    monkeypatch.setattr(mass.mass, "__defaults__", (None, None, True, 1_600))
+
+
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Run a script in this process, in an empty folder; returns exit code, stdout and stderr."""

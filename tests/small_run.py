@@ -34,7 +34,7 @@ def small_flow(dataset, divergence=None, seed=0):
     return flows.CNF(
         flows.fields.MLP(dataset.event_shape, hidden=(8, 8)),
         divergence=divergence or flows.divergence.Hutchinson(num_probes=2),
-        solver=flows.ODESolver(method="rk4", step_size=0.25),
+        solver=flows.ODESolver(method="rk4", step_size=0.5),
         transform=flows.transforms.Standardise(dataset.event_shape).fit(dataset.reference()),
     )
 

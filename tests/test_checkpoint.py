@@ -34,7 +34,7 @@ CONFIG = {
     "transform": {"_target_": "flows.transforms.Standardise"},
     "field": {"_target_": "flows.fields.MLP", "hidden": [8, 8]},
     "divergence": {"_target_": "flows.divergence.Analytic"},
-    "solver": {"_target_": "flows.ODESolver", "method": "rk4", "step_size": 0.25},
+    "solver": {"_target_": "flows.ODESolver", "method": "rk4", "step_size": 0.5},
 }
 
 

@@ -9,8 +9,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_scripts import TINY
 
-QUICK = ["points=12", "measure.times=[1,0.5]", "measure.draws=4", "measure.seconds=0.2", "progress_bar=false"]
-UNTRAINED = ["data=gaussian", "field.hidden=[8,8]", "solver=rk4", "solver.step_size=0.25", *QUICK]
+QUICK = ["points=12", "measure.times=[1,0.5]", "measure.draws=4", "measure.seconds=0.04", "progress_bar=false"]
+UNTRAINED = ["data=gaussian", "field.hidden=[8,8]", "solver=rk4", "solver.step_size=0.5", *QUICK]
 CHOICES = ("analytic", "auto", "bottleneck", "exact", "hutch_plus_plus", "hutchinson", "probing", "xtrace")
 
 

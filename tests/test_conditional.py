@@ -199,17 +199,17 @@ def test_a_field_of_this_package_computes_with_whole_numbers():
 
 def settings(tmp_path, data, steps=400):
     return {
-        "data": {"_target_": f"flows.datasets.{data}", "num_validation": 200, "num_test": 2000},
+        "data": {"_target_": f"flows.datasets.{data}", "num_validation": 200, "num_test": 1000},
         "transform": {"_target_": "flows.transforms.Standardise"},
         "field": {"_target_": "flows.fields.MLP", "hidden": [32, 32], "activation": "tanh"},
         "divergence": {"_target_": "flows.divergence.Analytic"},
-        "solver": {"_target_": "flows.ODESolver", "method": "rk4", "step_size": 0.1},
+        "solver": {"_target_": "flows.ODESolver", "method": "rk4", "step_size": 0.2},
         "objective": {
             "flow_matching": {
                 "_target_": "flows.training.Stage",
-                "objective": {"_target_": "flows.objectives.FlowMatching", "target": "marginal", "num_queries": 128},
+                "objective": {"_target_": "flows.objectives.FlowMatching", "target": "marginal", "num_queries": 64},
                 "steps": steps,
-                "batch_size": 256,
+                "batch_size": 128,
                 "learning_rate": 1e-2,
             }
         },

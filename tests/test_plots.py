@@ -17,6 +17,11 @@ from flows.plots.plane import square
 from flows.plots.style import quantiles
 
 
+@pytest.fixture(autouse=True)
+def _no_layout():
+    """Figures are drawn as in a run here."""
+
+
 class ZeroField(torch.nn.Module):
     event_shape = (2,)
 

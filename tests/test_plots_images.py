@@ -14,6 +14,11 @@ from flows.samples import save_samples
 from flows.transforms import Standardise
 
 
+@pytest.fixture(autouse=True)
+def _no_layout():
+    """Figures are drawn as in a run here."""
+
+
 class Squares(Dataset):
     """4 x 4 images, dark with one bright quarter, which is their class; levels 0 and 10."""
 

@@ -41,7 +41,7 @@ TINY = [
     "data.num_test=40",
     "field.hidden=[8,8]",
     "solver=rk4",
-    "solver.step_size=0.25",
+    "solver.step_size=0.5",
     "objective.flow_matching.steps=4",
     "objective.flow_matching.batch_size=16",
     "objective.flow_matching.warmup_steps=0",
@@ -109,7 +109,7 @@ def test_train_evaluate_and_sample(run, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"last.pt", "best.pt"}
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert config["field"]["hidden"] == [8, 8]
-    assert (config["seed"], config["output_dir"], config["solver"]["step_size"]) == (3, "run", 0.25)
+    assert (config["seed"], config["output_dir"], config["solver"]["step_size"]) == (3, "run", 0.5)
     assert "${" not in (tmp_path / "run/config.yaml").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # all that the run produces is in there
 

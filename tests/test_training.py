@@ -428,7 +428,7 @@ def test_the_summary_file_holds_the_figures(tmp_path):
     assert content["steps"] == 11
     assert content["test_points"] == 50
     assert content["test_gap"] == pytest.approx(content["test_nll"] - small_gaussian().entropy)
-    assert content["test_nfe"] == 16
+    assert content["test_nfe"] == 8
     assert content["seconds"] > 0
     assert content["test_solver_error"] < 1e-2
     assert (content["seed"], content["data"], content["output_dir"]) == (3, "gaussian", str(tmp_path))
@@ -544,7 +544,7 @@ def test_mixed_precision_runs(tmp_path):
 
     stages = {"maximum_likelihood": Stage(recorded, steps=2, batch_size=8)}
     small_trainer(tmp_path, stages=stages, precision="bf16-mixed", loggers=[memory]).fit()
-    assert memory.series("train/nfe_forward")[0][1] == 16
+    assert memory.series("train/nfe_forward")[0][1] == 8
     assert all(x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float()) for x in seen)
 
 

@@ -21,6 +21,11 @@ from flows.training import Stage
 RATE = 6.0  # of a linear field, too stiff for long steps
 
 
+@pytest.fixture(autouse=True)
+def _coarse_masses():
+    """Masses are those of a real run here."""
+
+
 class Jump(nn.Module):
     """v = a sign(x1) + 0.001 x: the halves of the plane move apart, and a solve backwards puts mass into the gap."""
 

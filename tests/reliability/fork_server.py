@@ -223,6 +223,7 @@ if __name__ == "__main__":
     import torch
 
     kinds.quick_pictures()
+    kinds.quick_masses()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     print("ready", flush=True)

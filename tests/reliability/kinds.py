@@ -15,6 +15,7 @@ from flows import plots
 from flows.datasets import DoubleWell, Gaussian, Images, Moons, MoonsByClass, Table
 from flows.datasets.images.images import LabelledImages
 from flows.evaluation import default_evaluator
+from flows.models import mass
 from flows.objectives import FlowMatching, MaximumLikelihood, ReverseKL
 from flows.path_costs import KineticEnergy
 from flows.training import Hardware, Optimization, Reporting, Stage, Trainer, load_checkpoint
@@ -42,18 +43,18 @@ LIKELIHOOD = Stage(MaximumLikelihood(), steps=5, batch_size=8, learning_rate=1e-
 COSTLY = Stage(MaximumLikelihood([KineticEnergy(0.01)]), steps=5, batch_size=8, learning_rate=1e-2)
 STAGED = {"flow_matching": MATCHING, "likelihood": LIKELIHOOD}
 KINDS = {  # the data, the stages, the solver
-    "likelihood": (gaussian, {"likelihood": LIKELIHOOD}, {"method": "rk4", "step_size": 0.25}),
+    "likelihood": (gaussian, {"likelihood": LIKELIHOOD}, {"method": "rk4", "step_size": 0.5}),
     "adaptive": (gaussian, {"likelihood": COSTLY}, {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3}),
-    "flow matching": (lambda: Moons(**COUNTS), {"flow_matching": MATCHING}, {"method": "rk4", "step_size": 0.25}),
-    "staged": (gaussian, STAGED, {"method": "rk4", "step_size": 0.25}),
+    "flow matching": (lambda: Moons(**COUNTS), {"flow_matching": MATCHING}, {"method": "rk4", "step_size": 0.5}),
+    "staged": (gaussian, STAGED, {"method": "rk4", "step_size": 0.5}),
     "reverse KL": (
         DoubleWell,
         {"reverse_kl": dataclasses.replace(LIKELIHOOD, objective=ReverseKL(DoubleWell()))},
-        {"method": "rk4", "step_size": 0.25},
+        {"method": "rk4", "step_size": 0.5},
     ),
-    "table": (table, STAGED, {"method": "rk4", "step_size": 0.25}),
-    "images": (images, {"flow_matching": MATCHING}, {"method": "rk4", "step_size": 0.25}),
-    "conditional": (lambda: MoonsByClass(**COUNTS), STAGED, {"method": "rk4", "step_size": 0.25}),
+    "table": (table, STAGED, {"method": "rk4", "step_size": 0.5}),
+    "images": (images, {"flow_matching": MATCHING}, {"method": "rk4", "step_size": 0.5}),
+    "conditional": (lambda: MoonsByClass(**COUNTS), STAGED, {"method": "rk4", "step_size": 0.5}),
 }
 
 
@@ -113,6 +114,12 @@ def picture_of(content):
     digest = hashlib.sha512(repr(content).encode()).digest()
     figure.figimage(np.frombuffer(digest, np.uint8).reshape(8, 8), vmin=0, vmax=255)
     return figure
+
+
+def quick_masses():
+    """Integrate densities by few points."""
+    mass.NUM_SAMPLES, mass.NUM_DENSITIES = 200, 50
+    mass.mass.__defaults__ = (None, None, True, 1_600)
 
 
 def quick_pictures():
