@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flows.datasets import Images
 
 STEPS, BATCH, LEARNING_RATE = 1500, 64, 2e-3
+LARGEST = 14  # pixels a side that boosting looks at
 SHIFT = 0.07  # largest shift of training images, as a share of their side; none of small ones
 
 
@@ -108,11 +109,16 @@ class Share:
 
 
 def told_apart(samples: Tensor, real: Tensor, folds: int = 5) -> Share:
-    """Accuracy of gradient boosting on the pixels; 50 % means that it cannot tell samples from real images."""
+    """Accuracy of gradient boosting on the pixels; 50 % means that it cannot tell samples from real images.
+
+    Pixels of large images are means of blocks, so that at most about 14 × 14 are left.
+    """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-    rows = torch.cat([samples.flatten(1).double(), real.flatten(1).double()]).numpy()
+    images = torch.cat([samples.float(), real.float()])
+    block = max(1, round(images.shape[-1] / LARGEST))
+    rows = nn.functional.avg_pool2d(images, block, ceil_mode=True).flatten(1).numpy()
     is_real = np.repeat([0, 1], [len(samples), len(real)])
     parts = StratifiedKFold(folds, shuffle=True, random_state=0)
     found = cross_val_score(HistGradientBoostingClassifier(random_state=0), rows, is_real, cv=parts)
