@@ -44,7 +44,7 @@ class Judge(nn.Module):
                 *(nn.Flatten(), nn.Linear(32 * pooled, self.num_features), nn.ReLU()),
             )
             self.out = nn.Linear(self.num_features, int(labels.max()) + 1)
-            self._fit(images, labels, steps)
+            self.float()._fit(images, labels, steps)
         self.eval()
 
     def _fit(self, images: Tensor, labels: Tensor, steps: int) -> None:

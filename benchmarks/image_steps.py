@@ -34,6 +34,7 @@ class Seen:
     test: Tensor
     real: Tensor  # that samples are told apart from: all images of a small data set, else the test images
     labels: Tensor  # of these
+    others: Tensor | None  # as many real images, or None where all are among `real`
 
     @classmethod
     def of(cls, dataset: Images, points: int | None) -> Seen:
@@ -43,7 +44,8 @@ class Seen:
         real = torch.cat([part.images for part in chosen]).float()
         labels = torch.cat([cast("Tensor", part.labels) for part in chosen])
         training, test = parts["train"].images.float(), parts["test"].images.float()
-        return cls(Judge(dataset), training, test, real, labels)
+        others = None if points is None else parts["validation"].images[: len(real)].float()
+        return cls(Judge(dataset), training, test, real, labels, others)
 
     def row(self, name: str, samples: Tensor) -> tuple[str, ...]:
         """A line of the table."""
@@ -60,12 +62,15 @@ class Seen:
     def yardstick(self) -> str:
         """What real images reach by the same measures."""
         label = cast("Tensor", self.judge.classes(self.real)) == self.labels
-        half = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0)).chunk(2)
-        floor = self.judge.frechet(self.real[half[0]], self.real[half[1]])
+        first, second = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0)).chunk(2)
+        if self.others is None:
+            floor = f"of their halves {self.judge.frechet(self.real[first], self.real[second]):.2f}"
+        else:
+            floor = f"to {len(self.others):,} others {self.judge.frechet(self.real, self.others):.2f}"
         return (
             f"Real images: the judge, trained on {len(self.training):,} training images, is right on "
-            f"{label.double().mean():.1%} of these {len(self.real):,}; Fréchet distance of their halves {floor:.2f}; "
-            f"median distance of test images to the nearest training image {nearest(self.test, self.training):.2f}"
+            f"{label.double().mean():.1%} of these {len(self.real):,}; Fréchet distance {floor}; median distance of "
+            f"test images to the nearest training image {nearest(self.test, self.training):.2f}"
         )
 
 

@@ -10,6 +10,7 @@ import flows
 from benchmarks import image_baselines as fitting
 from benchmarks import image_classes, images, unet_step
 from benchmarks.densities import Gaussian, Mixture, Spline, spline_flow
+from benchmarks.image_judge import Judge, frechet, nearest, told_apart
 from benchmarks.recipes import settings
 from benchmarks.time_budget import CpuBudget, train
 from flows.datasets import Digits
@@ -167,3 +168,27 @@ def test_a_missing_unet_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchcfm.models.unet", None)
     with pytest.raises(MissingPackageError, match="torchcfm's, which is not installed: pip install torchcfm"):
         unet_step.other_unet()
+
+
+def test_frechet_distance_is_that_of_normal_distributions():
+    """‖m − m′‖² + Σ (s − s′)² for covariances that commute, and 0 for the same points."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, 3, generator=generator, dtype=torch.float64)
+    z = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(z.T.cov())).T  # moments 0 and I
+    scale, shift = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([0.3, 0.0, -1.0]).double()
+    expected = shift.square().sum() + (scale - 1).square().sum()
+    assert frechet(z * scale + shift, z) == pytest.approx(float(expected), rel=1e-6)
+    assert frechet(z, z) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_judge_reads_classes_and_boosting_tells_copies_from_other_images(digits):
+    judge = Judge(digits, steps=200)
+    test = digits.held_out("test").x.float()
+    assert (judge.classes(test) == digits.labels("test")).double().mean() > 0.8
+    training = digits.reference()
+    assert nearest(training[:20], training) == 0
+    assert nearest(test, training) == pytest.approx(16.64, abs=0.01)
+    half = test[:150], test[150:300]
+    assert abs(told_apart(*half, folds=2).value - 0.5) < 0.15
+    assert told_apart(half[0], 16 - half[1], folds=2).value > 0.95
+    assert judge.frechet(16 - half[1], test) > 5 * judge.frechet(half[0], test)
