@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from flows.errors import FlowsError
+from flows.expectations import public_path
 from flows.training.annotations import SettingsError, check_type, is_list, show
 
 TARGET, PARTIAL = "_target_", "_partial_"
@@ -325,18 +326,8 @@ def _as_settings(value: Any) -> Any:
         return [_as_settings(element) for element in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        return {TARGET: _public_path(type(value))} | {name: _as_settings(element) for name, element in fields.items()}
+        return {TARGET: public_path(type(value))} | {name: _as_settings(element) for name, element in fields.items()}
     raise TypeError(f"{value!r} is no plain value")
-
-
-def _public_path(kind: type) -> str:
-    """The shortest import path of a class."""
-    words = kind.__module__.split(".")
-    for i in range(1, len(words)):
-        package = ".".join(words[:i])
-        if getattr(importlib.import_module(package), kind.__name__, None) is kind:
-            return f"{package}.{kind.__name__}"
-    return f"{kind.__module__}.{kind.__name__}"
 
 
 def _given(part: str) -> Sequence[str]:
