@@ -31,7 +31,7 @@ from flows.evaluation import likelihood
 from flows.fields import ConcatSquashMLP, Field
 from flows.models.cnf import CNF
 from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood
-from flows.solvers import compilations
+from flows.solvers import ODESolver, compilations
 from flows.training import Stage
 from flows.transforms import Standardise, Transform
 from flows.writing import to_json
@@ -143,11 +143,13 @@ def measure(
     x = transform(dataset.train_stream(batch_size, torch.Generator().manual_seed(1), device).next().x)[0]
     many = transform(dataset.train_stream(points, torch.Generator().manual_seed(2), device).next().x)[0]
     methods, report.missing = installed(start)
+    exact = precise(start, many)
     if compile:
         methods.append(CompiledFlows(copy.deepcopy(start), TOLERANCE))
     reference = methods[0](x).detach()
     for method in methods:
         report.agreement[method.name] = float((method(x).detach() - reference).abs().max())
+        report.errors[method.name] = mean_error(method, many, exact)
         report.evaluations[method.name] = method.evaluations_of_a_step(x)
     title = (lambda text: text) if progress else (lambda text: None)
     steps = {method.name: _gradient(method.field, lambda m=method: -m(x).mean()) for method in methods}
@@ -160,6 +162,7 @@ def measure(
         else:
             few, rest = other.asarray(x.numpy()), other.asarray(many.numpy())
             report.agreement[other.name] = float((other.log_prob(x) - reference).abs().max())
+            report.errors[other.name] = float((other.log_prob(many) - exact).abs().mean())
             report.evaluations[other.name] = other.evaluations(few), 0
             steps[other.name], evaluations[other.name] = lambda: other.step(few), lambda: other.evaluate(rest)
     report.times[STEP] = alternating_medians(steps, seconds_each, progress=title(STEP), clock=clock)
@@ -173,6 +176,19 @@ def measure(
             cases, seconds_each / 2, 500, title(PAIRED[coupling]), clock
         )
     return report
+
+
+@torch.no_grad()
+def precise(field: Field, points: Tensor) -> Tensor:
+    """log p in flow space, to far more digits than anything here is compared to."""
+    flow = CNF(copy.deepcopy(field).double(), solver=ODESolver("dopri8", rtol=1e-9, atol=1e-9))
+    return flow.log_prob(points.double())
+
+
+@torch.no_grad()
+def mean_error(method: LikelihoodMethod, points: Tensor, exact: Tensor) -> float:
+    """The mean |error| of log p, in nats."""
+    return float((method(points) - exact).abs().mean())
 
 
 def beginning(dataset: Density, hidden: Sequence[int] = (64, 64, 64), device: str = "cpu") -> tuple[Field, Transform]:

@@ -21,6 +21,7 @@ class Report:
     times: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds, by task and by package
     evaluations: dict[str, tuple[int, int]] = field(default_factory=dict)  # per step, forward and backward
     agreement: dict[str, float] = field(default_factory=dict)  # largest difference of log p from this package's, nats
+    errors: dict[str, float] = field(default_factory=dict)  # mean error of log p, nats
     nll: dict[str, tuple[float, float, int]] = field(default_factory=dict)  # NLL, its standard error, steps
     missing: dict[str, str] = field(default_factory=dict)  # the reason why a package was left out
 
@@ -28,11 +29,14 @@ class Report:
 def timing_table(report: Report) -> Iterator[str]:
     """One block per task: milliseconds, and the ratio to this package."""
     for what, times in report.times.items():
-        yield f"\n{what:26}{'ms':>10}{'/ flows':>9}" + (f"{'NFE':>10}{'|Δ log p|':>12}" if what == STEP else "")
+        yield f"\n{what:26}{'ms':>10}{'/ flows':>9}" + (
+            f"{'NFE':>10}{'|Δ log p|':>12}{'error':>10}" if what == STEP else ""
+        )
         for name, seconds in times.items():
             row = f"{name:26}{1e3 * seconds:10.1f}{seconds / times[Flows.name]:9.2f}"
             if what == STEP:
                 row += f"{'{} + {}'.format(*report.evaluations[name]):>10}{report.agreement[name]:12.1e}"
+                row += f"{report.errors[name]:10.1e}"
             yield row
 
 

@@ -50,9 +50,14 @@ def tanh(z: Tensor) -> Tensor:
     PyTorch's own takes three times as long on a CPU. It resolves small values to the last digit, which layers do not
     need, because their biases round away as much.
     """
+    if z.dtype != torch.float32 or not z.is_cpu:
+        return z.tanh()
     traced = type(z) is not Tensor or torch.compiler.is_compiling()
-    if z.dtype != torch.float32 or not z.is_cpu or (traced and torch.is_grad_enabled()):
-        return z.tanh()  # in traced code torch 2.13 gives wrong gradients of the weights otherwise
+    if traced and torch.is_grad_enabled():
+        from torch._inductor import config
+
+        # The patterns that torch 2.13 looks for in traced code replace the value by another in gradients of weights.
+        return z.tanh() if config.pattern_matcher else 2 * torch.sigmoid(2 * z) - 1
     return (2 * z).sigmoid_().mul(2).sub_(1)
 
 

@@ -228,6 +228,8 @@ class Program:
             options["allow_buffer_reuse"] = False
         if arguments[0].is_cuda:
             options["triton.cudagraphs"] = True
+        else:  # its patterns find nothing here, and some are wrong (torch 2.13): see `flows.fields.activations.tanh`
+            options["pattern_matcher"] = False
         self._code = torch.compile(_entry(self), fullgraph=True, dynamic=False, options=options or None)
         self._source = function
         try:
