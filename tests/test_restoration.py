@@ -140,3 +140,19 @@ def test_a_base_in_units_of_the_context_and_a_uniform_base():
     assert abs(float(found.x.mean()) - 6.5) < 0.1
     box = flows.CNF(flows.fields.MLP((2,), (4,)), base=torch.distributions.Uniform(torch.zeros(2), torch.ones(2)))
     assert restore(box.double(), torch.zeros(1, 2), Denoising(), 0.5, num_proposals=5, solver=FAST).x.isfinite().all()
+
+
+def test_data_space_without_rounding_keeps_the_noise_and_the_slope():
+    transform = Compose(dequantise=Dequantise(16), unit=UnitInterval(16), scale=Standardise((2,)))
+    flow = flows.CNF(flows.fields.MLP((2,), hidden=(4,)), transform=transform).double()
+    levels = torch.randint(0, 16, (50, 2)).double()
+    flow.fit_ends(levels)
+    y = flow.to_flow_space(levels).requires_grad_()
+    x = flow.to_data_space(y, rounded=False)
+    assert torch.equal(x.floor(), levels)
+    assert not torch.equal(x, levels)
+    assert torch.equal(flow.to_data_space(y), levels)
+    (slope,) = torch.autograd.grad(x.sum(), y)
+    assert (slope > 0).all()
+    plain = flows.CNF(flows.fields.MLP((2,)), transform=Standardise((2,)))
+    assert torch.equal(plain.to_data_space(y.detach(), rounded=False), plain.to_data_space(y.detach()))

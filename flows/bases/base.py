@@ -128,6 +128,11 @@ class Base(CheckedMethods, nn.Module, ABC, checks=("sample", "log_prob", "fit", 
         """
         raise NoDensityError(self.why_no_density())
 
+    def require_density(self) -> None:
+        """Raise `NoDensityError` unless there is a density."""
+        if not self.has_density:
+            raise NoDensityError(self.why_no_density())
+
     def why_no_density(self) -> str:
         """Say why there is no density, and what to do."""
         return (

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 import flows
 from flows.arguments import checked
-from flows.bases import Base, Frame, NoDensityError, as_base
+from flows.bases import Base, Frame, as_base
 from flows.checks import as_shape, check_number, check_points, fits_in_memory
 from flows.conditions import Named
 from flows.divergence import Auto, DivergenceEstimator
@@ -251,10 +251,14 @@ class CNF(nn.Module):
         self,
         y: Tensor,  # (B, *event), flow space
         context: Tensor | Named | None = None,  # (B, *context)
+        rounded: bool = True,
     ) -> Tensor:  # (B, *event)
-        """The inverse of `to_flow_space`."""
+        """The inverse of `to_flow_space`.
+
+        With `rounded=False`, whole numbers keep their noise x + u, and so the derivative with respect to `y`."""
         frame = frame_of(self, contexts_of(self, context), (len(y),))
-        return self.transform.inverse(y if frame is None else frame.absolute(y)[0])[0]
+        y = y if frame is None else frame.absolute(y)[0]
+        return self.transform.inverse(y)[0] if rounded else self.transform.unrounded(y)
 
     @checked
     def guided(self, weight: float) -> CNF:
@@ -359,7 +363,7 @@ class CNF(nn.Module):
         base_time: float = 0.0,
         rows: slice | None = None,
     ) -> LogProbEstimate:
-        self._require_density()
+        self.base.require_density()
         points, batch_shape = points_of(self, x)
         context = contexts_of(self, context)
         frame = frame_of(self, context, batch_shape)
@@ -439,7 +443,7 @@ class CNF(nn.Module):
         rows: slice | None = None,
     ) -> Sample:
         """`sample_and_log_prob` with standard errors and path costs; `rows` as in `estimate_log_prob`."""
-        self._require_density()
+        self.base.require_density()
         z, context, full_shape, frame = self._base_points(shape, context, generator)
         if rows is not None:
             context, full_shape = None if context is None else context[rows], (len(z[rows]),)
@@ -574,8 +578,3 @@ class CNF(nn.Module):
         z = self.base.sample((math.prod(full_shape),), generator)
         frame = frame_of(self, context, full_shape)
         return z, features_of(self, context, full_shape), full_shape, frame
-
-    def _require_density(self) -> None:
-        """Raise `NoDensityError` before a solve, unless the base has a density."""
-        if not self.base.has_density:
-            raise NoDensityError(self.base.why_no_density())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,11 +15,9 @@ from flows.checks import check_number, whole_number
 from flows.datasets import one_hot
 from flows.errors import DataWarning, InvalidValueError, warn
 from flows.models.cnf import CNF
-from flows.models.inputs import frame_of
 from flows.restoration.operators import Operator
 from flows.samples import class_number
 from flows.solvers import ODESolver
-from flows.transforms import Compose, Transform
 
 LEVEL_VARIANCE = 1 / 12  # of the uniform noise that dequantises a whole number
 ACCEPTANCE = 0.65  # share of accepted proposals that the step sizes aim at
@@ -128,7 +125,7 @@ def restore(
     whole_number("num_proposals", num_proposals, 5)
     has_levels = flow.transform.num_levels is not None
     check_number("noise_sd", noise_sd, at_least=0, above=None if has_levels else 0)
-    flow._require_density()
+    flow.base.require_density()
     if not isinstance(context, Tensor | None):
         context = _classes(flow, context, len(observation))
     target = _Target(flow, operator, observation, noise_sd, num_draws, context, solver)
@@ -136,7 +133,7 @@ def restore(
     z, acceptance = _sample(target, z, num_proposals, num_leapfrogs, generator, progress_bar)
     with torch.no_grad():
         y, nfe = target.points(z)
-        x = flow.transform.inverse(y)[0]
+        x = flow.to_data_space(y, target.context)
         residual = target.misfit(y).div(target.size).sqrt() / target.sd
     shape = (num_draws, len(observation))
     cost = num_proposals * num_leapfrogs * nfe
@@ -201,7 +198,6 @@ class _Target:
             context = context.repeat(num_draws, *[1] * (context.ndim - 1))
         parts = (flow.base, flow.transform, flow.event_shape, flow.encoder)
         self.flow = flow if solver is None else CNF(flow.field, flow.divergence, solver, *parts)
-        self.transforms = _continuous(flow.transform)
         self.operator, self.context = operator, context
         self.observation = observation.to(flow.device, flow.dtype).repeat(num_draws, *[1] * len(shape))
         self.chains, self.size = len(self.observation), math.prod(shape)
@@ -214,13 +210,11 @@ class _Target:
 
     def points(self, z: Tensor) -> tuple[Tensor, int]:  # (chains, *event), flow space
         moved = self.flow.transport(z, (0.0, 1.0), self.context, log_density=False)
-        frame = frame_of(self.flow, self.context, (len(z),))  # of a base whose units depend on the context
-        return moved.x if frame is None else frame.absolute(moved.x)[0], moved.statistics.nfe_forward
+        return moved.x, moved.statistics.nfe_forward
 
     def misfit(self, y: Tensor) -> Tensor:  # (chains,), ‖y − A x‖²
-        for transform in reversed(self.transforms):
-            y = transform.inverse(y)[0]
-        return (self.observation - self.operator(y - self.shift)).square().flatten(1).sum(1)
+        x = self.flow.to_data_space(y, self.context, rounded=False)
+        return (self.observation - self.operator(x - self.shift)).square().flatten(1).sum(1)
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log p₀(z) and the misfit (chains,), and the gradients of both, stacked (2, chains, *event)."""
@@ -289,12 +283,3 @@ def _sample(
                 adapted.clear()
             accepted, last = accepted + taken, last + 1
     return z.detach(), accepted / max(1, last)
-
-
-def _continuous(transform: Transform) -> list[Transform]:
-    """The parts of a transform but its dequantisation, whose inverse rounds."""
-    if transform.num_levels is None:
-        return [transform]
-    if not isinstance(transform, Compose):
-        raise InvalidValueError("a flow of whole numbers needs a Compose that begins with Dequantise to be restored")
-    return cast("list[Transform]", list(transform.transforms.values())[1:])

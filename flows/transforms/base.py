@@ -99,6 +99,13 @@ class Transform(CheckedMethods, nn.Module, ABC, checks=("forward", "inverse", "c
     ) -> tuple[Tensor, Tensor]:  # (B, *event) and (B,)
         """Return x and −log_det in nats."""
 
+    def unrounded(
+        self,
+        y: Tensor,  # (B, *event), flow space
+    ) -> Tensor:  # (B, *event)
+        """Return x of `inverse`, but before whole numbers are rounded. Default: nothing is."""
+        return self.inverse(y)[0]
+
     def push_velocity(
         self,
         velocity: Tensor,  # dx/dt, (B, *event)
@@ -244,6 +251,11 @@ class Compose(Transform):
             y, log_det = transform.inverse(y)
             total = total + log_det
         return y, total
+
+    def unrounded(self, y: Tensor) -> Tensor:
+        for transform in reversed(self._parts()):
+            y = transform.unrounded(y)
+        return y
 
     @property
     def is_defined_everywhere(self) -> bool:

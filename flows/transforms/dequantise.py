@@ -175,6 +175,10 @@ class Dequantise(Transform):
         x = y.detach().floor().clamp(0, self.num_levels - 1)
         return x, self.noise.log_prob((y - x).clamp(0, 1), x)
 
+    def unrounded(self, y: Tensor) -> Tensor:
+        """The level and its noise, x + u."""
+        return y
+
 
 def checked_levels(num_levels: int | None) -> int:
     """Return `num_levels`, or raise an error if it is no valid number of levels."""

@@ -196,17 +196,17 @@ def _decode(
     names = {stored.class_names for stored in chosen.values() if stored.class_names is not None}
     labels = {}
     pixels = {}
-    decoder.widest = max((stored.highest or 0 for stored in chosen.values()), default=0) or None
+    decoder.largest_16_bit = max((stored.highest or 0 for stored in chosen.values()), default=0) or None
     for part, stored in chosen.items():
         pixels[part], kept = decoder(stored, part)
         given = stored.labels
         if given is not None and len(names) > 1 and stored.class_names is not None:  # classes of several sources
             given = [None if label is None else stored.class_names[label] for label in given]
         labels[part] = given[kept] if isinstance(given, np.ndarray) else given and [given[i] for i in kept.tolist()]
-    count = max(2, (decoder.highest or 0) + 1)
-    if decoder.highest is not None and 2 * decoder.highest < decoder.num_levels - 1:
+    count = max(2, (decoder.largest_value or 0) + 1)
+    if decoder.largest_value is not None and 2 * decoder.largest_value < decoder.num_levels - 1:
         warn(
-            f"{where}: the highest value is {decoder.highest}; if the images have {count} levels, set "
+            f"{where}: the highest value is {decoder.largest_value}; if the images have {count} levels, set "
             f"num_levels={count}, as bits per dimension of {decoder.num_levels:,} levels are other bits",
             DataWarning,
         )

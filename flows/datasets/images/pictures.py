@@ -44,8 +44,8 @@ class Decoder:
     ):
         self.where, self.mode, self.size, self.num_levels = where, mode, size, num_levels
         self.scale, self.skip_unreadable = scale, skip_unreadable
-        self.highest: int | None = None  # of all arrays of numbers
-        self.widest: int | None = None  # stored level of all 16-bit arrays, which share one scale; None: not known
+        self.largest_value: int | None = None  # of all arrays of numbers
+        self.largest_16_bit: int | None = None  # stored level of all 16-bit arrays, which share one scale
         self._losses: dict[str, list[str]] = {}  # what is lost, and of which pictures
         self._first: tuple[str, str, tuple[int, int]] | None = None  # name, mode and size of the first picture
 
@@ -170,11 +170,11 @@ class Decoder:
             block.dtype == np.uint16
             and self.mode is not None
             and self.num_levels <= 256
-            and (self.widest or block.max()) > 255
+            and (self.largest_16_bit or block.max()) > 255
         ):
             self._losses.setdefault(UPPER_BITS, []).append(f"image {row} {name}")
             block = block >> 8
-        self.highest = max(self.highest or 0, int(block.max()))
+        self.largest_value = max(self.largest_value or 0, int(block.max()))
         wrong = (block < 0) | (block >= self.num_levels)
         if wrong.any():
             index = tuple(wrong.nonzero()[i][0] for i in range(block.ndim))
