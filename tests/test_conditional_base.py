@@ -9,7 +9,8 @@ from torch.distributions import MultivariateNormal
 
 import flows
 from flows import CNF, Posterior
-from flows.bases import ConditionalNormal
+from flows.bases import ConditionalMixture, ConditionalNormal, MixtureFrame
+from flows.bases.quantiles import LogNormalQuantile
 from flows.datasets import Batch, Table
 from flows.encoders import Standardised
 from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
@@ -52,12 +53,19 @@ def pairs():
         return known(context).sample(), 5 + 100 * context  # in units that need scaling
 
 
-@pytest.fixture(scope="module", params=["full", "diagonal"])
+BASES = {
+    "full": lambda: ConditionalNormal(2, 2, hidden=(16,), steps=300),
+    "diagonal": lambda: ConditionalNormal(2, 2, hidden=(16,), covariance_type="diagonal", steps=300),
+    "mixture": lambda: ConditionalMixture(2, 2, num_components=3, hidden=(16,), steps=300),
+}
+
+
+@pytest.fixture(scope="module", params=list(BASES))
 def flow(request, pairs):
     """A flow that is fitted but not trained; its field is no longer at rest."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = ConditionalNormal(2, 2, hidden=(16,), covariance_type=request.param, steps=300)
+        base = BASES[request.param]()
         solver = ODESolver(rtol=1e-8, atol=1e-8)
         parts = {"base": base, "solver": solver, "transform": Standardise(2), "encoder": Standardised(2).fit(pairs[1])}
         flow = CNF(MLP(2, hidden=(8,), context_shape=2), **parts).double()
@@ -78,6 +86,8 @@ def test_frames_are_inverted_and_their_volume_is_that_of_autograd(flow, pairs):
 
 
 def test_at_rest_the_flow_has_the_density_of_the_fitted_normal(flow, pairs):
+    if isinstance(flow.base, ConditionalMixture):
+        pytest.skip("has no normal distribution")
     points, context = (part[:50] for part in pairs)
     still = CNF(MLP(2, hidden=(8,), context_shape=2, at_rest=True).double(), base=flow.base, transform=flow.transform)
     y, log_det = flow.transform(points)
@@ -97,6 +107,75 @@ def test_the_fit_finds_mean_and_covariance(flow, pairs):
     assert -0.05 < excess < 0.1
     plain = CNF(MLP(2, hidden=(8,), context_shape=2, at_rest=True).double(), transform=flow.transform)
     assert plain.log_prob(points, context).mean() < still.log_prob(points, context).mean() - 1
+
+
+def test_new_points_widen_the_scales_and_leave_the_means(pairs):
+    context = torch.rand(400, 1, generator=rng(), dtype=torch.float64)
+    points = 3 * torch.sin(6 * context) + 0.05 * torch.randn(400, 1, generator=rng(1), dtype=torch.float64)
+    base = ConditionalNormal(1, 1, hidden=(64, 64), steps=400).double()
+    base.fit(points, contexts=context)
+    with torch.no_grad():
+        before = base.frame(context)
+        base._widen(points, base._features(context).flip(0))  # points that the network does not predict
+        after = base.frame(context)
+    torch.testing.assert_close(after.mean, before.mean)
+    torch.testing.assert_close(after.log_scale - before.log_scale, torch.full_like(after.mean, math.log(3)))
+
+
+def mixture_of_two():
+    """Two components in the plane with context-free parameters, as frames of five points and as a distribution."""
+    centre = torch.tensor([[-2.0, 1.0], [1.5, 0.0]], dtype=torch.float64)
+    log_width, log_weight = torch.tensor([[0.1, -1.0], [-0.5, 0.3]], dtype=torch.float64), torch.tensor([0.4, -0.3])
+    zeros = torch.zeros(5, 2, dtype=torch.float64)
+    parts = [part.double().expand(5, *part.shape) for part in (log_weight, centre, log_width)]
+    components = torch.distributions.Independent(torch.distributions.Normal(centre, log_width.exp()), 1)
+    weights = torch.distributions.Categorical(logits=log_weight.double())
+    return MixtureFrame(zeros, zeros, None, *parts), torch.distributions.MixtureSameFamily(weights, components)
+
+
+def test_the_frame_of_a_mixture_makes_it_a_standard_normal():
+    frame, mixture = mixture_of_two()
+    points = torch.tensor([[0, 0], [-2, 1], [3, -2], [40, 1], [-60, 50.0]], dtype=torch.float64)  # far into the tails
+    u, log_det = frame.relative(points)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    torch.testing.assert_close(normal.log_prob(u).sum(1) + log_det, mixture.log_prob(points))
+    torch.testing.assert_close(frame.log_density(points), mixture.log_prob(points))
+    torch.testing.assert_close(frame.absolute(u)[0], points)
+    first = torch.distributions.Normal(torch.tensor([-2.0, 1.5]).double(), torch.tensor([0.1, -0.5]).double().exp())
+    share = torch.tensor([0.4, -0.3]).double().softmax(0)
+    torch.testing.assert_close(normal.cdf(u[:3, 0]), (share * first.cdf(points[:3, :1])).sum(1))
+
+
+def test_gradients_pass_through_the_frame_of_a_mixture():
+    frame, _ = mixture_of_two()
+    y = torch.randn(5, 2, generator=rng(), dtype=torch.float64).requires_grad_()
+    parts = [part.clone().requires_grad_() for part in (frame.log_weight, frame.centre, frame.log_width)]
+    built = lambda *parts: MixtureFrame(frame.mean, frame.log_scale, None, *parts)  # noqa: E731
+    assert torch.autograd.gradcheck(lambda y, *parts: built(*parts).relative(y), (y, *parts))
+    assert torch.autograd.gradcheck(lambda u, *parts: built(*parts).absolute(u), (y, *parts))
+
+
+def test_quantiles_reach_far_into_the_tail():
+    u = -torch.tensor([0.0, 1.0, 5.0, 30.0, 50.0, 1e4], dtype=torch.float64)
+    torch.testing.assert_close(LogNormalQuantile.apply(torch.special.log_ndtr(u)), u, rtol=1e-12, atol=1e-12)
+    log_p = torch.special.log_ndtr(u[1:4]).requires_grad_()
+    assert torch.autograd.gradcheck(LogNormalQuantile.apply, (log_p,))
+    assert torch.autograd.gradgradcheck(LogNormalQuantile.apply, (log_p,))
+
+
+def test_a_mixture_finds_two_branches():
+    context = torch.rand(1000, 1, generator=rng(), dtype=torch.float64)
+    sign = torch.randn(1000, 1, generator=rng(1), dtype=torch.float64).sign()
+    points = (1 + context) * sign + 0.1 * torch.randn(1000, 1, generator=rng(2), dtype=torch.float64)
+    densities = {}
+    for base in (ConditionalNormal(1, 1, hidden=(16,), steps=300), ConditionalMixture(1, 1, 3, (16,), steps=300)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            flow = CNF(MLP(1, (8,), context_shape=1, at_rest=True), base=base).double().fit_ends(points, context)
+        densities[type(base)] = float(flow.log_prob(points, context).mean().detach())
+    best = -0.5 * math.log(2 * math.pi * math.e * 0.01) - math.log(2)
+    assert best - 0.1 < densities[ConditionalMixture] < best + 0.05
+    assert densities[ConditionalNormal] < best - 1
 
 
 def test_draws_have_the_density_that_they_report(flow, pairs):

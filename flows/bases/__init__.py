@@ -3,6 +3,7 @@
 from flows.bases.adapters import FlowBase, TorchDistribution, as_base
 from flows.bases.base import Base, NoDensityError
 from flows.bases.conditional import ConditionalNormal, Frame
+from flows.bases.conditional_mixture import ConditionalMixture, MixtureFrame
 from flows.bases.empirical import Empirical
 from flows.bases.mixture import Mixture
 from flows.bases.normal import Normal
@@ -11,11 +12,13 @@ from flows.bases.uniform import Uniform
 
 __all__ = [
     "Base",
+    "ConditionalMixture",
     "ConditionalNormal",
     "Empirical",
     "FlowBase",
     "Frame",
     "Mixture",
+    "MixtureFrame",
     "NoDensityError",
     "Normal",
     "StudentT",

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -68,7 +68,7 @@ class Frame:
 
     def part(self, rows: slice) -> Frame:
         """The frames of some of the points."""
-        return Frame(self.mean[rows], self.log_scale[rows], None if self.lower is None else self.lower[rows])
+        return self._each(lambda values: values[rows])
 
     def expand(self, leading: Sequence[int], batch_shape: Sequence[int]) -> Frame:
         """Repeat the frames of contexts (*leading) for points of a batch shape."""
@@ -77,8 +77,11 @@ class Frame:
             own = values.shape[1:]
             return values.reshape(*leading, *own).expand(*batch_shape, *own).reshape(-1, *own)
 
-        lower = None if self.lower is None else repeated(self.lower)
-        return Frame(repeated(self.mean), repeated(self.log_scale), lower)
+        return self._each(repeated)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Frame:
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(values) for name, values in held.items() if values is not None})
 
 
 @checked
@@ -152,7 +155,7 @@ class ConditionalNormal(Normal):
         self._below = [i for i, _ in below], [j for _, j in below]
         widths = [features, *(whole_number("hidden", width) for width in hidden)]
         layers = [[nn.Linear(a, b), nn.SiLU()] for a, b in itertools.pairwise(widths)]
-        last = nn.Linear(widths[-1], 2 * d + len(self._below[0]))
+        last = nn.Linear(widths[-1], sum(self._sizes))
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.network = nn.Sequential(*itertools.chain(*layers), last)
@@ -193,17 +196,23 @@ class ConditionalNormal(Normal):
             mean, log_scale, below = self.network(features).split(self._sizes, 1)
             mean = nn.functional.linear(features, self.slopes, self.centre) + self.spread * mean
             log_scale = log_scale.clamp_min(-MOST_NARROWED) + self.spread.log()
-            lower = None
-            if self._below[0]:
-                d = mean.shape[1]
-                lower = below.new_zeros(len(below), d, d)
-                lower[:, self._below[0], self._below[1]] = below
-            return Frame(mean, log_scale, lower)
+            return Frame(mean, log_scale, self._lower(below))
+
+    def _lower(self, below: Tensor) -> Tensor | None:  # (B, d, d)
+        if not self._below[0]:
+            return None
+        lower = below.new_zeros(len(below), self._dimension, self._dimension)
+        lower[:, self._below[0], self._below[1]] = below
+        return lower
+
+    @property
+    def _dimension(self) -> int:
+        return math.prod(self.event_shape)
 
     @property
     def _sizes(self) -> list[int]:
-        d = math.prod(self.event_shape)
-        return [d, d, len(self._below[0])]
+        """How many outputs of the network are what; the second are logarithms of scales."""
+        return [self._dimension, self._dimension, len(self._below[0])]
 
     def fit(
         self,
@@ -274,10 +283,21 @@ class ConditionalNormal(Normal):
                     best, score = copy.deepcopy(average.state_dict()), found
         optimizer.zero_grad(set_to_none=True)
         trained.load_state_dict(best)
-        with torch.no_grad():  # points that were trained on lie closer to their mean than new ones
-            u, _ = self._frame(features[held_out]).relative(points[held_out])
-            self.spread.mul_(u.square().mean().sqrt().clamp(1.0, MOST_WIDENED))
+        with torch.no_grad():
+            self._widen(points[held_out], features[held_out])
         trained.requires_grad_(self.trainable)
+
+    def _widen(self, points: Tensor, features: Tensor) -> None:
+        """Widen the scales until they suit new points, which lie farther from their mean than those of the training."""
+        u, _ = self._frame(features).relative(points)
+        self._biases[1].add_(u.square().mean().sqrt().clamp(1.0, MOST_WIDENED).log())
+
+    @property
+    def _biases(self) -> tuple[Tensor, ...]:
+        """The biases of the network's outputs, by `_sizes`."""
+        last = self.network[-1]
+        assert isinstance(last, nn.Linear)
+        return last.bias.split(self._sizes)
 
     def _log_density(self, y: Tensor, features: Tensor) -> Tensor:  # (B)
         u, log_det = self._frame(features).relative(y)
