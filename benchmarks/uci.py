@@ -31,7 +31,6 @@ TABLES = ("power-plant", "concrete", "energy", "kin8nm", "wine-quality-red", "ya
 MODELS = ("flow", "Gaussian network", "mixture network")
 COMPONENTS = 5
 NUM_DRAWS = 200
-ROWS_TO_REGRESS = 2_000  # that it takes to start at a regression
 
 
 class PredictiveNetwork(nn.Module):
@@ -134,8 +133,7 @@ class Outcome:
 def add_command(benchmarks: Any) -> None:
     """Add `uci` to the commands."""
     description = (
-        "Train a flow (experiment=conditional_table, or regression from 2,000 training rows on), a heteroscedastic "
-        "Gaussian network and a mixture density network on the "
+        "Train a flow (experiment=regression), a heteroscedastic Gaussian network and a mixture density network on the "
         "published splits of UCI regression tables, all in the same loop with early stopping by the same validation "
         "part, and print the test NLL in the units of the data, the CRPS and the coverage of 90 % intervals."
     )
@@ -171,8 +169,7 @@ def outcome(path: Path, table: str, split: int, model: str, changes: list[str] |
     torch.manual_seed(split)
     evaluator = HeldOut(dataset)
     if model == "flow":
-        experiment = "regression" if len(dataset.reference()) >= ROWS_TO_REGRESS else "conditional_table"
-        config = settings(f"experiment={experiment}", "data=uci", f"data.path={path / table}", *(changes or []))
+        config = settings("experiment=regression", "data=uci", f"data.path={path / table}", *(changes or []))
         network: nn.Module = build_flow(config, dataset.event_shape, dataset)
         stages = {name: instantiate(stage, f"objective.{name}") for name, stage in config["objective"].items()}
         options = {
