@@ -288,6 +288,23 @@ def test_columns_of_a_table_are_its_contexts():
     assert float(drawn.std()) < 0.5
 
 
+def test_a_loaded_run_knows_its_categories(tmp_path):
+    generator = np.random.default_rng(0)
+    context = {"kind": generator.choice(["a", "b", "c"], 60), "u": generator.normal(size=60)}
+    data = Table(generator.normal(size=(60, 1)), context=context, quiet=True)
+    config = {
+        "field": {"_target_": "flows.fields.MLP", "hidden": [4], "at_rest": True},
+        "base": {"_target_": "flows.bases.ConditionalMixture", "steps": 5, "hidden": [4]},
+    }
+    config = {**PARTS, **config, "output_dir": str(tmp_path), "objective": {"likelihood": LIKELIHOOD}}
+    config["reporting"] = {"plot_every": None, "progress_bar": False}
+    trained = build_trainer(config, dataset=data)
+    trained.fit()
+    loaded, context = flows.load(tmp_path), {"kind": "c", "u": 0.2}
+    x = loaded.sample(5, context, rng())
+    torch.testing.assert_close(x, trained.model.sample(5, context, rng()), check_device=False)
+
+
 def test_misuse_is_explained(pairs):
     points, context = pairs
 

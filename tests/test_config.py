@@ -35,7 +35,7 @@ def composed(tmp_path, *overrides):
     config = OmegaConf.create(complete(OmegaConf.to_container(config)))
     for stage in config.objective.values():
         stage.steps, stage.batch_size, stage.warmup_steps = 2, 6, 0
-    if "ConditionalNormal" in config.get("base", {}).get("_target_", ""):
+    if ".Conditional" in config.get("base", {}).get("_target_", ""):
         config.base.steps = 2
     for part, tiny in ((config.data, 20), (config.field, 8), (config.field.get("field", {}), 8)):
         for key in part:
@@ -189,7 +189,7 @@ def test_every_choice_trains(tmp_path, request, group, name):
         overrides.append(f"data.path={request.getfixturevalue('table')}")
     elif (group, name) == ("data", "simulator"):
         pytest.skip("its function is the user's; see tests/test_simulators.py")
-    elif group == "encoder" or (group, name) in (("evaluation", "posterior"), ("base", "conditional_normal")):
+    elif group == "encoder" or (group, name) == ("evaluation", "posterior") or name.startswith("conditional_"):
         overrides.insert(0, "data=gaussian_mean")
     elif group == "transform" and "dequantise" in text:
         overrides.insert(0, "data=digits")

@@ -536,7 +536,7 @@ def _accepted(config: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         return {}
     parameters = parameter_names(config.get(TARGET))
-    return {name: value for name, value in known.items() if name in parameters and name not in config}
+    return {name: value for name, value in known.items() if name in parameters and config.get(name) is None}
 
 
 @contextmanager

@@ -30,7 +30,7 @@ GIVEN = {
     "model": ("field", "divergence", "solver", "base", "transform", "encoder", "event_shape"),
     "field": ("event_shape", "context_shape"),
     "encoder": ("context_shape", "conditions"),
-    "base": ("event_shape", "num_points", "points"),
+    "base": ("event_shape", "context_shape", "conditions", "num_points", "points"),
     "transform": ("event_shape", "num_levels", "bounds"),
     "optimizer": ("params", "lr"),
     "objective": ("params", "lr"),
