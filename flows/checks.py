@@ -100,7 +100,13 @@ def as_shape(name: str, value: Any, at_least: int = 1) -> tuple[int, ...]:
 
 
 def check_points(
-    name: str, x: Tensor, event_shape: Sequence[int] | None = None, *, at_least: int = 0, batched: bool = True
+    name: str,
+    x: Tensor,
+    event_shape: Sequence[int] | None = None,
+    *,
+    at_least: int = 0,
+    batched: bool = True,
+    finite: bool = False,
 ) -> None:
     """Require points: a dense tensor of real floating-point numbers, (n, *event).
 
@@ -109,6 +115,7 @@ def check_points(
         event_shape: shape of one point. Default: any.
         at_least: the smallest n.
         batched: whether there is exactly one batch dimension; otherwise any number of them.
+        finite: whether NaN and infinite values are refused, which waits for a GPU.
 
     Raises:
         InvalidValueError: it is something else.
@@ -124,6 +131,12 @@ def check_points(
         shape = ", ".join(["n" if batched else "*batch", *(["*event"] if event is None else map(str, event))])
         least = f" with n >= {at_least}" if at_least else ""
         raise InvalidValueError(f"{name} must hold points of shape ({shape}){least}, got {tuple(x.shape)}")
+    if finite and not bool(x.isfinite().all()):
+        bad = (~x.isfinite()).reshape(len(x), -1).any(1).nonzero()
+        raise InvalidValueError(
+            f"{len(bad)} of {len(x)} {name} hold NaN or infinite values, the first at index {int(bad[0])}; remove or "
+            "repair them"
+        )
 
 
 def check_seed(seed: Any) -> None:

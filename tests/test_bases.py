@@ -436,7 +436,7 @@ def test_bases_that_do_not_suit_are_refused():
         (lambda: Mixture(2, weights=[1.0, 2.0]), "belong to given means"),
         (lambda: Mixture(2, means=MEANS, weights=[1.0, 2.0]), r"weights must be one number or numbers of shape \(3,\)"),
         (lambda: Mixture(2, means=MEANS, covariances=[1.0, 1.0, -1.0]), "covariances must be symmetric and positive"),
-        (lambda: Empirical(points=torch.tensor([[0.0, math.inf]])), "1 of 1 points are not finite"),
+        (lambda: Empirical(points=torch.tensor([[0.0, math.inf]])), "1 of 1 points hold NaN or infinite values"),
         (
             lambda: Empirical(3, dataset=Moons()),
             r"source 'moons' has points of shape \(2,\), and the data of shape \(3,\)",

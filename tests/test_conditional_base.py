@@ -323,6 +323,8 @@ def test_misuse_is_explained(pairs):
         unfitted().fit_ends(points)
     with pytest.raises(InvalidValueError, match="the context of each, got 3 for 1000 points"):
         unfitted().fit_ends(points, context[:3])
+    with pytest.raises(InvalidValueError, match=r"1 of 1000 points hold NaN or infinite values, the first at index 7"):
+        unfitted().fit_ends(points.index_fill(0, torch.tensor(7), math.nan), context)
     flow = unfitted().fit_ends(points, context)
     for call in (lambda: flow.log_prob(points), lambda: flow.sample(3), lambda: flow.to_flow_space(points)):
         with pytest.raises(InvalidValueError, match=r"ConditionalNormal depends on the context: pass context="):

@@ -231,7 +231,7 @@ class ConditionalNormal(Normal):
                 f"ConditionalNormal is fitted to points and the context of each, got {got}; call "
                 "flow.fit_ends(data.reference(), data.reference_contexts())"
             )
-        check_points("points", points, self.event_shape, at_least=4)
+        check_points("points", points, self.event_shape, at_least=4, finite=True)
         self.standardise.fit(contexts.to(self.device))
         with torch.no_grad():
             features, rows = self._features(contexts.to(self.device)), points.to(self.device, self.dtype)

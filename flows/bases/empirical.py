@@ -103,10 +103,7 @@ class Empirical(Base):
         return self
 
     def _checked(self, points: Tensor) -> Tensor:
-        check_points("points", points, self.event_shape, at_least=1)
-        bad = int((~points.isfinite()).flatten(1).any(1).sum())
-        if bad:
-            raise InvalidValueError(f"{bad} of {len(points)} points are not finite; remove or repair them")
+        check_points("points", points, self.event_shape, at_least=1, finite=True)
         return points[:: -(-len(points) // self.max_points)].detach().clone()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **options: Any) -> None:

@@ -186,7 +186,7 @@ class Mixture(Base):
         if self._given:
             return self
         size = self.num_components
-        check_points("points", points, self.event_shape)
+        check_points("points", points, self.event_shape, finite=True)
         if len(points) < max(2, size):
             raise InvalidValueError(
                 f"num_components={size} need at least as many points to be fitted to, got {len(points)}; choose fewer"

@@ -146,7 +146,7 @@ class Normal(Base):
             InvalidValueError: they have no covariance.
         """
         if self.fits:
-            check_points("points", points, self.event_shape, at_least=2)
+            check_points("points", points, self.event_shape, at_least=2, finite=True)
             rows = points.flatten(1).double()
             covariance = rows.T.cov().reshape(rows.shape[1], -1)
             factor = _cholesky(covariance if self.full else covariance.diagonal().diag(), "the covariance of the data")

@@ -16,6 +16,8 @@ from flows.datasets.simulators.priors import Prior
 from flows.datasets.splits import random_split
 from flows.errors import InvalidValueError
 
+ENOUGH = 10  # observations, of which some differ if they depend on the parameters
+
 
 @checked
 class Simulations(Dataset):
@@ -69,6 +71,11 @@ class Simulations(Dataset):
         self.split_settings = settings
         train = parts["train"]
         assert train.context is not None  # pairs have both
+        if len(train) >= ENOUGH and bool((train.context == train.context[0]).all()):
+            raise InvalidValueError(
+                f"all {len(train)} observations of the training part are equal, so they say nothing about the "
+                "parameters; look at the simulator"
+            )
         self.event_shape, self.context_shape = tuple(train.x.shape[1:]), tuple(train.context.shape[1:])
         self.num_validation, self.num_test = len(parts["validation"]), len(parts["test"])
         self.prior = None if prior is None else Prior(prior)
@@ -146,7 +153,7 @@ def as_pairs(theta: Tensor, observations: Tensor) -> Batch:
     """Return parameters and observations as one batch; those without a shape of their own become (1,).
 
     Raises:
-        InvalidValueError: the numbers differ, or a value is not finite.
+        InvalidValueError: the numbers differ, a value is not finite, or observations are empty.
     """
     theta = theta.unsqueeze(1) if theta.ndim == 1 else theta
     observations = observations.unsqueeze(1) if observations.ndim == 1 else observations
@@ -164,4 +171,6 @@ def as_pairs(theta: Tensor, observations: Tensor) -> Batch:
                 f"the {what} of {len(bad)} of {len(theta)} simulations hold NaN or infinite values, the first at index "
                 f"{first}, whose parameters are {theta[first].tolist()}; leave those out"
             )
+    if not observations[0].numel():
+        raise InvalidValueError(f"an observation must hold at least one number, got the shape {observations.shape[1:]}")
     return Batch(theta.detach(), observations.detach())

@@ -245,7 +245,7 @@ def _called(simulate: Callable[[Tensor], Any], theta: Tensor, given: str) -> Ten
         return _as_numbers(found)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidTypeError(
-            f"the simulator must return numbers, a tensor or an array, got {type(found).__name__} for {given}"
+            f"the simulator must return real numbers, a tensor or an array, got {type(found).__name__} for {given}"
         ) from error
 
 
@@ -256,4 +256,6 @@ def _as_numbers(found: Any) -> Tensor:
             raise TypeError(f"no numbers: {array.dtype}")
         found = torch.from_numpy(np.array(array))
     found = found.detach().cpu()
+    if found.is_complex():
+        raise TypeError("complex numbers")
     return found if found.is_floating_point() else found.to(torch.get_default_dtype())
