@@ -73,11 +73,15 @@ class OutlierScores:
 
     def scored(self) -> dict[str, tuple[Tensor, Tensor, AUROC]]:
         """Name each score, with its values for data and outliers, and how well it tells them apart."""
-        ours, theirs = self.data_nll, self.outlier_nll
-        typical = ((nll - self.typical_nll).abs() for nll in (ours, theirs))
-        found = {"NLL": (ours, theirs, self.likelihood), "distance from the typical NLL": (*typical, self.typicality)}
-        if (ratio := self.ratio) is not None:
-            lengths = (ours - self.data_length, theirs - self.outlier_length)
+        ours, theirs, typical = self.data_nll, self.outlier_nll, self.typical_nll
+        found = {
+            "NLL": (ours, theirs, self.likelihood),
+            "distance from the typical NLL": ((ours - typical).abs(), (theirs - typical).abs(), self.typicality),
+        }
+        if self.data_length is not None and self.outlier_length is not None:
+            ratio = self.ratio
+            assert ratio is not None  # both lengths are known
+            lengths = ours - self.data_length, theirs - self.outlier_length
             found["NLL minus compressed length"] = (*lengths, ratio)
         return found
 

@@ -159,8 +159,9 @@ class RunState:
         if not is_first:
             self.model.load_state_dict(self.ema.module.state_dict())
             self.ema.restart()
-        if hasattr(stage.objective, "begin"):
-            stage.objective.begin(self.model, is_first)
+        objective: Any = stage.objective
+        if hasattr(objective, "begin"):
+            objective.begin(self.model, is_first)
             self.ema.module.load_state_dict(self.model.state_dict())
         position.stage, position.step_in_stage, position.seconds_in_stage = name, 0, 0.0
         position.stage_starts = [*position.stage_starts, position.step]
@@ -213,7 +214,8 @@ class RunState:
         position.best_step = best["position"]["best_step"] if mine else None  # type: ignore[index]
         index = list(stages).index(position.stage)
         if checkpoint.get("objective"):
-            stages[position.stage].objective.load_state_dict(self.model, checkpoint["objective"])
+            objective: Any = stages[position.stage].objective
+            objective.load_state_dict(self.model, checkpoint["objective"])
         self._set_up(index, stages[position.stage])
         try:
             stage = stages[position.stage]
