@@ -167,7 +167,26 @@ def test_a_missing_spline_library_is_named(monkeypatch):
 def test_a_missing_unet_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchcfm.models.unet", None)
     with pytest.raises(MissingPackageError, match="torchcfm's, which is not installed: pip install torchcfm"):
-        unet_step.other_unet()
+        unet_step.torchcfm_unet()
+    monkeypatch.setitem(__import__("sys").modules, "diffusers.models", None)
+    with pytest.raises(MissingPackageError, match="that of diffusers, which is not installed: pip install diffusers"):
+        unet_step.DiffusersUNet()
+
+
+def test_variants_of_the_unet_step_take_the_same_step():
+    """The fused attention has other products, of the same values."""
+    x = torch.randn(2, *unet_step.SHAPE)
+    network = flows.fields.UNet(unet_step.SHAPE, channels=4, multipliers=(1, 1))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    before = network(torch.tensor(0.5), x)
+    unet_step.fused_attention_step(network, 2)
+    torch.testing.assert_close(network(torch.tensor(0.5), x), before)
+    for name in ("bf16", "channels last"):
+        weights = [parameter.clone() for parameter in network.parameters()]
+        unet_step.VARIANTS[name](network, 2)()
+        assert any(bool((old != new).any()) for old, new in zip(weights, network.parameters(), strict=True))
 
 
 def test_frechet_distance_is_that_of_normal_distributions():
