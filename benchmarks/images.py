@@ -31,6 +31,10 @@ CLASSES = "digits_by_class"
 UNIFORM = ("transform.dequantise.noise._target_=flows.transforms.UniformNoise", "~transform.dequantise.noise.stride")
 LEARNED = ("transform.dequantise.noise._target_=flows.transforms.VariationalNoise", *UNIFORM[1:])
 LIKELIHOOD = ("objective=flow_matching_then_likelihood", "objective.maximum_likelihood.batch_size=64")
+WHITENED = (
+    "transform.whiten={_target_: flows.transforms.Whiten, shrinkage: 0.02}",
+    "objective.flow_matching.objective.path=cosine",
+)
 STAGE = "objective.maximum_likelihood"
 CONVOLUTIONS = (
     "experiment=digits_conv",
@@ -42,7 +46,7 @@ CONVOLUTIONS = (
 PARTS = {  # what each part of a recipe gives: settings that leave it out, put something else there, or add to it
     "digits": {
         "uniform noise": UNIFORM,
-        "straight paths": ("objective.flow_matching.objective.path=linear",),
+        "whitened, cosine paths": WHITENED,
         "field not at rest": ("field.at_rest=false",),
         "times by likelihood": ("objective.flow_matching.objective.time_weighting=likelihood",),
         "and likelihood": LIKELIHOOD,
@@ -58,7 +62,7 @@ PARTS = {  # what each part of a recipe gives: settings that leave it out, put s
     },
     "mnist": {
         "uniform noise": (*UNIFORM, "~transform.dequantise.noise.pseudo_count", "~transform.dequantise.noise.rounds"),
-        "straight paths": ("objective.flow_matching.objective.path=linear",),
+        "whitened, cosine paths": WHITENED,
         "times by likelihood": ("objective.flow_matching.objective.time_weighting=likelihood",),
     },
 }
