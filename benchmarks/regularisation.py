@@ -58,6 +58,7 @@ CASES = {
     "digits": Case(
         (
             "experiment=digits",
+            "transform.whiten={_target_: flows.transforms.Whiten, shrinkage: 0.02}",  # likelihood starts at a Gaussian
             "field.hidden=[256,256,256,256]",
             "field.num_frequencies=2",
             "objective=maximum_likelihood",
