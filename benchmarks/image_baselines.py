@@ -196,8 +196,12 @@ TITLES = {"nsf": "neural spline flow (zuko)", "mixture": "Gaussian mixture", "ga
 }
 
 
-def flow_points(dataset: Dataset, transform: Transform, seed: int, least: int = 10_000) -> Tensor:  # (n, d)
-    """Training points in flow space, repeated with fresh noise until there are at least `least`."""
+def flow_points(dataset: Dataset, transform: Transform, seed: int, least: int | None = None) -> Tensor:  # (n, d)
+    """Training points in flow space, repeated with fresh noise until there are at least `least`.
+
+    By default as many as transforms and bases of flows are fitted to, and 10,000 of small data sets.
+    """
+    least = max(10_000, len(dataset.reference())) if least is None else least
     generator = torch.Generator().manual_seed(seed)
     stream = dataset.train_stream(least, generator)
     parts: list[Tensor] = []

@@ -24,7 +24,7 @@ from flows.fields import Linear
 from flows.models.cnf import CNF
 from flows.solvers import ODESolver
 from flows.training import Stage, Trainer
-from flows.training.runs import build_dataset, build_flow, build_trainer
+from flows.training.runs import build_dataset, build_flow, build_trainer, load_run
 
 DATASETS = ("digits", "photo_patches", "mnist")
 CLASSES = "digits_by_class"
@@ -98,6 +98,9 @@ def add_command(benchmarks: Any) -> None:
     part.add_argument("--same-time", action="store_true", help="train the recipes for as many minutes, too")
     part.add_argument("--same-transform", action="store_true", help="baselines after the transform of the recipe alone")
     part.add_argument("--draws", type=int, default=16, help="noise draws of the tighter bound; 1: none (%(default)s)")
+    part.add_argument(
+        "--trained", metavar="FOLDER", help="a trained run of the recipe, to test instead of training one"
+    )
     part.add_argument("--set", nargs="*", default=[], metavar="SETTING", help="overrides of the recipes")
     part.add_argument("--parts", action="store_true", help="train the recipes without each of their parts instead")
     part.add_argument("--classes", action="store_true", help=f"train {CLASSES} and classify its samples instead")
@@ -117,9 +120,12 @@ def run(arguments: argparse.Namespace) -> None:
     for name in arguments.datasets:
         given = [f"experiment={name}", *where, *arguments.set]
         config = settings(*given)
-        if arguments.same_time:
-            config = shortened(config, 60 * arguments.minutes)
-        rows = iter(train_recipe(config, arguments.draws))
+        if arguments.trained is not None:
+            rows = iter([tested(arguments.trained, build_dataset(config), arguments.draws)])
+        else:
+            if arguments.same_time:
+                config = shortened(config, 60 * arguments.minutes)
+            rows = iter(train_recipe(config, arguments.draws))
         if arguments.parts:
             rows = itertools.chain(rows, changed_parts(name, given, arguments))
         else:
@@ -189,6 +195,14 @@ def train_recipe(config: Mapping[str, Any], num_draws: int) -> list[Row]:
         results = evaluate(begun, trainer.dataset, num_draws)
         rows.append(Row("its base alone", f"{type(begun.base).__name__}, fitted", *results, 0.0, parameters))
     return rows
+
+
+def tested(folder: str, dataset: Dataset, num_draws: int) -> Row:
+    """Test the flow of a run."""
+    run = load_run(folder)
+    parameters = sum(parameter.numel() for parameter in run.flow.parameters())
+    title, setting = f"flows, {type(run.flow.field).__name__}", f"weights of step {run.step} of {folder}"
+    return Row(title, setting, *evaluate(run.flow, dataset, num_draws), math.nan, parameters)
 
 
 def alone(flow: CNF) -> CNF:
