@@ -62,6 +62,8 @@ def training_step(
         loss.backward()
         optimizer.step()
 
+    for _ in range(2 if compiled else 0):  # compilation is not part of a step
+        step()
     return step
 
 
