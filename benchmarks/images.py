@@ -98,9 +98,7 @@ def add_command(benchmarks: Any) -> None:
     part.add_argument("--same-time", action="store_true", help="train the recipes for as many minutes, too")
     part.add_argument("--same-transform", action="store_true", help="baselines after the transform of the recipe alone")
     part.add_argument("--draws", type=int, default=16, help="noise draws of the tighter bound; 1: none (%(default)s)")
-    part.add_argument(
-        "--trained", metavar="FOLDER", help="a trained run of the recipe, tested instead"
-    )
+    part.add_argument("--trained", metavar="FOLDER", help="a trained run of the recipe, tested instead")
     part.add_argument("--set", nargs="*", default=[], metavar="SETTING", help="overrides of the recipes")
     part.add_argument("--parts", action="store_true", help="train the recipes without each of their parts instead")
     part.add_argument("--classes", action="store_true", help=f"train {CLASSES} and classify its samples instead")
