@@ -141,10 +141,21 @@ def test_errors_of_teachers():
         Distillation(CNF(MLP((3,), (8,))))(flow, batch)
     with pytest.raises(ValueError, match=r"solver must take a few fixed steps, got the adaptive method 'flow5'"):
         Distillation(copy.deepcopy(flow), ODESolver())
+    for part in ({"base": flows.bases.StudentT((2,))}, {"transform": flows.transforms.Standardise((2,))}):
+        with pytest.raises(ValueError, match=f"the {next(iter(part))} of the teacher is S.* learn paths between other"):
+            Reflow(CNF(MLP((2,), (8,)), **part))(flow, batch)
     with pytest.raises(ValueError, match=r"Reflow has no teacher yet: give one, or train with a Trainer and a stage"):
         Reflow()(flow, batch)
     with pytest.raises(ValueError, match=r"Reflow learns from a trained flow: give teacher=RUN, .* or put a stage"):
         flows.Trainer(flow, Moons(), Reflow(), steps=2).fit()
+
+
+def test_a_teacher_of_fewer_digits_teaches_in_those_of_the_flow():
+    teacher = CNF(MLP((2,), (8,))).float().train()
+    batch = Moons().train_stream(4, torch.Generator()).next()
+    loss = Reflow(teacher)(copy.deepcopy(teacher).double(), flows.datasets.Batch(batch.x.double())).loss
+    assert loss.dtype == torch.float64
+    assert (teacher.dtype, teacher.training) == (torch.float32, True)  # the user's own is left alone
 
 
 def trained(folder, steps=3, resume=None):

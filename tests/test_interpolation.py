@@ -43,6 +43,17 @@ def test_each_path_has_its_own_context():
     torch.testing.assert_close(path[-1], end)
     single = flows.interpolate(flow, start[2:3], end[2:3], 3, context[2:3])
     torch.testing.assert_close(path[:, 2:3], single)
+    for wrong in (context[0], context[:1]):
+        with pytest.raises(ValueError, match=r"context must have a row for each of 4 paths, got one of shape \("):
+            flows.interpolate(flow, start, end, 3, wrong)
+
+
+def test_a_latent_in_the_middle_of_the_base_is_an_end_like_others():
+    start, end = torch.zeros(2, 3).double(), torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]).double()
+    path = flows.interpolate(turning(), start, end, num_points=3)
+    torch.testing.assert_close(path[0], start)
+    torch.testing.assert_close(path[-1], end)
+    assert 0 < path[1, 0].norm() < end[0].norm()
 
 
 def test_ends_of_other_shapes_are_refused():

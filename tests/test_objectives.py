@@ -82,6 +82,9 @@ def test_importance_samples_need_noise_and_keep_contexts_beside_their_points():
     continuous = CNF(MLP((2,), (8,)))
     with pytest.raises(ValueError, match=r"importance_samples=4 draws the dequantisation noise.*leave importance_"):
         MaximumLikelihood(importance_samples=4)(continuous, Batch(torch.randn(8, 2)))
+    noisy = CNF(MLP((3,), (8,)), Hutchinson(), transform=Dequantise(3))
+    with pytest.raises(ValueError, match=r"Hutchinson is not exact for MLP .* importance_samples=2 would reward its"):
+        MaximumLikelihood(importance_samples=2)(noisy, Batch(torch.zeros(4, 3)))
     with pytest.raises(ValueError, match="importance_samples must be a whole number >= 1, got 0"):
         MaximumLikelihood(importance_samples=0)
 

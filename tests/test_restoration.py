@@ -116,6 +116,9 @@ def test_classes_are_given_by_name_or_number():
         restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=5, context=["cat"])
     with pytest.raises(FlowsError, match="names classes, and the flow takes contexts of shape None"):
         restore(gaussian_flow(), torch.zeros(2, 2), Denoising(), 0.5, num_proposals=5, context="cat")
+    flow.names = flows.models.results.DataNames()
+    with pytest.raises(FlowsError, match=r"does not say that its contexts are classes; give a row of 2 numbers"):
+        restore(flow, torch.zeros(2, 2), Denoising(), 0.5, num_proposals=5, context=1)
 
 
 def test_shades_where_levels_are_expected_are_warned_of():

@@ -80,19 +80,29 @@ class _Taught(Objective):
 
     def _teacher(self, flow: CNF) -> CNF:
         """The teacher, if it suits the flow."""
-        if isinstance(self.teacher, str) and not self._found:
-            self._keep(flows.load(self.teacher).to(flow.device, flow.dtype))
-        teacher = self._found[0] if self._found else self.teacher
-        if not isinstance(teacher, CNF):
+        given = self.teacher
+        if isinstance(given, CNF) and (given is flow or given.field is flow.field):
+            raise InvalidValueError("the teacher is the flow that is trained; give a copy, copy.deepcopy(flow)")
+        if given is not None and not self._found:
+            self._keep(copy.deepcopy(given) if isinstance(given, CNF) else flows.load(given))
+        if not self._found:
             raise InvalidValueError(
                 f"{type(self).__name__} has no teacher yet: give one, or train with a Trainer and a stage before it"
             )
+        teacher = self._found[0]
         if teacher.event_shape != flow.event_shape:
             raise InvalidValueError(
                 f"the teacher has events of shape {teacher.event_shape}, and the flow of shape {flow.event_shape}"
             )
-        if teacher is flow or teacher.field is flow.field:
-            raise InvalidValueError("the teacher is the flow that is trained; give a copy, copy.deepcopy(flow)")
+        for part in ("base", "transform"):
+            theirs, ours = (type(getattr(one, part)).__name__ for one in (teacher, flow))
+            if theirs != ours:
+                raise InvalidValueError(
+                    f"the {part} of the teacher is {theirs}, and that of the flow {ours}: the flow would learn paths "
+                    "between other points than its own; build it with the base and the transform of the teacher"
+                )
+        if (teacher.device, teacher.dtype) != (flow.device, flow.dtype):
+            teacher.to(flow.device, flow.dtype)
         return teacher
 
     def divergence(self, flow: CNF) -> DivergenceEstimator | None:
@@ -112,12 +122,13 @@ class Reflow(_Taught):
     The data give only the size of a batch, and contexts. Each call solves the teacher's ODE, without a divergence.
 
     Args:
-        teacher: a trained flow in the same flow space, such as `copy.deepcopy(flow)`, which is not trained; or the
+        teacher: a trained flow in the same flow space, such as `copy.deepcopy(flow)`, which stays as it is; or the
             folder of a run, whose weights are also those that the stage starts from; or `None` (default): the flow as
             it is when the stage begins, after another stage.
 
     Raises:
-        InvalidValueError: the teacher has another event shape, or is the flow that is trained, or there is none.
+        InvalidValueError: the teacher has another event shape, base or transform, or is the flow that is trained, or
+            there is none.
 
     Example:
         ```python

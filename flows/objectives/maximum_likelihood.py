@@ -38,12 +38,13 @@ class MaximumLikelihood(Objective):
             concentrating in a short time. Evaluation ends at 0. By default 0. [Ghosh et al. 2020, arXiv:2006.10711]
         importance_samples: K: draws of the dequantisation noise of each example of discrete data. The loss is then
             −mean log((1/K) Σ_k p(x + u_k)/q(u_k | x)), which falls towards −log P(x) as K grows and weighs draws by
-            how well they explain the example; a step takes K times as long. By default 1.
+            how well they explain the example; a step takes K times as long. More than one need an exact divergence,
+            since the logarithm turns the noise of an estimate into a better bound than the true one. By default 1.
             [Burda et al. 2016, arXiv:1509.00519; Ho et al. 2019, arXiv:1902.00275]
 
     Raises:
         InvalidValueError: `steer` is not in [0, 1), `importance_samples` is below 1, or it is above 1 and the flow does
-            not dequantise.
+            not dequantise or its divergence is not exact.
         InvalidTypeError: from a call, if the base has no density or one that is 0 somewhere.
 
     Example:
@@ -104,9 +105,15 @@ class MaximumLikelihood(Objective):
         return LossOutput(loss, metrics | costs, estimate.statistics, weight)
 
     def _check_noise(self, flow: CNF) -> None:
-        """Require noise to draw several times, if there are several draws."""
+        """Require noise to draw several times and an exact divergence, if there are several draws."""
         if self.importance_samples > 1 and flow.transform.num_levels is None:
             raise InvalidValueError(
                 f"importance_samples={self.importance_samples} draws the dequantisation noise of each example so many "
                 "times, and this flow has none: its data are continuous; leave importance_samples at 1"
+            )
+        if self.importance_samples > 1 and not flow.divergence.bind(flow.bind()).is_exact:
+            raise InvalidValueError(
+                f"{type(flow.divergence).__name__} is not exact for {type(flow.field).__name__} on events of shape "
+                f"{flow.event_shape}, and importance_samples={self.importance_samples} would reward its noise; choose "
+                "an exact estimator, such as divergence=exact, or leave importance_samples at 1"
             )

@@ -145,6 +145,11 @@ def _classes(flow: CNF, given: Sequence[str | int] | str | int, count: int) -> T
     names, shape = flow.names.class_names, flow.context_shape
     if shape is None or len(shape) != 1:
         raise InvalidValueError(f"context={given!r} names classes, and the flow takes contexts of shape {shape}")
+    if names is None and flow.names.num_classes is None:
+        raise InvalidValueError(
+            f"context={given!r} names classes, and this flow does not say that its contexts are classes; give a row of "
+            f"{shape[0]} numbers for each observation, such as flows.datasets.one_hot(labels, {shape[0]})"
+        )
     labels = [given] * count if isinstance(given, str | int) else list(given)
     if len(labels) != count:
         raise InvalidValueError(f"context must name a class for each of {count} observations, got {len(labels)}")
