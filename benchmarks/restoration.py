@@ -41,6 +41,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--proposals", type=int, default=100, help="of each chain (%(default)s)")
     parser.add_argument("--leapfrogs", type=int, default=5, help="of each proposal (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule in a chain's solves (%(default)s)")
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="in levels, on what is seen of a picture (%(default)s)"
+    )
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS, help="default: all")
     parser.add_argument("--picture", default="restoration.png", help="file of the pictures (%(default)s)")
     parser.set_defaults(run=run)
@@ -60,9 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
     # Zeros stand for no class, for a flow that was trained with classes left out.
     context = None if flow.context_shape is None else torch.zeros(len(x), *flow.context_shape, dtype=flow.dtype)
     tasks: dict[str, tuple[Operator, float]] = {
-        "inpainting": (Inpainting(known), 0.0),
+        "inpainting": (Inpainting(known), arguments.noise),
         "denoising": (Denoising(), 0.5 * spread),
-        "super-resolution": (Downsampling(2), 0.0),
+        "super-resolution": (Downsampling(2), arguments.noise),
     }
     tasks = {name: tasks[name] for name in arguments.tasks}
     solver = flows.ODESolver("midpoint", step_size=1 / arguments.steps)
@@ -156,7 +159,9 @@ def shown(operator: Operator, y: Tensor, x: Tensor) -> Tensor:
 def picture(x: Tensor, panels: dict[str, tuple[Tensor, Tensor]], columns: int = 12) -> Figure:
     """Truth, what was observed, and two draws, for each task."""
     figure = Figure(figsize=(columns * 0.62, len(panels) * 2.9), dpi=120, layout="compressed")
-    for axes, (name, (seen, draws)) in zip(figure.subplots(len(panels), 1), panels.items(), strict=True):
+    for axes, (name, (seen, draws)) in zip(
+        figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
+    ):
         rows = torch.stack([x[:columns], seen[:columns], *draws[:2, :columns].float()])
         axes.imshow(tiled(rows, *shades(x)))
         axes.set_title(f"{name}: the picture, what is known of it, two draws", fontsize=10)
