@@ -171,7 +171,7 @@ class Remembers(Clean):
 
     def __init__(self):
         super().__init__()
-        self.known = {}
+        self.known, self.kept = {}, []
 
     def key(self, t, x):
         raise NotImplementedError
@@ -195,24 +195,21 @@ class RemembersRoundedTimes(Remembers):
         return round(float(t.flatten()[0]), 2)
 
 
-# Whether a call meets an object of the same id or memory, and which promise it breaks, is up to the allocator.
-BY_CHANCE = "^$|keeps state between calls|where autograd does not record"
-
-
-@strange(**solving(BY_CHANCE), matching=BY_CHANCE, divergence_matching=BY_CHANCE)
+@strange(**solving("keeps state between calls"), divergence_matching="^$")
 class RemembersObjects(Remembers):
     def key(self, t, x):
+        self.kept.append(t)  # so that no other object gets its id
         return id(t)
 
 
-FORWARD = f"{BY_CHANCE}|go through no code outside torch"  # its tensors have no memory to ask for
-
-
 @strange(
-    **solving(BY_CHANCE) | {"forward": FORWARD}, matching=BY_CHANCE, divergence_matching=f"{BY_CHANCE}|cannot trace"
+    **solving("keeps state between calls")
+    | {"forward": "keeps state between calls|go through no code outside torch"},  # where tensors have no memory
+    divergence_matching="cannot trace",
 )
 class RemembersMemory(Remembers):
     def key(self, t, x):
+        self.kept.append(x)  # so that no other tensor gets its memory
         return x.data_ptr(), float(t.flatten()[0])
 
 

@@ -63,7 +63,6 @@ QUICK = (
 )
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("check", QUICK)
 def test_it_passes_quick_checks(check):
     getattr(estimator_checks, check)("DensityEstimator", tiny())

@@ -99,7 +99,6 @@ def test_the_rest_says_why_not(make, words):
         flows.export(*make())
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_fields_that_decide_by_values_cannot_be_exported():
     model = flows.CNF(Decides(2, None), solver=COARSE)
     with pytest.raises(ComputationError, match="torch cannot export the field Decides"):

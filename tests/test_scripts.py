@@ -400,7 +400,7 @@ def test_a_table_that_has_moved(run, tmp_path):
     content = json.loads((tmp_path / "new.json").read_text())
     assert (content["divergence"]["num_probes"], content["divergence"]["mode"]) == (3, "forward")
     assert content["divergence"]["probes"] == "rademacher"
-    assert (content["solver"]["method"], content["solver"]["step_size"]) == ("midpoint", 0.25)
+    assert (content["solver"]["method"], content["solver"]["step_size"]) == ("midpoint", 0.5)
     code, _, err = run("evaluate", "checkpoint=run", "data.path=moved.csv", "divergence.strid=3")
     assert code == 2
     assert "there is no setting divergence.strid; divergence has num_probes, probes, mode, chunk_size" in err
