@@ -150,7 +150,7 @@ class _Others:
                 LOG.error("%s; the whole run ends with it", ended)
                 for process in self._processes.values():
                     process.kill()
-                os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # it may wait in a collective for ever
+                os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # it may hang in a collective
 
 
 def _threads(number: int) -> int:

@@ -318,7 +318,7 @@ class Loop:
             if best:
                 position.best_score, position.best_step = evaluation.score, position.step
         except SharedEvaluationError:
-            raise  # the others would wait for ever
+            raise  # the other processes would wait without end
         except FlowsError as error:
             message = self._where("validation", error, stage)
             if position.step == 0 and not isinstance(error, MemoryLimitError):
@@ -351,7 +351,7 @@ class Loop:
         """Save the weights that the step which has just failed started from.
 
         A run that goes on from there draws other batches than those that failed. Of several processes one may have
-        failed alone, and would wait for ever for the others to save with it; then nothing is saved.
+        failed alone, and would wait without end for the others to save with it; then nothing is saved.
         """
         if self.fabric.world_size > 1:
             return

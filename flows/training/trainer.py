@@ -405,7 +405,7 @@ class Trainer:
             with memory_errors("the test", "choose a smaller evaluation.batch_size"):
                 report = evaluated_together(self.fabric, self.evaluator, lambda: self.evaluator.test(self.model))
         except SharedEvaluationError:
-            raise  # the others would wait for ever
+            raise  # the other processes would wait without end
         except FlowsError as error:  # the run is done, and what it has found is kept
             failure = error
         seconds = time.perf_counter() - started
