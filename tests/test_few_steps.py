@@ -180,6 +180,7 @@ def test_reflow_after_a_stage_learns_from_its_flow_also_when_resumed(tmp_path):
         assert torch.equal(resumed["model"][name], weights), name
 
 
+@pytest.mark.slow
 def test_distillation_of_a_run_from_the_shell(run, tmp_path):
     """The student starts as its teacher, has its model, and draws by the steps that it was trained for."""
     tiny = ["reporting.plot_every=null", "reporting.progress_bar=false"]
