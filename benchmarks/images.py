@@ -99,6 +99,7 @@ def add_command(benchmarks: Any) -> None:
     part.add_argument("--same-transform", action="store_true", help="baselines after the transform of the recipe alone")
     part.add_argument("--draws", type=int, default=16, help="noise draws of the tighter bound; 1: none (%(default)s)")
     part.add_argument("--trained", metavar="FOLDER", help="a trained run of the recipe, tested instead")
+    part.add_argument("--images", type=int, help="test on the first so many images; default: all")
     part.add_argument("--set", nargs="*", default=[], metavar="SETTING", help="overrides of the recipes")
     part.add_argument("--parts", action="store_true", help="train the recipes without each of their parts instead")
     part.add_argument("--classes", action="store_true", help=f"train {CLASSES} and classify its samples instead")
@@ -119,16 +120,18 @@ def run(arguments: argparse.Namespace) -> None:
         given = [f"experiment={name}", *where, *arguments.set]
         config = settings(*given)
         if arguments.trained is not None:
-            rows = iter([tested(arguments.trained, build_dataset(config), arguments.draws)])
+            rows = iter([tested(arguments.trained, build_dataset(config), arguments.draws, arguments.images)])
         else:
             if arguments.same_time:
                 config = shortened(config, 60 * arguments.minutes)
-            rows = iter(train_recipe(config, arguments.draws))
+            rows = iter(train_recipe(config, arguments.draws, arguments.images))
         if arguments.parts:
             rows = itertools.chain(rows, changed_parts(name, given, arguments))
         else:
             plain = config["transform"] if arguments.same_transform else settings(f"data={name}", *where)["transform"]
-            fits = fit_baselines(config, plain, arguments.baselines, 60 * arguments.minutes, arguments.draws)
+            fits = fit_baselines(
+                config, plain, arguments.baselines, 60 * arguments.minutes, arguments.draws, arguments.images
+            )
             rows = itertools.chain(rows, fits)
         dataset = build_dataset(config)
         shape = " × ".join(map(str, dataset.event_shape))
@@ -143,7 +146,7 @@ def changed_parts(name: str, given: Sequence[str], arguments: argparse.Namespace
         config = settings(*(() if changes[0].startswith("experiment=") else given), *changes)
         if arguments.same_time:
             config = shortened(config, 60 * arguments.minutes)
-        yield replace(train_recipe(config, arguments.draws)[0], title=part)
+        yield replace(train_recipe(config, arguments.draws, arguments.images)[0], title=part)
 
 
 def shortened(config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def seconds_per_step(trainer: Trainer, stage: Stage) -> float:
     return statistics.median(times)
 
 
-def train_recipe(config: Mapping[str, Any], num_draws: int) -> list[Row]:
+def train_recipe(config: Mapping[str, Any], num_draws: int, most_images: int | None = None) -> list[Row]:
     """Train what `config` describes and test the weights that validation chose; test a fitted base alone, too."""
     trainer = build_trainer(config)
     assert isinstance(trainer.model, CNF), "the recipes train one"
@@ -184,23 +187,23 @@ def train_recipe(config: Mapping[str, Any], num_draws: int) -> list[Row]:
     stages = " + ".join(
         f"{stage['steps']} steps of {name.replace('_', ' ')}" for name, stage in config["objective"].items()
     )
-    one, many = evaluate(trainer.model, trainer.dataset, num_draws)
+    one, many = evaluate(trainer.model, trainer.dataset, num_draws, most_images)
     title = f"flows, {type(trainer.model.field).__name__}"
     setting = f"{stages}, solver error {summary.metrics.get('solver_error') or 0:.0e} nats; {summary.output_dir}"
     rows = [Row(title, setting, one, many, summary.position.seconds, summary.parameters)]
     if begun.base.needs_fit:
         parameters = sum(buffer.numel() for buffer in begun.base.buffers()) - 1
-        results = evaluate(begun, trainer.dataset, num_draws)
+        results = evaluate(begun, trainer.dataset, num_draws, most_images)
         rows.append(Row("its base alone", f"{type(begun.base).__name__}, fitted", *results, 0.0, parameters))
     return rows
 
 
-def tested(folder: str, dataset: Dataset, num_draws: int) -> Row:
+def tested(folder: str, dataset: Dataset, num_draws: int, most_images: int | None) -> Row:
     """Test the flow of a run."""
     run = load_run(folder)
     parameters = sum(parameter.numel() for parameter in run.flow.parameters())
     title, setting = f"flows, {type(run.flow.field).__name__}", f"weights of step {run.step} of {folder}"
-    return Row(title, setting, *evaluate(run.flow, dataset, num_draws), math.nan, parameters)
+    return Row(title, setting, *evaluate(run.flow, dataset, num_draws, most_images), math.nan, parameters)
 
 
 def alone(flow: CNF) -> CNF:
@@ -211,7 +214,12 @@ def alone(flow: CNF) -> CNF:
 
 
 def fit_baselines(
-    config: Mapping[str, Any], plain: Mapping[str, Any], names: Sequence[str], seconds: float, num_draws: int
+    config: Mapping[str, Any],
+    plain: Mapping[str, Any],
+    names: Sequence[str],
+    seconds: float,
+    num_draws: int,
+    most_images: int | None = None,
 ) -> Iterator[Row]:
     """Fit each baseline after the transform of `config`, then after `plain` (the settings of a transform)."""
     data = {**config["data"], "conditional": False} if "conditional" in config["data"] else config["data"]
@@ -224,7 +232,8 @@ def fit_baselines(
                 continue
             flow = build_flow({**config, "transform": transform_settings}, dataset.event_shape, dataset)
             fitted = BASELINES[name](dataset, flow.transform, seconds, seed)
-            one, many = evaluate(fitted.model, dataset, num_draws, fitted.most_images)
+            counts = [count for count in (fitted.most_images, most_images) if count is not None]
+            one, many = evaluate(fitted.model, dataset, num_draws, min(counts, default=None))
             setting = f"transform {whose}, {fitted.setting}"
             parameters = sum(parameter.numel() for parameter in fitted.model.parameters())
             parameters = getattr(fitted.model, "num_parameters", parameters)
