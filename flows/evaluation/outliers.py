@@ -111,10 +111,10 @@ class OutlierScores:
 
     def csv(self) -> str:
         """One line a point: its NLL, its distance from the typical NLL, any ratio, and whether it is an outlier."""
-        found = list(self.scored().values())
+        found = [(ours, theirs) for ours, theirs, _ in self.scored().values()]
         lines = [",".join(["nll", "typicality", "ratio"][: len(found)]) + ",outlier"]
         for outlier in (0, 1):
-            rows = torch.stack([values[outlier] for values in found], 1).tolist()
+            rows = torch.stack([both[outlier] for both in found], 1).tolist()
             lines += [",".join(f"{value:.9g}" for value in row) + f",{outlier}" for row in rows]
         return "\n".join(lines) + "\n"
 

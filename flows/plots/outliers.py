@@ -42,7 +42,8 @@ def outlier_scores(scores: Mapping[str, tuple[Tensor, Tensor, Any]], name: str =
         figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True
     ):
         rows = [values.double().numpy() for values in (data, outliers)]
-        edges = np.linspace(*np.quantile(np.concatenate(rows), [0.002, 0.998]), BINS + 1)
+        low, high = np.quantile(np.concatenate(rows), [0.002, 0.998]).tolist()
+        edges = np.linspace(low, high, BINS + 1)
         if edges[0] == edges[-1]:
             edges = np.linspace(edges[0] - 0.5, edges[0] + 0.5, BINS + 1)
         for values, colour, label in zip(rows, (DATA, FLOW), ("data", name), strict=True):
