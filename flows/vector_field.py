@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -17,6 +17,21 @@ from flows.promises.evaluation import Evaluation
 from flows.promises.traits import Traits, traits_of
 
 VectorField = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> v, with v shaped like x
+
+if TYPE_CHECKING:
+    from functools import cached_property as at_first_use
+else:
+
+    class at_first_use:
+        """`functools.cached_property` without its lock, at which torch's compiler would end a graph."""
+
+        def __init__(self, function):
+            self.function, self.name, self.__doc__ = function, function.__name__, function.__doc__
+
+        def __get__(self, instance, owner=None):
+            value = self.function(instance)
+            setattr(instance, self.name, value)  # which is found first from now on
+            return value
 
 
 class BoundField:
@@ -92,37 +107,37 @@ class BoundField:
         self.correction: Callable[..., Tensor] | None = None
 
     # What many evaluations never ask for is looked up at its first use.
-    @cached_property
+    @at_first_use
     def receptive_radius(self) -> int | None:
         """How many grid sites away a velocity can depend on x."""
         return getattr(self.field, "receptive_radius", None)
 
-    @cached_property
+    @at_first_use
     def bottleneck_width(self) -> int | None:
         """The width of a narrow layer that the field passes through."""
         return getattr(self.field, "bottleneck_width", None)
 
-    @cached_property
+    @at_first_use
     def value_and_divergence(self) -> Callable[..., Any] | None:
         """v(t, x) and its divergence in closed form."""
         return self._closed_form("value_and_divergence")
 
-    @cached_property
+    @at_first_use
     def value_divergence_and_products(self) -> Callable[..., Any] | None:
         """The same with products of directions with the Jacobian."""
         return self._closed_form("value_divergence_and_products")
 
-    @cached_property
+    @at_first_use
     def encode(self) -> Callable[..., Any] | None:
         """The half of a field before its narrow layer."""
         return self._given_context(self._watched(getattr(self.field, "encode", None)))
 
-    @cached_property
+    @at_first_use
     def decode(self) -> Callable[..., Any] | None:
         """The half after it."""
         return self._given_context(self._watched(getattr(self.field, "decode", None)))
 
-    @cached_property
+    @at_first_use
     def potential(self) -> Callable[..., Any] | None:
         """Φ of a field v = −∇Φ."""
         return self._given_context(self._watched(getattr(self.field, "potential", None)))
