@@ -29,6 +29,8 @@ else:
             self.function, self.name, self.__doc__ = function, function.__name__, function.__doc__
 
         def __get__(self, instance, owner=None):
+            if instance is None:  # asked of the class, as documentation does
+                return self
             value = self.function(instance)
             setattr(instance, self.name, value)  # which is found first from now on
             return value
