@@ -1,6 +1,7 @@
 """Sampling in few evaluations: fitted grids, straighter paths, distilled steps."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -158,16 +159,18 @@ def test_a_teacher_of_fewer_digits_teaches_in_those_of_the_flow():
     assert (teacher.dtype, teacher.training) == (torch.float32, True)  # the user's own is left alone
 
 
+QUIET = flows.training.Reporting(progress_bar=False, plot_every=None, checkpoint_every=1, log_every=1)
+
+
 def trained(folder, steps=3, resume=None):
     """Flow matching, then reflow of what it found."""
-    quiet = flows.training.Reporting(progress_bar=False, plot_every=None, checkpoint_every=1, log_every=1)
     stages = {
         "matching": flows.training.Stage(flows.objectives.FlowMatching(), steps=2, batch_size=8),
         "reflow": flows.training.Stage(Reflow(), steps=steps, batch_size=8, schedule="constant"),
     }
     torch.manual_seed(0)
     flow, data = CNF(MLP((2,), (8,))), Moons(num_validation=20, num_test=20)
-    flows.Trainer(flow, data, stages, reporting=quiet, output_dir=folder, resume=resume).fit()
+    flows.Trainer(flow, data, stages, reporting=QUIET, output_dir=folder, resume=resume).fit()
     return torch.load(folder / "checkpoints/last.pt", weights_only=True)
 
 
@@ -180,8 +183,27 @@ def test_reflow_after_a_stage_learns_from_its_flow_also_when_resumed(tmp_path):
         assert torch.equal(resumed["model"][name], weights), name
 
 
+def test_a_teacher_that_trains_on_teaches_a_resumed_run_what_it_did_before(tmp_path):
+    def taught(folder, steps=2, resume=None):
+        stage = flows.training.Stage(Reflow(str(tmp_path / "teacher")), steps=steps, batch_size=8, schedule="constant")
+        torch.manual_seed(0)
+        flow, data = CNF(MLP((2,), (8,))), Moons(num_validation=20, num_test=20)
+        trainer = flows.Trainer(flow, data, {"reflow": stage}, reporting=QUIET, output_dir=folder, resume=resume)
+        trainer.fit()
+        return torch.load(folder / "checkpoints/last.pt", weights_only=True)["model"]
+
+    trained(tmp_path / "teacher", steps=1)
+    taught(tmp_path / "short", steps=1)
+    straight = taught(tmp_path / "straight")
+    shutil.rmtree(tmp_path / "teacher")
+    trained(tmp_path / "teacher", steps=2)
+    resumed = taught(tmp_path / "resumed", resume=tmp_path / "short/checkpoints/last.pt")
+    for name, weights in straight.items():
+        assert torch.equal(resumed[name], weights), name
+
+
 @pytest.mark.slow
-def test_distillation_of_a_run_from_the_shell(run, tmp_path):
+def test_distillation_of_a_run_from_the_shell(run, tmp_path, monkeypatch):
     """The student starts as its teacher, has its model, and draws by the steps that it was trained for."""
     tiny = ["reporting.plot_every=null", "reporting.progress_bar=false"]
     data = ["data=moons", "data.num_validation=20", "data.num_test=20", "field.hidden=[8]"]
@@ -194,8 +216,10 @@ def test_distillation_of_a_run_from_the_shell(run, tmp_path):
     first = dict(flows.load(tmp_path / "first").named_parameters())
     change = max((weights - first[name]).abs().max() for name, weights in student.named_parameters())
     assert 0 < change < 0.01  # two steps
-    code, out, err = run("train", "resume=student", "objective.distillation.steps=3")
+    monkeypatch.chdir(tmp_path / "first")  # from another folder
+    code, out, err = run("train", "resume=../student", "objective.distillation.steps=3")
     assert code == 0, err
+    monkeypatch.chdir(tmp_path)
     code, _, err = run("train", "teacher=first", "objective=reflow", "field.hidden=[9]")
     assert code == 2
     assert "the model and the data are those of the teacher" in err

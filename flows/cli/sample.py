@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -120,6 +121,9 @@ def few_evaluations(
     weight = settings["guidance"]
     key = f"{run.checkpoint.name}, step {run.step}, {evaluations} evaluations"
     key += "" if weight in (None, 1) else f", guidance {weight:g}"
+    if context is not None:  # a grid that is fitted to one class may not suit another
+        rows = context.double().unique(dim=0).cpu().numpy()
+        key += f", contexts {hashlib.sha256(rows.tobytes()).hexdigest()[:8]}"
     known = read_json(file) or {}
     try:
         solver, whence = ODESolver(known[key]["method"], grid=known[key]["grid"]), f" from {file}"

@@ -43,8 +43,9 @@ def with_teacher(config: Mapping[str, Any], overrides: Sequence[str], trust: Seq
         config.pop(part, None)
         if part in known:
             config[part] = known[part]
+    found = str(file.resolve())  # a resumed run may start in another folder
     config["objective"] = {
-        name: {**stage, "objective": {**stage["objective"], "teacher": str(teacher)}} for name, stage in learns.items()
+        name: {**stage, "objective": {**stage["objective"], "teacher": found}} for name, stage in learns.items()
     }
     return config
 

@@ -15,7 +15,7 @@ from flows.arguments import checked
 from flows.datasets import Batch, Dataset
 from flows.divergence import DivergenceEstimator
 from flows.dynamics import StateDynamics
-from flows.errors import InvalidValueError
+from flows.errors import FlowsError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.checks import check_flow
@@ -65,8 +65,8 @@ class _Taught(Objective):
                 ) from error
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights of a teacher that no file has."""
-        return self._found[0].state_dict() if self.teacher is None and self._found else {}
+        """Return the weights of the teacher, whose own run may train on. A flow that was given keeps its own."""
+        return self._found[0].state_dict() if self._found and not isinstance(self.teacher, CNF) else {}
 
     def load_state_dict(self, flow: CNF, state: Mapping[str, Any]) -> None:
         """Take the teacher of the run that is resumed, which was built like the flow."""
@@ -84,7 +84,7 @@ class _Taught(Objective):
         if isinstance(given, CNF) and (given is flow or given.field is flow.field):
             raise InvalidValueError("the teacher is the flow that is trained; give a copy, copy.deepcopy(flow)")
         if given is not None and not self._found:
-            self._keep(copy.deepcopy(given) if isinstance(given, CNF) else flows.load(given))
+            self._keep(copy.deepcopy(given) if isinstance(given, CNF) else _loaded(given, flow))
         if not self._found:
             raise InvalidValueError(
                 f"{type(self).__name__} has no teacher yet: give one, or train with a Trainer and a stage before it"
@@ -107,6 +107,14 @@ class _Taught(Objective):
 
     def divergence(self, flow: CNF) -> DivergenceEstimator | None:
         return None
+
+
+def _loaded(run: str, flow: CNF) -> CNF:
+    """The flow of a run. Where that needs classes of the user's own, the flow at hand has been built from them."""
+    try:
+        return flows.load(run)
+    except FlowsError:
+        return flows.load(run, flow=copy.deepcopy(flow))
 
 
 @checked
