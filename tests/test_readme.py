@@ -41,7 +41,8 @@ def blocks(text, language):
 
 
 def commands(text, pattern):
-    lines = [line.partition(" #")[0] for block in blocks(text, "bash") for line in block.splitlines()]
+    whole = [block.replace("\\\n", " ") for block in blocks(text, "bash")]  # lines that go on
+    lines = [line.partition(" #")[0] for block in whole for line in block.splitlines()]
     return [line for line in lines if re.search(pattern, line)]
 
 

@@ -170,7 +170,13 @@ def test_parameters_that_rounding_puts_on_an_edge_move_inside():
     Unbounded(2, data.bounds).check(Simulations(edges, edges, prior).reference())
     exact = Independent(Uniform(low.double(), high.double()), 1)  # draws that are edges only in float32
     near = torch.full((100, 2), 1000.00001, dtype=torch.float64)
-    Unbounded(2, data.bounds).check(Simulations(near, near, exact).reference())
+    Unbounded(2, data.bounds).check(Simulations(near, edges, exact).reference())
+
+
+def test_observations_that_are_all_equal_are_refused():
+    theta = UNIT.sample((100,))
+    with pytest.raises(flows.FlowsError, match="all 90 observations of the training part are equal"):
+        Simulations(theta, torch.zeros(100, 2), UNIT)
 
 
 def test_simulations_leave_the_global_random_numbers_alone():
