@@ -33,6 +33,7 @@ from flows.errors import DataWarning, FlowsError, InvalidTypeError, InvalidValue
 from flows.evaluation import DensityEvaluator, Report
 from flows.fields import MLP
 from flows.models.cnf import CNF
+from flows.naming import by_name
 from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.solvers import ODESolver, as_solver
 from flows.training import Optimization, Reporting, Stage, Trainer
@@ -463,11 +464,15 @@ class DensityEstimator(DensityMixin, BaseEstimator):
                 f"flows.fields.Planar, got {self.field!r}"
             )
         transform = Standardise(data.event_shape)
+        base = copy.deepcopy(self.base)
+        if isinstance(base, str):  # a base of contexts needs their shape
+            contexts = {} if data.context_shape is None else {"context_shape": data.context_shape}
+            base = by_name(Base, base, "base", event_shape=data.event_shape, **contexts)
         flow = CNF(
             field,
             self.divergence,
             None,
-            copy.deepcopy(self.base),
+            base,
             transform,
             event_shape=data.event_shape,
             encoder=encoder,

@@ -306,3 +306,10 @@ def test_its_defaults_are_a_recipe(name, data, context, tmp_path, monkeypatch):
     assert trainer.reporting.validate_every == settings["reporting"]["validate_every"]
     encoder = settings.get("encoder")
     assert (encoder is None) == (trainer.model.encoder is None)
+
+
+def test_a_base_of_contexts_by_name():
+    model = tiny(base="conditional_normal").fit(HEIGHT, context=PEOPLE)
+    assert isinstance(model.flow_.base, flows.bases.ConditionalNormal)
+    with pytest.raises(FlowsError, match="unknown Base 'conditional_normal'; expected one of"):
+        tiny(base="conditional_normal").fit(X)

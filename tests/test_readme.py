@@ -105,6 +105,11 @@ def test_commands_with_a_wrong_setting_are_noticed(command, name):
         check_command(command)
 
 
+def test_a_file_without_data_asks_for_a_data_set():
+    with pytest.raises(SettingsError, match=r"keeps none, .* such as data=tabular data.path=new.csv"):
+        with_changes({}, {"data": {"path": "new.csv"}})
+
+
 @pytest.mark.parametrize("command", BENCHMARKS)
 def test_benchmark_commands_are_understood(command):
     words = shlex.split(command)

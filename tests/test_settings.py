@@ -65,6 +65,7 @@ def settings(*overrides):
             r"objective.other has settings \(steps\) but is no stage of .* ~objective.other",
         ),
         ("+objective.other=3", "objective.other must be a stage, a mapping with a _target_, got 3"),
+        ("+objective.context_dropout=0.1", "write objective.flow_matching.objective.context_dropout"),
         ("data.covariance=[[1,2],[3]]", "^data.mean must be d numbers and covariance d rows of d numbers"),
         ("data._target_=flows.datasets.Nothing", "^data._target_: there is no flows.datasets.Nothing"),
     ],

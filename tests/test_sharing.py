@@ -1,5 +1,6 @@
 """Models are saved with what builds them again, and come back bit for bit."""
 
+import copy
 import functools
 import json
 import re
@@ -115,6 +116,19 @@ def test_every_base_comes_back(make, tmp_path):
     assert_same(flow, back)
     assert type(back.base) is type(flow.base)
     assert torch.equal(back.log_prob(POINTS), flow.log_prob(POINTS))
+
+
+def test_tensors_without_plain_strides_are_saved(tmp_path):
+    """Those of a repeated number, and of a transposed matrix."""
+    field = mlp()
+    for name, value in {
+        "once": torch.ones(()).expand(1),
+        "turned": torch.rand(2, 3).T,
+    }.items():
+        field.register_buffer(name, value)
+    flow = flows.CNF(field)
+    path = flows.save(flow, tmp_path / "model.flow", weights_only=True)
+    assert_same(flow, flows.load(path, flow=copy.deepcopy(flow)))
 
 
 @pytest.mark.parametrize("make", [*FIELDS.values()], ids=[*FIELDS])

@@ -302,16 +302,29 @@ def is_given(name: str) -> bool:
     return any(override.lstrip("+~").partition("=")[0] == name for override in HydraConfig.get().overrides.task)
 
 
+EXAMPLES = {"data": "tabular", "solver": "flow5", "divergence": "exact"}  # choices of parts
+
+
 def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a run with the parts in `changes` replaced or changed.
 
     A part with a `_target_` replaces the old one; without, its settings are merged into the old one's. An empty part
     changes nothing.
+
+    Raises:
+        SettingsError: there is no old part to merge the settings into.
     """
     changed = dict(config)
     for part, new in changes.items():
         if new:
             replaces = "_target_" in new
+            if not replaces and part not in config:
+                example = next(iter(new))
+                raise SettingsError(
+                    f"{part}.{example} changes the {part} of the run, and this file keeps none, as a model that was "
+                    f"trained from Python; choose one as well, such as {part}="
+                    f"{EXAMPLES.get(part, 'NAME')} {part}.{example}={new[example]}"
+                )
             changed[part] = dict(new) if replaces else plain(OmegaConf.merge(config[part], new))
     return changed
 

@@ -57,7 +57,8 @@ def write_model(
     tensors |= {f"{ARGUMENTS}{name}": value for name, value in content["arguments"].items()}
     is_complex = [name for name, value in tensors.items() if value.is_complex()]
     tensors = {name: torch.view_as_real(t).contiguous() if t.is_complex() else t for name, t in tensors.items()}
-    tensors = {name: value.cpu() for name, value in tensors.items()}
+    # Copies have plain strides, unlike an expanded tensor, whose bytes cannot be read in a row.
+    tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     try:
         metadata = {
             "format": FORMAT,

@@ -452,6 +452,16 @@ def place(flow: M, device: str | None = None, dtype: str | None = None) -> M:
         ) from error
 
 
+def _within(stage: Mapping[str, Any], name: str) -> list[str]:
+    """Where a stage has a setting: among its own, in its objective, or nowhere."""
+    places = {"": stage, ".objective": stage.get("objective")}
+    return [
+        place
+        for place, settings in places.items()
+        if isinstance(settings, Mapping) and name in parameter_names(settings.get(TARGET))
+    ]
+
+
 def _checked_stages(objective: Any) -> Mapping[str, Any]:
     if not isinstance(objective, Mapping) or not objective:
         raise SettingsError(
@@ -460,7 +470,10 @@ def _checked_stages(objective: Any) -> Mapping[str, Any]:
     stages = [name for name, stage in objective.items() if isinstance(stage, Mapping) and TARGET in stage]
     for name, stage in objective.items():
         if not isinstance(stage, Mapping) and stages:
-            options = " or ".join(f"objective.{other}.{name}" for other in stages)
+            places = [
+                f"objective.{other}{within}.{name}" for other in stages for within in _within(objective[other], name)
+            ]
+            options = " or ".join(places or [f"objective.{other}.{name}" for other in stages])
             raise SettingsError(
                 f"objective.{name} must be a stage, a mapping with a {TARGET}, got {stage!r}; for a setting of a stage "
                 f"write {options}"
@@ -519,7 +532,8 @@ def _options(config: Mapping[str, Any], part: str, kind: str) -> dict[str, Any]:
 
 def _part(config: Mapping[str, Any], name: str) -> Any:
     if name not in config:
-        raise SettingsError(f"{name} must be given; the settings have {', '.join(map(str, config))}")
+        cure = ", such as data=tabular data.path=FILE" if name == "data" else ""
+        raise SettingsError(f"{name} must be given{cure}; the settings have {', '.join(map(str, config))}")
     return config[name]
 
 
