@@ -261,7 +261,7 @@ def test_generated_code_computes_the_same():
 
 
 def test_large_batches_without_gradients_share_one_program(account, monkeypatch):
-    monkeypatch.setattr("flows.dynamics.PIECE", 8)
+    monkeypatch.setattr("flows.dynamics.piece_size", lambda: 8)
     flow = flow_with(ODESolver("bosh3", rtol=1e-3, atol=1e-3), hidden=(3,))
     points = torch.randn(23, 2, dtype=torch.float64)
     times = torch.cat([torch.zeros(9, 1), torch.linspace(0.1, 1.0, 9)[:, None]], dim=1).double()
@@ -281,7 +281,7 @@ def test_large_batches_without_gradients_share_one_program(account, monkeypatch)
 
 
 def test_auto_compiles_large_batches_without_gradients(account, monkeypatch):
-    monkeypatch.setattr("flows.dynamics.PIECE", 8)
+    monkeypatch.setattr("flows.dynamics.piece_size", lambda: 8)
     flow = flow_with(ODESolver("heun2", step_size=0.5, compile="auto"), hidden=(3,))
     x = torch.randn(20, 2, dtype=torch.float64)
     with torch.no_grad():

@@ -136,7 +136,7 @@ def test_large_batches_are_evaluated_in_pieces(monkeypatch):
     flow = flows.CNF(flows.fields.MLP((2,), (8, 8))).double()
     x, sizes = torch.randn(11, 2, dtype=torch.float64), []
     expected = flow.log_prob(x).detach()
-    monkeypatch.setattr("flows.dynamics.PIECE", 5)
+    monkeypatch.setattr("flows.dynamics.piece_size", lambda: 5)
     monkeypatch.setattr(
         flows.divergence.Analytic,
         "__call__",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,19 @@ class Activation(nn.Module, ABC):
     def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(σ(z), σ′(z)), sharing what the two have in common."""
 
+    def rescaled(self) -> Rescaled:
+        """σ by a function that costs less, whose scales a perceptron moves into its weights."""
+        return Rescaled(self)
+
+
+class Rescaled(NamedTuple):
+    """σ(z) = scale · ρ(stretch · z) + offset."""
+
+    function: Activation  # ρ
+    stretch: float = 1.0
+    scale: float = 1.0
+    offset: float = 0.0
+
 
 def tanh(z: Tensor) -> Tensor:
     """tanh(z) with an absolute error of at most 2e-7 in float32.
@@ -79,6 +93,30 @@ class Tanh(Activation):
     def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
         value = tanh(z)
         return value, 1 - value * value
+
+    def rescaled(self) -> Rescaled:
+        """tanh z = 2 s(2 z) − 1 with the logistic function s."""
+        return Rescaled(Logistic(), stretch=2.0, scale=2.0, offset=-1.0)
+
+
+@checked
+class Logistic(Activation):
+    """σ = s(z) = 1/(1 + e⁻ᶻ), σ′ = σ − σ².
+
+    Example:
+        ```python
+        import flows
+
+        field = flows.fields.MLP((2,), activation=flows.fields.Logistic())
+        ```
+    """
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.sigmoid()
+
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        value = z.sigmoid()
+        return value, torch.addcmul(value, value, value, value=-1)
 
 
 @checked

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from flows.arguments import checked
 from flows.fields.activations import Activation
-from flows.fields.perceptron import Linearised, Perceptron
+from flows.fields.perceptron import Folded, Linearised, Perceptron, folded
 from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
 
@@ -62,8 +62,10 @@ class ConcatSquashMLP(Perceptron):
         return last(h, condition)[0].view_as(x)
 
     def precompute(self) -> _Gating:
-        """The parameters of all gates, put together."""
-        return _Gating(cast(Iterable[_ConcatSquash], self.layers))
+        """The parameters of all layers, put together."""
+        layers = list(cast(Iterable[_ConcatSquash], self.layers))
+        biases = [layer.linear.bias for layer in layers]
+        return _Gating(layers, folded(self._weights(), biases, [self.activation] * len(self.hidden)))
 
     def linearised(self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: _Gating) -> Linearised:
         """v, and the factors of its Jacobian.
@@ -74,14 +76,12 @@ class ConcatSquashMLP(Perceptron):
         h = x.flatten(1)
         slopes = []
         if len(condition) == 1:
-            gates, biases = precomputed(condition)
-            folded = [gate.T * weight for gate, weight in zip(gates, self._weights(), strict=True)]
-            *maps, (weight, bias) = zip(folded, (bias.squeeze(0) for bias in biases), strict=True)
-            for w, b in maps:
-                h, slope = self.activation.value_and_slope(functional.linear(h, w, b))
+            weights, biases = precomputed(condition)
+            *maps, last = zip(weights, biases, strict=True)
+            for (weight, bias), activation in zip(maps, precomputed.folded.activations, strict=True):
+                h, slope = activation.value_and_slope(functional.linear(h, weight, bias))
                 slopes.append(slope)
-            weights = [*(w for w, _ in maps), weight]
-            value = functional.linear(h, weight, bias).view_as(x)
+            value = functional.linear(h, *last).view_as(x)
             return Linearised(value, weights, slopes, None, PerceptronTrace(weights))
         *hidden, last = self.layers
         for layer in hidden:
@@ -120,22 +120,29 @@ class _ConcatSquash(nn.Module):
 
 
 class _Gating:
-    """Gates and biases of all layers from one product each.
+    """Weights and biases of all layers for one condition.
 
     Args:
-        layers: whose parameters are put together.
+        layers: whose gates are put together.
+        folded: their weights and biases.
     """
 
-    def __init__(self, layers: Iterable[_ConcatSquash]) -> None:
-        parts = [(layer.gate.weight, layer.gate.bias, layer.shift.weight, layer.linear.bias) for layer in layers]
-        self.gate, self.offset, self.shift, self.bias = (torch.cat(kind) for kind in zip(*parts, strict=True))
-        self.widths = [len(gate) for gate, *_ in parts]
+    def __init__(self, layers: Sequence[_ConcatSquash], folded: Folded) -> None:
+        self.folded = folded
+        self.widths = [len(weight) for weight in folded.weights]
+        self.gate = torch.cat([layer.gate.weight for layer in layers])
+        self.offset = torch.cat([layer.gate.bias for layer in layers])
+        shifts = [layer.shift.weight for layer in layers]
+        self.shift = torch.cat([stretch * shift for stretch, shift in zip(folded.stretches, shifts, strict=True)])
+        self.bias = torch.cat(folded.biases)
 
     def __call__(
         self,
-        condition: Tensor,  # (1 or B, c)
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:  # (1 or B, width) for each layer
-        """Of each layer the gate g, and g b + B c, so that it is g ∘ W h plus that."""
+        condition: Tensor,  # (1, c)
+    ) -> tuple[list[Tensor], Sequence[Tensor]]:  # (width, width of the input) and (width,) for each layer
+        """Of each layer g ∘ W, and g b + B c."""
         gate = functional.linear(condition, self.gate, self.offset).sigmoid()
-        bias = functional.linear(condition, self.shift) + self.bias * gate
-        return gate.split(self.widths, 1), bias.split(self.widths, 1)
+        bias = torch.addcmul(functional.linear(condition, self.shift), self.bias, gate).squeeze(0)
+        gates = gate.T.split(self.widths)
+        weights = [gate * weight for gate, weight in zip(gates, self.folded.weights, strict=True)]
+        return weights, bias.split(self.widths)

@@ -9,12 +9,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flows.arguments import checked
 from flows.checks import check_number
 from flows.fields.activations import Activation, Sine
 from flows.fields.modulation import Modulation
-from flows.fields.perceptron import Linearised, Perceptron
+from flows.fields.perceptron import Folded, Linearised, Perceptron, folded
 from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
 
@@ -113,19 +114,29 @@ class MLP(Perceptron):
             h = activation(torch.addcmul(shift, layer(h), scale))
         return h
 
-    def precompute(self) -> PerceptronTrace:
-        """The trace's product of weights."""
-        return PerceptronTrace(self._weights())
+    def precompute(self) -> tuple[Folded, PerceptronTrace]:
+        """The layers by activations that cost less, and the trace's product of their weights."""
+        biases = [*(layer.bias for layer in cast(Iterable[nn.Linear], self.layers)), self.out.bias]
+        layers = folded(self._weights(), biases, list(cast(Iterable[Activation], self.activations)))
+        return layers, PerceptronTrace(layers.weights)
 
-    def linearised(self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: PerceptronTrace) -> Linearised:
+    def linearised(
+        self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: tuple[Folded, PerceptronTrace]
+    ) -> Linearised:
         scales, shifts, offset = self._modulate(t, context)
+        layers, trace = precomputed
         h = x.flatten(1)
         slopes = []
-        activations = cast(Iterable[Activation], self.activations)
-        for layer, activation, scale, shift in zip(self.layers, activations, scales, shifts, strict=True):
-            h, slope = activation.value_and_slope(torch.addcmul(shift, layer(h), scale))
+        *maps, last = zip(layers.weights, layers.biases, layers.stretches, strict=True)
+        for (weight, bias, stretch), activation, scale, shift in zip(
+            maps, layers.activations, scales, shifts, strict=True
+        ):
+            shift = shift if stretch == 1 else stretch * shift
+            z = torch.addcmul(shift, functional.linear(h, weight, bias), scale)
+            h, slope = activation.value_and_slope(z)
             slopes.append(slope * scale)
-        return Linearised((self.out(h) + offset).view_as(x), self._weights(), slopes, None, precomputed)
+        value = functional.linear(h, *last[:2]) + offset
+        return Linearised(value.view_as(x), layers.weights, slopes, None, trace)
 
     @property
     def divergence_cost(self) -> int:

@@ -6,9 +6,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flows.errors import InvalidValueError
+from flows.fields.activations import Activation, Rescaled
 from flows.fields.base import Field
 from flows.fields.trace import PerceptronTrace, perceptron_products
 
@@ -21,6 +23,32 @@ class Linearised(NamedTuple):
     slopes: list[Tensor]  # a_1, ..., a_L, (B, width) or (1, width) each
     gate: Tensor | None  # (B, d); None for ones
     trace: PerceptronTrace  # of these weights
+
+
+class Folded(NamedTuple):
+    """The layers of a perceptron, with the scales of its activations in their parameters."""
+
+    weights: list[Tensor]  # W_1, ..., W_L, W_out
+    biases: list[Tensor]
+    activations: list[Activation]  # L of them
+    stretches: list[float]  # that the arguments of the activations have, and 1 for the output
+
+
+def folded(weights: Sequence[Tensor], biases: Sequence[Tensor], activations: Sequence[Activation]) -> Folded:
+    """The same function by activations that cost less, see `Activation.rescaled`.
+
+    The pre-activations are the old ones times `stretches`; what is added to them must be stretched as well.
+    """
+    # Differences of values between 0 and 1 cost the digits that lower precision does not have.
+    exact = not torch.is_autocast_enabled(weights[0].device.type) and weights[0].dtype in (torch.float32, torch.float64)
+    rescaled = [activation.rescaled() if exact else Rescaled(activation) for activation in activations]
+    found = Folded([], [], [each.function for each in rescaled], [*(each.stretch for each in rescaled), 1.0])
+    inputs = [(1.0, 0.0), *((each.scale, each.offset) for each in rescaled)]
+    for weight, bias, stretch, (scale, offset) in zip(weights, biases, found.stretches, inputs, strict=True):
+        bias = bias + offset * weight.sum(1) if offset else bias
+        found.weights.append(weight if stretch * scale == 1 else (stretch * scale) * weight)
+        found.biases.append(bias if stretch == 1 else stretch * bias)
+    return found
 
 
 class Perceptron(Field):

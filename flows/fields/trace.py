@@ -43,7 +43,7 @@ class CycleTrace:
         if self.count == 3:
             self.rising = _Push(first.T, middle[0], last)
         else:
-            self.rising, self.falling = _Push(first.T, middle[0]), _Push(last, middle[-1].T)
+            self.rising, self.closing = _Push(first.T, middle[0]), _Closing(middle[-1], last)
 
     def __call__(
         self,
@@ -56,16 +56,13 @@ class CycleTrace:
             return ((slopes[0] @ self.constant.T) * slopes[1]).sum(-1)
         first, *between, last = (slopes[(self.start + 1 + k) % self.count] for k in range(self.count - 1))
         tangents = self.rising(first)
+        for weight, passed in zip(self.middle, between, strict=False):
+            tangents = functional.linear(passed.unsqueeze(1) * tangents, weight)
+        if len(slopes) == self.count:
+            tangents = tangents * slopes[self.start].unsqueeze(2)
         if self.count == 3:
-            slope = last
-        else:
-            *between, slope = between
-            for weight, passed in zip(self.middle, between, strict=True):
-                tangents = functional.linear(passed.unsqueeze(1) * tangents, weight)
-            tangents = tangents * self.falling(last)
-        if len(slopes) < self.count:
-            return (tangents.sum(1) * slope).sum(-1)
-        return ((tangents * slope.unsqueeze(1)).sum(-1) * slopes[self.start]).sum(-1)
+            return (tangents.sum(1) * last).sum(-1)
+        return (self.closing(tangents * between[-1].unsqueeze(1)) * last).sum(-1)
 
 
 class _Push:
@@ -89,6 +86,26 @@ class _Push:
             return functional.linear(slopes, self.product).unflatten(1, (len(self.tangents), -1))
         pushed = functional.linear(slopes.unsqueeze(1) * self.tangents, self.weight)
         return pushed if self.scales is None else pushed * self.scales
+
+
+class _Closing:
+    """The k tangents u (B, k, n) to Σ_k r_k ∘ W u_k (B, m).
+
+    Args:
+        weight: W, (m, n).
+        scales: r, (k, m).
+    """
+
+    def __init__(self, weight: Tensor, scales: Tensor) -> None:
+        self.weight, self.scales = weight, scales
+        self.product = None  # (m, k n), all that depends on the weights
+        if len(scales) * weight.numel() <= MAX_KEPT_NUMBERS:
+            self.product = (scales.T.unsqueeze(2) * weight.unsqueeze(1)).flatten(1)
+
+    def __call__(self, tangents: Tensor) -> Tensor:
+        if self.product is not None:
+            return functional.linear(tangents.flatten(1), self.product)
+        return (functional.linear(tangents, self.weight) * self.scales).sum(1)
 
 
 def _cost(widths: list[int], start: int) -> int:
