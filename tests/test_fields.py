@@ -77,13 +77,34 @@ def test_products_of_weights_that_would_be_too_large_are_not_kept(hidden, monkey
         assert not torch.equal(pushed, expected)  # in another order
 
 
-@pytest.mark.parametrize("name", ["tanh", "silu", "softplus", "sine", "elementwise"])
+@pytest.mark.parametrize("name", ["tanh", "logistic", "silu", "softplus", "sine", "elementwise"])
 def test_slopes_are_the_derivatives(name):
     activation = MLP((1,), (1,), name).activations[0]
     z = torch.linspace(-4, 4, 41, requires_grad=True)
     value, slope = activation.value_and_slope(z)
     torch.testing.assert_close(value, activation(z))
     torch.testing.assert_close(slope, torch.autograd.grad(activation(z).sum(), z)[0])
+
+
+@pytest.mark.parametrize("name", ["tanh", "logistic", "silu", "softplus", "sine", "elementwise"])
+def test_a_rescaled_activation_is_the_same_function(name):
+    z = torch.linspace(-20, 20, 401)
+    activation = MLP((2,), (3,), name, sine_frequency=None).activations[0]
+    function, stretch, scale, offset = activation.rescaled()
+    value, slope = function.value_and_slope(stretch * z)
+    expected, expected_slope = activation.value_and_slope(z)
+    torch.testing.assert_close(scale * value + offset, expected)
+    torch.testing.assert_close(scale * stretch * slope, expected_slope)
+
+
+def test_low_precision_keeps_the_digits_of_small_activations():
+    """A logistic function near 1/2 has lost them."""
+    field = ConcatSquashMLP((3,), (16, 16)).float()
+    x, t = 1e-3 * torch.randn(50, 3, dtype=torch.float32), torch.tensor(0.3, dtype=torch.float32)
+    bound = bind(field)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, found = bound(t, x), bound.value_and_divergence(t, x)[0]
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=2e-3)
 
 
 def test_tanh_in_single_precision_is_that_of_double():

@@ -50,7 +50,19 @@ class Activation(nn.Module, ABC):
 
 
 class Rescaled(NamedTuple):
-    """σ(z) = scale · ρ(stretch · z) + offset."""
+    """σ(z) = scale · ρ(stretch · z) + offset.
+
+    Example:
+        ```python
+        import torch
+
+        import flows
+
+        function, stretch, scale, offset = flows.fields.Tanh().rescaled()
+        z = torch.randn(10)
+        scale * function(stretch * z) + offset  # tanh z
+        ```
+    """
 
     function: Activation  # ρ
     stretch: float = 1.0
