@@ -16,7 +16,7 @@ from flows.fields import MLP
 from flows.training.annotations import SettingsError, check_arguments, check_type
 from flows.training.fabric import Fabric
 from flows.training.loggers import Logger
-from flows.training.runs import build_flow, build_trainer
+from flows.training.runs import build_dataset, build_flow, build_trainer
 from flows.training.settings import _find_target, check_settings, instantiate, parameter_names
 
 
@@ -75,6 +75,38 @@ def test_a_wrong_setting_is_named_before_training(tmp_path, monkeypatch, overrid
     with pytest.raises(ValueError, match=message):
         build_trainer(settings(*TINY, override)).fit()
     assert not list(tmp_path.rglob("*.pt"))
+
+
+CONDITIONAL = "data=moons_by_class"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["+field.context_shape=null"],
+            "field.context_shape cannot be null, since the data give it: leave out field.con",
+        ),
+        (
+            ["+transform.event_shape=null"],
+            "transform.event_shape cannot be null, .* leave out transform.event_shape=null$",
+        ),
+        (["base=conditional_normal", "+base.context_shape=null"], "base.context_shape cannot be null, since the data"),
+        (["encoder=embedding", "encoder.context_shape=null"], "encoder.context_shape cannot be null, since the data"),
+        (["encoder=embedding", "encoder.feature=3"], r"no setting encoder.feature \(did you mean features\?\)"),
+        (["encoder.features=3"], r"encoder has settings \(features\), and none is chosen; .* encoder=embedding"),
+    ],
+)
+def test_what_the_data_give_is_not_taken_away_by_null(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build_trainer(settings(CONDITIONAL, *overrides))
+
+
+def test_an_encoder_takes_settings_that_its_yaml_does_not_list():
+    chosen = settings(CONDITIONAL, "encoder=embedding", "encoder.features=3", "encoder.hidden=[4]")
+    data = build_dataset(chosen)
+    assert build_flow(chosen, data.event_shape, data).encoder.features_shape == (3,)
+    assert "encoder" not in settings("data=moons")  # none is chosen
 
 
 def test_the_same_in_plain_python(tmp_path):

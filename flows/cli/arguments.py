@@ -20,6 +20,7 @@ OPEN_PARTS = {  # of each program: their settings may have any name, as far as H
         "model",
         "transform",
         "field",
+        "encoder",
         "divergence",
         "solver",
         "base",
@@ -33,7 +34,7 @@ OPEN_PARTS = {  # of each program: their settings may have any name, as far as H
     "evaluate": ("data", "divergence", "solver", "outliers"),
     "sample": ("data", "solver"),
     "predict": ("solver",),
-    "compare_estimators": ("data", "transform", "field", "divergence", "solver"),
+    "compare_estimators": ("data", "transform", "field", "encoder", "divergence", "solver"),
 }
 
 

@@ -223,6 +223,8 @@ def plain_settings(composed: DictConfig) -> dict[str, Any]:
         MissingMandatoryValue: a setting without a default is not given.
     """
     settings = without_unused_parts(plain(composed, resolve=True, throw_on_missing=True))
+    if settings.get("encoder") == {}:  # none is chosen
+        del settings["encoder"]
     check_program_settings(settings)
     return settings
 

@@ -35,7 +35,7 @@ from flows.training.described import with_tensors
 from flows.training.files import check_place
 from flows.training.fitting import dtype_named, load_weights
 from flows.training.model_file import is_model_file, read_model
-from flows.training.settings import TARGET, complete, instantiate, parameter_names
+from flows.training.settings import GIVEN, TARGET, complete, instantiate, parameter_names
 from flows.training.settings_text import read_settings
 from flows.training.stage import Stage
 from flows.training.trusted import check_trusted, foreign_packages
@@ -274,6 +274,8 @@ def build_model(
     known = shapes | contexts | {"num_points": num_points} | ({} if conditions is None else {"conditions": conditions})
     model = config.get("model", DEFAULT_MODEL)
     parts = {part: _part(config, part) for part in model_parts(config) if part in config or part not in OPTIONAL}
+    if dataset is not None:
+        _refuse_nulls(parts, known)
     built: dict[str, Any] = {}
     with _default_dtype(dtype):
         if "transform" in parts:
@@ -374,6 +376,11 @@ def _build_encoder(config: Any, contexts: Mapping[str, Any], dataset: Dataset | 
     if not contexts:
         name = "these data have" if dataset is None else f"the data {dataset.name!r} have"
         raise SettingsError(f"encoder is for contexts, and {name} none; leave it out with encoder=null")
+    if isinstance(config, Mapping) and TARGET not in config:
+        raise SettingsError(
+            f"encoder has settings ({', '.join(map(str, config))}), and none is chosen; choose one as well, such as "
+            "encoder=embedding"
+        )
     encoder = instantiate(config, "encoder", **_accepted(config, contexts))
     known = None if dataset is None else dataset.reference_contexts()
     return encoder if known is None else encoder.fit(known)
@@ -485,6 +492,18 @@ def _checked_stages(objective: Any) -> Mapping[str, Any]:
                 f"has {chosen}. If an experiment or an override sets it, remove it with ~objective.{name}"
             )
     return objective
+
+
+def _refuse_nulls(parts: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse null for what the data give to a part, since it would change nothing."""
+    for part in ("transform", "field", "encoder", "base"):
+        settings = parts.get(part) if isinstance(parts.get(part), Mapping) else {}
+        for name in GIVEN[part]:
+            if settings.get(name, 0) is None and known.get(name) is not None:
+                away = "" if name == "event_shape" else "; for a model without contexts, choose data without"
+                raise SettingsError(
+                    f"{part}.{name} cannot be null, since the data give it: leave out {part}.{name}=null{away}"
+                )
 
 
 def _check_amounts(parts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
