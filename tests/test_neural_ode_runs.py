@@ -97,7 +97,7 @@ def test_a_run_resumes_bit_for_bit_and_is_loaded(tmp_path):
     assert torch.equal(filled(x0, times), loaded(x0, times))
     run = load_run(tmp_path / "whole")
     assert run.model.noise.shape == (2,)
-    with pytest.raises(FlowsError, match=r"trained a NeuralODE, and this needs a flows.CNF"):
+    with pytest.raises(FlowsError, match=r"holds a NeuralODE, and this needs a flows.CNF"):
         run.flow  # noqa: B018
 
 

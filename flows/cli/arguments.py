@@ -84,6 +84,9 @@ def refuse(arguments: Sequence[str], parts: Mapping[str, str]) -> None:
             raise InvalidValueError(f"{part} cannot be chosen here: {parts[part]}")
 
 
+KEPT = dict.fromkeys(("model", "field", "transform", "base", "encoder"), "a trained model keeps its own")
+
+
 def check_added(arguments: Sequence[str], name: str) -> None:
     """Check that settings added with `+` belong to the program `name`, and that none of its own is removed with `~`.
 

@@ -21,9 +21,11 @@ from flows.cli.grammar import readable_arguments
 from flows.compare import advise, as_dict, as_text, error_against_cost
 from flows.compare import compare as compare_estimators
 from flows.datasets import Dataset
+from flows.datasets.recognition.recognition import recognised
 from flows.errors import FlowsError, InvalidValueError
 from flows.evaluation import part_batches
 from flows.models.cnf import CNF
+from flows.objectives.checks import check_contexts
 from flows.training import TensorBoardLogger
 from flows.training.annotations import SettingsError
 from flows.training.files import RUNS, check_place, new_folder, open_run_folder, run_folder
@@ -131,5 +133,8 @@ def compared_flow(settings: Mapping[str, Any], overrides: Sequence[str]) -> Comp
         )
     run = load_run(settings["checkpoint"], settings["trust"])
     chosen = settings if "data" in parts else None
-    dataset = build_dataset(chosen or run.config, network=chosen is not None or may_download(None, settings["trust"]))
+    network = chosen is not None or may_download(None, settings["trust"])
+    dataset = build_dataset(chosen or run.config, chosen is None, network, run.conditions)
+    check_contexts(run.model, dataset)
+    dataset, _ = recognised(run.data, dataset)
     return ComparedFlow(place(run.flow, settings["device"], settings["dtype"]), dataset, run.checkpoint)

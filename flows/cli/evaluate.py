@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig
 
-from flows.cli.arguments import refuse
+from flows.cli.arguments import KEPT, refuse
 from flows.cli.config import check_output, is_given, plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
@@ -31,7 +31,7 @@ from flows.evaluation import (
 from flows.evaluation.sampled import with_metrics
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
-from flows.objectives.checks import check_base, check_kind
+from flows.objectives.checks import check_base, check_contexts, check_kind
 from flows.training.amounts import check_evaluation
 from flows.training.files import run_folder
 from flows.training.runs import LoadedRun, build_dataset, load_run, place
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(
             arguments,
             {
-                **dict.fromkeys(("model", "field", "transform", "base", "encoder"), "a trained model keeps its own"),
+                **KEPT,
                 "objective": "nothing is trained",
                 "evaluation": "use divergence=..., batch_size=..., num_draws=... or solver_error_points=...",
             },
@@ -80,6 +80,7 @@ def evaluate(composed: DictConfig) -> float | None:
         dataset, part = _chosen_data(run, config, settings)
         settings["part"] = part
         check_kind(run.model, dataset)
+        check_contexts(run.model, dataset)
         dataset, data = recognised(run.data, dataset, part)
         if of_series:
             model, report, scores, result = _tested_series(run, dataset, config, settings)
@@ -202,11 +203,11 @@ def _metrics(config: Mapping[str, Any]) -> list[Any] | None:
 
 def _refuse_densities(settings: Mapping[str, Any]) -> None:
     """Refuse settings of densities for a run on time series."""
-    given = [name for name in ("divergence", "outliers") if settings[name]]
+    given = [name for name in ("divergence", "outliers") if settings.get(name) or is_given(name)]
     given += ["rows"] if settings["rows"] is not None else []
     given += ["num_draws"] if settings["num_draws"] != 1 else []
     if given:
-        raise InvalidValueError(f"{', '.join(given)} is for densities, and this run trained a neural ODE; leave it out")
+        raise InvalidValueError(f"{', '.join(given)} is for densities, and the model is a neural ODE; leave it out")
 
 
 def _tested_series(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Tested:

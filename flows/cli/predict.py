@@ -46,6 +46,7 @@ def predict(composed: DictConfig) -> None:
         model = neural_ode_of(run)
         config = with_changes(run.config, {"solver": settings.get("solver")})
         model.solver = instantiate(config["solver"], "solver")
+        data = run.config.get("data") or {}
         columns = run.data.get("columns") or [f"x{i}" for i in range(math.prod(model.event_shape))]
         initial = read_initial(
             settings["initial"],
@@ -53,10 +54,10 @@ def predict(composed: DictConfig) -> None:
             model.event_shape,
             settings["context"],
             run.context_shape,
-            run.config["data"].get("context_columns") or (),
+            data.get("context_columns") or (),
             settings["id"],
             _columns_of_inputs(run),
-            run.config["data"].get("id"),
+            data.get("id"),
         )
         check_size(len(initial.ids), len(times), len(columns))
         place(model, settings["device"], settings["dtype"])
@@ -82,7 +83,7 @@ def neural_ode_of(run: LoadedRun) -> NeuralODE:
     """
     if not isinstance(run.model, NeuralODE):
         raise InvalidTypeError(
-            f"the run of {run.checkpoint} trained a {type(run.model).__name__}, and only a flows.NeuralODE predicts "
+            f"{run.checkpoint} holds a {type(run.model).__name__}, and only a flows.NeuralODE predicts "
             "states; draw from a flow with: flows sample checkpoint=..."
         )
     return run.model
@@ -90,7 +91,7 @@ def neural_ode_of(run: LoadedRun) -> NeuralODE:
 
 def _columns_of_inputs(run: LoadedRun) -> list[str]:
     """The columns of a table of inputs, of a run with `data.input_columns`; else none."""
-    data = run.config["data"]
+    data = run.config.get("data") or {}
     inputs = run.data.get("input_columns") or []
     return [str(data.get("time", "time")), *inputs, *map(str, data.get("context_columns") or ())] if inputs else []
 

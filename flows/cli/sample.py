@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from flows import plots
+from flows.cli.arguments import KEPT, refuse
 from flows.cli.config import check_output, is_given, plain_settings, run_with_hydra, with_changes
 from flows.cli.errors import readable_errors
 from flows.cli.grammar import readable_arguments
@@ -23,6 +24,7 @@ from flows.datasets.recognition.recognition import recognised, without_noise
 from flows.errors import FlowsError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.few_steps import fit_grid
+from flows.objectives.checks import check_contexts
 from flows.samples import (
     ENDINGS,
     SamplingInterrupted,
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     with readable_errors("sample", arguments):
         arguments = readable_arguments(arguments)
+        refuse(arguments, {**KEPT, "objective": "nothing is trained", "evaluation": "nothing is tested"})
         run_with_hydra(sample, "sample", arguments)
 
 
@@ -77,6 +80,7 @@ def sample(composed: DictConfig) -> None:
             settings["num_samples"],
             settings["class"],
             settings["context"],
+            bool(settings.get("data")),
         )
         count = settings["num_samples"] if context is None else len(context)
         if settings["evaluations"] is not None:
@@ -167,6 +171,7 @@ def sampling_contexts(
     num_samples: int,
     label: int | str | None = None,
     values: Any = None,
+    chosen_data: bool = False,
 ) -> Tensor | None:  # (n, *context)
     """The context of each sample: the chosen one for all, or else contexts of the data.
 
@@ -178,7 +183,16 @@ def sampling_contexts(
         return chosen.repeat_interleave(num_samples, 0)
     if chosen is not None:
         return chosen.expand(num_samples, *chosen.shape)
-    return None if run.context_shape is None else dataset().contexts(num_samples)
+    if run.context_shape is None:
+        return None
+    if "data" not in run.config and not chosen_data:
+        example = f"{run.conditions.example()}" if run.conditions else "[...]"
+        given = "class=..." if run.num_classes else f"context={example}"
+        raise InvalidValueError(
+            f"the samples of this flow need contexts of shape {run.context_shape}, and {run.checkpoint} holds a model "
+            f"and no data to take them from; give {given}, or choose data, such as data=tabular data.path=FILE"
+        )
+    return dataset().contexts(num_samples)
 
 
 def readable_dataset(
@@ -188,8 +202,13 @@ def readable_dataset(
 
     If the user has `chosen` them, errors are raised. Only with `network` may they be downloaded.
     """
+    if not chosen and "data" not in run.config:
+        return None, "the file holds no data to compare them with; data=... chooses some"
     try:
-        dataset, _ = recognised(run.data, build_dataset(config, True, network, run.conditions))
+        dataset = build_dataset(config, True, network, run.conditions)
+        if run.context_shape is not None:
+            check_contexts(run.model, dataset)
+        dataset, _ = recognised(run.data, dataset)
     except FlowsError as error:
         if chosen:
             raise

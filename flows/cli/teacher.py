@@ -7,7 +7,8 @@ from typing import Any
 
 from flows.cli.arguments import refuse
 from flows.errors import InvalidValueError
-from flows.training.checkpoint import find_checkpoint
+from flows.training.checkpoint import CheckpointError, find_checkpoint
+from flows.training.model_file import is_model_file
 from flows.training.runs import PARTS, checkpoint_config, load_content
 from flows.training.settings import TARGET, parameter_names
 
@@ -35,6 +36,11 @@ def with_teacher(config: Mapping[str, Any], overrides: Sequence[str], trust: Seq
             "go on with the run itself, write resume="
         )
     file = find_checkpoint(teacher)
+    if is_model_file(file):
+        raise CheckpointError(
+            f"{file} holds a model alone, and a teacher is a run, whose data are learned from as well: give its "
+            "folder, or train in Python, with Reflow(teacher=flows.load(path)) from flows.objectives"
+        )
     known = checkpoint_config(load_content(file), file, trust)
     own = {"solver", "evaluation"} if any(_takes(stage, "solver") for stage in learns.values()) else set()
     taken = [part for part in OF_THE_RUN if part not in own]

@@ -19,6 +19,7 @@ from flows.training.checkpoint import (
     load_checkpoint,
 )
 from flows.training.files import FOLDER, own_run_folder
+from flows.training.model_file import is_model_file
 from flows.writing import write_text
 
 RUN_ID = ".run"  # in the folder of a run: the name of the run that lives there
@@ -89,6 +90,11 @@ def load_to_resume(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read; if it is damaged, the message names a whole one beside it.
     """
+    if is_model_file(path):
+        raise CheckpointError(
+            f"{path} holds a model alone, and a run goes on from its checkpoint: give the folder of the run. To "
+            "train a model further in a new run: flows.Trainer(flows.load(path), data, objective, steps=...) in Python"
+        )
     try:
         content = load_checkpoint(path)
         check_content(content, path, RUN)

@@ -78,8 +78,8 @@ class LoadedRun:
         """
         if not isinstance(self.model, CNF):
             raise InvalidTypeError(
-                f"the run of {self.checkpoint} trained a {type(self.model).__name__}, and this needs a flows.CNF, "
-                "which has a density to sample from; predict states of a neural ODE by its trajectory(x0, times)"
+                f"{self.checkpoint} holds a {type(self.model).__name__}, and this needs a flows.CNF, which has a "
+                "density to sample from; for states of a neural ODE there is flows predict, or trajectory(x0, times)"
             )
         return self.model
 
@@ -227,6 +227,10 @@ def build_dataset(
         data = flows.training.build_dataset({"data": {"_target_": "flows.datasets.Moons", "num_test": 100}})
         ```
     """
+    if of_run and config.get("data") is None:
+        raise SettingsError(
+            "the file holds a model and no data; choose some, such as data=moons, or data=tabular data.path=FILE"
+        )
     known = {} if conditions is None else _accepted(config.get("data"), {"conditions": conditions})
     try:
         with contextlib.nullcontext() if network else offline():
