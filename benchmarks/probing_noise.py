@@ -10,7 +10,6 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from benchmarks.time_budget import train
 from flows.datasets import Density
@@ -18,6 +17,7 @@ from flows.divergence import DivergenceEstimator, Exact, Hutchinson, Probing
 from flows.fields import ConvNet
 from flows.models.cnf import CNF
 from flows.objectives import FlowMatching
+from flows.progress import new_bar
 from flows.training import Stage
 
 SHAPE = (1, 8, 8)
@@ -88,7 +88,7 @@ def measure_noise(
     pairs = [(Hutchinson(estimator.cost).bind(field), estimator) for estimator in probing]
     variances: dict[int, list[tuple[float, float]]] = {pair[0].num_probes: [] for pair in pairs}
     results = []
-    for time in tqdm(times, desc="measuring noise", leave=False, disable=not progress):
+    for time in new_bar(times, desc="measuring noise", leave=False, disable=not progress):
         x = torch.lerp(torch.randn_like(data), data, time)
         t = torch.tensor(time, dtype=x.dtype, device=x.device)
         exact = Exact().bind(field)(t, x).divergence

@@ -153,7 +153,7 @@ class _Sample(_Solve):
         z, *context = arguments
         given = _encoded(self.flow, context)
         (y,) = self.solve((z,), lambda t, y: (self.flow.field(t, y, *given),), 0.0, 1.0)
-        return self.flow.transform.inverse(y)[0]
+        return self.flow.to_data_space(y)
 
 
 class _LogProb(_Solve):

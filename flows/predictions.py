@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flows.datasets.series.batches import SeriesBatch
 from flows.datasets.series.series import Series
 from flows.datasets.series.systems import DynamicalSystem
 from flows.models.neural_ode import NeuralODE
+from flows.progress import new_bar
 from flows.solvers import ODESolver, SolverStatistics
 
 
@@ -176,7 +176,7 @@ def predict(
     total = dataset.num_test if part == "test" else dataset.num_validation
     total = total if max_series is None else min(total, max_series)
     done = 0
-    with torch.no_grad(), tqdm(total=total, desc=progress, unit="series", disable=progress is None) as bar:
+    with torch.no_grad(), new_bar(total=total, desc=progress, unit="series", disable=progress is None) as bar:
         for batch in _first(dataset, part, batch_size, total, place, exact):
             batch = batch if until is None else batch.until(until)
             for rows, check in _split(len(batch), checked - done):

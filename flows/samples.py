@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from flows.checks import check_number, fits_in_memory
 from flows.conditions import Conditions
@@ -20,6 +19,7 @@ from flows.datasets import Dataset, one_hot
 from flows.datasets.tables.contexts import read_contexts
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
+from flows.progress import new_bar
 from flows.writing import write_columns, write_result
 
 ENDINGS = (".npy", ".csv", ".parquet")
@@ -63,7 +63,7 @@ def draw_samples(
     num_bytes = num_samples * size * flow.dtype.itemsize
     fits_in_memory(f"num_samples: {num_samples:,} samples of shape {flow.event_shape}", num_bytes)
     parts: list[Tensor] = []
-    bar = tqdm(total=num_samples, desc=progress, unit="sample", disable=progress is None)
+    bar = new_bar(total=num_samples, desc=progress, unit="sample", disable=progress is None)
     with torch.no_grad(), bar:
         try:
             for start in range(0, num_samples, batch_size):

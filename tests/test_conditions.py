@@ -347,6 +347,17 @@ def test_pictures_follow_the_conditions(table_path):
     assert len(pictures["predictive_intervals"].axes) == 2
 
 
+def test_intervals_name_the_conditions_that_are_held(table_path):
+    data = homes(table_path)
+    figure = flows.plots.predictive_intervals(build_flow(CONFIG, data.event_shape, data), data, 5, 3)
+    contexts, names = data.reference_contexts(), list(data.conditions.columns)
+    rooms, counts = contexts[:, names.index("rooms")].unique(return_counts=True)
+    words = figure.get_supxlabel()
+    assert words.startswith("other conditions: sex female")  # the most frequent one
+    assert f"rooms {rooms[counts.argmax()]:g}" in words
+    assert "age" not in words  # the only number, which the panel varies
+
+
 def test_plots_of_conditions_say_what_they_need(table_path):
     moons = flows.datasets.Moons(num_validation=10, num_test=10)
     flow = flows.CNF(flows.fields.MLP(2, hidden=(4,)))

@@ -194,7 +194,7 @@ def test_the_bar_shows_stage_loss_evaluations_and_speed(capsys):
     bar.log({"train/loss": 3.25, "train/nfe_forward": 80.0}, 15)
     bar.advance("maximum_likelihood", 15, 1.0)
     bar.close()
-    last = capsys.readouterr().err.split("\r")[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
     for part in ("maximum_likelihood: 100%", "15/15", "step/s", "loss=3.25", "nfe=80", "nll=3.25", "gap=0.5000±0.1250"):
         assert part in last, last
 
@@ -204,7 +204,7 @@ def test_the_bar_names_a_new_stage_at_its_first_step(capsys):
     bar.advance("flow_matching", 10, 0.5)
     bar.advance("maximum_likelihood", 11, 0.6)
     bar.close()
-    assert "maximum_likelihood:  73%" in capsys.readouterr().err.split("\r")[-1]
+    assert "maximum_likelihood:  73%" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_resumed_bar_starts_where_the_run_stands(capsys):

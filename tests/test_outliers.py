@@ -1,9 +1,12 @@
 """Outliers: the AUROC against scikit-learn and simulation, shuffling, and scores of a flow in closed form."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import flows
@@ -149,3 +152,74 @@ def test_outliers_of_another_kind():
     data = likelihood(flow, part_batches(flow, dataset, "test", 700)[0])
     with pytest.raises(ValueError, match=r"event_shape of the data 'gaussian', \(2,\), got \(1, 8, 8\) of 'digits'"):
         outlier_scores(flow, dataset, data, "test", flows.datasets.Digits(), 300)
+
+
+def test_outliers_where_the_density_is_0_are_told_apart_and_counted():
+    """A uniform base on a box has no density outside: those points rank above all data, whatever the others do."""
+    dataset = Gaussian([0.5, 0.5], [[1e-2, 0.0], [0.0, 1e-2]], num_validation=50, num_test=50)
+    edge = Gaussian([1.5, 0.5], [[1e-2, 0.0], [0.0, 1e-2]], num_validation=10, num_test=60)
+    box = flows.bases.Uniform((2,), -0.5, 1.5)
+    flow = flows.CNF(Still(), base=box, solver=flows.ODESolver("euler", step_size=1.0))
+    data = likelihood(flow, part_batches(flow, dataset, "test", 50)[0])
+    scores = outlier_scores(flow, dataset, data, "test", edge, 60)
+    outside = int((edge.held_out("test").x.abs() > 1.5).any(1).sum())
+    assert 0 < outside < 60
+    assert scores.likelihood.value == pytest.approx((outside + 0.5 * (60 - outside)) / 60)  # ties inside count half
+    assert f"NLL infinite for {outside}, where the density is 0" in dict(scores.table())["outliers"]
+    assert "for the others (60 points)" in dict(scores.table())["outliers"]
+    assert (scores.as_dict()["outlier_nll"], scores.as_dict()["outliers_infinite"]) == (None, outside)
+    figure = flows.plots.outlier_scores(scores.scored(), scores.name)
+    assert f"{outside} of 60 infinite" in figure.axes[0].get_legend().get_texts()[1].get_text()
+    with pytest.raises(ValueError, match="50 of 50 points have a log-density that is NaN or infinite"):
+        likelihood(flow, [Batch(torch.full((50, 2), 9.0))])  # for data it stays an error
+
+
+def test_parts_of_unresolved_bits_are_kept_apart():
+    dataset = noisy_images()
+    transform = Compose(dequantise=Dequantise(16), standardise=Standardise((1, 4, 4))).fit(dataset.reference())
+    field = flows.fields.Linear((1, 4, 4), torch.zeros(16, 16))
+    flow = flows.CNF(field, transform=transform, solver=flows.ODESolver("euler", step_size=1.0))
+    data = likelihood(flow, part_batches(flow, dataset, "test", 30)[0], rng())
+    metrics = replace(data, solver_error=9.0).metrics()
+    assert metrics["bits_per_dim_parts"] is None
+    assert sum(metrics["bits_per_dim_parts_unresolved"].values()) == pytest.approx(data.bits_per_dim.value)
+
+
+def test_plots_of_infinite_scores():
+    many, none = torch.full((5,), math.inf), torch.zeros(5)
+    for outliers in (many, -many, torch.cat([none, many])):
+        figure = flows.plots.outlier_scores({"NLL": (none, outliers, AUROC.of(outliers, none))})
+        assert sum(patch.get_height() for patch in figure.axes[0].patches) == pytest.approx(2)  # both shares are whole
+    with pytest.raises(ValueError, match="scores must be numbers or infinite, and 1 of 10 are NaN"):
+        AUROC.of(torch.tensor([math.nan, 1.0, 2.0, 3.0, 4.0]), none)
+
+
+def test_outliers_from_a_folder_of_pictures(run, tmp_path):
+    """From files to a report: a folder of one's own is converted, and too few pictures are named."""
+    generator = np.random.default_rng(0)
+    for name, number, size in (("photos", 40, 8), ("others", 10, 10)):
+        (tmp_path / name).mkdir()
+        for i in range(number):
+            pixels = generator.integers(0, 256, (size, size), dtype="uint8")
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    small = ["field=mlp", "field.hidden=[4]", "solver=euler", "solver.step_size=0.5", "steps=1", "evaluation.points=2"]
+    quiet = ["reporting.progress_bar=false", "reporting.plot_every=null", "hardware.accelerator=cpu"]
+    code, _, err = run("train", "data=images", "data.path=photos", *small, *quiet, "output_dir=run")
+    assert code == 0, err
+    evaluate = ["evaluate", "checkpoint=run", "output=o.json"]
+    others = ["data@outliers=images", "outliers.path=others"]
+    for settings, words in (
+        (others, "(1, 8, 8), got (1, 10, 10) of 'images'; files of images are converted by outliers.size=[8,8]"),
+        ([*others, "outliers.size=[8,8]"], "the test part of 'images' has 1; give more, or cut off a larger part"),
+        (["outliers.path=others"], "none is chosen; choose one as well, such as data@outliers=images outliers.path=o"),
+        (["outliers=others"], "for your own images data@outliers=images outliers.path=FOLDER; got 'others'"),
+    ):
+        code, _, err = run(*evaluate, *settings)
+        assert code == 2
+        assert words in err
+    code, out, err = run(
+        *evaluate, *others, "outliers.size=[8,8]", "outliers.test_fraction=0.6", "solver.step_size=0.01"
+    )
+    assert code == 0, err
+    assert "images, test, NLL" in out
+    assert "AUROC" in out

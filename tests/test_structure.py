@@ -15,7 +15,7 @@ PACKAGE = Path(flows.__file__).parent
 # What each part may import of the others, from the ground up; a part may always import itself, and all the errors.
 GROUND = {
     *("arguments", "checks", "conditions", "equations", "errors", "expectations", "freed_memory", "naming"),
-    *("promises", "shares", "vector_field", "writing"),
+    *("progress", "promises", "shares", "vector_field", "writing"),
 }
 MODELS = {"bases", "divergence", "dynamics", "encoders", "fields", "models", "path_costs", "solvers", "transforms"}
 ABOVE = MODELS | {"datasets"}
@@ -28,6 +28,7 @@ ALLOWED = {
     "expectations": set(),
     "freed_memory": set(),
     "naming": set(),
+    "progress": set(),
     "promises": set(),
     "shares": set(),
     "vector_field": set(),

@@ -21,7 +21,6 @@ from flows.cli.grammar import readable_arguments
 from flows.compare import advise, as_dict, as_text, error_against_cost
 from flows.compare import compare as compare_estimators
 from flows.datasets import Dataset
-from flows.datasets.recognition.recognition import recognised
 from flows.errors import FlowsError, InvalidValueError
 from flows.evaluation import part_batches
 from flows.models.cnf import CNF
@@ -135,6 +134,10 @@ def compared_flow(settings: Mapping[str, Any], overrides: Sequence[str]) -> Comp
     chosen = settings if "data" in parts else None
     network = chosen is not None or may_download(None, settings["trust"])
     dataset = build_dataset(chosen or run.config, chosen is None, network, run.conditions)
-    check_contexts(run.model, dataset)
-    dataset, _ = recognised(run.data, dataset)
+    if dataset.event_shape != run.flow.event_shape:
+        raise InvalidValueError(
+            f"the points of {dataset.name!r} have the shape {dataset.event_shape}, and those of the flow "
+            f"{run.flow.event_shape}; choose other data"
+        )
+    check_contexts(run.flow, dataset)
     return ComparedFlow(place(run.flow, settings["device"], settings["dtype"]), dataset, run.checkpoint)

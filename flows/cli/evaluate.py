@@ -36,7 +36,7 @@ from flows.training.amounts import check_evaluation
 from flows.training.files import run_folder
 from flows.training.runs import LoadedRun, build_dataset, load_run, place
 from flows.training.scored import all_rows, is_another_file
-from flows.training.settings import instantiate
+from flows.training.settings import TARGET, instantiate
 from flows.training.trusted import may_download
 from flows.writing import to_json, write_result
 
@@ -80,7 +80,7 @@ def evaluate(composed: DictConfig) -> float | None:
         dataset, part = _chosen_data(run, config, settings)
         settings["part"] = part
         check_kind(run.model, dataset)
-        check_contexts(run.model, dataset)
+        check_contexts(run.model if isinstance(run.model, NeuralODE) else run.flow, dataset)
         dataset, data = recognised(run.data, dataset, part)
         if of_series:
             model, report, scores, result = _tested_series(run, dataset, config, settings)
@@ -168,7 +168,14 @@ def _tested_density(run: LoadedRun, dataset: Dataset, config: Mapping[str, Any],
         raise InvalidValueError(f"outliers need the likelihood of data, and {dataset.name} has no samples")
     if isinstance(outliers, str) and outliers not in MADE:
         raise InvalidValueError(
-            f"outliers must be {' or '.join(MADE)}, or a data set: data@outliers=NAME; got {outliers!r}"
+            f"outliers must be {' or '.join(MADE)}, or a data set: data@outliers=NAME, or for your own images "
+            f"data@outliers=images outliers.path=FOLDER; got {outliers!r}"
+        )
+    if isinstance(outliers, Mapping) and TARGET not in outliers:
+        name = next(iter(outliers))
+        raise InvalidValueError(
+            f"outliers.{name} is a setting of a data set, and none is chosen; choose one as well, such as "
+            f"data@outliers=images outliers.{name}={outliers[name]}"
         )
     other = outliers if outliers is None or outliers in MADE else instantiate(outliers, "outliers")
     if isinstance(other, Dataset) and (message := caution_about_outliers(run.data, other, settings["part"])):

@@ -207,7 +207,7 @@ def readable_dataset(
     try:
         dataset = build_dataset(config, True, network, run.conditions)
         if run.context_shape is not None:
-            check_contexts(run.model, dataset)
+            check_contexts(run.flow, dataset)
         dataset, _ = recognised(run.data, dataset)
     except FlowsError as error:
         if chosen:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flows.arguments import checked
 from flows.checks import can_be_finished, check_number
@@ -19,6 +18,7 @@ from flows.compare.trajectory import Trajectory, trajectory_of
 from flows.divergence import DivergenceEstimator
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
+from flows.progress import new_bar
 
 EVALUATIONS_PER_ROW = 30  # roughly
 MAX_TRAINING_PRODUCTS = 128  # more are not measured in training: the graph would not fit
@@ -98,7 +98,7 @@ def compare(
     candidates = gather(estimators, budgets, flow.field, trajectory, configured)
     exact = truth(flow.field, trajectory, candidates.measured)
     rows = []
-    with tqdm(candidates.measured, desc="estimators", delay=2, leave=False, disable=not progress) as bar:
+    with new_bar(candidates.measured, desc="estimators", delay=2, leave=False, disable=not progress) as bar:
         for candidate in bar:
             bar.set_postfix_str(candidate.label)
             rows.append(_row(candidate, flow.field, trajectory, exact, draws, seconds, memory, seed))

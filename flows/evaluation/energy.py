@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flows.arguments import checked
 from flows.datasets import Dataset, Energy
@@ -24,6 +23,7 @@ from flows.models.cnf import CNF
 from flows.models.importance import WeightSums, log_weights, log_z
 from flows.models.resolution import CHECKED_POINTS, TOLERANCE, below_zero, bound_fault, remedy, solver_fault
 from flows.objectives.checks import check_base
+from flows.progress import new_bar
 from flows.solvers import ODESolver, SolverError, SolverStatistics
 
 LOG = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def importance_weights(
     if generator is None:
         generator = torch.Generator(flow.device).manual_seed(int(torch.randint(2**62, ())))
     parts, spread, differences, solves = [], [], [], []
-    with torch.no_grad(), tqdm(total=num_samples, desc=progress, unit="sample", disable=progress is None) as bar:
+    with torch.no_grad(), new_bar(total=num_samples, desc=progress, unit="sample", disable=progress is None) as bar:
         for size, again in _batches(num_samples, batch_size, solver_error_points):
             state = generator.get_state()
             drawn = flow.draw((size,), generator=generator)

@@ -206,7 +206,13 @@ def aligned(rows: Sequence[tuple[str, str]]) -> str:
 
 def set_apart(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Replace unresolved metrics by None and keep their values as `<name>_unresolved`."""
-    apart = {f"{name}_unresolved": known(metrics[name]) for name in names if metrics.get(name) is not None}
+    values = {name: metrics[name] for name in names if metrics.get(name) is not None}
+    apart = {
+        f"{name}_unresolved": {key: known(part) for key, part in value.items()}  # such as parts of bits per dimension
+        if isinstance(value, Mapping)
+        else known(value)
+        for name, value in values.items()
+    }
     return {**metrics, **{name: None for name in names if name in metrics}, **apart}
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from flows.arguments import checked
 from flows.checks import FASTEST_STEP, can_be_finished
@@ -22,6 +21,7 @@ from flows.expectations import refusal
 from flows.models.cnf import CNF
 from flows.models.mass import Mass
 from flows.models.resolution import TOLERANCE, bound_fault, solver_fault
+from flows.progress import new_bar
 from flows.shares import current_share
 from flows.solvers import ODESolver, SolverStatistics
 
@@ -199,6 +199,7 @@ def likelihood(
     progress: str | None = None,
     num_points: int | None = None,
     num_draws: int = 1,
+    may_be_infinite: bool = False,
 ) -> Likelihood:
     """Evaluate −mean log p over all points, without recording gradients.
 
@@ -212,6 +213,8 @@ def likelihood(
         progress: title of a progress bar; None: no bar.
         num_points: number of points to come, for the bar.
         num_draws: K, draws of the dequantisation noise, one solve each; more than one for discrete data only.
+        may_be_infinite: keep points where the density is 0, as outliers may be. Their NLL and the mean are infinite
+            then, and the errors are those of the other points. Default: such a point is an error.
 
     Raises:
         ValueError: there is no point, a point is not finite, its density is NaN or infinite, or `num_draws` does not
@@ -232,19 +235,21 @@ def likelihood(
     if not points:
         raise InvalidValueError("there is no point to evaluate: the batches are empty")
     nll = -torch.cat([batch.value for batch in points])
-    bad = int((~nll.isfinite()).sum())
-    if bad:
+    finite = nll.isfinite()
+    bad = ~(finite | (nll == math.inf)) if may_be_infinite else ~finite
+    if bad.any():
         raise InvalidValueError(
-            f"{bad} of {len(nll)} points have a log-density that is NaN or infinite, the first at index "
-            f"{int((~nll.isfinite()).nonzero()[0])}; check that they lie where the transform is defined, and try "
+            f"{int(bad.sum())} of {len(nll)} points have a log-density that is NaN or infinite, the first at index "
+            f"{int(bad.nonzero()[0])}; check that they lie where the transform is defined, and try "
             "tighter solver tolerances"
         )
-    standard_error = float(nll.std() / math.sqrt(len(nll))) if len(nll) > 1 else math.nan
-    solver_errors = [batch.solver_error for batch in points if batch.solver_error is not None]
+    known_nll = nll[finite]
+    standard_error = float(known_nll.std() / math.sqrt(len(known_nll))) if len(known_nll) > 1 else math.nan
+    solver_errors = [error[batch.value.isfinite()] for batch in points if (error := batch.solver_error) is not None]
     probe_variance = _mean_of_known([batch.probe_variance for batch in points])
     draw_variance = _mean_of_known([batch.draw_variance for batch in points])
     bits = None
-    if flow.transform.num_levels is not None:
+    if flow.transform.num_levels is not None and finite.all():
         terms = {name: float(torch.cat([batch.terms[name] for batch in points]).mean()) for name in points[0].terms}
         bits = BitsPerDim.from_log_prob(terms, flow.event_shape, standard_error)
     return Likelihood(
@@ -252,7 +257,7 @@ def likelihood(
         standard_error=standard_error,
         num_points=len(nll),
         probe_standard_error=None if probe_variance is None else math.sqrt(probe_variance / len(nll)),
-        solver_error=float(torch.cat(solver_errors).mean()) if solver_errors else None,
+        solver_error=float(torch.cat(solver_errors).mean()) if any(map(len, solver_errors)) else None,
         solver_error_points=sum(map(len, solver_errors)),
         nfe=sum(len(batch.value) * batch.nfe for batch in points) / len(nll),
         values=nll,
@@ -304,7 +309,7 @@ def pointwise(
             f"{type(flow.transform).__name__}, adds none; use num_draws=1"
         )
     can_be_finished(f"num_draws: {num_draws:,} solves of each batch", FASTEST_STEP * num_draws)
-    with torch.no_grad(), tqdm(total=num_points, desc=progress, unit="pt", disable=progress is None) as bar:
+    with torch.no_grad(), new_bar(total=num_points, desc=progress, unit="pt", disable=progress is None) as bar:
         for batch in batches:
             x = batch.x.to(flow.device, torch.promote_types(batch.x.dtype, flow.dtype))  # tables stay in float64
             context = None if batch.context is None else batch.context.to(flow.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from flows.arguments import checked
 from flows.datasets import Batch, Dataset
 from flows.errors import InvalidValueError
-from flows.evaluation.evaluator import set_apart
+from flows.evaluation.evaluator import known, set_apart
 from flows.evaluation.likelihood import Likelihood, likelihood, part_batches
 from flows.evaluation.metrics import AUROC
 from flows.models.cnf import CNF
@@ -87,14 +87,18 @@ class OutlierScores:
 
     def table(self) -> list[tuple[str, str]]:
         """Names and values for a reader."""
-        nll, count = self.outlier_nll.mean(), len(self.outlier_nll)
+        count, finite = len(self.outlier_nll), self.outlier_nll[self.outlier_nll.isfinite()]
         if self.unresolved is not None:
             return [
                 ("outliers", f"{self.name}, NLL unresolved ({count:,} points)"),
                 ("AUROC", f"unresolved: {self.unresolved}"),
             ]
+        nll = f"NLL {finite.mean():.4f} nats" if len(finite) else ""
+        if infinite := count - len(finite):
+            others = f", {nll} for the others" if nll else ""
+            nll = f"NLL infinite for {infinite:,}, where the density is 0{others}"
         return [
-            ("outliers", f"{self.name}, NLL {nll:.4f} nats ({count:,} points)"),
+            ("outliers", f"{self.name}, {nll} ({count:,} points)"),
             ("AUROC", ", ".join(f"{score} by {name}" for name, (_, _, score) in self.scored().items())),
         ]
 
@@ -105,8 +109,13 @@ class OutlierScores:
             scores["ratio"] = ratio
         figures = {f"auroc_{key}": score.value for key, score in scores.items()}
         errors = {f"auroc_{key}_se": score.standard_error for key, score in scores.items()}
-        known = {"outliers": self.name, "outlier_nll": float(self.outlier_nll.mean()), "typical_nll": self.typical_nll}
-        everything = {**known, **figures, **errors, "auroc_unresolved": self.unresolved}
+        about = {
+            "outliers": self.name,
+            "outlier_nll": known(float(self.outlier_nll.mean())),
+            "outliers_infinite": int((~self.outlier_nll.isfinite()).sum()),
+            "typical_nll": self.typical_nll,
+        }
+        everything = {**about, **figures, **errors, "auroc_unresolved": self.unresolved}
         return everything if self.unresolved is None else set_apart(everything, ["outlier_nll", *figures])
 
     def csv(self) -> str:
@@ -135,9 +144,11 @@ def outlier_scores(
     Without such a data set, outliers are the points of the part itself with their pixels `shuffled` (None or
     `"shuffled"`), or made `plain`: known failures of a score by likelihood look like the latter.
 
+    Outliers where the density is 0 have an infinite NLL.
+
     Raises:
-        ValueError: the outliers have another shape or other levels than the data, or plain ones are asked for of data
-            that are no whole numbers.
+        ValueError: the outliers have another shape or other levels than the data, or are fewer than two, or plain ones
+            are asked for of data that are no whole numbers.
 
     Example:
         ```python
@@ -164,8 +175,13 @@ def outlier_scores(
             if getattr(outliers, what) != getattr(dataset, what):
                 raise InvalidValueError(
                     f"outliers must be of the {what} of the data {dataset.name!r}, {getattr(dataset, what)}, got "
-                    f"{getattr(outliers, what)} of {outliers.name!r}"
+                    f"{getattr(outliers, what)} of {outliers.name!r}{_converted(dataset, outliers)}"
                 )
+        if num_points < 2:
+            raise InvalidValueError(
+                f"outliers must be two points or more, and the {part} part of {outliers.name!r} has {num_points}; give "
+                "more, or cut off a larger part, such as outliers.test_fraction=0.8"
+            )
     batches = list(batches)  # drawn once
     lengths: list[Tensor | None] = [None, None]
     if dataset.num_levels is not None:
@@ -175,12 +191,24 @@ def outlier_scores(
             compressed_length(torch.cat([batch.x for batch in found])[:most], dataset.num_levels)
             for found, most in ((own, of_part), (batches, num_points))
         ]
-    known, num_known = part_batches(flow, dataset, "validation", batch_size)
-    typical = likelihood(flow, known, generator, CHECKED_POINTS, "validation", num_known, num_draws)
-    strange = likelihood(flow, batches, generator, CHECKED_POINTS, "outliers", num_points, num_draws)
+    usual, num_usual = part_batches(flow, dataset, "validation", batch_size)
+    typical = likelihood(flow, usual, generator, CHECKED_POINTS, "validation", num_usual, num_draws)
+    try:
+        strange = likelihood(flow, batches, generator, CHECKED_POINTS, "outliers", num_points, num_draws, True)
+    except InvalidValueError as error:
+        raise InvalidValueError(f"outliers: {error}") from error
     faults = (data.unresolved(dataset.entropy), typical.unresolved(dataset.entropy), strange.unresolved())
     unresolved = next((fault for fault in faults if fault is not None), None)
     return OutlierScores(name, data.values, strange.values, typical.nll, unresolved, *lengths)
+
+
+def _converted(dataset: Dataset, outliers: Dataset) -> str:
+    """How images of another size or mode become outliers, in words."""
+    own = dataset.event_shape
+    if len(own) != 3 or len(outliers.event_shape) != 3 or own[0] not in (1, 3):
+        return ""
+    mode = "L" if own[0] == 1 else "RGB"
+    return f"; files of images are converted by outliers.size=[{own[1]},{own[2]}] outliers.mode={mode}"
 
 
 @checked

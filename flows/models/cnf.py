@@ -243,7 +243,7 @@ class CNF(nn.Module):
             y = x.to(self.dtype)
         else:
             y = transform(x, generator)[0].to(self.dtype)
-        frame = frame_of(self, context, (len(y),))
+        frame = frame_of(self, context, (y.shape[0],))
         return y if frame is None else frame.relative(y)[0]
 
     @checked(own=("context",))
@@ -256,7 +256,7 @@ class CNF(nn.Module):
         """The inverse of `to_flow_space`.
 
         With `rounded=False`, whole numbers keep their noise x + u, and so the derivative with respect to `y`."""
-        frame = frame_of(self, contexts_of(self, context), (len(y),))
+        frame = frame_of(self, contexts_of(self, context), (y.shape[0],))  # len(y) would fix the batch of an export
         y = y if frame is None else frame.absolute(y)[0]
         return self.transform.inverse(y)[0] if rounded else self.transform.unrounded(y)
 

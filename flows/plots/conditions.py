@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ from flows.plots.style import DATA, FLOW, quantiles, tidy
 MAX_COLUMNS = 6  # condition columns that are shown
 MAX_VALUES = 2  # entries of a point that are shown
 MAX_CATEGORIES = 8
+MAX_HELD = 12  # conditions that the line below names
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 PIXELS = 48  # of a predictive density along the values
 
@@ -32,7 +34,8 @@ def predictive_intervals(
 ) -> Figure:
     """Plot predictive intervals against each numeric condition, over the density of a single value.
 
-    The other conditions have their median, or the most frequent category, in the training part. The lines enclose 50 %
+    The other conditions have their median, or the most frequent category, in the training part; the line below names
+    them. The lines enclose 50 %
     and 90 % of the draws. Points are those of the validation part, whose other conditions differ.
 
     Args:
@@ -66,6 +69,8 @@ def predictive_intervals(
         if len(names) == 1 and flow.base.has_density:
             _shade(axes[0], flow, contexts, place)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", frameon=False, ncols=4)
+    if held := _held(conditions, centre):
+        figure.supxlabel(held, fontsize=9)
     if len(shown) < len(conditions.numbers):
         figure.suptitle(f"the first {len(shown)} of {len(conditions.numbers)} numeric conditions", fontsize=10, x=0.3)
     return figure
@@ -162,6 +167,16 @@ def _typical(conditions: Conditions, known: Tensor) -> Tensor:  # (k,)
         values, counts = known[:, place].unique(return_counts=True)
         typical[place] = values[counts.argmax()]
     return typical
+
+
+def _held(conditions: Conditions, centre: Tensor) -> str:
+    """Where the conditions are that a panel does not vary, categories first, as a line of text."""
+    values = {name: column[0] for name, column in conditions.decode(centre[None]).items()}
+    varied = [conditions.columns[place] for place in conditions.numbers]
+    names = [*conditions.categories, *(varied if len(varied) > 1 else ())]  # a single one is never held
+    parts = [f"{name} {value if isinstance((value := values[name]), str) else f'{value:.3g}'}" for name in names]
+    more = f", and {len(parts) - MAX_HELD} more" if len(parts) > MAX_HELD else ""
+    return textwrap.fill("other conditions: " * bool(parts) + ", ".join(parts[:MAX_HELD]) + more, 100)
 
 
 def _intervals(axes: Axes, places: Tensor, drawn: Tensor, points: Batch, place: int, value: int) -> None:

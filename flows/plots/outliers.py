@@ -20,6 +20,8 @@ BINS = 40
 def outlier_scores(scores: Mapping[str, tuple[Tensor, Tensor, Any]], name: str = "outliers") -> Figure:
     """Plot histograms of scores of data and outliers, one panel a score, with how well it tells them apart.
 
+    Infinite scores count in the outer bars, and the legend says how many there are.
+
     Args:
         scores: by name, the values of the data (n,), those of the outliers (m,), and the AUROC, as
             `flows.evaluation.OutlierScores.scored` gives them.
@@ -42,12 +44,16 @@ def outlier_scores(scores: Mapping[str, tuple[Tensor, Tensor, Any]], name: str =
         figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True
     ):
         rows = [values.double().numpy() for values in (data, outliers)]
-        low, high = np.quantile(np.concatenate(rows), [0.002, 0.998]).tolist()
+        finite = np.concatenate(rows)
+        finite = finite[np.isfinite(finite)]
+        low, high = np.quantile(finite, [0.002, 0.998]).tolist() if len(finite) else (0.0, 0.0)
         edges = np.linspace(low, high, BINS + 1)
         if edges[0] == edges[-1]:
             edges = np.linspace(edges[0] - 0.5, edges[0] + 0.5, BINS + 1)
         for values, colour, label in zip(rows, (DATA, FLOW), ("data", name), strict=True):
             shares = np.full(len(values), 1 / len(values))
+            infinite = int(np.isinf(values).sum())
+            label += f", {infinite:,} of {len(values):,} infinite, in the outer bar" if infinite else ""
             axes.hist(values.clip(edges[0], edges[-1]), edges, weights=shares, color=colour, alpha=0.65, label=label)
         axes.set_title(f"{title}\nAUROC {score}", fontsize=10)
         axes.set_yticks([])

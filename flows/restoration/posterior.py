@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flows.arguments import checked
 from flows.checks import check_number, whole_number
 from flows.datasets import one_hot
 from flows.errors import DataWarning, InvalidValueError, warn
 from flows.models.cnf import CNF
+from flows.progress import new_bar
 from flows.restoration.operators import Operator
 from flows.samples import class_number
 from flows.solvers import ODESolver
@@ -253,7 +253,7 @@ def _sample(
     accepted, last = torch.zeros_like(prior), 0
     adapted: list[Tensor] = []  # logarithms of step sizes at the final noise
     ones = [1] * (z.ndim - 1)
-    for round_ in tqdm(range(num_proposals), desc="restoring", unit="proposal", disable=not progress_bar):
+    for round_ in new_bar(range(num_proposals), desc="restoring", unit="proposal", disable=not progress_bar):
         share = min(1.0, (round_ + 1) / max(1.0, ANNEALED * num_proposals))
         precision = (spread ** (share - 1) * target.sd**-share).square()  # 1/s² of this round, (chains,)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flows.arguments import checked
+from flows.progress import new_bar
 from flows.training.appended import AppendedFile
 from flows.training.streams import UnbreakableStream
 from flows.writing import write_text
@@ -214,7 +215,8 @@ class ProgressBar:
         self._shown: dict[str, str] = {}
         self._counts_steps = None not in stages.values()
         counted = {"total": sum(steps or 0 for steps in stages.values()), "initial": resume_step or 0, "unit": "step"}
-        self._bar = _Bar(
+        self._bar = new_bar(
+            kind=_Bar,
             **(counted if self._counts_steps else {"total": 100, "unit": "%"}),
             dynamic_ncols=True,
             mininterval=0.2,

@@ -56,7 +56,7 @@ class Decoder:
             FileError: pictures cannot be read, and `skip_unreadable` is not set; or none can.
             InvalidValueError: pictures differ in mode or size, or hold what is no level.
         """
-        from tqdm import tqdm
+        from flows.progress import new_bar
 
         if not stored.count:
             raise InvalidValueError(f"{stored.where} has no image in the split {split!r}")
@@ -64,7 +64,7 @@ class Decoder:
         kept: list[int] = []
         unreadable: list[str] = []
         row = 0
-        with tqdm(total=stored.count, desc=f"{stored.where}, {split}", leave=False, delay=2) as bar:
+        with new_bar(total=stored.count, desc=f"{stored.where}, {split}", leave=False, delay=2) as bar:
             for block in stored.blocks():
                 name = f"of the split {split!r} of {stored.where}"
                 for index, pixels in self._decoded(block, name, row, unreadable):

@@ -98,6 +98,8 @@ class AUROC:
         m, n = len(outliers), len(data)
         if min(m, n) < 2:
             raise InvalidValueError(f"an AUROC needs two outliers and two points of the data, got {m} and {n}")
+        if unknown := int(outliers.isnan().sum() + data.isnan().sum()):
+            raise InvalidValueError(f"scores must be numbers or infinite, and {unknown} of {m + n} are NaN")
         ranks = torch.from_numpy(rankdata(torch.cat([outliers, data]).numpy()))
         own = [torch.from_numpy(rankdata(part.numpy())) for part in (outliers, data)]
         above = (ranks[:m] - own[0]) / n  # the share of the data below each outlier
