@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flows.datasets.series.batches import SeriesBatch
+from flows.datasets.series.dynamical_system import DynamicalSystem
 from flows.datasets.series.series import Series
-from flows.datasets.series.systems import DynamicalSystem
 from flows.models.neural_ode import NeuralODE
 from flows.progress import new_bar
 from flows.solvers import ODESolver, SolverStatistics

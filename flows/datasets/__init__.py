@@ -15,8 +15,9 @@ from flows.datasets.images.images import Digits, Images, LabelledImages
 from flows.datasets.images.photos import PhotoPatches
 from flows.datasets.images.streamed import StreamedImages
 from flows.datasets.series.batches import SeriesBatch
+from flows.datasets.series.dynamical_system import DynamicalSystem
 from flows.datasets.series.series import Series
-from flows.datasets.series.systems import DynamicalSystem, Lorenz, LotkaVolterra, Oscillator, Pendulum, Spiral, TwoBody
+from flows.datasets.series.systems import Lorenz, LotkaVolterra, Oscillator, Pendulum, Spiral, TwoBody
 from flows.datasets.series.trajectories import Trajectories
 from flows.datasets.simulators.benchmark import (
     SIR,
@@ -30,8 +31,9 @@ from flows.datasets.simulators.benchmark import (
 from flows.datasets.simulators.priors import Prior, box
 from flows.datasets.simulators.simulations import Simulations
 from flows.datasets.simulators.simulator import Simulator
+from flows.datasets.tables.bundled import BreastCancer, Diabetes
 from flows.datasets.tables.large import LargeTable
-from flows.datasets.tables.tabular import BreastCancer, Diabetes, Table, Tabular
+from flows.datasets.tables.tabular import Table, Tabular
 from flows.datasets.tables.uci import UCIRegression
 
 HubImages = ImageFiles  # its name in runs from before 0.2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,30 +13,20 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from flows.arguments import checked
-from flows.checks import check_number, whole_number
+from flows.checks import whole_number
 from flows.conditions import Conditions
 from flows.datasets.base import Dataset
-from flows.datasets.batches import Batch, EpochStream, convert
+from flows.datasets.batches import Batch
 from flows.datasets.recognition.hashing import content_keys, word_keys
 from flows.datasets.splits import content_split, given_split, group_split, random_split
-from flows.datasets.tables.columns import choose_columns
 from flows.datasets.tables.contexts import TableContexts
+from flows.datasets.tables.dequantisation import NOISE_SEEDS, Noise, TableStream, dequantised, units_of
 from flows.datasets.tables.diagnosis import warnings_about
 from flows.datasets.tables.files import Wanted, read_parts
 from flows.datasets.tables.readers import read_rows
-from flows.datasets.tables.ties import find_ties, rounding_unit
 from flows.errors import DataWarning, InvalidTypeError, InvalidValueError, warn
 
-LOGGER = logging.getLogger("flows")
 ALL = "all"  # rows are for the test
-Noise = Literal["auto"] | Sequence[str | int] | Mapping[str, float] | None  # columns to dequantise
-
-# Seeds of the noise of `dequantise_columns`, large, so that nobody uses them for training.
-NOISE_SEEDS = {
-    "train": 0x5EED_0004_4EF4_ECE5,
-    "validation": 0x5EED_0005_7A11_DA7E,
-    "test": 0x5EED_0006_07E5_7AB1,
-}
 
 
 @checked
@@ -178,7 +167,7 @@ class Table(Dataset):
             self._labels = {split: stable[rows.numpy()] for split, rows in self.split.items()}
         if not scored:
             _check_varies(self._parts["train"], self.columns, source)
-        self.units = _units(table, self.columns, dequantise_columns, source, others)
+        self.units = units_of(table, self.columns, dequantise_columns, source, others)
         if not (quiet or scored):
             rows = {split: indices.numpy() for split, indices in self.split.items()}
             named = {} if contexts is None else dict(zip(contexts.conditions.columns, contexts.stable().T, strict=True))
@@ -243,7 +232,7 @@ class Table(Dataset):
 
     def _with_noise(self, split: str) -> Tensor:
         generator = torch.Generator().manual_seed(NOISE_SEEDS[split])
-        return _dequantised(self._parts[split], self.units, generator)
+        return dequantised(self._parts[split], self.units, generator)
 
 
 @checked
@@ -341,129 +330,6 @@ class Tabular(Table):
         return self.split[split] - self._starts.get(split, 0)
 
 
-@checked
-class BreastCancer(Table):
-    """Thirty features of the cell nuclei of 569 breast tumours.
-
-    Part of scikit-learn; the diagnosis is left out. [Street, Wolberg & Mangasarian 1993, Nuclear feature extraction for
-    breast tumor diagnosis, UCI Breast Cancer Wisconsin (Diagnostic)]
-
-    The values are rounded and some repeat, so likelihoods here compare models but are no entropies.
-
-    Args:
-        columns: features to take, by name or position, in this order. Default: all 30.
-        validation_fraction, test_fraction, split_seed: see `Table`.
-
-    Example:
-        ```python
-        import flows
-
-        data = flows.datasets.BreastCancer(columns=[0, 1, 2])
-        data.event_shape  # (3,)
-        ```
-    """
-
-    def __init__(
-        self,
-        columns: Sequence[str | int] | None = None,
-        validation_fraction: float = 0.15,
-        test_fraction: float = 0.15,
-        split_seed: int = 0,
-    ):
-        from sklearn.datasets import load_breast_cancer
-
-        data: Any = load_breast_cancer()
-        names = [str(feature) for feature in data.feature_names]
-        chosen = choose_columns(columns, names, "breast_cancer")
-        super().__init__(
-            data.data[:, chosen],
-            columns=[names[i] for i in chosen],
-            name="breast_cancer",
-            validation_fraction=validation_fraction,
-            test_fraction=test_fraction,
-            split_seed=split_seed,
-            source="breast_cancer",
-            quiet=True,  # the docstring says it
-        )
-
-
-@checked
-class Diabetes(Table):
-    """Progression of diabetes in 442 patients given ten columns of a year before.
-
-    Part of scikit-learn. The progression is a whole number from 25 to 346, to which noise of one unit is added. The
-    conditions are age, sex (a category), body mass index, mean blood pressure and six blood values s1, ..., s6.
-    [Efron, Hastie, Johnstone & Tibshirani 2004, Least angle regression, Annals of Statistics 32, 407]
-
-    Args:
-        context_columns: conditions to take, by name. Default: all ten.
-        validation_fraction, test_fraction, split_seed: see `Table`.
-
-    Example:
-        ```python
-        import flows
-
-        data = flows.datasets.Diabetes(context_columns=["age", "bmi"])
-        data.event_shape, data.context_shape
-        ```
-    """
-
-    def __init__(
-        self,
-        context_columns: Sequence[str] | None = None,
-        validation_fraction: float = 0.15,
-        test_fraction: float = 0.15,
-        split_seed: int = 0,
-    ):
-        from sklearn.datasets import load_diabetes
-
-        data: Any = load_diabetes(scaled=False)
-        names = [str(name) for name in data.feature_names]
-        chosen = choose_columns(context_columns, names, "diabetes")
-        super().__init__(
-            data.target[:, None],
-            columns=["progression"],
-            name="diabetes",
-            validation_fraction=validation_fraction,
-            test_fraction=test_fraction,
-            split_seed=split_seed,
-            source="diabetes",
-            dequantise_columns=["progression"],
-            quiet=True,  # the docstring says it
-            context={names[i]: data.data[:, i] for i in chosen},
-            categories=["sex"] if "sex" in [names[i] for i in chosen] else (),
-        )
-
-
-class TableStream(EpochStream):
-    """Batches of rows without replacement, with new noise in each batch where columns are dequantised."""
-
-    def __init__(
-        self,
-        dataset: str,
-        rows: Batch,  # (n, columns), with their contexts
-        units: Tensor,  # (columns,), 0 for no noise
-        batch_size: int,
-        generator: torch.Generator,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(dataset, len(rows), batch_size, generator, device, dtype)
-        self._units = units
-        self._noisy = bool(units.any())
-        self._context = None if rows.context is None else convert(rows.context, self.device, self.dtype, dataset)
-        self._rows = rows.x if self._noisy else convert(rows.x, self.device, self.dtype, dataset)
-
-    def next(self) -> Batch:
-        chosen = self.draw()
-        placed = chosen.to(self.device)
-        context = None if self._context is None else self._context[placed]
-        if self._noisy:
-            x = _dequantised(self._rows[chosen], self._units, self.generator)
-            return Batch(convert(x, self.device, self.dtype, self.dataset), context)
-        return Batch(self._rows[placed], context)
-
-
 def _split(
     table: np.ndarray,
     fractions: Mapping[str, float],
@@ -507,42 +373,6 @@ def _all_rows(count: int, source: str) -> dict[str, Tensor]:
 def _exact(device: torch.device | str | None, dtype: torch.dtype | None) -> torch.dtype | None:
     """Return float64, or `dtype` on a device that lacks float64."""
     return dtype if torch.device(device or "cpu").type == "mps" else torch.float64
-
-
-def _dequantised(rows: Tensor, units: Tensor, generator: torch.Generator) -> Tensor:
-    """Add uniform noise of one rounding unit, centred at 0."""
-    if not units.any():
-        return rows
-    return rows + units * (torch.rand(rows.shape, generator=generator, dtype=rows.dtype) - 0.5)
-
-
-def _units(
-    table: Tensor, columns: Sequence[str], chosen: Noise, source: str, others: np.ndarray | None
-) -> Tensor:  # (columns,)
-    """Return the rounding unit of the columns to dequantise, and 0 for all others."""
-    units = torch.zeros(len(columns), dtype=torch.float64)
-    if chosen is None:
-        return units
-    if isinstance(chosen, Mapping):
-        for name, unit in chosen.items():
-            check_number(f"dequantise_columns.{name}", unit, above=0)
-            units[choose_columns([name], columns, source)[0]] = float(unit)
-        return units
-    if chosen == "auto":
-        found = {ties.column: ties.unit for ties in find_ties(table.numpy(), others) if ties.unit is not None}
-    else:
-        found = {i: rounding_unit(np.unique(table[:, i].numpy())) for i in choose_columns(chosen, columns, source)}
-    for column, unit in found.items():
-        if unit is None:
-            raise InvalidValueError(
-                f"{source}: column {columns[column]!r} has no rounding unit: its values are no multiples of one step; "
-                "leave it out of dequantise_columns"
-            )
-        units[column] = unit
-    if found:
-        named = ", ".join(f"{columns[column]!r} ({unit:g})" for column, unit in sorted(found.items()))
-        LOGGER.warning("%s: uniform noise of one rounding unit is added to %s", source, named)
-    return units
 
 
 def _as_table(values: ArrayLike | Tensor, source: str) -> Tensor:
