@@ -18,7 +18,9 @@ from flows.datasets import Images, one_hot
 from flows.errors import InvalidValueError
 from flows.models.cnf import CNF
 from flows.models.few_steps import fit_grid
-from flows.training.runs import build_dataset, build_trainer, load_run
+from flows.training.building import build_dataset
+from flows.training.loading import load_run
+from flows.training.runs import build_trainer
 
 EVALUATIONS = (1, 2, 4, 8, 16)
 RECIPES = {"digits": "digits_by_class", "mnist": "mnist"}

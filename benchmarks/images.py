@@ -24,7 +24,9 @@ from flows.fields import Linear
 from flows.models.cnf import CNF
 from flows.solvers import ODESolver
 from flows.training import Stage, Trainer
-from flows.training.runs import build_dataset, build_flow, build_trainer, load_run
+from flows.training.building import build_dataset, build_flow
+from flows.training.loading import load_run
+from flows.training.runs import build_trainer
 
 DATASETS = ("digits", "photo_patches", "mnist")
 CLASSES = "digits_by_class"

@@ -23,7 +23,8 @@ from flows.errors import InvalidValueError
 from flows.plots.images import shades, tiled
 from flows.restoration import Denoising, Downsampling, Inpainting, Operator, Restoration, restore
 from flows.training import build_dataset
-from flows.training.runs import build_trainer, load_run
+from flows.training.loading import load_run
+from flows.training.runs import build_trainer
 from flows.writing import write_result
 
 HEADER = ("task", "label kept", "± se", "RMSE", "of y alone", "log p, draws", "log p, truth", "unresolved", "seconds")

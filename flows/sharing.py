@@ -18,6 +18,7 @@ from flows.errors import FileError, FlowsError, InvalidTypeError, MissingPackage
 from flows.inference import Posterior
 from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
+from flows.training.building import build_model
 from flows.training.checkpoint import MODEL_FILE, CheckpointError
 from flows.training.described import (
     Description,
@@ -29,8 +30,8 @@ from flows.training.described import (
     with_tensors,
 )
 from flows.training.fitting import dtype_named, load_weights
+from flows.training.loading import load_flow, load_run
 from flows.training.model_file import write_model
-from flows.training.runs import build_model, load_flow, load_run
 from flows.training.settings import TARGET, instantiate
 from flows.writing import write_text
 

@@ -23,10 +23,10 @@ from flows.training import (
     load_flow,
     save_checkpoint,
 )
+from flows.training.building import build_flow, model_parts
 from flows.training.checkpoint import RUN, VERSION
 from flows.training.fitting import check_optimizer
 from flows.training.identity import load_best
-from flows.training.runs import build_flow, model_parts
 from flows.training.trusted import UntrustedConfigError, foreign_packages
 
 CONFIG = {

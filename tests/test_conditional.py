@@ -20,7 +20,9 @@ from flows.objectives.contexts import same_context
 from flows.objectives.posterior import posterior_moments
 from flows.samples import chosen_context, comparable_points
 from flows.training import Stage, Trainer, load_flow
-from flows.training.runs import build_dataset, build_trainer, load_run
+from flows.training.building import build_dataset
+from flows.training.loading import load_run
+from flows.training.runs import build_trainer
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CONFIGS = {path.stem: OmegaConf.load(path) for path in sorted((CONF / "data").glob("*.yaml"))}

@@ -16,7 +16,7 @@ from flows.datasets.recognition.comparison import compare
 from flows.encoders import Embedding, Standardised
 from flows.errors import FlowsError, InvalidTypeError, InvalidValueError
 from flows.samples import chosen_context, save_samples
-from flows.training.runs import build_flow
+from flows.training.building import build_flow
 
 SEX = ("female", "male")
 

@@ -19,7 +19,8 @@ from flows.datasets import Table
 from flows.errors import DataWarning
 from flows.training import check_trusted
 from flows.training.annotations import SettingsError
-from flows.training.runs import _accepted, build_flow, build_trainer
+from flows.training.building import accepted, build_flow
+from flows.training.runs import build_trainer
 from flows.training.settings import complete, instantiate
 
 CONF = config_folder()
@@ -86,7 +87,7 @@ def first_shape(field):
     """The first event shape that a field is made for."""
     for shape in SHAPES:
         try:
-            instantiate(field, "field", **_accepted(field, {"event_shape": shape}))
+            instantiate(field, "field", **accepted(field, {"event_shape": shape}))
         except SettingsError:
             continue
         return shape

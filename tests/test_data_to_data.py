@@ -18,7 +18,8 @@ from flows.objectives import FlowMatching
 from flows.objectives.couplings import OptimalTransport, PartialTransport, Sinkhorn, UnbalancedTransport
 from flows.training import Hardware, Reporting, Stage, Trainer
 from flows.training.annotations import SettingsError
-from flows.training.runs import build_model, load_flow
+from flows.training.building import build_model
+from flows.training.loading import load_flow
 
 
 def rng(seed=0):

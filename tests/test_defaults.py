@@ -10,7 +10,7 @@ import flows
 from flows.cli.arguments import config_folder
 from flows.cli.config import compose
 from flows.objectives import FlowMatching
-from flows.training.runs import build_flow
+from flows.training.building import build_flow
 from flows.training.settings import TARGET, _as_settings, _default, _find_target, complete, instantiate
 
 CONF = config_folder()

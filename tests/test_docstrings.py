@@ -12,7 +12,7 @@ from test_scripts import TINY
 import flows
 
 PACKAGE = Path(flows.__file__).parent
-NEEDS_RUN = "flows.training.runs.load_flow"
+NEEDS_RUN = "flows.training.loading.load_flow"
 SLOW = {  # they train, evaluate or draw for a while
     NEEDS_RUN,
     "flows.datasets.densities.image_density.ImageDensity",

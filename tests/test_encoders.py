@@ -7,7 +7,7 @@ from torch import nn
 import flows
 from flows.encoders import Embedding, Encoder, Standardised
 from flows.objectives import FlowMatching, MaximumLikelihood
-from flows.training.runs import build_flow
+from flows.training.building import build_flow
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from flows.datasets import LargeTable
 from flows.datasets.permutations import Permutation
 from flows.datasets.recognition.comparison import compare
 from flows.errors import FileError, InvalidValueError
-from flows.training.runs import build_model
+from flows.training.building import build_model
 
 ROWS = np.random.default_rng(0).normal(size=(2000, 3)) * [1.0, 2.0, 0.01] + [0.0, 5.0, 1e6]
 SIZES = {"num_validation": 50, "num_test": 70, "num_reference": 100, "quiet": True}

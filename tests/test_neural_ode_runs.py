@@ -20,7 +20,9 @@ from flows.training import (
     load_flow,
     save_checkpoint,
 )
-from flows.training.runs import build_flow, build_model, build_trainer, completed, load_run, model_parts
+from flows.training.building import build_flow, build_model, model_parts
+from flows.training.loading import load_run
+from flows.training.runs import build_trainer, completed
 from flows.training.settings_text import read_settings, settings_text
 
 DATA = {"_target_": "flows.datasets.Spiral", "num_series": 20, "num_times": 12, "span": 2.0, "beyond": 1.0}

@@ -14,9 +14,10 @@ from test_scripts import TINY
 from flows.cli.config import compose
 from flows.fields import MLP
 from flows.training.annotations import SettingsError, check_arguments, check_type
+from flows.training.building import build_dataset, build_flow
 from flows.training.fabric import Fabric
 from flows.training.loggers import Logger
-from flows.training.runs import build_dataset, build_flow, build_trainer
+from flows.training.runs import build_trainer
 from flows.training.settings import _find_target, check_settings, instantiate, parameter_names
 
 

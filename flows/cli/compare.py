@@ -27,8 +27,9 @@ from flows.models.cnf import CNF
 from flows.objectives.checks import check_contexts
 from flows.training import TensorBoardLogger
 from flows.training.annotations import SettingsError
+from flows.training.building import build_dataset, build_flow
 from flows.training.files import RUNS, check_place, new_folder, open_run_folder, run_folder
-from flows.training.runs import build_dataset, build_flow, load_run, place
+from flows.training.loading import load_run, place
 from flows.training.trusted import may_download
 from flows.writing import to_json, write_result
 

@@ -28,9 +28,9 @@ from flows.cli.arguments import OPEN_PARTS, check_added, check_choices, config_f
 from flows.cli.grammar import quoted
 from flows.errors import ComputationError, DataWarning, FieldWarning, FlowsError, InvalidValueError
 from flows.training.annotations import SettingsError, check_type
+from flows.training.building import without_unused_parts
 from flows.training.files import OutputFolderError
 from flows.training.loggers import warnings_above_bars
-from flows.training.runs import without_unused_parts
 from flows.training.settings import complete, instantiate, parameter_names
 
 PROGRAM_SETTINGS = {  # settings that no class has, and their types

@@ -33,8 +33,9 @@ from flows.models.cnf import CNF
 from flows.models.neural_ode import NeuralODE
 from flows.objectives.checks import check_base, check_contexts, check_kind
 from flows.training.amounts import check_evaluation
+from flows.training.building import build_dataset
 from flows.training.files import run_folder
-from flows.training.runs import LoadedRun, build_dataset, load_run, place
+from flows.training.loading import LoadedRun, load_run, place
 from flows.training.scored import all_rows, is_another_file
 from flows.training.settings import TARGET, instantiate
 from flows.training.trusted import may_download

@@ -21,7 +21,7 @@ from flows.errors import InvalidTypeError
 from flows.models.neural_ode import NeuralODE
 from flows.predictions import model_device, predictive_sd
 from flows.training.files import run_folder
-from flows.training.runs import LoadedRun, load_run, place
+from flows.training.loading import LoadedRun, load_run, place
 from flows.training.settings import instantiate
 from flows.writing import write_result
 

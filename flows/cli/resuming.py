@@ -21,7 +21,8 @@ from flows.training.checkpoint import CheckpointError, find_checkpoint
 from flows.training.continuing import differences, saved_state, was_killed_early
 from flows.training.files import CONFIG, FOLDER, SUMMARY, OutputFolderError
 from flows.training.identity import load_to_resume
-from flows.training.runs import checkpoint_config, completed
+from flows.training.loading import checkpoint_config
+from flows.training.runs import completed
 from flows.training.settings import complete, instantiate, no_setting
 from flows.training.stage import Stage
 from flows.training.trusted import check_trusted, foreign_packages

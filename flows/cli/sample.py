@@ -34,8 +34,9 @@ from flows.samples import (
     save_samples,
 )
 from flows.solvers import ODESolver
+from flows.training.building import build_dataset
 from flows.training.files import run_folder
-from flows.training.runs import LoadedRun, build_dataset, load_run, place
+from flows.training.loading import LoadedRun, load_run, place
 from flows.training.settings import instantiate
 from flows.training.trusted import may_download
 from flows.writing import to_json, write_text

@@ -7,9 +7,10 @@ from typing import Any
 
 from flows.cli.arguments import refuse
 from flows.errors import InvalidValueError
+from flows.training.building import PARTS
 from flows.training.checkpoint import CheckpointError, find_checkpoint
+from flows.training.loading import checkpoint_config, load_content
 from flows.training.model_file import is_model_file
-from flows.training.runs import PARTS, checkpoint_config, load_content
 from flows.training.settings import TARGET, parameter_names
 
 OF_THE_RUN = ("data", "model", *PARTS, "evaluation")

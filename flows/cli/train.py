@@ -20,10 +20,11 @@ from flows.cli.resuming import RESUME_SETTINGS, find_run, resumed_config
 from flows.cli.steps import share_steps
 from flows.cli.sweeps import sweep_table, sweeping
 from flows.cli.teacher import with_teacher
+from flows.training.building import PARTS
 from flows.training.continuing import AUTO
 from flows.training.estimator_use import notice
 from flows.training.loggers import flat
-from flows.training.runs import PARTS, build_trainer
+from flows.training.runs import build_trainer
 from flows.training.settings import TARGET
 from flows.training.trusted import may_download
 

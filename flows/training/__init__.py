@@ -1,13 +1,14 @@
 """Train a model: stages, the loop, checkpoints and loggers."""
 
+from flows.training.building import build_dataset, build_flow
 from flows.training.callbacks import Reporting
 from flows.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
 from flows.training.events import TensorBoardLogger
 from flows.training.fabric import Hardware
 from flows.training.files import OutputFolderError
+from flows.training.loading import load_flow
 from flows.training.loggers import HParams, JSONLinesLogger, Logger, ProgressBar, read_metrics, training_curves
 from flows.training.loop import NonFiniteLossError
-from flows.training.runs import build_dataset, build_flow, load_flow
 from flows.training.signals import TrainingInterrupted
 from flows.training.stage import Optimization, Stage
 from flows.training.state import ExponentialMovingAverage, Run

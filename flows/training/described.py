@@ -54,7 +54,7 @@ class UndescribedError(InvalidTypeError):
 class Description:
     """What builds a model again, except for its weights."""
 
-    settings: dict[str, Any] | None  # by part, as `flows.training.runs.build_model` takes them; None: unknown
+    settings: dict[str, Any] | None  # by part, as `flows.training.building.build_model` takes them; None: unknown
     data: dict[str, Any]  # of the points and contexts: shapes, names, conditions
     dtype: str
     arguments: dict[str, Tensor] = field(default_factory=dict)  # tensors that the settings refer to

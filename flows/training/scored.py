@@ -13,7 +13,8 @@ from flows.datasets.recognition.comparison import compare
 from flows.datasets.tables.readers import column_names
 from flows.datasets.tables.tabular import ALL
 from flows.errors import DataWarning, FlowsError, InvalidValueError, warn
-from flows.training.runs import LoadedRun, build_dataset
+from flows.training.building import build_dataset
+from flows.training.loading import LoadedRun
 from flows.training.settings import TARGET, parameter_names
 
 FILES = ("path", "validation_path", "test_path")
