@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,42 +27,19 @@ from flows.checks import check_number, whole_number
 from flows.datasets import Table
 from flows.datasets.tables.contexts import as_columns
 from flows.datasets.tables.diagnosis import warnings_about
+from flows.density_recipe import CONDITIONAL_TABLE, TABLE, FitEvaluator, Recipe, untrained_flow, widths
 from flows.divergence import Auto, DivergenceEstimator
-from flows.encoders import Embedding
 from flows.errors import DataWarning, FlowsError, InvalidTypeError, InvalidValueError, warn
-from flows.evaluation import DensityEvaluator, Report
-from flows.fields import MLP
 from flows.models.cnf import CNF
-from flows.naming import by_name
-from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.solvers import ODESolver, as_solver
-from flows.training import Optimization, Reporting, Stage, Trainer
-from flows.transforms import Standardise
+from flows.training import Optimization, Reporting, Trainer
 
 MIN_ROWS = 5
 BATCH = 10_000  # rows in one solve
 STEPS_OF_SCORES = (10, 20, 40, 80, 160)  # of Runge-Kutta, to choose from
 ACCURACY = 1e-4  # nats, of log p by a row in the mean
 CHECKED_ROWS = 256  # by which the number of steps is chosen
-WARMUP_STEPS = 10  # of the likelihood, at most
 SOURCE = "X"  # what messages call the table
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """What a yaml of `conf/experiment` has, where nothing else is asked for."""
-
-    hidden: Sequence[int]
-    steps: int
-    polish: int
-    batch_sizes: tuple[int, int]
-    learning_rates: tuple[float, float]
-    weight_decay: float
-    validate_every: int
-
-
-TABLE = _Recipe((64, 64), 3000, 50, (256, 256), (2e-3, 1e-3), 0.01, 200)
-CONDITIONAL_TABLE = _Recipe((32, 32), 2000, 400, (512, 256), (2e-3, 2e-3), 0.1, 50)
 
 
 @checked(own="all")
@@ -404,80 +381,28 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             checkpoint_every=0,
         )
         return Trainer(
-            self._flow(data),
+            untrained_flow(data, recipe.hidden, self.field, self.base, self.divergence),
             data,
-            self._stages(recipe),
-            evaluator=_FitEvaluator(data, solver_error_points=0, seed=seed, progress_bar=False),
+            recipe.stages(self.patience),
+            evaluator=FitEvaluator(data, solver_error_points=0, seed=seed, progress_bar=False),
             optimization=Optimization(optimizer=decay, ema_decay=0.99),
             reporting=reporting,
             output_dir=folder,
             seed=seed,
         )
 
-    def _recipe(self, data: Table) -> _Recipe:
+    def _recipe(self, data: Table) -> Recipe:
         """The settings that were asked for, and those of the recipe for all others."""
         recipe = TABLE if data.context_shape is None else CONDITIONAL_TABLE
         given: dict[str, Any] = {
             "steps": None if self.steps is None else whole_number("steps", self.steps),
             "polish": None if self.polish is None else whole_number("polish", self.polish, 0),
-            "hidden": None if self.hidden is None else _widths(self.hidden),
+            "hidden": None if self.hidden is None else widths(self.hidden),
             "batch_sizes": None if self.batch_size is None else (self.batch_size, self.batch_size),
             "learning_rates": None if self.learning_rate is None else (self.learning_rate, self.learning_rate),
             "weight_decay": self.weight_decay,
         }
         return replace(recipe, **{name: value for name, value in given.items() if value is not None})
-
-    def _stages(self, recipe: _Recipe) -> dict[str, Stage]:
-        (size, last_size), (rate, last_rate) = recipe.batch_sizes, recipe.learning_rates
-        stages = {
-            "flow_matching": Stage(
-                FlowMatching(), recipe.steps, batch_size=size, learning_rate=rate, patience=self.patience
-            )
-        }
-        if recipe.polish:
-            stages["maximum_likelihood"] = Stage(
-                MaximumLikelihood(),
-                recipe.polish,
-                batch_size=last_size,
-                learning_rate=last_rate,
-                warmup_steps=min(WARMUP_STEPS, recipe.polish // 4),
-            )
-        return stages
-
-    def _flow(self, data: Table) -> CNF:
-        """An untrained flow, fitted to the data at both ends."""
-        encoder = None
-        if data.context_shape is not None:
-            encoder = Embedding(data.context_shape, conditions=data.conditions)
-            encoder.fit(data.reference_contexts())  # type: ignore[arg-type]
-        features = None if encoder is None else encoder.features_shape
-        if self.field is None:
-            hidden = self._recipe(data).hidden
-            field: Any = MLP(data.event_shape, hidden, "silu", None, context_shape=features)
-        elif isinstance(self.field, nn.Module):
-            field = copy.deepcopy(self.field)
-        elif callable(self.field):
-            field = self.field(event_shape=data.event_shape, context_shape=features)
-        else:
-            raise InvalidTypeError(
-                "field must be a module, or what makes one from event_shape and context_shape, such as "
-                f"flows.fields.Planar, got {self.field!r}"
-            )
-        transform = Standardise(data.event_shape)
-        base = copy.deepcopy(self.base)
-        if isinstance(base, str):  # a base of contexts needs their shape
-            contexts = {} if data.context_shape is None else {"context_shape": data.context_shape}
-            base = by_name(Base, base, "base", event_shape=data.event_shape, **contexts)
-        flow = CNF(
-            field,
-            self.divergence,
-            None,
-            base,
-            transform,
-            event_shape=data.event_shape,
-            encoder=encoder,
-        )
-        return flow.fit_ends(data.reference(), data.reference_contexts())
 
     def _exact_flow(self) -> CNF:
         """The flow in float64, with the divergence of scores."""
@@ -531,12 +456,6 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         return found.expand(rows, found.shape[-1])
 
 
-def _widths(hidden: Any) -> tuple[int, ...]:
-    if isinstance(hidden, str) or not isinstance(hidden, Sequence | np.ndarray) or not len(hidden):
-        raise InvalidTypeError(f"hidden must be a list of widths, such as (64, 64), got {hidden!r}")
-    return tuple(whole_number("hidden", width) for width in hidden)
-
-
 def _about_words(X: Any) -> str:
     """What to do about columns of a data frame that hold no numbers."""
     kinds = getattr(X, "dtypes", None)
@@ -544,14 +463,6 @@ def _about_words(X: Any) -> str:
         return ""
     words = [repr(str(name)) for name, kind in kinds.items() if getattr(kind, "kind", "O") not in "biuf"]  # type: ignore[union-attr]
     return f"; column {', '.join(words)} holds no numbers: leave it out, or pass it as context=..." if words else ""
-
-
-@dataclass(frozen=True)
-class _FitEvaluator(DensityEvaluator):
-    """Validates, and leaves the test to whoever holds rows out."""
-
-    def test(self, model: nn.Module) -> Report:
-        return Report({}, ())
 
 
 def _bare(value: Any) -> Any:

@@ -233,7 +233,9 @@ def _refuse_nulls(parts: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Refuse null for what the data give to a part, since it would change nothing."""
     for part in ("transform", "field", "encoder", "base"):
         settings = parts.get(part)
-        for name in GIVEN[part] if isinstance(settings, Mapping) else ():
+        if not isinstance(settings, Mapping):
+            continue
+        for name in GIVEN[part]:
             if settings.get(name, 0) is None and known.get(name) is not None:
                 away = "" if name == "event_shape" else "; for a model without contexts, choose data without"
                 raise SettingsError(
