@@ -25,7 +25,7 @@ from flows.transforms import Standardise, Transform
 
 # Of models; each takes those that its signature names.
 PARTS = ("transform", "field", "divergence", "solver", "base", "encoder")
-OPTIONAL = ("base", "encoder")  # may be missing
+OPTIONAL = ("base", "encoder")  # may be missing or empty
 DEFAULT_MODEL = {TARGET: "flows.CNF"}
 
 
@@ -116,7 +116,7 @@ def build_model(
     contexts = {} if context_shape is None else {"context_shape": tuple(context_shape)}
     known = shapes | contexts | {"num_points": num_points} | ({} if conditions is None else {"conditions": conditions})
     model = config.get("model", DEFAULT_MODEL)
-    parts = {part: part_of(config, part) for part in model_parts(config) if part in config or part not in OPTIONAL}
+    parts = {part: part_of(config, part) for part in model_parts(config) if config.get(part) or part not in OPTIONAL}
     if dataset is not None:
         _refuse_nulls(parts, known)
     built: dict[str, Any] = {}

@@ -164,7 +164,7 @@ def checkpoint_config(
     check_trusted(config, trust)
     parts = config if isinstance(config, dict) else {}
     needed = [] if "model" not in parts else ["model"]
-    needed += [part for part in model_parts(parts) if parts.get(part) is not None or part not in OPTIONAL]
+    needed += [part for part in model_parts(parts) if parts.get(part) or part not in OPTIONAL]
     missing = [part for part in needed if not (isinstance(parts.get(part), dict) and TARGET in parts[part])]
     if missing:
         raise CheckpointError(f"the settings in {path} do not describe a model: they have no {', '.join(missing)}")
