@@ -100,11 +100,17 @@ def test_a_rescaled_activation_is_the_same_function(name):
 def test_low_precision_keeps_the_digits_of_small_activations():
     """A logistic function near 1/2 has lost them."""
     field = ConcatSquashMLP((3,), (16, 16)).float()
+    with torch.no_grad():
+        for layer in field.layers:
+            layer.linear.bias.zero_()
+            layer.shift.weight.zero_()
     x, t = 1e-3 * torch.randn(50, 3, dtype=torch.float32), torch.tensor(0.3, dtype=torch.float32)
     bound = bind(field)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected, found = bound(t, x), bound.value_and_divergence(t, x)[0]
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=2e-3)
+    with torch.no_grad():
+        exact = bound(t, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = bound.value_and_divergence(t, x)[0]
+    assert (found - exact).abs().max() < 0.03 * exact.abs().max()
 
 
 def test_tanh_in_single_precision_is_that_of_double():
