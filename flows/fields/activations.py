@@ -108,7 +108,7 @@ class Tanh(Activation):
 
     def rescaled(self) -> Rescaled:
         """tanh z = 2 s(2 z) − 1 with the logistic function s."""
-        return Rescaled(Logistic(), stretch=2.0, scale=2.0, offset=-1.0)
+        return Rescaled(_LOGISTIC, stretch=2.0, scale=2.0, offset=-1.0)
 
 
 @checked
@@ -129,6 +129,9 @@ class Logistic(Activation):
     def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
         value = z.sigmoid()
         return value, torch.addcmul(value, value, value, value=-1)
+
+
+_LOGISTIC = Logistic()  # the compiler does not follow the making of a module
 
 
 @checked
