@@ -439,7 +439,11 @@ def test_the_default_folder_is_named_after_data_and_time(run, tmp_path):
             ["divergence=hutchinson", "divergence.num_prbes=3"],
             r"no setting divergence.num_prbes \(did you mean num_probes\?\); divergence has num_probes, probes",
         ),
-        ("train", ["experimnt=moons"], r"no setting experimnt \(did you mean experiment\?\); .*, encoder, experiment"),
+        (
+            "train",
+            ["experimnt=moons"],
+            r"no setting experimnt \(did you mean experiment\?\); .*, encoder, .*experiment",
+        ),
         ("train", ["datum=3"], r"no setting datum \(did you mean data\?\); the top level has data, model, transform, "),
         ("train", ["seeds=3", "data=moons"], r"no setting seeds \(did you mean seed\?\)"),
         ("train", ["hardware.bar=3"], r"no setting hardware.bar; hardware has .*accelerator, devices"),
