@@ -26,12 +26,16 @@ class Judge(nn.Module):
     Args:
         dataset: with labels; the classifier sees its training images alone.
         steps: of training, in batches of 64.
+        known: (*event), true and false; the classifier sees black elsewhere.
     """
 
-    def __init__(self, dataset: Images, steps: int = STEPS, seed: int = 0) -> None:
+    def __init__(self, dataset: Images, steps: int = STEPS, seed: int = 0, known: Tensor | None = None) -> None:
         super().__init__()
         images, labels = dataset._parts["train"].images.float(), dataset.labels("train")
+        if known is not None:
+            images = images * known
         assert labels is not None, "the data of this benchmark have classes"
+        assert dataset.num_levels is not None, "the images of this benchmark have levels"
         self.white = float(dataset.num_levels - 1)
         channels, height, width = dataset.event_shape
         pooled = math.ceil(height / 4) * math.ceil(width / 4)

@@ -39,7 +39,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--settings", nargs="*", default=[], help="of that training")
     parser.add_argument("--pictures", type=int, default=100, help="test pictures (%(default)s)")
     parser.add_argument("--draws", type=int, default=4, help="draws for each picture (%(default)s)")
-    parser.add_argument("--proposals", type=int, default=100, help="of each chain (%(default)s)")
+    parser.add_argument("--proposals", type=int, default=100, help="of each chain (%(default)s); 0: guided draws alone")
+    parser.add_argument("--start", choices=("guided", "base"), default="guided", help="of each chain (%(default)s)")
     parser.add_argument("--leapfrogs", type=int, default=5, help="of each proposal (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule in a chain's solves (%(default)s)")
     parser.add_argument(
@@ -60,6 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{dataset.name}: the classifier is right on {accuracy:.1%} of these {len(x)} test pictures")
     known = torch.ones(flow.event_shape, dtype=torch.bool)
     known[:, flow.event_shape[1] // 2 :] = False
+    if "inpainting" in arguments.tasks:
+        print(f"an upper half leaves the label open: exact draws would keep {agreement(dataset, known)} of the labels")
     spread = float(dataset.reference().std())
     # Zeros stand for no class, for a flow that was trained with classes left out.
     context = None if flow.context_shape is None else torch.zeros(len(x), *flow.context_shape, dtype=flow.dtype)
@@ -79,13 +82,24 @@ def run(arguments: argparse.Namespace) -> None:
         clean = operator(x)
         y = clean + sd * torch.randn(clean.shape, generator=generator)
         begun = time.process_time()
-        found = restore(flow, y, operator, sd, **chain, context=context, solver=solver, generator=generator)
+        found = restore(
+            flow, y, operator, sd, **chain, context=context, solver=solver, generator=generator, start=arguments.start
+        )
         seconds = time.process_time() - begun
         seen = shown(operator, y, x)
         row = row_of(name, flow, found, x, labels, context, judge, seen, seconds)
         print(f"| {' | '.join(row)} |", flush=True)
         panels[name] = (seen, found.x)
     write_result(arguments.picture, picture(x, panels))
+
+
+def agreement(dataset: Images, known: Tensor) -> str:
+    """E Σ_c p(c | known part)², the chance that two draws of the class agree, by a classifier of the known part."""
+    test = dataset.held_out("test").x.float() * known
+    judge = Judge(dataset, known=known)
+    with torch.no_grad():
+        chances = judge(test).softmax(1).square().sum(1).double()
+    return f"{chances.mean():.1%} ± {chances.std() / len(chances) ** 0.5:.1%}"
 
 
 def trained(checkpoint: str | None, chosen: list[str]) -> tuple[flows.CNF, Images]:

@@ -231,9 +231,17 @@ class CNF(nn.Module):
         x: Tensor,  # (B, *event), data space
         context: Tensor | Named | None = None,  # (B, *context)
         generator: torch.Generator | None = None,  # of dequantisation noise
+        rounded: bool = True,
     ) -> Tensor:  # (B, *event)
-        """Points where the ODE has them at t = 1: transformed, and in units of a base that depends on the context."""
-        return self._to_flow_space(x, contexts_of(self, context), generator)
+        """Points where the ODE has them at t = 1: transformed, and in units of a base that depends on the context.
+
+        With `rounded=False`, `x` holds whole numbers with their noise x + u, and none is added."""
+        context = contexts_of(self, context)
+        if rounded:
+            return self._to_flow_space(x, context, generator)
+        y = self.transform.from_unrounded(x).to(self.dtype)
+        frame = frame_of(self, context, (len(y),))
+        return y if frame is None else frame.relative(y)[0]
 
     def _to_flow_space(self, x: Tensor, context: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """The same for arguments that are known to be right, as in each step of flow matching."""

@@ -103,8 +103,26 @@ class Transform(CheckedMethods, nn.Module, ABC, checks=("forward", "inverse", "c
         self,
         y: Tensor,  # (B, *event), flow space
     ) -> Tensor:  # (B, *event)
-        """Return x of `inverse`, but before whole numbers are rounded. Default: nothing is."""
+        """Return x of `inverse`, but before whole numbers are rounded. Default: nothing is.
+
+        Raises:
+            InvalidValueError: the class dequantises and does not say what its points are before they are rounded.
+        """
+        if self.num_levels is not None:
+            raise InvalidValueError(
+                f"{type(self).__name__} makes {self.num_levels} levels continuous, and does not say what a point is "
+                "before it is rounded to a level; define unrounded(y), which returns x + u and keeps the derivative"
+            )
         return self.inverse(y)[0]
+
+    def from_unrounded(
+        self,
+        x: Tensor,  # (B, *event), data space; whole numbers with their noise
+    ) -> Tensor:  # (B, *event)
+        """Return y with `unrounded(y)` = x. Default: y of `forward`, whose noise is new if the class dequantises."""
+        if self.num_levels is not None:
+            x = x.floor().clamp(0, self.num_levels - 1)
+        return self(x)[0]
 
     def push_velocity(
         self,
@@ -256,6 +274,11 @@ class Compose(Transform):
         for transform in reversed(self._parts()):
             y = transform.unrounded(y)
         return y
+
+    def from_unrounded(self, x: Tensor) -> Tensor:
+        for transform in self._parts():
+            x = transform.from_unrounded(x)
+        return x
 
     @property
     def is_defined_everywhere(self) -> bool:

@@ -179,6 +179,9 @@ class Dequantise(Transform):
         """The level and its noise, x + u."""
         return y
 
+    def from_unrounded(self, x: Tensor) -> Tensor:
+        return x.clamp(0, self.num_levels * (1 - torch.finfo(x.dtype).eps))  # below L, which is no level's
+
 
 def checked_levels(num_levels: int | None) -> int:
     """Return `num_levels`, or raise an error if it is no valid number of levels."""
