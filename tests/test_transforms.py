@@ -550,6 +550,23 @@ def test_whitened_data_have_unit_covariance_and_the_likelihood_of_their_gaussian
     torch.testing.assert_close(base.log_prob(y) + log_det, normal.log_prob(data.flatten(1)))
 
 
+@pytest.mark.parametrize("axes", ["pixels", "principal"])
+def test_an_inner_transform_acts_on_principal_components_and_turns_back(axes):
+    data = heavy_tailed(500)[0]
+    whiten = Whiten(SHAPE, robust=True, axes=axes, inner=NormalRadius(SHAPE, 2, num_quantiles=16)).fit(data)
+    chain = Compose(whiten=Whiten(SHAPE, robust=True, axes="principal"), radius=NormalRadius(SHAPE, 2, 16)).fit(data)
+    assert_dense_jacobian_and_inverse(whiten, data[:8])
+    (y, log_det), (expected, expected_log_det) = whiten(data), chain(data)
+    torch.testing.assert_close(log_det, expected_log_det)
+    if axes == "principal":
+        torch.testing.assert_close(y, expected)
+    else:  # turned as plain whitening turns
+        plain = [Whiten(SHAPE, robust=True, axes=a).fit(data).inverse_root for a in ("principal", "pixels")]
+        turn = torch.linalg.solve(*plain)
+        torch.testing.assert_close(y.flatten(1), expected.flatten(1) @ turn, rtol=1e-4, atol=1e-4)
+    assert not whiten.is_affine
+
+
 def test_too_few_points_to_whiten_by_are_shrunk_or_refused():
     few = torch.randn(8, *SHAPE)
     with pytest.raises(ValueError, match=r"do not vary in 5 of 12 directions, .* or set shrinkage"):

@@ -40,6 +40,8 @@ class Whiten(Transform):
         robust: weigh each point by the inverse square of its radius after whitening, so that outliers do not set the
             scale of all others. C then has an arbitrary factor. [Tyler 1987, Annals of Statistics 15, 234]
         axes: "pixels" or "principal".
+        inner: a transform of the principal components, fitted to them, such as `NormalRadius` in bands. With
+            `axes="pixels"` they turn back into pixels after it, where neighbours are neighbours for convolutions.
 
     Raises:
         InvalidTypeError, InvalidValueError: a setting is out of range, or the matrix does not fit in memory.
@@ -57,11 +59,11 @@ class Whiten(Transform):
     """
 
     exact_buffers: ClassVar[tuple[str, ...]] = ("mean",)
-    is_affine = True
     mean: Tensor
     root: Tensor
     inverse_root: Tensor
     log_det: Tensor
+    turn: Tensor  # U, with an inner transform: from pixels to principal components
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class Whiten(Transform):
         shrinkage: float = 0.0,
         robust: bool = False,
         axes: Literal["pixels", "principal"] = "pixels",
+        inner: Transform | None = None,
     ) -> None:
         super().__init__()
         check_number("shrinkage", shrinkage, at_least=0, below=1)
@@ -84,6 +87,17 @@ class Whiten(Transform):
         self.register_buffer("root", torch.eye(size))  # C^(1/2), or Λ^(1/2) Uᵀ
         self.register_buffer("inverse_root", torch.eye(size))
         self.register_buffer("log_det", torch.zeros(()))  # of the inverse root
+        self.inner = inner
+        if inner is not None:
+            self.register_buffer("turn", torch.eye(size))
+
+    @property
+    def is_affine(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner is None or self.inner.is_affine
+
+    @property
+    def is_defined_everywhere(self) -> bool:
+        return self.inner is None or self.inner.is_defined_everywhere
 
     def fit(self, points: Tensor) -> Whiten:
         """Compute mean and covariance of `points` (n, *event).
@@ -106,10 +120,14 @@ class Whiten(Transform):
                 mean, covariance = self._moments(exact, exact.shape[1] / radii)
             variances, directions = _spectrum(covariance, len(points))
         self.mean.copy_(mean)
-        rotation = directions.T if self.axes == "pixels" else torch.eye(len(variances)).to(directions)
+        principal = torch.eye(len(variances)).to(directions)
+        rotation = directions.T if self.axes == "pixels" and self.inner is None else principal
         self.inverse_root.copy_((directions * variances**-0.5) @ rotation)
         self.root.copy_((rotation.T * variances**0.5) @ directions.T)
         self.log_det.copy_(-0.5 * variances.log().sum())
+        if self.inner is not None:
+            self.turn.copy_(directions if self.axes == "pixels" else principal)
+            self.inner.fit(((exact - mean) @ self.inverse_root.double()).to(points.dtype).view_as(points))
         return self
 
     def _moments(self, points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,17 +140,27 @@ class Whiten(Transform):
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # a lower precision would round the data
             centred = (x.flatten(1) - self.mean).to(self.inverse_root.dtype)
-            return (centred @ self.inverse_root).to(x.dtype).view_as(x), self.log_det.to(x.dtype).expand(x.shape[0])
+            y, log_det = (centred @ self.inverse_root).to(x.dtype).view_as(x), self.log_det.to(x.dtype).expand(x.shape[0])
+            if self.inner is None:
+                return y, log_det
+            y, inner_log_det = self.inner(y, generator)
+            return (y.flatten(1) @ self.turn.to(y.dtype).T).view_as(x), log_det + inner_log_det
 
     def push_velocity(self, velocity: Tensor) -> Tensor:
         root = self.inverse_root.to(velocity.dtype)
-        return (velocity.flatten(1) @ root).view_as(velocity)
+        pushed = (velocity.flatten(1) @ root).view_as(velocity)
+        if self.inner is None:
+            return pushed
+        return (self.inner.push_velocity(pushed).flatten(1) @ self.turn.to(velocity.dtype).T).view_as(velocity)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(y.device.type, enabled=False):
+            inner_log_det = torch.zeros((), dtype=y.dtype, device=y.device)
+            if self.inner is not None:
+                y, inner_log_det = self.inner.inverse((y.flatten(1) @ self.turn.to(y.dtype)).view_as(y))
             moved = (y.flatten(1).to(self.root.dtype) @ self.root + self.mean).view_as(y)
             x = in_data_units(moved, y.dtype, self.mean.abs() / self.root.norm(dim=0))  # the norm is the sd
-            return x, -self.log_det.to(y.dtype).expand(y.shape[0])
+            return x, inner_log_det - self.log_det.to(y.dtype).expand(y.shape[0])
 
 
 def _spectrum(covariance: Tensor, num_points: int) -> tuple[Tensor, Tensor]:  # (d,) and (d, d)
