@@ -140,7 +140,10 @@ class Whiten(Transform):
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # a lower precision would round the data
             centred = (x.flatten(1) - self.mean).to(self.inverse_root.dtype)
-            y, log_det = (centred @ self.inverse_root).to(x.dtype).view_as(x), self.log_det.to(x.dtype).expand(x.shape[0])
+            y, log_det = (
+                (centred @ self.inverse_root).to(x.dtype).view_as(x),
+                self.log_det.to(x.dtype).expand(x.shape[0]),
+            )
             if self.inner is None:
                 return y, log_det
             y, inner_log_det = self.inner(y, generator)
