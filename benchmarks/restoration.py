@@ -172,13 +172,14 @@ def shown(operator: Operator, y: Tensor, x: Tensor) -> Tensor:
 
 
 def picture(x: Tensor, panels: dict[str, tuple[Tensor, Tensor]], columns: int = 12) -> Figure:
-    """Truth, what was observed, and two draws, for each task."""
+    """Truth, what was observed, and up to two draws, for each task."""
     figure = Figure(figsize=(columns * 0.62, len(panels) * 2.9), dpi=120, layout="compressed")
     for axes, (name, (seen, draws)) in zip(
         figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
     ):
         rows = torch.stack([x[:columns], seen[:columns], *draws[:2, :columns].float()])
         axes.imshow(tiled(rows, *shades(x)))
-        axes.set_title(f"{name}: the picture, what is known of it, two draws", fontsize=10)
+        drawn = "two draws" if len(draws) > 1 else "a draw"
+        axes.set_title(f"{name}: the picture, what is known of it, {drawn}", fontsize=10)
         axes.set_axis_off()
     return figure

@@ -2,9 +2,8 @@
 
 From a point on the way, the flow tells where its path leads: x̂ = x + (1 − t) v(t, x). The observation corrects x̂, and
 noise of the base takes it back to its time, x_t = t x̂ + (1 − t) x₀, in part the noise x̂₀ = x − t v that the flow sees,
-in part new noise. Each time is visited more than once, so that
-what is known and what is drawn come to agree. No gradient of the field is needed. The result is near p(x | y) and not
-exact; the chain corrects it.
+in part new noise. Each time is visited more than once, so that what is known and what is drawn come to agree. No
+gradient of the field is needed. The result is near p(x | y) and not exact; the chain corrects it.
 
 Sources: correction of the estimate (Wang et al. 2023, arXiv:2212.00490), its weight (Song et al. 2023, ΠGDM; for flows
 Pokle et al. 2024, arXiv:2310.04432), repeated times (Lugmayr et al. 2022, arXiv:2201.09865), new noise for flows
@@ -57,7 +56,9 @@ def _guided(target: Target, x: Tensor, generator: torch.Generator | None) -> Ten
     times = torch.linspace(0, 1, STEPS + 1, dtype=flow.dtype, device=flow.device)
     correct = _Correction(target, x, generator)
     # Noise of another base would not keep its distribution, and points that remember a noisy y would count it again.
-    renewed = RENEWED if flow.base.is_standard and target.noise_variance <= target.level_variance else 1.0
+    # Where several entries share an observation, old noise keeps the differences between them that the flow would mend.
+    keeps = flow.base.is_standard and target.noise_variance <= target.level_variance and target.operator.averaged == 1
+    renewed = RENEWED if keeps else 1.0
     for now, after in itertools.pairwise(times):
         width = (1 - now) / (now.square() + (1 - now).square()).sqrt()
         for visit in range(VISITS):
