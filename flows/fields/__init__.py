@@ -1,6 +1,6 @@
 """Vector fields v(t, x), several with their divergence in closed form."""
 
-from flows.fields.activations import Activation, Elementwise, Logistic, Rescaled, SiLU, Sine, Softplus, Tanh
+from flows.fields.activations import Activation, Elementwise, Logistic, SiLU, Sine, Softplus, Tanh
 from flows.fields.adapter import Adapter
 from flows.fields.base import Field, named_field
 from flows.fields.concat_squash import ConcatSquashMLP
@@ -43,7 +43,6 @@ __all__ = [
     "Physics",
     "Planar",
     "Potential",
-    "Rescaled",
     "SiLU",
     "Sine",
     "SinusoidalTime",

@@ -40,7 +40,9 @@ def folded(weights: Sequence[Tensor], biases: Sequence[Tensor], activations: Seq
     The pre-activations are the old ones times `stretches`; what is added to them must be stretched as well.
     """
     # Differences of values between 0 and 1 cost the digits that lower precision does not have.
-    exact = not torch.is_autocast_enabled(weights[0].device.type) and weights[0].dtype in (torch.float32, torch.float64)
+    device = weights[0].device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    exact = not autocast and weights[0].dtype in (torch.float32, torch.float64)
     rescaled = [activation.rescaled() if exact else Rescaled(activation) for activation in activations]
     found = Folded([], [], [each.function for each in rescaled], [*(each.stretch for each in rescaled), 1.0])
     inputs = [(1.0, 0.0), *((each.scale, each.offset) for each in rescaled)]
