@@ -12,6 +12,7 @@ from tqdm import tqdm
 Bar = TypeVar("Bar", bound=tqdm)
 
 LOG_SECONDS = 30  # between lines of a log
+NOTHING_DONE = re.compile(r"(^|[\s|])0(/[\d.]+\w?|\w*)? \[")  # such as "|  0/10 [" and "0pt ["
 CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\r\n]")  # what moves the cursor of a terminal
 
 
@@ -45,13 +46,12 @@ class _Lines:
     """A stream for tqdm that makes lines of what it draws; the bar of nothing done yet is left out."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._begun = stream, False
+        self._stream = stream
 
     def write(self, text: str) -> int:
         line = CONTROL.sub("", text).rstrip()
-        if line.strip() and self._begun:
+        if line.strip() and not NOTHING_DONE.search(line):
             self._stream.write(f"{line}\n")
-        self._begun = self._begun or bool(line.strip())
         return len(text)
 
     def flush(self) -> None:

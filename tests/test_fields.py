@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from flows import CNF
 from flows.divergence import divergence
@@ -95,6 +96,60 @@ def test_a_rescaled_activation_is_the_same_function(name):
     expected, expected_slope = activation.value_and_slope(z)
     torch.testing.assert_close(scale * value + offset, expected)
     torch.testing.assert_close(scale * stretch * slope, expected_slope)
+
+
+class Stretched(Tanh):
+    """tanh with a learned slope: another function than its base class."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(1.7))
+
+    def forward(self, z):
+        return super().forward(self.slope * z)
+
+    def value_and_slope(self, z):
+        value, slope = super().value_and_slope(self.slope * z)
+        return value, self.slope * slope
+
+
+@pytest.mark.parametrize("kind", [MLP, ConcatSquashMLP])
+def test_subclasses_of_an_activation_are_their_own_functions(kind):
+    field = kind((2,), (6, 6), Stretched())
+    x, t = torch.randn(5, 2), torch.tensor(0.3)
+    value, trace = bind(field).value_and_divergence(t, x)
+    torch.testing.assert_close(value, field(t, x))
+    torch.testing.assert_close(trace, divergence(lambda x: field(t, x), x, 1))
+    assert torch.autograd.grad(value.sum(), [*field.parameters()], allow_unused=True).count(None) == 0
+
+
+def without_bias(field):
+    field.layers[1] = nn.Linear(6, 6, bias=False)
+
+
+def pruned(field):
+    prune.random_unstructured(field.layers[1], "weight", 0.5)
+
+
+def doubled(field):
+    field.layers[1].register_forward_hook(lambda module, arguments, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [without_bias, pruned, doubled])
+def test_other_layers_are_called(change):
+    field = MLP((2,), (6, 6))
+    change(field)
+    x, t = torch.randn(5, 2), torch.tensor(0.3)
+    for _ in range(2):  # a pruned layer computes its weights anew
+        value = field.value_and_divergence(t, x)[0]
+        torch.testing.assert_close(value, field(t, x))
+        value.sum().backward()
+
+
+def test_shapes_on_the_meta_device():
+    field = MLP((2,), (6, 6)).to("meta")
+    value, trace = field.value_and_divergence(torch.zeros((), device="meta"), torch.zeros(5, 2, device="meta"))
+    assert (value.shape, trace.shape) == ((5, 2), (5,))
 
 
 def test_low_precision_keeps_the_digits_of_small_activations():

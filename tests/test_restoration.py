@@ -99,6 +99,7 @@ def test_downsampling_is_the_mean_of_blocks():
         ({"noise_sd": -1.0}, "noise_sd must be"),
         ({"num_draws": 0}, "num_draws must be"),
         ({"num_proposals": 1}, "num_proposals must be .*or 0 for guided draws"),
+        ({"num_proposals": 0, "start": "base"}, "a draw from the prior, which does not know the observation"),
         ({"operator": Downsampling(2)}, "factor=2 needs images"),
         ({"operator": Inpainting(torch.ones(3, dtype=torch.bool))}, r"known has the shape \(3,\)"),
     ],
@@ -307,3 +308,17 @@ def test_unrounded_points_go_back_to_flow_space():
     y = torch.randn(50, 2, dtype=torch.float64)
     torch.testing.assert_close(flow.to_flow_space(flow.to_data_space(y, rounded=False), rounded=False), y)
     assert flow.to_flow_space(torch.tensor([[16.0, -0.1]]).double(), rounded=False).isfinite().all()
+
+
+def test_restoration_takes_its_gradients_in_inference_mode():
+    flow, observation = gaussian_flow(), torch.zeros(1, 2)
+    with torch.inference_mode():
+        found = restore(flow, observation, Denoising(), 0.5, num_proposals=5)
+    assert found.x.isfinite().all()
+
+
+def test_levels_as_integers_go_to_flow_space_unrounded():
+    flow = flows.CNF(flows.fields.MLP((2,), (3,)), transform=Dequantise(16))
+    levels = torch.randint(0, 16, (4, 2))
+    found = flow.to_flow_space(levels, rounded=False)
+    torch.testing.assert_close(found, levels.to(found.dtype))

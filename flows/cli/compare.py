@@ -27,7 +27,7 @@ from flows.models.cnf import CNF
 from flows.objectives.checks import check_contexts
 from flows.training import TensorBoardLogger
 from flows.training.annotations import SettingsError
-from flows.training.building import build_dataset, build_flow
+from flows.training.building import build_dataset, build_flow, refuse_nulls
 from flows.training.files import RUNS, check_place, new_folder, open_run_folder, run_folder
 from flows.training.loading import load_run, place
 from flows.training.trusted import may_download
@@ -122,6 +122,7 @@ def compared_flow(settings: Mapping[str, Any], overrides: Sequence[str]) -> Comp
     if settings["checkpoint"] is None:
         torch.manual_seed(settings["seed"])
         dataset = build_dataset(settings)
+        refuse_nulls(settings, dataset)
         flow = build_flow(settings, dataset.event_shape, dataset)
         return ComparedFlow(place(flow.eval(), settings["device"], settings["dtype"]), dataset, None)
     parts = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides}

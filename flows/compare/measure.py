@@ -100,7 +100,7 @@ def compare(
     rows = []
     with new_bar(candidates.measured, desc="estimators", delay=2, leave=False, disable=not progress) as bar:
         for candidate in bar:
-            bar.set_postfix_str(candidate.label)
+            bar.set_postfix_str(candidate.label, refresh=False)
             rows.append(_row(candidate, flow.field, trajectory, exact, draws, seconds, memory, seed))
     return Comparison(
         rows=rows,

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from tqdm import tqdm
+
+from flows.progress import new_bar
 
 
 def alternating_medians(
@@ -42,7 +43,7 @@ def alternating_times(
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     needed = {}
-    with tqdm(total=len(cases), desc=progress, leave=False, disable=progress is None) as bar:
+    with new_bar(total=len(cases), desc=progress, leave=False, disable=progress is None) as bar:
         for name, case in cases.items():
             first = _timed(case, clock)
             is_slow = first > 5 * seconds_each

@@ -45,7 +45,9 @@ class Activation(nn.Module, ABC):
         """(σ(z), σ′(z)), sharing what the two have in common."""
 
     def rescaled(self) -> Rescaled:
-        """σ by a function that costs less, whose scales a perceptron moves into its weights."""
+        """σ by a function that costs less, whose scales a perceptron moves into its weights.
+
+        A subclass that changes σ must change this, too."""
         return Rescaled(self)
 
 
@@ -108,6 +110,9 @@ class Tanh(Activation):
 
     def rescaled(self) -> Rescaled:
         """tanh z = 2 s(2 z) − 1 with the logistic function s."""
+        kind = type(self)
+        if kind.forward is not Tanh.forward or kind.value_and_slope is not Tanh.value_and_slope:  # another function
+            return Rescaled(self)
         return Rescaled(_LOGISTIC, stretch=2.0, scale=2.0, offset=-1.0)
 
 

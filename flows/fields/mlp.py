@@ -114,19 +114,28 @@ class MLP(Perceptron):
             h = activation(torch.addcmul(shift, layer(h), scale))
         return h
 
-    def precompute(self) -> tuple[Folded, PerceptronTrace]:
-        """The layers by activations that cost less, and the trace's product of their weights."""
-        biases = [*(layer.bias for layer in cast(Iterable[nn.Linear], self.layers)), self.out.bias]
-        layers = folded(self._weights(), biases, list(cast(Iterable[Activation], self.activations)))
-        return layers, PerceptronTrace(layers.weights)
+    def precompute(self) -> tuple[Folded | None, PerceptronTrace]:
+        """The layers by activations that cost less, if all are plain; and the trace's product of their weights."""
+        layers = [*self.layers, self.out]
+        if not all(map(_is_plain, layers)):
+            return None, PerceptronTrace(self._weights())
+        biases = [cast(Tensor, layer.bias) for layer in layers]
+        found = folded(self._weights(), biases, list(cast(Iterable[Activation], self.activations)))
+        return found, PerceptronTrace(found.weights)
 
     def linearised(
-        self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: tuple[Folded, PerceptronTrace]
+        self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: tuple[Folded | None, PerceptronTrace]
     ) -> Linearised:
         scales, shifts, offset = self._modulate(t, context)
-        layers, trace = precomputed
         h = x.flatten(1)
         slopes = []
+        layers, trace = precomputed
+        if layers is None:
+            activations = cast(Iterable[Activation], self.activations)
+            for layer, activation, scale, shift in zip(self.layers, activations, scales, shifts, strict=True):
+                h, slope = activation.value_and_slope(torch.addcmul(shift, layer(h), scale))
+                slopes.append(slope * scale)
+            return Linearised((self.out(h) + offset).view_as(x), self._weights(), slopes, None, trace)
         *maps, last = zip(layers.weights, layers.biases, layers.stretches, strict=True)
         for (weight, bias, stretch), activation, scale, shift in zip(
             maps, layers.activations, scales, shifts, strict=True
@@ -150,3 +159,9 @@ class MLP(Perceptron):
         *parts, offset = self.modulation(t, context)
         half = len(parts) // 2
         return [1 + scale for scale in parts[:half]], parts[half:], offset
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is W h + b and nothing else."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and layer.bias is not None and not hooks and "forward" not in layer.__dict__

@@ -37,13 +37,15 @@ class Folded(NamedTuple):
 def folded(weights: Sequence[Tensor], biases: Sequence[Tensor], activations: Sequence[Activation]) -> Folded:
     """The same function by activations that cost less, see `Activation.rescaled`.
 
-    The pre-activations are the old ones times `stretches`; what is added to them must be stretched as well.
+    The pre-activations are the old ones times `stretches`; what is added to them must be stretched as well. Only on
+    CPUs, and not in low precision: there, differences of values between 0 and 1 cost digits.
     """
-    # Differences of values between 0 and 1 cost the digits that lower precision does not have.
-    device = weights[0].device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    exact = not autocast and weights[0].dtype in (torch.float32, torch.float64)
-    rescaled = [activation.rescaled() if exact else Rescaled(activation) for activation in activations]
+    device, dtype = weights[0].device.type, weights[0].dtype
+    exact = device == "cpu" and dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device)
+    rescaled = [
+        activation.rescaled() if exact and isinstance(activation, Activation) else Rescaled(activation)
+        for activation in activations
+    ]
     found = Folded([], [], [each.function for each in rescaled], [*(each.stretch for each in rescaled), 1.0])
     inputs = [(1.0, 0.0), *((each.scale, each.offset) for each in rescaled)]
     for weight, bias, stretch, (scale, offset) in zip(weights, biases, found.stretches, inputs, strict=True):

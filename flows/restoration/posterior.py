@@ -61,6 +61,7 @@ class Restoration:
 
 
 @checked(own=("operator",))
+@torch.inference_mode(False)  # chains take gradients
 def restore(
     flow: CNF,
     observation: Tensor,  # (B, *observed), data units
@@ -136,6 +137,11 @@ def restore(
         whole_number(name, value, 1)
     if num_proposals != 0:
         whole_number("num_proposals", num_proposals, 5, otherwise="or 0 for guided draws without a chain")
+    elif start == "base":
+        raise InvalidValueError(
+            "num_proposals=0 returns where the chains start, and with start='base' that is a draw from the prior, "
+            "which does not know the observation; use start='guided', or 5 proposals and more"
+        )
     has_levels = flow.transform.num_levels is not None
     check_number("noise_sd", noise_sd, at_least=0, above=None if has_levels else 0)
     flow.base.require_density()

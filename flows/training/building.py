@@ -117,8 +117,6 @@ def build_model(
     known = shapes | contexts | {"num_points": num_points} | ({} if conditions is None else {"conditions": conditions})
     model = config.get("model", DEFAULT_MODEL)
     parts = {part: part_of(config, part) for part in model_parts(config) if config.get(part) or part not in OPTIONAL}
-    if dataset is not None:
-        _refuse_nulls(parts, known)
     built: dict[str, Any] = {}
     with _default_dtype(dtype):
         if "transform" in parts:
@@ -229,10 +227,12 @@ def _build_encoder(config: Any, contexts: Mapping[str, Any], dataset: Dataset | 
     return encoder if known is None else encoder.fit(known)
 
 
-def _refuse_nulls(parts: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Refuse null for what the data give to a part, since it would change nothing."""
+def refuse_nulls(config: Mapping[str, Any], dataset: Dataset) -> None:
+    """Refuse null for what the data give to a part of a new model, since it would change nothing."""
+    known = {"event_shape": dataset.event_shape, "context_shape": dataset.context_shape}
+    known["conditions"] = getattr(dataset, "conditions", None)
     for part in ("transform", "field", "encoder", "base"):
-        settings = parts.get(part)
+        settings = config.get(part)
         if not isinstance(settings, Mapping):
             continue
         for name in GIVEN[part]:

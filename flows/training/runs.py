@@ -14,7 +14,7 @@ from flows.objectives import MaximumLikelihood
 from flows.objectives.checks import check_kind
 from flows.training.amounts import check_batch, check_evaluation
 from flows.training.annotations import SettingsError
-from flows.training.building import DEFAULT_MODEL, accepted, build_dataset, build_model, part_of
+from flows.training.building import DEFAULT_MODEL, accepted, build_dataset, build_model, part_of, refuse_nulls
 from flows.training.files import check_place
 from flows.training.settings import TARGET, complete, instantiate, parameter_names
 from flows.training.stage import Stage
@@ -56,6 +56,8 @@ def build_trainer(
     hardware = instantiate(_options(config, "hardware", "Hardware"), "hardware")
     reporting = instantiate(_options(config, "reporting", "Reporting"), "reporting")
     double = str(hardware.precision).startswith("64")
+    if resume is None:  # older runs may hold nulls, which were ignored
+        refuse_nulls(config, dataset)
     model = build_model(config, dataset.event_shape, dataset, torch.float64 if double else None)
     if not foreign_packages(config):  # an objective of one's own may train anything on anything
         check_kind(model, dataset)

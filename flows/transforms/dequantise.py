@@ -180,6 +180,7 @@ class Dequantise(Transform):
         return y
 
     def from_unrounded(self, x: Tensor) -> Tensor:
+        x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
         return x.clamp(0, self.num_levels * (1 - torch.finfo(x.dtype).eps))  # below L, which is no level's
 
 

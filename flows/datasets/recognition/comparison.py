@@ -253,7 +253,7 @@ def _match_columns(
     old: Mapping[str, Any], new: Mapping[str, Any], names: _Names, differences: list[str]
 ) -> tuple[list[int] | None, list[int] | None]:
     """Return the columns in the order of the run: to hash them, and to put right; None for the order that they have."""
-    if old["columns"] is None or not names.old:
+    if old["columns"] is None or new["columns"] is None or not names.old:
         return None, None
     by_name = None
     if names.old != names.new and sorted(names.old) == sorted(names.new):
