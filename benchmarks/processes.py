@@ -25,7 +25,7 @@ WORKLOADS = {
         "objective.flow_matching.batch_size=8192",
     ),
 }
-STEPS = {"likelihood, FFJORD": 12, "flow matching, MLP": 60}
+STEPS = {"likelihood, FFJORD": 12, "flow matching, MLP": 20}
 COMMON = (
     *("hardware.accelerator=cpu", "data.num_test=100", "data.num_validation=100", "reporting.progress_bar=false"),
     *("reporting.plot_every=null", "reporting.validate_every=100000", "evaluation.solver_error_points=0"),
