@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from flows.arguments import checked
 from flows.checks import check_number
 from flows.fields.activations import Activation, Sine
 from flows.fields.modulation import Modulation
-from flows.fields.perceptron import Folded, Linearised, Perceptron, folded
+from flows.fields.perceptron import Linearised, Perceptron, folded
 from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
 
@@ -114,38 +115,28 @@ class MLP(Perceptron):
             h = activation(torch.addcmul(shift, layer(h), scale))
         return h
 
-    def precompute(self) -> tuple[Folded | None, PerceptronTrace]:
-        """The layers by activations that cost less, if all are plain; and the trace's product of their weights."""
-        layers = [*self.layers, self.out]
-        if not all(map(_is_plain, layers)):
-            return None, PerceptronTrace(self._weights())
-        biases = [cast(Tensor, layer.bias) for layer in layers]
-        found = folded(self._weights(), biases, list(cast(Iterable[Activation], self.activations)))
-        return found, PerceptronTrace(found.weights)
+    def precompute(self) -> _Layers:
+        """The layers, by activations that cost less if all are plain, and the trace's product of their weights."""
+        layers, activations = [*self.layers, self.out], list(cast(Iterable[Activation], self.activations))
+        if not all(map(_is_plain, layers)):  # they are called
+            weights = self._weights()
+            return _Layers(layers, activations, [1.0] * len(activations), weights, PerceptronTrace(weights))
+        found = folded(self._weights(), [cast(Tensor, layer.bias) for layer in layers], activations)
+        pairs = zip(found.weights, found.biases, strict=True)
+        maps = [partial(functional.linear, weight=weight, bias=bias) for weight, bias in pairs]
+        return _Layers(maps, found.activations, found.stretches[:-1], found.weights, PerceptronTrace(found.weights))
 
-    def linearised(
-        self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: tuple[Folded | None, PerceptronTrace]
-    ) -> Linearised:
+    def linearised(self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: _Layers) -> Linearised:
         scales, shifts, offset = self._modulate(t, context)
+        *maps, out = precomputed.maps
         h = x.flatten(1)
         slopes = []
-        layers, trace = precomputed
-        if layers is None:
-            activations = cast(Iterable[Activation], self.activations)
-            for layer, activation, scale, shift in zip(self.layers, activations, scales, shifts, strict=True):
-                h, slope = activation.value_and_slope(torch.addcmul(shift, layer(h), scale))
-                slopes.append(slope * scale)
-            return Linearised((self.out(h) + offset).view_as(x), self._weights(), slopes, None, trace)
-        *maps, last = zip(layers.weights, layers.biases, layers.stretches, strict=True)
-        for (weight, bias, stretch), activation, scale, shift in zip(
-            maps, layers.activations, scales, shifts, strict=True
-        ):
+        layers = zip(maps, precomputed.activations, precomputed.stretches, scales, shifts, strict=True)
+        for affine, activation, stretch, scale, shift in layers:
             shift = shift if stretch == 1 else stretch * shift
-            z = torch.addcmul(shift, functional.linear(h, weight, bias), scale)
-            h, slope = activation.value_and_slope(z)
+            h, slope = activation.value_and_slope(torch.addcmul(shift, affine(h), scale))
             slopes.append(slope * scale)
-        value = functional.linear(h, *last[:2]) + offset
-        return Linearised(value.view_as(x), layers.weights, slopes, None, trace)
+        return Linearised((out(h) + offset).view_as(x), precomputed.weights, slopes, None, precomputed.trace)
 
     @property
     def divergence_cost(self) -> int:
@@ -159,6 +150,16 @@ class MLP(Perceptron):
         *parts, offset = self.modulation(t, context)
         half = len(parts) // 2
         return [1 + scale for scale in parts[:half]], parts[half:], offset
+
+
+class _Layers(NamedTuple):
+    """The layers of one solve; the arguments of the activations are `stretches` times those of the field's own."""
+
+    maps: Sequence[Callable[[Tensor], Tensor]]  # h to W h + b, the output's last
+    activations: list[Activation]
+    stretches: list[float]
+    weights: list[Tensor]
+    trace: PerceptronTrace  # of these weights
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from flows.models.inputs import features_of
 from flows.restoration.target import Target
 from flows.solvers import SolverError
+from flows.transforms.dequantise import uniform_like
 
 STEPS = 50  # of time
 VISITS = 4  # of each time
@@ -82,13 +83,13 @@ class _Correction:
     def __init__(self, target: Target, z: Tensor, generator: torch.Generator | None) -> None:
         self.target, self.generator = target, generator
         self.observed = target.dequantised(generator)
-        half = target.uniform(z, generator) < 0.5
+        half = uniform_like(z, generator) < 0.5
         moved = target.data(torch.where(half, 0.5 * z, z))
         self.by_entry = bool(torch.isclose(moved, target.data(z), equal_nan=True)[~half].all())
 
     def __call__(self, y: Tensor, width: Tensor) -> Tensor:  # (chains, *event)
         target = self.target
-        reach = math.sqrt(3) * width * (2.0 * (target.uniform(y, self.generator) < 0.5) - 1)
+        reach = math.sqrt(3) * width * (2.0 * (uniform_like(y, self.generator) < 0.5) - 1)
         middle, above, below = target.data(y), target.data(y + reach), target.data(y - reach)
         mean = (4 * middle + above + below) / 6
         variance = (4 * (middle - mean).square() + (above - mean).square() + (below - mean).square()) / 6

@@ -11,6 +11,7 @@ from flows.errors import DataWarning, InvalidValueError, warn
 from flows.models.cnf import CNF
 from flows.restoration.operators import Operator
 from flows.solvers import ODESolver
+from flows.transforms.dequantise import uniform_like
 
 LEVEL_VARIANCE = 1 / 12  # of the uniform noise that dequantises a whole number
 
@@ -87,7 +88,7 @@ class Target:
         x, levels = x + self.shift, self.flow.transform.num_levels
         if levels is not None:
             inside = x.clamp(0, levels - 1)
-            noisy = inside + self.uniform(x, generator)
+            noisy = inside + uniform_like(x, generator)
             x = torch.where((x < 0) | (x >= levels), noisy, x)
         known = x.isfinite()  # tables of levels have no entry for NaN
         y = self.flow.to_flow_space(torch.where(known, x, 0.0), self.context, rounded=False)
@@ -97,12 +98,7 @@ class Target:
         """The observation with the noise of whole numbers, if there are any."""
         if not self.shift:
             return self.observation
-        return self.observation + (self.uniform(self.observation, generator) - 0.5) / math.sqrt(self.operator.averaged)
-
-    def uniform(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draws from U[0, 1) in the shape of `like`."""
-        device = like.device if generator is None else generator.device
-        return torch.rand(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+        return self.observation + (uniform_like(self.observation, generator) - 0.5) / math.sqrt(self.operator.averaged)
 
     def misfit(self, y: Tensor) -> Tensor:  # (chains,), ‖y − A x‖²
         return (self.observation - self.operator(self.data(y))).square().flatten(1).sum(1)
