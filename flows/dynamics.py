@@ -166,6 +166,7 @@ class StateDynamics:
         field: bound to its context.
         costs, directions: as for `AugmentedDynamics`.
         starts: (B,), added to the times of each sample, so that samples with different starts are solved together.
+        whole: the dynamics of all samples, where processes share them; steps end at the jumps of all.
     """
 
     def __init__(
@@ -174,11 +175,13 @@ class StateDynamics:
         costs: Sequence[PathCost] = (),
         directions: Tensor | None = None,
         starts: Tensor | None = None,
+        whole: StateDynamics | None = None,
     ) -> None:
         self.field = field
         self.costs = checked_costs(costs)
         self.directions = directions
         self.starts = starts
+        self.whole = whole
         self.estimator = None if directions is None else Auto().bind(field)  # of the Jacobian's norm
 
     @property
@@ -227,6 +230,8 @@ class StateDynamics:
     @property
     def jumps(self) -> Tensor | Sequence[float]:
         """The times at which the field jumps for any of the samples, as the solver counts them."""
+        if self.whole is not None:
+            return self.whole.jumps
         jumps = self.field.jumps
         if self.starts is None or not len(jumps):
             return jumps
@@ -235,11 +240,18 @@ class StateDynamics:
     @property
     def time_offset(self) -> float:
         """The largest number that is added to times."""
+        if self.whole is not None:
+            return self.whole.time_offset
         return 0.0 if self.starts is None or not len(self.starts) else float(self.starts.abs().max())
 
     def fresh(self) -> StateDynamics:
         """The same dynamics without the tensors that the bound field keeps from earlier evaluations."""
-        return StateDynamics(self.field.fresh(), self.costs, self.directions, self.starts)
+        return StateDynamics(self.field.fresh(), self.costs, self.directions, self.starts, self.whole)
+
+    def part(self, rows: slice, field: BoundField) -> StateDynamics:
+        """The dynamics of some samples, with the field bound to their contexts."""
+        directions = None if self.directions is None else self.directions[:, rows]
+        return StateDynamics(field, self.costs, directions, None if self.starts is None else self.starts[rows], self)
 
 
 def _treats_samples_alone(field: BoundField) -> bool:

@@ -14,6 +14,7 @@ from flows.datasets.series.dynamical_system import DynamicalSystem
 from flows.datasets.series.series import Series
 from flows.models.neural_ode import NeuralODE
 from flows.progress import new_bar
+from flows.shares import current_share
 from flows.solvers import ODESolver, SolverStatistics
 
 
@@ -170,7 +171,8 @@ def predict(
     Raises:
         SolverError: a solve cannot go on.
     """
-    batches, errors, paths, scaled, spreads = [], [], [], [], []
+    batches, errors, paths, scaled, spreads, solves = [], [], [], [], [], []
+    share = current_share()
     place = model_device(model)
     exact = model.dtype if place.type == "mps" else torch.float64
     total = dataset.num_test if part == "test" else dataset.num_validation
@@ -181,17 +183,23 @@ def predict(
             batch = batch if until is None else batch.until(until)
             for rows, check in _split(len(batch), checked - done):
                 own = batch[rows]
-                path = model.trajectory(own.x[:, 0], own.times, own.context, own.mask, check)
+                mine = None if share is None else share.rows(len(own))
+                path = model.trajectory(own.x[:, 0], own.times, own.context, own.mask, check, rows=mine)
+                states, error = path.states, path.solver_error
+                if share is not None:
+                    states = share.joined(states, len(own))
+                    error = None if error is None else share.joined(error, len(own))
                 batches.append(own)
-                paths.append(path)
-                scaled.append(_scaled(model, path.states) - _scaled(model, own.x))
-                sd = predictive_sd(model, path.states)
+                paths.append(states)
+                solves.append((path.statistics, len(own)))
+                scaled.append(_scaled(model, states) - _scaled(model, own.x))
+                sd = predictive_sd(model, states)
                 spreads += [] if sd is None else [sd]
-                errors += [path.solver_error] if check else []
+                errors += [] if error is None else [error]
             done += len(batch)
             bar.update(len(batch))
-    length = max(path.states.shape[1] for path in paths)
-    states = _joined([path.states for path in paths], length)
+    length = max(states.shape[1] for states in paths)
+    states = _joined(paths, length)
     truth = dataset.true_states(part) if isinstance(dataset, DynamicalSystem) and dataset.noise > 0 else None
     scale = dataset.reference().double().std(0, correction=0)
     return Predictions(
@@ -208,9 +216,9 @@ def predict(
         scale=scale.where(scale > 0, 1.0),
         series=torch.tensor([dataset.examples[i].series for i in dataset.split[part][:done].tolist()]),
         span=dataset.training_span if span is None else span,
-        nfe=sum(path.nfe * len(path.states) for path in paths) / done,
+        nfe=sum(solve.nfe_forward * size for solve, size in solves) / done,
         solver=model.solver,
-        statistics=max((path.statistics for path in paths), key=lambda solve: solve.nfe_forward),
+        statistics=max((solve for solve, _ in solves), key=lambda solve: solve.nfe_forward),
     )
 
 

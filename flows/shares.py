@@ -47,6 +47,10 @@ class Share:
         own = self.rows(number)
         return (own.stop - own.start) * self.count / number
 
+    def factor(self, number: int) -> float:
+        """The factor of a sum over the own rows whose mean over processes is the sum over all rows."""
+        return float(self.count if number >= self.count else 1)
+
     def joined(self, own: Tensor, number: int) -> Tensor:
         """All rows, (number, ...), from those of each process."""
         if number < self.count:
@@ -86,6 +90,26 @@ def own_rows(number: int) -> tuple[slice | None, float]:
     """The rows of this process, None for all, and the weight of its mean; see `Share`."""
     share = current_share()
     return (None, 1.0) if share is None else (share.rows(number), share.weight(number))
+
+
+def own_part(number: int) -> tuple[slice | None, float]:
+    """The rows of this process, None for all, and the factor of its sums, for means over anything but rows.
+
+    Every process holds the whole batch, so it can count what all of them sum: observed values, for example. With its
+    sum S over its own rows, factor · S / (the number of all) has the mean over processes that one process would find.
+    It is 0, and not NaN, where the own rows have no such value.
+    """
+    share = current_share()
+    return (None, 1.0) if share is None else (share.rows(number), share.factor(number))
+
+
+def mean_of_all(own: Tensor, weight: float) -> Tensor:
+    """The mean over all rows from the mean over the own ones, whose weight is that of `own_rows`.
+
+    Figures that are no means, such as a root mean square, are computed from it; all processes must call this.
+    """
+    share = current_share()
+    return own if share is None else share.gather(weight * own).mean(0)
 
 
 @contextlib.contextmanager

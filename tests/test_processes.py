@@ -20,41 +20,13 @@ from flows.errors import InvalidValueError
 from flows.evaluation import DensityEvaluator
 from flows.objectives import FlowMatching, MaximumLikelihood, ReverseKL
 from flows.path_costs import JacobianNorm, KineticEnergy
-from flows.shares import Share, current_share, sharing
+from flows.shares import Share, current_share
+from flows.solvers.integrator import Integrator
 from flows.training.processes import check_processes, started_together
+from tests.threads import check_shared, in_threads, loss_and_gradients
 
 ROOT = Path(__file__).parents[1]
 TWO_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a process takes a core")
-
-
-def in_threads(count, compute):
-    """What `compute(rank)` returns in threads that stand for processes."""
-    barrier, place, found = threading.Barrier(count, timeout=60), [None] * count, [None] * count
-
-    def run(rank):
-        def gather(tensor):
-            place[rank] = tensor.detach().clone()
-            barrier.wait()
-            every = torch.stack(list(place))
-            barrier.wait()
-            return every
-
-        try:
-            with sharing(Share(rank, count, gather)):
-                found[rank] = compute(rank)
-        except BaseException as error:
-            found[rank] = error
-            barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for one in found:
-        if isinstance(one, BaseException):
-            raise one
-    return found
 
 
 def flow_with(**options):
@@ -94,36 +66,15 @@ CASES = {
 }
 
 
-def loss_and_gradients(objective, flow, batch, rank=0):
-    flow = copy.deepcopy(flow)
-    output = objective(flow, batch, torch.Generator().manual_seed(1))
-    (output.loss * output.weight).backward()
-    metrics = {name: output.weight * float(value) for name, value in output.metrics.items()}
-    return [parameter.grad for parameter in flow.parameters()], metrics, output.statistics
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_mean_over_processes_is_that_of_one(case):
     objective, options = CASES[case]
-    flow = flow_with(**options)
-    batch = Batch(torch.randn(17, 2, dtype=torch.float64))
-    gradients, metrics, statistics = loss_and_gradients(objective, flow, batch)
-    found = in_threads(3, lambda rank: loss_and_gradients(objective, flow, batch, rank))
-    assert objective.shares
-    for i, gradient in enumerate(gradients):
-        mean = torch.stack([one[0][i] for one in found]).mean(0)
-        torch.testing.assert_close(mean, gradient, rtol=1e-9, atol=1e-12)
-    means = {name: sum(one[1][name] for one in found) / 3 for name in metrics}
-    means.pop("divergence_standard_error", None)  # a root mean square of each process
-    assert means == pytest.approx({name: metrics[name] for name in means}, rel=1e-9)
-    if statistics is not None:
-        for one in found:
-            assert [a.dt for a in one[2].attempts] == pytest.approx([a.dt for a in statistics.attempts], rel=1e-9)
+    check_shared(objective, flow_with(**options), Batch(torch.randn(17, 2, dtype=torch.float64)))
 
 
 def test_a_reference_that_fails_in_one_process_is_repeated_by_all(monkeypatch):
     flow, x = flow_with(divergence="exact", solver=solver_of_steps(0.25)), torch.randn(10, 2, dtype=torch.float64)
-    solve, finer = flows.ODESolver.solve, [0, 0]
+    integrate, finer = Integrator.integrate, [0, 0]
 
     def failing(self, *arguments, **options):
         rank = current_share().index
@@ -131,9 +82,9 @@ def test_a_reference_that_fails_in_one_process_is_repeated_by_all(monkeypatch):
             finer[rank] += 1
             if rank == 1 and finer[rank] == 1:
                 raise flows.SolverError("too stiff", 0.5, 0.1)
-        return solve(self, *arguments, **options)
+        return integrate(self, *arguments, **options)
 
-    monkeypatch.setattr(flows.ODESolver, "solve", failing)
+    monkeypatch.setattr(Integrator, "integrate", failing)
     found = in_threads(2, lambda rank: flow.estimate_log_prob(x, rows=current_share().rows(10)).solver_error)
     assert finer == [2, 2]
     assert all(error.isfinite().all() for error in found)
@@ -149,7 +100,7 @@ def test_each_process_solves_its_own_rows_alone():
 
     flow = flows.CNF(Watched((2,), hidden=(8,)).double())
     batch = Batch(torch.randn(17, 2, dtype=torch.float64))
-    in_threads(2, lambda rank: loss_and_gradients(LIKELIHOOD, flow, batch, rank))
+    in_threads(2, lambda rank: loss_and_gradients(LIKELIHOOD, flow, batch))
     assert sorted(size for sizes in seen.values() for size in sizes & {8, 9, 17}) == [8, 9]
 
 
@@ -361,7 +312,7 @@ def train(*settings, launcher=(sys.executable,)):
 
 def figures(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("steps_per_second", "divergence_standard_error")
+    timed = "steps_per_second"
     return [
         {name: value for name, value in row.items() if value is not None and not name.endswith(timed)} for row in rows
     ]

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from flows.models.importance import WeightSums, log_weights, log_z
 from flows.models.resolution import CHECKED_POINTS, TOLERANCE, below_zero, bound_fault, remedy, solver_fault
 from flows.objectives.checks import check_base
 from flows.progress import new_bar
+from flows.shares import current_share, sharing
 from flows.solvers import ODESolver, SolverError, SolverStatistics
 
 LOG = logging.getLogger(__name__)
@@ -206,14 +207,19 @@ def importance_weights(
     with torch.no_grad(), new_bar(total=num_samples, desc=progress, unit="sample", disable=progress is None) as bar:
         for size, again in _batches(num_samples, batch_size, solver_error_points):
             state = generator.get_state()
-            drawn = flow.draw((size,), generator=generator)
-            parts.append(log_weights(energy, drawn.x, drawn.log_prob).double().cpu())
-            spread.append(drawn.standard_error.double().cpu())
+            share = current_share()
+            rows = None if share is None else share.rows(size)
+            drawn = flow.draw((size,), generator=generator, rows=rows)
+            own = [log_weights(energy, drawn.x, drawn.log_prob).double().cpu(), drawn.standard_error.double().cpu()]
             solves.append(drawn.statistics)
             if again:
                 after = generator.get_state()
-                differences.append(parts[-1] - _tight_log_weights(flow, energy, size, generator.set_state(state)))
+                own.append(own[0] - _tight_log_weights(flow, energy, size, generator.set_state(state), rows))
                 generator.set_state(after)
+            found = own if share is None else [share.joined(values, size) for values in own]
+            parts.append(found[0])
+            spread.append(found[1])
+            differences += found[2:]
             bar.update(size)
     log_weight = torch.cat(parts)
     if not log_weight.isfinite().all():
@@ -253,16 +259,19 @@ def _batches(num_samples: int, batch_size: int, num_checked: int) -> Iterator[tu
             yield min(batch_size, number - start), again
 
 
-def _tight_log_weights(flow: CNF, energy: Energy, size: int, generator: torch.Generator) -> Tensor:  # (size,)
+def _tight_log_weights(
+    flow: CNF, energy: Energy, size: int, generator: torch.Generator, rows: slice | None
+) -> Tensor:  # (size,), or (rows,)
     """The log-weights of the samples that a much tighter solve draws; NaN if it fails."""
     solver, state = flow.solver, generator.get_state()
     try:
         for factor in (100.0, 10.0):
             flow.solver = solver.tighter(factor)
             with contextlib.suppress(SolverError):
-                drawn = flow.draw((size,), generator=generator.set_state(state))
+                drawn = flow.draw((size,), generator=generator.set_state(state), rows=rows)
                 return log_weights(energy, drawn.x, drawn.log_prob).double().cpu()
-        return torch.full((size,), torch.nan, dtype=torch.float64)
+        number = size if rows is None else rows.stop - rows.start
+        return torch.full((number,), torch.nan, dtype=torch.float64)
     finally:
         flow.solver = solver
 
@@ -293,6 +302,7 @@ class EnergyEvaluator(FlowEvaluator):
         ```
     """
 
+    shares: ClassVar[bool] = True
     metrics: Sequence[SampleMetric | str] = ()
 
     def __post_init__(self) -> None:
@@ -358,10 +368,11 @@ class EnergyEvaluator(FlowEvaluator):
         if self.dataset.has_samples:
             entropy = self.dataset.entropy
             try:
-                found = self._density().likelihood(flow)
-                drawn = with_metrics(
-                    Report(found.metrics(entropy), found.table(entropy)), self._density().measured(flow)
-                )
+                with sharing(None):  # what fails here does not end the run, so each process must see it
+                    found = self._density().likelihood(flow)
+                    drawn = with_metrics(
+                        Report(found.metrics(entropy), found.table(entropy)), self._density().measured(flow)
+                    )
                 rows, metrics = [*rows, *drawn.rows], {**metrics, **drawn.metrics}
                 faults.append(found.unresolved(entropy))
                 headline += ["nll", "gap"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
@@ -69,6 +69,7 @@ class TrajectoryEvaluator(Evaluator):
         ```
     """
 
+    shares: ClassVar[bool] = True
     dataset: Dataset
     batch_size: int = 1000
     max_series: int | None = None

@@ -41,7 +41,7 @@ from flows.models.precision import keeping_complex, suitable_context, working_dt
 from flows.models.results import DataNames, LogProbEstimate, Sample, Transport
 from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
-from flows.shares import anywhere, steps_together
+from flows.shares import steps_together
 from flows.solvers import ODESolver, Solution, SolverError, as_solver
 from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind, view_of
@@ -538,14 +538,12 @@ class CNF(nn.Module):
     ) -> Tensor:  # (B,)
         """The log-density by a much tighter solve; NaN if it fails even at a tenth of the tolerances.
 
-        Processes that share the batch try again together, though the solve may have failed in one of them alone.
+        Processes that share the batch fail together, and try again together.
         """
         for solver in (self.solver.tighter(), self.solver.tighter(10.0)):
-            again, value = AugmentedDynamics(estimator.fresh(), probes), None
+            again = AugmentedDynamics(estimator.fresh(), probes)
             with contextlib.suppress(SolverError):
-                value = self._log_densities(solver.solve(again, again.initial_state(y), times)).mean(0)
-            if not anywhere(value is None) and value is not None:
-                return value
+                return self._log_densities(solver.solve(again, again.initial_state(y), times)).mean(0)
         return y.new_full((len(y),), torch.nan)
 
     def _log_densities(self, solution: Solution) -> Tensor:  # (K, B)

@@ -20,6 +20,7 @@ from flows.models.results import DataNames, Trajectory
 from flows.models.times import Times
 from flows.naming import by_name
 from flows.path_costs import PathCost, draw_directions
+from flows.shares import steps_together
 from flows.solvers import ODESolver, SolverError, as_solver
 from flows.transforms import Identity, Transform
 from flows.vector_field import BoundField, bind
@@ -118,6 +119,7 @@ class NeuralODE(nn.Module):
         solver_error: bool = True,
         path_costs: Sequence[PathCost] = (),
         generator: torch.Generator | None = None,
+        rows: slice | None = None,
     ) -> Trajectory:
         """Solve from `x0` at the first time, and return the states at all times.
 
@@ -141,6 +143,8 @@ class NeuralODE(nn.Module):
             solver_error: whether to solve again for it.
             path_costs: have their integrals computed in the same solve.
             generator: of the directions that some path costs draw.
+            rows: solve only these of the rows of a batch (B, *event), in steps that serve all. So processes share a
+                batch; see `flows.shares`.
 
         Raises:
             InvalidValueError: the times are not monotonic or not finite, or shapes do not fit.
@@ -155,23 +159,31 @@ class NeuralODE(nn.Module):
         bound.check_times(*table.ends)
         normal = Normal(self.event_shape).to(points.device, points.dtype)
         examine(normal, bound, points, own_times=table.own_times(self.solver.gradient))
-        dynamics = StateDynamics(bound, path_costs, directions, table.starts)
-        start = table.differentiable_start(bound, points)
-        extra = [*self.field.parameters(), *(tensor for tensor in (context, directions) if tensor is not None)]
+        dynamics = every = StateDynamics(bound, path_costs, directions, table.starts)
+        samples = points  # all of them: jumps that one process finds, all must find
+        if rows is not None:
+            context = None if context is None else context[rows]
+            points, table, batch_shape = points[rows], table.part(rows), (len(points[rows]),)
+            mask = None if mask is None else mask[rows]
+            dynamics = every.part(rows, self.bind(context))
+        own = dynamics.field
+        start = table.differentiable_start(own, points)
+        extra = [*self.field.parameters(), *(known for known in (context, dynamics.directions) if known is not None)]
         if self.solver.gradient != "backprop" and torch.is_grad_enabled():
-            others = foreign_tensors(bound, points, extra, span=table.span)
+            others = foreign_tensors(own, points, extra, span=table.span)
             extra += others
             if self.solver.gradient == "adjoint":
-                look_for_jumps(normal, bound, points, [*self.field.parameters(), *others], table.span)
-        try:
-            solution = table.solve(self.solver, dynamics, dynamics.initial_state(start), extra)
-        except SolverError as error:
-            raise table.at_its_own_time(error) from error
-        states = self._in_data_space(table.spread(table.differentiable_states(bound, solution.states[0])))
+                look_for_jumps(normal, bound, samples, [*self.field.parameters(), *others], table.span)
+        with steps_together(rows):
+            try:
+                solution = table.solve(self.solver, dynamics, dynamics.initial_state(start), extra)
+            except SolverError as error:
+                raise table.at_its_own_time(error) from error
+        states = self._in_data_space(table.spread(table.differentiable_states(own, solution.states[0])))
         error = None
         if solver_error:
-            with torch.no_grad():
-                error = (states - self._reference(bound, table, points.detach())).abs() + rounding(states)
+            with torch.no_grad(), steps_together(rows):
+                error = (states - self._reference(dynamics, table, points.detach())).abs() + rounding(states)
                 error = error.reshape(*batch_shape, table.length, *self.event_shape)
         costs = dynamics.path_costs(solution.end[1:], table.sign)
         return Trajectory(
@@ -184,10 +196,13 @@ class NeuralODE(nn.Module):
             mask=mask,
         )
 
-    def _reference(self, bound: BoundField, table: Times, points: Tensor) -> Tensor:  # (B, T, *event)
-        """The states by a much tighter solve; NaN if it fails even at a tenth of the tolerances."""
+    def _reference(self, dynamics: StateDynamics, table: Times, points: Tensor) -> Tensor:  # (B, T, *event)
+        """The states by a much tighter solve; NaN if it fails even at a tenth of the tolerances.
+
+        Processes that share the batch fail together.
+        """
         for solver in (self.solver.tighter(), self.solver.tighter(10.0)):
-            again = StateDynamics(bound.fresh(), starts=table.starts)
+            again = StateDynamics(dynamics.field.fresh(), starts=table.starts, whole=dynamics.whole)
             with contextlib.suppress(SolverError):
                 return self._in_data_space(table.spread(table.solve(solver, again, (points,)).states[0]))
         return points.new_full((len(points), table.length, *self.event_shape), torch.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,7 @@ class Times:
         except (TypeError, ValueError, RuntimeError):
             raise InvalidValueError(f"times must be a tensor or a sequence of numbers, got {times!r}") from None
         self.given = given
+        self.whole, self.rows = self, None
         self.length = given.shape[-1] if given.ndim else 0
         if not self.length:
             raise InvalidValueError(f"times must hold at least one number, got {times!r}")
@@ -76,10 +78,26 @@ class Times:
         self.order = (kept.cumsum(1) - 1).clamp(min=0)  # (B, T): which of the compact times each time shows
         return rows.gather(1, self.front)
 
+    def part(self, rows: slice) -> Times:
+        """The times of some rows, in a solve whose steps serve all."""
+        own = copy.copy(self)
+        own.whole, own.rows = self, rows
+        if self.given.ndim > 1:
+            own.given = self.given[rows]
+        if not self.shared:
+            own.seconds = self.seconds[:, rows]
+        if self.relative.ndim > 1:
+            own.relative = self.relative[rows]
+        for name in ("counts", "starts", "front", "order"):
+            table = getattr(self, name)
+            setattr(own, name, None if table is None else table[rows])
+        return own
+
     def solve(self, solver: ODESolver, dynamics: Dynamics, state: State, parameters: Sequence[Tensor] = ()) -> Solution:
         """The states at all times that count; where no row has more than the first, nothing is solved."""
-        if len(state[0]) and self.length > 1 and (self.counts is None or bool((self.counts > 1).any())):
-            return solver.solve(dynamics, state, self.relative, parameters, self.counts)
+        relative, counts = self.whole.relative, self.whole.counts
+        if len(state[0]) and self.length > 1 and (counts is None or bool((counts > 1).any())):
+            return solver.solve(dynamics, state, relative, parameters, counts, self.rows)
         if not bool(self.relative.isfinite().all()):
             raise InvalidValueError(f"times must be finite numbers, got {self.relative.tolist()}")
         states = tuple(component.expand(self.length, *component.shape) for component in state)
@@ -112,9 +130,10 @@ class Times:
 
     def at_its_own_time(self, error: SolverError) -> SolverError:
         """The failure of a solve, with the time of the row that it befell."""
-        if self.starts is None or error.sample is None or error.sample >= len(self.starts):
+        starts = self.whole.starts
+        if starts is None or error.sample is None or error.sample >= len(starts):
             return error
-        own = error.t + float(self.starts[error.sample])
+        own = error.t + float(starts[error.sample])
         return error.retold(
             f"{error}. Rows start apart, and these times count from the start of each: in row {error.sample} it is "
             f"t = {own:.6g}"

@@ -20,6 +20,7 @@ from flows.models.neural_ode import NeuralODE
 from flows.models.precision import suitable_context
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.trajectories import check_series, filled, in_field_space, like, series_of, smoothed
+from flows.shares import own_part
 from flows.vector_field import checked_value
 
 # Gauss-Legendre nodes and weights on [0, 1]: exact for polynomials of degree five.
@@ -71,6 +72,7 @@ class DerivativeMatching(Objective):
 
     recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 20}
     solves: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
     window: int = 3
     smoothing: int = 3
 
@@ -91,6 +93,11 @@ class DerivativeMatching(Objective):
 
     def __call__(self, model: NeuralODE, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         series = series_of(batch)
+        ends, counts = windows(series.observed & like(series.mask, series.x), self.window)
+        number = counts.sum().clamp(min=1)
+        rows, factor = own_part(len(series))
+        if rows is not None:  # the mean is over all windows of the batch
+            series, ends, counts = series[rows], ends[rows], counts[rows]
         times, mask = series.times, series.mask
         with torch.no_grad():
             y = filled(in_field_space(model, series.x), times, series.observed)  # (B, T, *event)
@@ -103,12 +110,11 @@ class DerivativeMatching(Objective):
         integral = torch.nn.functional.pad(
             (steps * (weights * values).sum(0)).cumsum(1), (0, 0) * (y.ndim - 2) + (1, 0)
         )  # from the first time to each
-        ends, counts = windows(series.observed & like(mask, y), self.window)
         t = like(times, y).expand(y.shape)
         span = (t.gather(1, ends) - t).where(counts, 1)
         path = y - integral  # constant along a solution
         squares = ((path.gather(1, ends) - path) / span.to(y)).square()
-        loss = squares.where(counts, 0).sum() / counts.sum().clamp(min=1)
+        loss = factor * squares.where(counts, 0).sum() / number
         return LossOutput(loss, {"derivative_error": loss.detach()})
 
 

@@ -19,6 +19,7 @@ from flows.errors import FlowsError, InvalidValueError
 from flows.models.cnf import CNF
 from flows.objectives.base import LossOutput, Objective
 from flows.objectives.checks import check_flow
+from flows.shares import mean_of_all, own_rows, steps_together
 from flows.solvers import ODESolver
 from flows.vector_field import checked_value
 
@@ -31,6 +32,7 @@ class _Taught(Objective):
     """
 
     solves: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
     recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 512, "learning_rate": 1e-3, "warmup_steps": 0}
     teacher: CNF | str | None = None
     _found: list[CNF] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -154,14 +156,16 @@ class Reflow(_Taught):
     """
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
-        start, end = _pairs(self._teacher(flow), batch, generator)
+        rows, weight = own_rows(len(batch))
+        start, end, context = _pairs(self._teacher(flow), batch, generator, rows)
         device = start.device if generator is None else generator.device
-        t = torch.rand(len(start), generator=generator, dtype=start.dtype, device=device).to(start.device)
+        t = torch.rand(len(batch), generator=generator, dtype=start.dtype, device=device).to(start.device)
+        t = t if rows is None else t[rows]
         share = t.view(-1, *[1] * (start.ndim - 1))
         position = (1 - share) * start + share * end
-        view = flow.bind(None if batch.context is None else flow.encode(batch.context))
+        view = flow.bind(None if context is None else flow.encode(context))
         loss = (checked_value(view(t, position), position) - (end - start)).square().mean()
-        return LossOutput(loss, {"velocity_error": loss.detach()})
+        return LossOutput(loss, {"velocity_error": loss.detach()}, weight=weight)
 
 
 @checked
@@ -209,17 +213,24 @@ class Distillation(_Taught):
             )
 
     def __call__(self, flow: CNF, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
-        start, end = _pairs(self._teacher(flow), batch, generator)
-        context = None if batch.context is None else flow.encode(batch.context)
-        solution = self.solver.solve(StateDynamics(flow.bind(context)), (start,), (0.0, 1.0), list(flow.parameters()))
+        rows, weight = own_rows(len(batch))
+        start, end, context = _pairs(self._teacher(flow), batch, generator, rows)
+        context = None if context is None else flow.encode(context)
+        dynamics, learned = StateDynamics(flow.bind(context)), list(flow.parameters())
+        with steps_together(rows):
+            solution = self.solver.solve(dynamics, (start,), (0.0, 1.0), learned)
         loss = (solution.end[0] - end).square().mean()
-        return LossOutput(loss, {"distance": loss.detach().sqrt()}, solution.statistics)
+        distance = mean_of_all(loss.detach(), weight).sqrt()
+        return LossOutput(loss, {"distance": distance}, solution.statistics, weight)
 
 
 @torch.no_grad()
 def _pairs(
-    teacher: CNF, batch: Batch, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:  # (B, *event) in flow space
-    """Base points, and where the teacher carries them."""
-    start = teacher.base.sample((len(batch.x),), generator)
-    return start, teacher.transport(start, (0.0, 1.0), batch.context, log_density=False).x
+    teacher: CNF, batch: Batch, generator: torch.Generator | None, rows: slice | None
+) -> tuple[Tensor, Tensor, Tensor | None]:  # (B, *event) in flow space
+    """Base points, where the teacher carries them, and their contexts; `rows` of the batch alone."""
+    start, context = teacher.base.sample((len(batch.x),), generator), batch.context
+    if rows is not None:
+        start, context = start[rows], None if context is None else context[rows]
+    with steps_together(rows):
+        return start, teacher.transport(start, (0.0, 1.0), context, log_density=False).x, context

@@ -19,7 +19,7 @@ from flows.models.steady import check_steady
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
 from flows.objectives.checks import check_base, check_flow
 from flows.path_costs import PathCost
-from flows.shares import own_rows
+from flows.shares import mean_of_all, own_rows
 
 
 @checked
@@ -97,7 +97,7 @@ class MaximumLikelihood(Objective):
         nll = -bounds.mean()
         metrics = {
             "nll": nll.detach(),
-            "divergence_standard_error": estimate.standard_error.square().mean().sqrt(),
+            "divergence_standard_error": mean_of_all(estimate.standard_error.square().mean(), weight).sqrt(),
         }
         if flow.transform.num_levels is not None:
             metrics["bits_per_dim"] = nll.detach() / (math.prod(flow.event_shape) * math.log(2))

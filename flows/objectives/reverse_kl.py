@@ -18,7 +18,7 @@ from flows.models.steady import check_steady
 from flows.objectives.base import LossOutput, Objective, active_costs, regularized
 from flows.objectives.checks import check_base, check_flow
 from flows.path_costs import PathCost
-from flows.shares import current_share, own_rows
+from flows.shares import current_share, mean_of_all, own_rows
 
 
 @checked
@@ -113,6 +113,6 @@ class ReverseKL(Objective):
             "free_energy": free_energy.detach(),
             "log_z": log_z(every),
             "effective_sample_size": effective_sample_size(every),
-            "divergence_standard_error": drawn.standard_error.square().mean().sqrt(),
+            "divergence_standard_error": mean_of_all(drawn.standard_error.square().mean(), weight).sqrt(),
         }
         return LossOutput(loss, metrics | costs, drawn.statistics, weight)

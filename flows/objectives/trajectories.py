@@ -70,6 +70,11 @@ class Segments:
     columns: Tensor  # (S,), the column of the series where each piece starts
     joins: Tensor  # (S,), the column of the piece where the next one starts, 0 for the last piece of a series
 
+    def of_series(self, rows: slice) -> slice:
+        """Which pieces are those of a range of series."""
+        first, last = ((self.rows < row).sum().item() for row in (rows.start, rows.stop))
+        return slice(int(first), int(last))
+
 
 def cut(batch: SeriesBatch, length: int) -> Segments:
     """Cut each series after about `length` intervals, where a state was observed whole.

@@ -28,6 +28,7 @@ from flows.objectives.trajectories import (
     smoothed,
 )
 from flows.path_costs import PathCost
+from flows.shares import own_part
 
 
 @checked
@@ -75,6 +76,7 @@ class TrajectoryMatching(Objective):
         InvalidValueError: a number is out of range, or a setting of segments is set without them.
     """
 
+    shares: ClassVar[bool] = True
     recommended: ClassVar[Mapping[str, Any]] = {"batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 20}
     loss: Literal["mse", "mae", "gaussian"] = "mse"
     horizon: float = 1.0
@@ -110,31 +112,39 @@ class TrajectoryMatching(Objective):
 
     def __call__(self, model: NeuralODE, batch: Batch, generator: torch.Generator | None = None) -> LossOutput:
         series, segments = series_of(batch), None
+        rows, factor = own_part(len(series))
         if self.horizon < 1:
             series = first_part(series, self.horizon)
         starts = series.x[:, 0]
         if self.segment_length is not None:
             starts, segments = self._segments(series, self.segment_length)
             series = segments.batch
+            rows = None if rows is None else segments.of_series(rows)
         costs = active_costs(self.regularizers)
-        path = model.trajectory(starts, series.times, series.context, series.mask, False, costs, generator)
+        path = model.trajectory(starts, series.times, series.context, series.mask, False, costs, generator, rows)
         predicted = in_field_space(model, path.states)
         counts = series.observed.clone()
         counts[:, 0] = False  # where predictions start
-        number = counts.sum().clamp(min=1)
+        number, size = counts.sum().clamp(min=1), len(series)
+        if rows is not None:  # the means are over the whole batch
+            series, counts, starts = series[rows], counts[rows], starts[rows]
 
         def mean(values: Tensor) -> Tensor:
-            return values.where(counts, 0).sum() / number
+            return factor * values.where(counts, 0).sum() / number
 
         value = mean(LOSSES[self.loss](predicted - in_field_space(model, series.x), model))
         metrics = {"mse": mean((path.states.detach() - series.x).square())}  # in the units of the data
         if self.loss == "gaussian" and model.noise is not None:
             metrics["noise"] = model.noise.detach().square().mean().sqrt()
         if segments is not None and self.continuity:
-            jump = _jumps(predicted, in_field_space(model, starts[:, None])[:, 0], segments)
+            jumps = _jumps(predicted, in_field_space(model, starts[:, None])[:, 0], segments.joins[rows or slice(None)])
+            jump = factor * jumps.sum() / (segments.joins > 0).sum().clamp(min=1)
             metrics["continuity"] = jump.detach()
             value = value + self.continuity * jump
-        value, regular = regularized(value, costs, path.path_costs)
+        integrals = path.path_costs
+        if rows is not None:
+            integrals = {name: factor * len(cost) / size * cost for name, cost in integrals.items()}
+        value, regular = regularized(value, costs, integrals)
         return LossOutput(value, metrics | regular, path.statistics)
 
     def _segments(self, series: SeriesBatch, length: int) -> tuple[Tensor, Segments]:
@@ -151,15 +161,13 @@ class TrajectoryMatching(Objective):
 def _jumps(
     predicted: Tensor,  # (S, K, *event)
     starts: Tensor,  # (S, *event)
-    segments: Segments,
-) -> Tensor:  # 0-d
-    """The mean square distance from the end of each piece to the start of the next."""
+    joins: Tensor,  # (S,), as in `Segments`
+) -> Tensor:  # (S,)
+    """The mean square distance from the end of each piece to the start of the next, 0 where none follows."""
     pieces = torch.arange(len(starts), device=starts.device)
-    ends = predicted[pieces, segments.joins]
-    joined = segments.joins > 0
+    ends = predicted[pieces, joins]
     squares = (ends - starts.roll(-1, 0)).square()  # pieces of a series follow each other
-    per_piece = squares.flatten(1).mean(1).where(joined, 0)
-    return per_piece.sum() / joined.sum().clamp(min=1)
+    return squares.flatten(1).mean(1).where(joins > 0, 0)
 
 
 def _gaussian(error: Tensor, model: NeuralODE) -> Tensor:

@@ -112,7 +112,7 @@ class ErrorNorm:
 
         The mean is over the samples that move; those that have ended have no error.
         """
-        return self.read(self.measure(error, before, after, moving_share))
+        return self.read(self.measure(error, before, after, moving_share), moving_share)
 
     @torch.no_grad()
     def measure(
@@ -139,10 +139,10 @@ class ErrorNorm:
         exact = torch.promote_types(ratios.dtype, torch.float32)  # bfloat16 cannot represent 257
         return torch.stack([ratios.to(exact), worst.to(exact)])
 
-    def read(self, measured: Tensor) -> tuple[list[float], list[int]]:
+    def read(self, measured: Tensor, moving_share: float = 1.0) -> tuple[list[float], list[int]]:
         """Errors and samples from what `measure` found, over all processes that share the batch."""
         if self.share is not None:
-            measured = self._together(measured, self.share)
+            measured = self._together(measured, moving_share, self.share)
         ratios, worst = measured.tolist()  # waits for the device once
         return ratios, [int(index) for index in worst]
 
@@ -154,19 +154,21 @@ class ErrorNorm:
 
     def worst(self, error: State, before: State, after: State, moving_share: float = 1.0) -> tuple[float, str, int]:
         """The largest error over tolerance with its component and sample. NaN counts as the largest."""
-        return self.worst_of(self.measure(error, before, after, moving_share))
+        return self.worst_of(self.measure(error, before, after, moving_share), moving_share)
 
-    def worst_of(self, measured: Tensor) -> tuple[float, str, int]:
+    def worst_of(self, measured: Tensor, moving_share: float = 1.0) -> tuple[float, str, int]:
         """The same from what `measure` found."""
-        ratios, samples = self.read(measured)
+        ratios, samples = self.read(measured, moving_share)
         i = max(range(len(ratios)), key=lambda i: math.inf if math.isnan(ratios[i]) else ratios[i])
         return ratios[i], self.names[i], samples[i]
 
-    def _together(self, measured: Tensor, share: Share) -> Tensor:  # (2, C)
+    def _together(self, measured: Tensor, moving_share: float, share: Share) -> Tensor:  # (2, C)
         """The same for the whole batch; the worst sample is that of the process with the largest error."""
-        sizes = measured.new_full((1, measured.shape[1]), self.batch_size)
-        ratios, worst, sizes = share.gather(torch.cat([measured, sizes])).unbind(1)  # (count, C) each
-        mean = ((ratios.square() * sizes).sum(0) / sizes.sum(0)).sqrt()
+        count = measured.shape[1]
+        numbers = [measured.new_full((1, count), size) for size in (self.batch_size, moving_share * self.batch_size)]
+        ratios, worst, sizes, moving = share.gather(torch.cat([measured, *numbers])).unbind(1)  # (count, C) each
+        ratios = ratios.where(moving > 0, 0.0)  # where all samples of a process have ended, their mean is 0/0
+        mean = ((ratios.square() * moving).sum(0) / moving.sum(0)).sqrt()
         together = ratios.amax(0) if self.per_sample else mean
         process = ratios.nan_to_num(nan=math.inf).argmax(0, keepdim=True)
         place = worst + sizes.cumsum(0) - sizes

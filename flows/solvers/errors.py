@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from flows.errors import ComputationError
+from flows.shares import anywhere
 from flows.solvers.problem import ADJOINT, PARAMETERS, State, batch_size_of, mean_by_sample
 from flows.solvers.statistics import Attempt
 
@@ -41,6 +43,24 @@ class SolverError(ComputationError):
     def retold(self, message: str) -> SolverError:
         """The same failure with another message."""
         return SolverError(message, self.t, self.dt, self.component, self.sample)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """A solve that fails in one process fails in all that share its batch, so that none waits for another.
+
+    Adaptive steps fail in all of them anyway. Others may do so where the rows of one process explode.
+
+    Raises:
+        SolverError: the solve failed, here or elsewhere.
+    """
+    failed = None
+    try:
+        yield
+    except SolverError as error:
+        failed = error
+    if anywhere(failed is not None):
+        raise failed or SolverError("another process could not solve its rows of the batch, and says why", 0.0, 0.0)
 
 
 def step_limit(

@@ -128,18 +128,24 @@ class OwnTimes(Outputs):
     Args:
         times: (B, T) in float64 on the CPU. The rows are strictly monotonic, all in the same direction, up to their
             last output; after it they repeat it.
-        counts: (B,), the number of outputs of each row, the first included; at least one row has two.
+        counts: (B,), the number of outputs of each row, the first included; at least one row of `whole` has two.
         device: of the state.
+        whole: the outputs of all samples, where processes share them and these are the samples of one. The solve goes
+            from the start to the end of all.
     """
 
-    def __init__(self, times: Tensor, counts: Tensor, device: torch.device) -> None:
-        self.times = times
+    def __init__(self, times: Tensor, counts: Tensor, device: torch.device, whole: OwnTimes | None = None) -> None:
+        self.times, self.counts = times, counts
+        self.whole = self if whole is None else whole
         self.size = times.shape[1]
         table, last = times.numpy(), counts.numpy() - 1
         ends = table[:, -1]
-        self.start = float(table[0, 0])
-        self._sign = -1.0 if (ends < self.start).any() else 1.0
-        self.end = float(ends[(self._sign * ends).argmax()])
+        if whole is None:
+            self.start = float(table[0, 0])
+            self._sign = -1.0 if (ends < self.start).any() else 1.0
+            self.end = float(ends[(self._sign * ends).argmax()])
+        else:
+            self.start, self.end, self._sign = whole.start, whole.end, whole._sign
         rows, columns = np.nonzero((np.arange(self.size) <= last[:, None]) & (np.arange(self.size) > 0))
         order = np.argsort(self._sign * table[rows, columns], kind="stable")
         rows, columns = rows[order], columns[order]
@@ -154,6 +160,10 @@ class OwnTimes(Outputs):
         if (ends != self.end).any():
             self.ends = RowEnds(times[:, -1].to(device), self._sign)
 
+    def part(self, rows: slice) -> OwnTimes:
+        """The outputs of some samples, in steps that serve all."""
+        return OwnTimes(self.times[rows], self.counts[rows], self._at.device, self)
+
     def as_tensor(self) -> Tensor:
         return self.times
 
@@ -161,14 +171,16 @@ class OwnTimes(Outputs):
         return bisect.bisect_right(self._values, self._sign * t1, lo=position) - position
 
     def indices(self, position: int, count: int) -> Sequence[slice]:
-        return [slice(position, position + count)] if count else []
+        # Samples without an output give empty pieces, which keep the solve in the graph of their process.
+        return [slice(position, position + count)] if count or not self._values else []
 
     def within(self, method: RungeKutta, step: Step, position: int, count: int) -> Sequence[State]:
         found = self.indices(position, count)
         return [interpolate_rows(method, step, self._rows[inside], self._at[inside]) for inside in found]
 
     def grid(self) -> tuple[Sequence[float], Callable[[State], State]]:
-        times, index = torch.unique(self._sign * self._at, return_inverse=True)
+        times = torch.unique(self._sign * self.whole._at)
+        index = torch.searchsorted(times, self._sign * self._at)
 
         def pick(states: State) -> State:
             later = [component[1:] for component in states]

@@ -18,10 +18,11 @@ from flows.freed_memory import keep_freed_memory
 from flows.shares import share_of_steps
 from flows.solvers.adjoint import solve_with_adjoint
 from flows.solvers.control import ErrorControl, ErrorNorm
+from flows.solvers.errors import failing_together
 from flows.solvers.integrator import Integrator
 from flows.solvers.jumps import jumps_of
 from flows.solvers.multistep import ADAMS, SCIPY, check_options
-from flows.solvers.outputs import Outputs, SharedTimes
+from flows.solvers.outputs import Outputs
 from flows.solvers.problem import ADJOINT, PARAMETERS, Dynamics, State, batch_size_of, component_names
 from flows.solvers.programs import expects_many_solves
 from flows.solvers.recompute import solve_with_checkpoints
@@ -259,6 +260,7 @@ class ODESolver:
         times: Tensor | Sequence[float],
         parameters: Sequence[Tensor] = (),
         counts: Tensor | None = None,
+        rows: slice | None = None,
     ) -> Solution:
         """Integrate `dynamics` from `state` at the first time through all `times`.
 
@@ -289,6 +291,8 @@ class ODESolver:
             parameters: all tensors besides the state that `dynamics` depends on and that need a gradient. Needed by
                 `gradient="adjoint"` and `"checkpoint"`.
             counts: (B,), how many of the times of each row count. The states at the others repeat the last that counts.
+            rows: which of the rows of `times` and `counts` are those of `state`, whose B is then smaller. Other
+                processes solve the others, in the same steps; see `flows.shares`.
 
         Raises:
             SolverError: the step size underflows, `max_steps` is reached, or the state becomes non-finite.
@@ -299,7 +303,7 @@ class ODESolver:
             raise InvalidTypeError(f"dynamics must be a function of (t, state), got {dynamics!r}")
         state = checked_state(state)
         needed = tuple(parameter for parameter in parameters if parameter.requires_grad)
-        outputs = checked_outputs(times, state, counts)
+        outputs = checked_outputs(times, state, counts, rows)
         task = self._task(dynamics, state, outputs, len(needed))
         at = outputs.as_tensor().to(state[0])
         if state[0].numel() == 0:  # an empty batch
@@ -308,24 +312,24 @@ class ODESolver:
         if state[0].is_cpu:
             keep_freed_memory()
         function = task.forward_function(state)
-        if self.gradient == "backprop" or not torch.is_grad_enabled():
-            if self.method == SCIPY and torch.is_grad_enabled():
-                raise InvalidValueError("scipy_solver cannot be differentiated through; set gradient='adjoint'")
-            joined = task.forward.integrate(function, state, outputs, task.forward_log())
-        elif self.gradient == "adjoint":
-            joined = solve_with_adjoint(task, state, needed)
-        else:
-            joined = solve_with_checkpoints(task, RUNGE_KUTTA[self.method], state, needed)
-        solution = Solution(at, outputs.arrange(state, joined), task.statistics)
-        names = task.statistics.components
-        task.forward.check_finite(function, state, outputs.span, solution.end, names, "forward")
+        with failing_together():
+            if self.gradient == "backprop" or not torch.is_grad_enabled():
+                if self.method == SCIPY and torch.is_grad_enabled():
+                    raise InvalidValueError("scipy_solver cannot be differentiated through; set gradient='adjoint'")
+                joined = task.forward.integrate(function, state, outputs, task.forward_log())
+            elif self.gradient == "adjoint":
+                joined = solve_with_adjoint(task, state, needed)
+            else:
+                joined = solve_with_checkpoints(task, RUNGE_KUTTA[self.method], state, needed)
+            solution = Solution(at, outputs.arrange(state, joined), task.statistics)
+            names = task.statistics.components
+            task.forward.check_finite(function, state, outputs.span, solution.end, names, "forward")
         return solution
 
     def _task(self, dynamics: Dynamics, state: State, outputs: Outputs, num_parameters: int) -> Task:
         names, size = component_names(dynamics, state), batch_size_of(state)
         weights = self.error_control.weights(dynamics, names)
-        in_step = self.controls_error and isinstance(outputs, SharedTimes)  # else processes take steps of their own
-        share = share_of_steps() if in_step else None
+        share = share_of_steps() if self.controls_error else None  # scipy takes steps of its own in each process
         norm = ErrorNorm(names, weights, self.rtol, self.atol, size, self.error_control.per_sample, share)
         limits = StepLimits(
             self.max_steps,

@@ -121,7 +121,7 @@ def adaptive_steps(
         measured = step.measured
         if measured is None:
             measured = norm.measure(error_estimate(method, step), state, step.end, function.moving_share(t))
-        ratio, component, sample = norm.worst_of(measured)
+        ratio, component, sample = norm.worst_of(measured, function.moving_share(t))
         shortest = size <= min_step * (1 + TIME_ROUNDING)
         accepted = ratio <= 1 or (shortest and math.isfinite(ratio))
         last = Attempt(t, target - t, accepted, ratio, component, sample)

@@ -89,7 +89,7 @@ class Task:
         if not self.jumps:
             return Jumps()
         assert isinstance(self.outputs, OwnTimes)
-        start, end = (self.outputs.times[:, j : j + 1] for j in (i - 1, i))
+        start, end = (self.outputs.whole.times[:, j : j + 1] for j in (i - 1, i))
         shares = (torch.tensor(self.jumps.times, dtype=torch.float64) - start) / (end - start)  # NaN in samples at rest
         inside = (shares >= 0) & (shares <= 1)
         if not bool(inside.any()):
@@ -136,7 +136,9 @@ class _Warped(RightHandSide):
         return renewed
 
 
-def checked_outputs(times: Tensor | Sequence[float], state: State, counts: Tensor | None = None) -> Outputs:
+def checked_outputs(
+    times: Tensor | Sequence[float], state: State, counts: Tensor | None = None, rows: slice | None = None
+) -> Outputs:
     """Where the state is wanted, from the arguments of `flows.ODESolver.solve`.
 
     Raises:
@@ -152,7 +154,13 @@ def checked_outputs(times: Tensor | Sequence[float], state: State, counts: Tenso
     except (TypeError, ValueError, RuntimeError):
         raise InvalidValueError(f"times must be a sequence of numbers, got {times!r}") from None
     if table.ndim == 2:
-        return _own_times(table, state, counts)
+        own = table if rows is None else table[rows]
+        if len(own) != batch_size_of(state):
+            raise InvalidValueError(
+                f"times of shape (B, T) need a row for each of {batch_size_of(state)} samples, got {len(own)}"
+            )
+        outputs = _own_times(table, state[0].device, counts)
+        return outputs if rows is None else outputs.part(rows)
     if table.ndim != 1 or not bool(table.isfinite().all()):
         raise InvalidValueError(f"times must be a sequence of finite numbers, got {table.tolist()}")
     if counts is not None:
@@ -166,12 +174,8 @@ def checked_outputs(times: Tensor | Sequence[float], state: State, counts: Tenso
     return SharedTimes(values)
 
 
-def _own_times(table: Tensor, state: State, counts: Tensor | None) -> OwnTimes:
+def _own_times(table: Tensor, device: torch.device, counts: Tensor | None) -> OwnTimes:
     size, length = table.shape
-    if size != batch_size_of(state):
-        raise InvalidValueError(
-            f"times of shape (B, T) need a row for each of {batch_size_of(state)} samples, got {size}"
-        )
     counts = torch.full((size,), length) if counts is None else counts.to("cpu", torch.int64)
     fits = counts.shape == (size,) and bool(((counts >= 1) & (counts <= length)).all())
     if not fits or bool((counts < 2).all()):
@@ -194,7 +198,7 @@ def _own_times(table: Tensor, state: State, counts: Tensor | None) -> OwnTimes:
             "each row of times must be strictly increasing, or each strictly decreasing, got "
             f"{table[row][inside[row]].tolist()} in row {row}"
         )
-    return OwnTimes(table, counts, state[0].device)
+    return OwnTimes(table, counts, device)
 
 
 def checked_state(state: State) -> State:
