@@ -15,21 +15,24 @@ import sys
 import tempfile
 from pathlib import Path
 
+DENSITY = ("data=pinwheel", "data.num_test=100", "data.num_validation=100", "evaluation.solver_error_points=0")
 WORKLOADS = {
-    "likelihood, FFJORD": ("experiment=ffjord", "data=pinwheel", "objective.maximum_likelihood.batch_size=2048"),
+    "likelihood, FFJORD": (*DENSITY, "experiment=ffjord", "objective.maximum_likelihood.batch_size=2048"),
     "flow matching, MLP": (
-        "data=pinwheel",
+        *DENSITY,
         "objective=flow_matching",
         "field.hidden=[512,512,512]",
         "objective.flow_matching.objective.target=sampled",
         "objective.flow_matching.batch_size=8192",
     ),
+    "trajectory matching": (  # a neural ODE
+        *("data=oscillator", "data.num_series=1500", "data.num_times=50", "evaluation.solver_error_series=0"),
+        *("objective=trajectory_matching", "objective.trajectory_matching.batch_size=1024"),
+        "field.hidden=[256,256]",
+    ),
 }
-STEPS = {"likelihood, FFJORD": 12, "flow matching, MLP": 20}
-COMMON = (
-    *("hardware.accelerator=cpu", "data.num_test=100", "data.num_validation=100", "reporting.progress_bar=false"),
-    *("reporting.plot_every=null", "reporting.validate_every=100000", "evaluation.solver_error_points=0"),
-)
+STEPS = {"likelihood, FFJORD": 12, "flow matching, MLP": 20, "trajectory matching": 12}
+COMMON = ("hardware.accelerator=cpu", "reporting.progress_bar=false", "reporting.plot_every=null")
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -37,6 +40,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("processes", help="steps a second in one process and in several")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=[*WORKLOADS], help="one workload")
     parser.set_defaults(run=run)
 
 
@@ -45,7 +49,8 @@ def run(options: argparse.Namespace) -> None:
     numbers = (1, options.processes)
     print(f"{os.cpu_count()} cores, one thread a process, medians of {options.repeats} alternating runs")
     print(f"{'workload':<22}{'1 process':>14}{f'{numbers[1]} processes':>16}{'ratio':>8}")
-    for name, settings in WORKLOADS.items():
+    for name in [options.only] if options.only else [*WORKLOADS]:
+        settings = WORKLOADS[name]
         found: dict[int, list[float]] = {number: [] for number in numbers}
         for _ in range(options.repeats):
             for number in numbers:
@@ -58,7 +63,7 @@ def steps_per_second(settings: tuple[str, ...], number: int, steps: int) -> floa
     """Train, and return the speed of the second half of the steps."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "scripts/train.py", *settings, *COMMON, f"hardware.devices={number}"]
-        command += [f"reporting.log_every={steps // 2}", f"output_dir={folder}/run"]
+        command += [f"reporting.log_every={steps // 2}", "reporting.validate_every=100000", f"output_dir={folder}/run"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -10,18 +10,21 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import flows
 import flows.cli.main
 from flows.datasets import Batch
 from flows.errors import InvalidValueError
 from flows.evaluation import DensityEvaluator
-from flows.objectives import FlowMatching, MaximumLikelihood, ReverseKL
+from flows.objectives import FlowMatching, LossOutput, MaximumLikelihood, Objective, ReverseKL
 from flows.path_costs import JacobianNorm, KineticEnergy
 from flows.shares import Share, current_share
 from flows.solvers.integrator import Integrator
+from flows.training.loss import LossModule
 from flows.training.processes import check_processes, started_together
 from tests.threads import check_shared, in_threads, loss_and_gradients
 
@@ -102,6 +105,33 @@ def test_each_process_solves_its_own_rows_alone():
     batch = Batch(torch.randn(17, 2, dtype=torch.float64))
     in_threads(2, lambda rank: loss_and_gradients(LIKELIHOOD, flow, batch))
     assert sorted(size for sizes in seen.values() for size in sizes & {8, 9, 17}) == [8, 9]
+
+
+def test_parameters_that_an_objective_leaves_alone_keep_no_gradient():
+    """Each process gives a gradient to all parameters, as the others wait for it."""
+
+    class OfOwnRows(Objective):
+        def __call__(self, model, batch, generator=None):
+            used = model[0] if current_share().index else model[1]
+            return LossOutput(used.weight.square().sum())
+
+    def gradients(rank):
+        torch.manual_seed(0)
+        module = LossModule(nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(3))))
+        module.batch = Batch(torch.zeros(2, 1))
+        module.begin(OfOwnRows(), None, current_share())
+        found = []
+        for _ in range(2):
+            module().backward()
+            found.append([p.grad is not None for p in module.parameters()])
+            module.leave_idle()
+            found.append([p.grad is not None for p in module.parameters()])
+        return found, [float(p.grad) for p in list(module.parameters())[:2]]
+
+    one, other = in_threads(2, gradients)
+    assert one[0] == other[0] == [[True] * 3, [True, True, False]] * 2
+    assert one[1][0] == other[1][1] == 0
+    assert one[1][1] != 0
 
 
 def test_evaluation_is_that_of_one_process(monkeypatch):
@@ -318,14 +348,15 @@ def figures(folder):
     ]
 
 
-def check_equal(one, two):
+def check_equal(one, two, figure="test_nll"):
     """Weights, figures and rows of two runs agree."""
     checkpoints = [torch.load(folder / "checkpoints" / "last.pt", weights_only=False) for folder in (one, two)]
     for part in ("model", "ema"):
         for name, weight in checkpoints[0][part].items():
             torch.testing.assert_close(checkpoints[1][part][name], weight, rtol=1e-9, atol=1e-12)
-    nll, other = (json.loads((folder / "summary.json").read_text())["test_nll"] for folder in (one, two))
-    assert other == pytest.approx(nll, rel=1e-9)
+    if figure is not None:
+        value, other = (json.loads((folder / "summary.json").read_text())[figure] for folder in (one, two))
+        assert other == pytest.approx(value, rel=1e-9)
     for mine, its in zip(figures(one)[-2:], figures(two)[-2:], strict=True):
         assert its == pytest.approx(mine, rel=1e-6)
 
@@ -341,6 +372,62 @@ def test_two_processes_give_the_run_of_one(tmp_path):
     printed = train(*COMMON, "steps=4", "hardware.devices=2", f"output_dir={tmp_path / 'two'}")
     assert printed.count("divergence  evaluated with") == 1
     check_equal(tmp_path / "one", tmp_path / "two")
+
+
+def of_series(folder):
+    """Settings of two stages on series of their own times, with missing values; the first leaves the noise alone."""
+    generator = np.random.default_rng(0)
+    lines = ["series,time,a,b"]
+    for i in range(31):
+        times = i % 4 + np.sort(generator.uniform(0, 3, 4 + i % 7))
+        for j, (t, value) in enumerate(zip(times, np.cos(times + 0.1 * i), strict=True)):
+            other = "" if j and generator.uniform() < 0.3 else f"{value**2}"
+            lines.append(f"{i},{t},{value},{other}")
+    (folder / "series.csv").write_text("\n".join(lines))
+    return [
+        *("data=trajectories", f"data.path={folder / 'series.csv'}", "data.id=series", "data.time=time"),
+        *("data.missing=mask", "hardware.precision=64-true", "hardware.accelerator=cpu", "field.hidden=[8]"),
+        *("model.noise=0.2", "reporting.progress_bar=false", "reporting.log_every=2", "reporting.plot_every=null"),
+        *("reporting.validate_every=2", "optimization.accumulate_batches=2", "solver.gradient=adjoint"),
+        *("objective.derivative_matching.batch_size=7", "objective.trajectory_matching.batch_size=7"),
+        *("objective.derivative_matching.schedule=constant", "objective.trajectory_matching.schedule=constant"),
+        *("objective.derivative_matching.warmup_steps=0", "objective.trajectory_matching.warmup_steps=0"),
+        *("objective.derivative_matching.steps=2", "objective.trajectory_matching.objective.loss=gaussian"),
+        "objective.trajectory_matching.objective.segment_length=3",
+        "objective.trajectory_matching.objective.continuity=0.5",
+        "objective.trajectory_matching.objective.regularizers.kinetic_energy.weight=0.01",
+    ]
+
+
+@TWO_CORES
+@pytest.mark.slow
+def test_two_processes_share_series(tmp_path):
+    settings = of_series(tmp_path)
+    steps = "objective.trajectory_matching.steps"
+    train(*settings, f"{steps}=3", f"output_dir={tmp_path / 'one'}")
+    printed = train(*settings, f"{steps}=1", "hardware.devices=2", f"output_dir={tmp_path / 'two'}")
+    resume = f"resume={tmp_path / 'two'}"
+    printed += train(f"{steps}=2", resume, "hardware.devices=1") + train(f"{steps}=3", resume, "hardware.devices=2")
+    assert "does not share" not in printed
+    check_equal(tmp_path / "one", tmp_path / "two", "test_mse")
+
+
+@TWO_CORES
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["reflow", "distillation"])
+def test_two_processes_share_a_teacher(tmp_path, objective):
+    teacher = [setting for setting in COMMON if "maximum_likelihood" not in setting]
+    train(*teacher, "objective=flow_matching", "steps=2", f"output_dir={tmp_path / 'teacher'}")
+    settings = [
+        f"teacher={tmp_path / 'teacher'}",
+        f"objective={objective}",
+        f"objective.{objective}.batch_size=33",
+        "steps=4",
+        "hardware.precision=64-true",
+    ]
+    for number, name in ((1, "one"), (2, "two")):
+        train(*settings, f"hardware.devices={number}", f"output_dir={tmp_path / name}")
+    check_equal(tmp_path / "one", tmp_path / "two", None)
 
 
 @TWO_CORES

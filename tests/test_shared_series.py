@@ -59,7 +59,7 @@ def of_one_time(batch, rows):
 
 def driven(batch):
     """Series with inputs that jump, at times of their own."""
-    sample_times = batch.times[:, :1] + torch.linspace(0, 9, 4)
+    sample_times = batch.times[:, :1] + torch.linspace(0, 2, 4) * (1 + 0.1 * torch.arange(len(batch)))[:, None]
     inputs = torch.randn(len(batch), 4, 1, generator=torch.Generator().manual_seed(2))
     return replace(batch, context=torch.cat([sample_times[..., None], inputs], 2))
 
@@ -86,9 +86,11 @@ MATCHING = {
     "derivatives": (DerivativeMatching(), {}),
     "derivatives, smoothed": (DerivativeMatching(window=2, smoothing=5), {}),
 }
+SLOW = pytest.mark.slow
+RARE = ("segments, adjoint", "costs in the error", "per sample", "checkpoint", "multistep")  # kept from the default run
 
 
-@pytest.mark.parametrize("case", MATCHING)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[SLOW] * (case in RARE)) for case in MATCHING])
 def test_series_of_processes_are_those_of_one(case):
     """The second of the three processes has no observed value after the first times."""
     objective, settings = MATCHING[case]
@@ -101,7 +103,7 @@ def test_a_process_whose_series_have_one_time_takes_part(case):
     check_shared(objective, ode(**settings), of_one_time(series(5, 4), slice(1, 3)))
 
 
-@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
+@pytest.mark.parametrize("gradient", ["backprop", pytest.param("adjoint", marks=SLOW)])
 def test_a_process_whose_series_have_ended_keeps_step(gradient):
     batch = series()
     early = batch.times - batch.times[:, :1] <= 1.0
@@ -117,9 +119,9 @@ def test_series_at_the_same_times_in_one_process_alone():
     check_shared(TrajectoryMatching(), ode(loose(gradient="adjoint")), batch)
 
 
-@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
+@pytest.mark.parametrize("gradient", ["backprop", pytest.param("adjoint", marks=SLOW)])
 def test_steps_of_all_processes_end_at_the_jumps_of_all_inputs(gradient):
-    check_shared(TrajectoryMatching(), ode(loose(gradient=gradient), forced()), driven(series()))
+    check_shared(TrajectoryMatching(), ode(loose(gradient=gradient), forced()), driven(series(5, 4)))
 
 
 def test_a_batch_smaller_than_the_processes_is_not_shared():

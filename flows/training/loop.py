@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from flows.bases import Base
-from flows.datasets import Batch
 from flows.errors import ComputationError, FlowsError, InvalidValueError
-from flows.evaluation import Evaluation, fitted_parameters
-from flows.fields import Physics
-from flows.objectives import LossOutput, Objective
+from flows.evaluation import Evaluation
 from flows.shares import Share, sharing
 from flows.solvers import SolverError, SolverStatistics
 from flows.training.fabric import SharedEvaluationError, evaluated_together, share_of
 from flows.training.files import FOLDER, RunFileError
-from flows.training.loggers import Metric
+from flows.training.loss import LossModule
 from flows.training.memory import MemoryLimitError, is_out_of_memory, memory_errors, memory_message
 from flows.training.signals import StopSignals, TrainingInterrupted
 from flows.training.stage import Optimization, Stage
@@ -31,38 +28,6 @@ from flows.training.state import Run
 
 class NonFiniteLossError(FlowsError, ArithmeticError):
     """The loss or its gradient is NaN or infinite; the weights of the step before are kept."""
-
-
-class LossModule(nn.Module):
-    """The loss as the forward pass of a module, where Fabric brings in precision and several devices.
-
-    Objective and batch are attributes, and the whole output stays here: Fabric copies what passes through a forward
-    pass, and under mixed precision would round the data.
-    """
-
-    objective: Objective
-    batch: Batch
-    output: LossOutput  # of the last step
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.has_physics = any(isinstance(module, Physics) for module in model.modules())
-        self.generator: torch.Generator | None = None
-
-    def forward(self) -> Tensor:
-        self.output = self.objective(self.model, self.batch, self.generator)
-        return self.output.loss * self.output.weight if self.output.weight != 1 else self.output.loss
-
-    def metrics(self) -> dict[str, Metric]:
-        """Return what the last step reports; read it after the backward pass, which the solver's counts include."""
-        metrics: dict[str, Metric] = {"loss": self.output.loss.detach(), **self.output.metrics}
-        if self.output.statistics is not None:
-            solve = self.output.statistics
-            metrics |= {"nfe_forward": solve.nfe_forward, "nfe_backward": solve.nfe_backward, **step_metrics(solve)}
-        if self.has_physics:
-            metrics |= {f"parameter/{name}": value for name, value in fitted_parameters(self.model).items()}
-        return metrics
 
 
 class OptimizerStep:
@@ -86,9 +51,10 @@ class OptimizerStep:
 
     def begin(self, stage: Stage) -> None:
         """Minimise the objective of this stage from now on."""
-        self.loss.objective, self.loss.generator = stage.objective, self.state.generator  # type: ignore[assignment]
-        self.share = share_of(self.fabric) if getattr(stage.objective, "shares", False) else None
-        if self.share is None and self.fabric.world_size > 1:
+        together = share_of(self.fabric)
+        self.loss.begin(stage.objective, self.state.generator, together)
+        self.share = together if getattr(stage.objective, "shares", False) else None
+        if self.share is None and together is not None:
             name = getattr(stage.objective, "__name__", type(stage.objective).__name__)
             self.run.warn(
                 f"{name} does not share batches: each of the {self.fabric.world_size} processes computes all of each "
@@ -130,6 +96,7 @@ class OptimizerStep:
             with self.fabric.no_backward_sync(self.module, enabled=not last and several), sharing(self.share):
                 value = self.module() / number
                 self.fabric.backward(value)
+            self.loss.leave_idle()
             total = total + value.detach()
             if self.loss.output.statistics is not None:
                 solves.append(self.loss.output.statistics)
@@ -408,16 +375,3 @@ def knows_the_data(model: nn.Module) -> bool:
     """Return whether the model may suit the data before it is trained: a flow that starts elsewhere than at N(0, I)."""
     base = getattr(model, "base", None)
     return isinstance(base, Base) and (not base.is_standard or base.context_shape is not None)
-
-
-def step_metrics(statistics: SolverStatistics) -> Mapping[str, float]:
-    """Return what the steps of a solve tell; nothing for a method that keeps them to itself."""
-    if not statistics.attempts:
-        return {}
-    metrics: dict[str, float] = {"steps_accepted": statistics.accepted, "steps_rejected": statistics.rejected}
-    if statistics.limited_by:  # an adaptive method
-        metrics |= {f"limited_by_{name}": share for name, share in statistics.limited_by.items()}
-        metrics["steps_forced"] = statistics.forced
-        if statistics.shortest is not None:
-            metrics["shortest_step"] = abs(statistics.shortest.dt)
-    return metrics

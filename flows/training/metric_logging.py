@@ -20,7 +20,7 @@ from flows.training.loggers import (
     Logger,
     ProgressBar,
 )
-from flows.training.loop import step_metrics
+from flows.training.loss import step_metrics
 from flows.training.shown import chosen_settings, layout
 from flows.training.state import Run
 

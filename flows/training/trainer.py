@@ -59,7 +59,8 @@ from flows.training.files import (
 from flows.training.identity import check_same_run, load_best, load_to_resume, mark_folder
 from flows.training.launcher import together
 from flows.training.loggers import OF_THE_RUN
-from flows.training.loop import Loop, LossModule, OptimizerStep
+from flows.training.loop import Loop, OptimizerStep
+from flows.training.loss import LossModule
 from flows.training.memory import memory_errors
 from flows.training.settings_text import settings_text
 from flows.training.signals import StopSignals, TrainingInterrupted
