@@ -245,7 +245,8 @@ class TwoProcesses:
         until = time.monotonic() + 120
         while time.monotonic() < until and self.process.poll() is None:
             rows = self.run / "metrics.jsonl"
-            if text in self.text if text else rows.exists() and rows.read_text():
+            logged = rows.read_text() if rows.exists() else ""
+            if text in self.text + logged if text else logged:
                 break
             time.sleep(0.1)
         return self
@@ -433,7 +434,7 @@ def test_two_processes_share_a_teacher(tmp_path, objective):
 @TWO_CORES
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     train(*COMMON, "steps=6", f"output_dir={tmp_path / 'one'}")
     train(*COMMON, "steps=2", f"output_dir={tmp_path / 'two'}", launcher=torchrun)
     resume = f"resume={tmp_path / 'two'}"
