@@ -99,7 +99,7 @@ class AugmentedDynamics:
     def leading(self, t: Tensor, state: State) -> Tensor:
         """v(t, x) alone, for stages of a step whose divergence has no weight in its result."""
         x = state[0]
-        return checked_value(self.estimator.field(t, x), x).to(x)
+        return checked_value(self.estimator.field.velocity(t, x), x).to(x)
 
     def _is_large(self, t: Tensor, x: Tensor) -> bool:
         """Whether an evaluation without gradients would leave the processor's cache, and can be cut."""
@@ -198,9 +198,9 @@ class StateDynamics:
         if self.starts is not None:
             t = self.starts + t
         if not self.costs:
-            return (checked_value(self.field(t, x), x),)
+            return (checked_value(self.field.velocity(t, x), x),)
         if self.estimator is None or self.directions is None:
-            sample = FieldSample(checked_value(self.field(t, x), x), x.new_zeros(0, len(x)))
+            sample = FieldSample(checked_value(self.field.velocity(t, x), x), x.new_zeros(0, len(x)))
         else:
             probes = self.estimator.draw_probes(x, torch.Generator(x.device).manual_seed(0))
             sample = self.estimator.with_jacobian_norm(t, x, probes, self.directions)

@@ -42,6 +42,7 @@ class BoundField:
     Calling it evaluates the field. Any callable is a field as it is: a network of another package, a function. What it
     offers beyond its value is looked up once, here, and is `None` where the field lacks it:
 
+    - `velocity(t, x) -> (B, *event)`: the same value for many evaluations; by default the field itself.
     - `value_and_divergence(t, x) -> (value (B, *event), divergence (B,))`: the divergence in closed form.
     - `value_divergence_and_products(t, x, directions (P, B, *event))`: products with the Jacobian as well.
     - `encode(t, x) -> (B, H)`, `decode(t, h) -> (B, *event)` and `bottleneck_width`, H: the two halves of a field
@@ -118,6 +119,11 @@ class BoundField:
     def bottleneck_width(self) -> int | None:
         """The width of a narrow layer that the field passes through."""
         return getattr(self.field, "bottleneck_width", None)
+
+    @at_first_use
+    def velocity(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """v(t, x), from what is computed once a solve where the field can."""
+        return (self._closed_form("velocity") if self.traits.built_in else None) or self
 
     @at_first_use
     def value_and_divergence(self) -> Callable[..., Any] | None:

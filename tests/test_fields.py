@@ -63,6 +63,20 @@ def test_closed_form_is_the_dense_trace(event_shape, hidden, kind, context_shape
         torch.testing.assert_close(*(torch.zeros_like(parameter) if g is None else g for g in (a, b)))
 
 
+@pytest.mark.parametrize("kind", ["mlp", "sine", "concat_squash"])
+@pytest.mark.parametrize("context_shape", [None, (2,)])
+@pytest.mark.parametrize("per_sample_time", [False, True])
+def test_the_velocity_of_a_solve_is_that_of_the_field(kind, context_shape, per_sample_time):
+    field = randomised(build(kind, (2, 3), (7, 5), context_shape))
+    x, t = torch.randn(4, 2, 3), torch.rand(4) if per_sample_time else torch.tensor(0.3)
+    bound = bind(field, None if context_shape is None else torch.randn(4, *context_shape))
+    values = bound.velocity(t, x), bound(t, x)
+    torch.testing.assert_close(*values)
+    gradients = [torch.autograd.grad(value.sin().sum(), [*field.parameters()]) for value in values]
+    for ours, autograd in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, autograd)
+
+
 @pytest.mark.parametrize("hidden", [(7, 5, 6), (3, 6, 2, 5), (9, 8, 7, 6, 5)])
 def test_products_of_weights_that_would_be_too_large_are_not_kept(hidden, monkeypatch):
     """Tangents are then pushed one by one, to the same trace."""
@@ -144,6 +158,23 @@ def test_other_layers_are_called(change):
         value = field.value_and_divergence(t, x)[0]
         torch.testing.assert_close(value, field(t, x))
         value.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "sine", "concat_squash"])
+def test_weights_that_hooks_compute_are_those_of_today(kind):
+    """The closed form and the velocity read them, and a hook computes them at a call of the layer."""
+    field = build(kind, (2,), (6, 5), None)
+    for layer in [*field.layers, *field.modulation.children()] if kind != "concat_squash" else field.modules():
+        if isinstance(layer, nn.Linear):
+            prune.l1_unstructured(layer, "weight", 0.5)
+    x, t = torch.randn(5, 2), torch.tensor(0.3)
+    for _ in range(2):
+        randomised(field)
+        (value, trace), velocity = bind(field).value_and_divergence(t, x), bind(field).velocity(t, x)
+        torch.testing.assert_close(trace, divergence(lambda x: field(t, x), x), rtol=0, atol=1e-10)
+        torch.testing.assert_close(value, field(t, x))
+        torch.testing.assert_close(velocity, field(t, x))
+        (trace.sum() + value.sum()).backward()
 
 
 def test_shapes_on_the_meta_device():
@@ -228,6 +259,7 @@ def test_what_is_computed_once_a_solve_is_computed_once(monkeypatch):
     x = torch.randn(2, 3)
     for t in torch.linspace(0, 1, 5):
         bound.value_and_divergence(t, x)
+        bound.velocity(t, x)
     assert len(built) == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from flows.arguments import checked
 from flows.fields.activations import Activation
-from flows.fields.perceptron import Folded, Linearised, Perceptron, folded
+from flows.fields.perceptron import Folded, Linearised, Perceptron, folded, refresh
 from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
 
@@ -64,6 +64,7 @@ class ConcatSquashMLP(Perceptron):
     def precompute(self) -> _Gating:
         """The parameters of all layers, put together."""
         layers = list(cast(Iterable[_ConcatSquash], self.layers))
+        refresh(part for layer in layers for part in layer.children())
         biases = [layer.linear.bias for layer in layers]
         return _Gating(layers, folded(self._weights(), biases, [self.activation] * len(self.hidden)))
 
@@ -91,6 +92,19 @@ class ConcatSquashMLP(Perceptron):
         value, gate = last(h, condition)
         weights = self._weights()
         return Linearised(value.view_as(x), weights, slopes, gate, PerceptronTrace(weights, gate_per_sample=True))
+
+    def velocity(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None, precomputed: Callable[[], _Gating] | None = None
+    ) -> Tensor:
+        condition = self._condition(t, context)
+        if len(condition) > 1:
+            return self(t, x, context)
+        gating = (precomputed or self.precompute)()
+        *maps, last = zip(*gating(condition), strict=True)
+        h = x.flatten(1)
+        for (weight, bias), activation in zip(maps, gating.folded.activations, strict=True):
+            h = activation(functional.linear(h, weight, bias))
+        return functional.linear(h, *last).view_as(x)
 
     def _weights(self) -> list[Tensor]:
         return [layer.linear.weight for layer in cast(Iterable[_ConcatSquash], self.layers)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from flows.arguments import checked
 from flows.checks import check_number
 from flows.fields.activations import Activation, Sine
 from flows.fields.modulation import Modulation
-from flows.fields.perceptron import Linearised, Perceptron, folded
+from flows.fields.perceptron import Linearised, Perceptron, folded, refresh
 from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
+from flows.vector_field import at_first_use
 
 
 @checked
@@ -116,27 +117,35 @@ class MLP(Perceptron):
         return h
 
     def precompute(self) -> _Layers:
-        """The layers, by activations that cost less if all are plain, and the trace's product of their weights."""
+        """The layers, by activations that cost less if all are plain."""
         layers, activations = [*self.layers, self.out], list(cast(Iterable[Activation], self.activations))
         if not all(map(_is_plain, layers)):  # they are called
-            weights = self._weights()
-            return _Layers(layers, activations, [1.0] * len(activations), weights, PerceptronTrace(weights))
+            refresh(layers)
+            return _Layers(layers, activations, [1.0] * len(activations), self._weights())
         found = folded(self._weights(), [cast(Tensor, layer.bias) for layer in layers], activations)
         pairs = zip(found.weights, found.biases, strict=True)
         maps = [partial(functional.linear, weight=weight, bias=bias) for weight, bias in pairs]
-        return _Layers(maps, found.activations, found.stretches[:-1], found.weights, PerceptronTrace(found.weights))
+        return _Layers(maps, found.activations, found.stretches[:-1], found.weights)
+
+    def velocity(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None, precomputed: Callable[[], _Layers] | None = None
+    ) -> Tensor:
+        scales, shifts, offset = self._modulate(t, context)
+        layers = (precomputed or self.precompute)()
+        h = x.flatten(1)
+        for affine, activation, scale, shift in layers.modulated(scales, shifts):
+            h = activation(torch.addcmul(shift, affine(h), scale))
+        return (layers.maps[-1](h) + offset).view_as(x)
 
     def linearised(self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: _Layers) -> Linearised:
         scales, shifts, offset = self._modulate(t, context)
-        *maps, out = precomputed.maps
         h = x.flatten(1)
         slopes = []
-        layers = zip(maps, precomputed.activations, precomputed.stretches, scales, shifts, strict=True)
-        for affine, activation, stretch, scale, shift in layers:
-            shift = shift if stretch == 1 else stretch * shift
+        for affine, activation, scale, shift in precomputed.modulated(scales, shifts):
             h, slope = activation.value_and_slope(torch.addcmul(shift, affine(h), scale))
             slopes.append(slope * scale)
-        return Linearised((out(h) + offset).view_as(x), precomputed.weights, slopes, None, precomputed.trace)
+        value = (precomputed.maps[-1](h) + offset).view_as(x)
+        return Linearised(value, precomputed.weights, slopes, None, precomputed.trace)
 
     @property
     def divergence_cost(self) -> int:
@@ -152,14 +161,35 @@ class MLP(Perceptron):
         return [1 + scale for scale in parts[:half]], parts[half:], offset
 
 
-class _Layers(NamedTuple):
-    """The layers of one solve; the arguments of the activations are `stretches` times those of the field's own."""
+class _Layers:
+    """The layers of one solve.
 
-    maps: Sequence[Callable[[Tensor], Tensor]]  # h to W h + b, the output's last
-    activations: list[Activation]
-    stretches: list[float]
-    weights: list[Tensor]
-    trace: PerceptronTrace  # of these weights
+    Args:
+        maps: h to W h + b, the output's last.
+        activations: whose arguments are `stretches` times those of the field's own.
+        weights: of the maps.
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[Callable[[Tensor], Tensor]],
+        activations: list[Activation],
+        stretches: list[float],
+        weights: list[Tensor],
+    ) -> None:
+        self.maps, self.activations, self.stretches, self.weights = maps, activations, stretches, weights
+
+    @at_first_use
+    def trace(self) -> PerceptronTrace:
+        """Of the Jacobian with these weights."""
+        return PerceptronTrace(self.weights)
+
+    def modulated(
+        self, scales: list[Tensor], shifts: list[Tensor]
+    ) -> Iterator[tuple[Callable[[Tensor], Tensor], Activation, Tensor, Tensor]]:
+        """Each hidden layer with its activation, its scale, and its shift in the units of the activation."""
+        shifts = [s if stretch == 1 else stretch * s for s, stretch in zip(shifts, self.stretches, strict=True)]
+        return zip(self.maps, self.activations, scales, shifts, strict=False)
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.errors import InvalidValueError
 from flows.fields.activations import Activation, Rescaled
@@ -55,6 +55,16 @@ def folded(weights: Sequence[Tensor], biases: Sequence[Tensor], activations: Seq
     return found
 
 
+def refresh(layers: Iterable[nn.Module]) -> None:
+    """Let hooks that compute the weights of a layer at each call, such as those of pruning, compute them now.
+
+    Whoever reads weights would see those of the last call otherwise.
+    """
+    for layer in layers:
+        if layer._forward_pre_hooks:
+            layer(next(layer.parameters()).new_zeros(1, cast(nn.Linear, layer).in_features))
+
+
 class Perceptron(Field):
     """A perceptron, with its divergence and products with its Jacobian in closed form.
 
@@ -81,6 +91,12 @@ class Perceptron(Field):
     @abstractmethod
     def linearised(self, t: Tensor, x: Tensor, context: Tensor | None, precomputed: Any) -> Linearised:
         """v, and the factors of its Jacobian."""
+
+    @abstractmethod
+    def velocity(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None, precomputed: Callable[[], Any] | None = None
+    ) -> Tensor:
+        """v (B, *event), as `forward`, for many evaluations with what `precompute` returns."""
 
     def value_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None, precomputed: Callable[[], Any] | None = None
