@@ -6,13 +6,16 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from flows.errors import ComputationError
-from flows.shares import anywhere
+from flows.shares import anywhere, share_of_steps
 from flows.solvers.problem import ADJOINT, PARAMETERS, State, batch_size_of, mean_by_sample
 from flows.solvers.statistics import Attempt
 
 TRAINING_ADVICE = "while training, a lower learning rate, a smaller gradient_clip or a regulariser"
 EXPLOSION_ADVICE = ("a solve that ends before", "a field that grows less fast with the state", TRAINING_ADVICE)
+LONGEST_MESSAGE = 2000  # bytes
 GROWTH = 1e3  # from which on a state that cannot be followed is said to explode
 
 
@@ -54,13 +57,21 @@ def failing_together() -> Iterator[None]:
     Raises:
         SolverError: the solve failed, here or elsewhere.
     """
-    failed = None
+    share, failed = share_of_steps(), None
+    if share is None:
+        yield
+        return
     try:
         yield
     except SolverError as error:
         failed = error
-    if anywhere(failed is not None):
-        raise failed or SolverError("another process could not solve its rows of the batch, and says why", 0.0, 0.0)
+    if not anywhere(failed is not None):
+        return
+    codes = torch.zeros(LONGEST_MESSAGE, dtype=torch.uint8)
+    text = str(failed or "").encode()[:LONGEST_MESSAGE]
+    codes[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    told = [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in share.gather(codes)]
+    raise failed or SolverError(f"{next(filter(None, told))} (in another process, for its rows of the batch)", 0.0, 0.0)
 
 
 def step_limit(

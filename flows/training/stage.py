@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from flows.arguments import checked
@@ -174,7 +175,7 @@ class Optimization:
             into memory.
         ema_decay: of the moving average of the weights, which is validated and kept; 0 turns it off.
         on_solver_error: `"raise"` when a batch cannot be solved, or `"skip"` it and take the next one. Weights whose
-            validation cannot be solved are then passed over, too.
+            validation cannot be solved are then passed over, too; in several processes they end the run.
         max_solver_errors: stop after so many failures in a row, with the state saved.
 
     Raises:
@@ -221,10 +222,12 @@ class Optimization:
         assert callable(chosen), "names have become classes"
         return chosen
 
-    def check(self, world_size: int) -> None:
-        """Raise `InvalidValueError` where skipping does not work: in processes that wait for each other."""
-        if self.on_solver_error == "skip" and world_size > 1:
+    def check(self, model: nn.Module, world_size: int) -> None:
+        """Raise `InvalidValueError` where skipping does not work: where solves fail while gradients are exchanged."""
+        gradient = getattr(getattr(model, "solver", None), "gradient", None)
+        if self.on_solver_error == "skip" and world_size > 1 and gradient == "adjoint":
             raise InvalidValueError(
-                "on_solver_error='skip' works in one process, since the others would wait for the gradients of the "
-                "one that skips; use on_solver_error='raise' on several devices"
+                "on_solver_error='skip' with gradient='adjoint' works in one process, since a backward solve may fail "
+                "when processes have exchanged some of the gradients; use gradient='checkpoint', which needs little "
+                "memory as well, or on_solver_error='raise'"
             )

@@ -230,7 +230,7 @@ class Trainer:
             Clock(self.hardware.max_cpu_hours, bool(self.hardware.compile))
         )
         self.fabric = build_fabric(self.hardware, self._callbacks)
-        self.optimization.check(self.fabric.world_size)
+        self.optimization.check(self.model, self.fabric.world_size)
         self._compiled, self._notices = stages_to_compile(
             self.hardware.compile, self.fabric.device.type, model, self.stages
         )
