@@ -2,8 +2,11 @@
 
 import copy
 import logging
+import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ import flows
 from flows.divergence import Analytic, Auto, Exact, Hutchinson
 from flows.fields import MLP, ConcatSquashMLP
 from flows.path_costs import JacobianNorm, KineticEnergy
+from flows.promises.plain_values import changed_names, plain_values
 from flows.solvers import ErrorControl, compilations, many_solves, programs
 from flows.solvers.tableaux import RUNGE_KUTTA
 
@@ -195,7 +199,7 @@ def test_what_cannot_be_compiled_runs_uncompiled(account):
     value = flow.log_prob(x)
     torch.testing.assert_close(value, replace_solver(flow, compile=False).log_prob(x))
     assert account.count == 0
-    assert "torch.compile cannot follow the field" in account.reasons[0]
+    assert "reads values of tensors in Python" in account.reasons[0]
     solver = ODESolver("heun2", step_size=0.5, compile=True)
     end = solver.solve(lambda t, state: (-state[0],), (x,), (0.0, 1.0)).end[0]
     assert end.shape == x.shape
@@ -203,7 +207,7 @@ def test_what_cannot_be_compiled_runs_uncompiled(account):
 
 
 def test_what_draws_random_numbers_is_not_compiled(account):
-    program = programs.Program()
+    program = programs.Program("field")
     assert program(lambda x: (torch.rand_like(x),), [torch.ones(2)], False) is None
     assert "draws random numbers" in account.reasons[0]
     assert account.count == 0
@@ -211,7 +215,7 @@ def test_what_draws_random_numbers_is_not_compiled(account):
 
 def test_wrong_code_is_noticed(account, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **settings: lambda x: (x + 1e-2,))
-    assert programs.Program()(lambda x: (2 * x,), [torch.zeros(3)], False) is None
+    assert programs.Program("field")(lambda x: (2 * x,), [torch.zeros(3)], False) is None
     assert "gave other values" in account.reasons[0]
 
 
@@ -220,7 +224,7 @@ def test_a_missing_compiler_is_one_sentence(account, monkeypatch):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nlong\ntext")
 
     monkeypatch.setattr(torch, "compile", fail)
-    assert programs.Program()(lambda x: (2 * x,), [torch.zeros(3)], False) is None
+    assert programs.Program("field")(lambda x: (2 * x,), [torch.zeros(3)], False) is None
     assert account.reasons == [programs.NO_COMPILER]
 
 
@@ -303,3 +307,164 @@ def test_generated_gradients_in_single_precision_are_right():
     (-flow.log_prob(torch.randn(512, 2)).mean()).backward()  # compared with uncompiled code
     found = compilations().since(before)
     assert (found.count, found.reasons) == (1, [])
+
+
+class Reading(torch.nn.Module):
+    """A field that reads from Python what it computes with."""
+
+    event_shape = (2,)
+    power = 1
+
+    def __init__(self, activation):
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+        self.scales, self.options, self.array = [1.0, 2.0], {"scale": 1.0}, np.ones(2)
+        self.settings = types.SimpleNamespace(scale=1.0)
+        self.activation = activation
+
+    def forward(self, t, x):
+        factor = self.scales[0] * self.options["scale"] * float(self.array[0]) * self.settings.scale * GLOBAL[0]
+        return self.activation(self.inner(x)) * factor**self.power
+
+
+GLOBAL = [1.0]
+
+
+def activation_with(scale):
+    return lambda x: torch.tanh(scale[0] * x)
+
+
+SCALE = [1.0]
+CHANGES = {
+    "list": lambda field: field.scales.__setitem__(0, 2.0),
+    "mapping": lambda field: field.options.update(scale=2.0),
+    "array": lambda field: field.array.fill(2.0),
+    "object": lambda field: setattr(field.settings, "scale", 2.0),
+    "function": lambda field: setattr(field, "activation", torch.sin),
+    "closure": lambda field: SCALE.__setitem__(0, 2.0),
+    "class": lambda field: setattr(Reading, "power", 2),
+    "variable": lambda field: GLOBAL.__setitem__(0, 2.0),
+    "frozen": lambda field: field.inner.requires_grad_(False),
+    "layout": lambda field: setattr(field.inner, "weight", torch.nn.Parameter(field.inner.weight.detach().T)),
+}
+
+
+SEEN = CHANGES.keys() - {"frozen", "layout"}
+QUICK = {"list", "frozen"}
+
+
+@pytest.fixture
+def unchanged(monkeypatch):
+    monkeypatch.setattr(Reading, "power", 1)
+    monkeypatch.setitem(globals(), "GLOBAL", [1.0])
+    monkeypatch.setitem(globals(), "SCALE", [1.0])
+
+
+@pytest.mark.parametrize("change", sorted(SEEN))
+def test_what_a_field_reads_from_python_is_seen(change, unchanged):
+    field = Reading(activation_with(SCALE))
+    before = plain_values(field)
+    assert plain_values(field) == before
+    CHANGES[change](field)
+    assert len(changed_names(before, plain_values(field))) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES]
+)
+def test_what_a_field_reads_from_python_may_change(account, change, unchanged):
+    field = Reading(activation_with(SCALE))
+    field.scales[0], field.options["scale"] = 0.5, 1.5
+    flow = flows.CNF(field, Exact(), ODESolver("heun2", step_size=0.5)).double()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    before = replace_solver(flow, compile=True).log_prob(x).detach()
+    CHANGES[change](field)
+    eager, compiled = both(flow, lambda flow: (flow.log_prob(x).detach(), None))
+    assert_equal(compiled, eager)
+    assert (eager[0] - before).abs().max() > 1e-3 or change == "frozen"
+    assert (account.count, account.reasons) == (2, [])
+
+
+def test_a_field_that_changes_again_and_again_is_not_compiled_without_end(account, caplog):
+    field = Reading(torch.tanh)
+    flow = flows.CNF(field, Exact(), ODESolver("heun2", step_size=0.5)).double()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING, "flows"):
+        for i in range(programs.MAX_STATES + 2):
+            field.options["count"] = i
+            with torch.no_grad():
+                eager, compiled = both(flow, lambda flow: (flow.log_prob(x), None))
+            assert_equal(compiled, eager)
+    assert account.count == programs.MAX_STATES
+    assert [record.message for record in caplog.records] == [f"solver steps run uncompiled: {account.reasons[0]}"]
+    assert "What changes: options. Keep a number that changes in a buffer" in account.reasons[0]
+
+
+def test_settings_of_torch_may_change_between_solves(account):
+    flow = flow_with(ODESolver("heun2", step_size=0.5), hidden=(3,))
+    x = torch.randn(4, 2, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            eager, compiled = both(flow, lambda flow: (flow.log_prob(x).detach(), None))
+            assert_equal(compiled, eager)
+    finally:
+        torch.set_num_threads(threads)
+    assert (account.count, account.reasons) == (2, [])
+
+
+class HoldingTensor(Deciding):
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.ones(2, dtype=torch.float64)
+
+    def forward(self, t, x):
+        return self.scale * x + self.shift
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        (Deciding, "the field Deciding reads values of tensors in Python"),
+        (HoldingTensor, "the field HoldingTensor uses a tensor that is neither a parameter nor a buffer"),
+    ],
+)
+def test_reasons_name_the_field_and_the_line(account, field, reason):
+    flow = flows.CNF(field(), Exact(), ODESolver("heun2", step_size=0.5, compile=True)).double()
+    with torch.no_grad():
+        flow.log_prob(torch.randn(4, 2, dtype=torch.float64))
+    assert len(account.reasons) == 1
+    assert reason in account.reasons[0]
+    assert "(test_compiled_steps.py, line " in account.reasons[0]
+
+
+def test_compiled_steps_are_differentiated_once(account):
+    flow = flow_with(ODESolver("heun2", step_size=0.5, compile=True), hidden=(3,))
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    message = "create_graph=True and retain_graph=True .*compile=False"
+    with pytest.raises(flows.FlowsError, match=message):
+        torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)
+    with pytest.raises(flows.FlowsError, match=message):
+        flow.log_prob(x).sum().backward(retain_graph=True)
+    assert account.count == 1
+
+
+def test_inference_mode_takes_one_program(account):
+    flow = flow_with(ODESolver("bosh3", rtol=1e-3, atol=1e-3), hidden=(3,))
+    x = torch.randn(4, 2, dtype=torch.float64)
+    with torch.inference_mode():
+        eager, compiled = both(flow, lambda flow: (flow.log_prob(x), flow.log_prob(x.clone()), None))
+    assert_equal(compiled, eager)
+    assert (account.count, account.reasons) == (1, [])
+
+
+def test_threads_may_share_a_model(account):
+    flow = flow_with(ODESolver("bosh3", rtol=1e-3, atol=1e-3), hidden=(3,))
+    batches = [torch.randn(size, 2, dtype=torch.float64) for size in (4, 5, 5)]
+    expected = [flow.log_prob(x).detach() for x in batches]
+    flow.solver = replace(flow.solver, compile=True)
+    with ThreadPoolExecutor(3) as pool:
+        found = [value.detach() for value in pool.map(flow.log_prob, batches)]
+    assert_equal((*found, None), (*expected, None))
+    assert (account.count, account.reasons) == (2, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from flows.promises.failures import explained
 
 FEW = 3  # points of an examination
 TIMES = (0.37, 0.61, 0.18)
+TRACING: set[int] = set()  # the threads in which steps of solvers are compiled, which is told of in all of them
 
 
 @dataclass
@@ -59,7 +61,10 @@ class Specimen:
 def is_transformed() -> bool:
     """Whether this runs inside torch.compile or a transform of torch.func, where values cannot be looked at."""
     functorch = getattr(torch._C, "_functorch")  # noqa: B009 (it has no stubs)
-    return torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    elsewhere = bool(TRACING) and threading.get_ident() not in TRACING
+    return (torch.compiler.is_compiling() and not elsewhere) or functorch.peek_interpreter_stack() is not None
 
 
 def is_velocity(value: Any, x: Tensor) -> bool:

@@ -136,5 +136,5 @@ def _gradient(value: Tensor, z: Tensor) -> Tensor:
     """That of the sum; zero where a value does not depend on z, as the density of a uniform base."""
     found = None
     if value.requires_grad:
-        found = torch.autograd.grad(value.sum(), z, retain_graph=True, allow_unused=True)[0]
+        found = torch.autograd.grad(value.sum(), z, allow_unused=True)[0]
     return torch.zeros_like(z) if found is None else found

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flows.errors import ComputationError
 from flows.promises.specimen import is_transformed
 from flows.solvers.control import ErrorNorm
 from flows.solvers.problem import Compilable, NotCompilableError, RightHandSide, State, batch_size_of
-from flows.solvers.programs import COMPILATIONS, Lifted, Program, program_for
+from flows.solvers.programs import COMPILATIONS, Lifted, Program, Programs
 from flows.solvers.runge_kutta import Step, combination, stage_times, take_step
 from flows.solvers.tableaux import RungeKutta
 
@@ -27,7 +29,7 @@ class _Kind:
     evaluates_next: bool  # the slope at the end is wanted, and is no stage
     stops: bool  # some samples do not move
     in_pieces: bool  # large batches, whose errors are measured together
-    mode: Hashable  # other modes of torch
+    modes: Hashable  # of torch
 
 
 class CompiledSteps:
@@ -48,10 +50,14 @@ class CompiledSteps:
         self.method = method
         self.norm = norm
         self.interpolates = interpolates
-        self.lifted = Lifted(self.compilable)
+        self._all = Programs.of(self.compilable.module)
+        self.lock = self._all.lock
+        with self.lock:  # the model holds its own tensors, and not those of a compiler
+            self.lifted = Lifted(self.compilable)
+            state = self._all.state(self.compilable.module)
         self.needs_gradients = any(tensor.requires_grad for tensor in self.lifted.tensors)
         kind = replace(norm, rtol=0.0, atol=0.0, batch_size=0, share=None)  # these are read, or follow from shapes
-        self.key = (self.compilable.key, method, kind, interpolates, self.lifted.key)
+        self.key = (self.compilable.key, state, method, kind, interpolates, self.lifted.key)
         self._programs: dict[_Kind, Program | None] = {}
 
     def take(
@@ -70,7 +76,7 @@ class CompiledSteps:
             first = rows_in(start, slice(piece)) if in_pieces else start
             shapes = tuple((tuple(y.shape), y.dtype, y.device) for y in (*first, *self.lifted.tensors))
             compared = -1 if method.is_adaptive else None  # all but the measure of the error
-            self._programs[kind] = program_for(self.compilable.module, (self.key, kind), shapes, compared)
+            self._programs[kind] = self._all.program((self.key, kind), shapes, compared)
         program = self._programs[kind]
         if program is None or program.refused:
             return None
@@ -79,7 +85,8 @@ class CompiledSteps:
         numbers = torch.tensor(settings, dtype=start[0].dtype, device=start[0].device)
         masks = () if function.moving is None else (function.moving,)
         call = self._in_pieces if in_pieces else self._whole
-        found = call(program, kind, numbers, start, known, masks)
+        with contextlib.nullcontext() if program.is_ready else self.lock:
+            found = call(program, kind, numbers, start, known, masks)
         if found is None:
             return None
         function.count_evaluations(len(method.nodes) + kind.evaluates_first + kind.evaluates_next)
@@ -92,13 +99,19 @@ class CompiledSteps:
         given = [*start, *slope]
         if kind.records:  # as all states but the first of a solve do: one program less
             given = [y if y.requires_grad else y.detach().requires_grad_() for y in given]
-        arguments = [numbers, *(y.contiguous() for y in given), *masks, *self.lifted.tensors]
+        mode = torch.is_inference_mode_enabled()  # whose first state may come from elsewhere, unlike those that follow
+        given = [y.contiguous() if y.is_inference() is mode else y.clone().contiguous() for y in given]
+        arguments = [numbers, *given, *masks, *self.lifted.tensors]
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
             return self._run(kind, len(start), tensors)
 
         with torch.set_grad_enabled(kind.records):
-            return program(run, arguments, self.compilable.forward_mode)
+            found = program(run, arguments, self.compilable.forward_mode)
+        for y in found or ():
+            if y.requires_grad:
+                y.register_hook(_refuse_other_backward_passes)
+        return found
 
     def _in_pieces(
         self, program: Program, kind: _Kind, numbers: Tensor, start: State, slope: State, masks: State
@@ -195,9 +208,26 @@ def rows_in(state: State, rows: slice) -> State:
     return tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)
 
 
+def _refuse_other_backward_passes(_: Tensor) -> None:
+    """Say what a second derivative or another backward pass would need, in the place of the compiler's error."""
+    if torch.is_grad_enabled() or getattr(torch._C, "_autograd")._get_current_graph_task_keep_graph():  # noqa: B009
+        raise ComputationError(
+            "compiled steps are differentiated once, and create_graph=True and retain_graph=True ask for more; use "
+            "ODESolver(compile=False) (solver.compile=false)"
+        )
+
+
 def _modes(device: str) -> Hashable:
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return autocast, torch.is_inference_mode_enabled()
+    """What else compiled code depends on."""
+    return (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        torch.is_inference_mode_enabled(),
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
 
 
 def compiled_steps(

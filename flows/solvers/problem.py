@@ -105,6 +105,12 @@ class RightHandSide:
         self.compiles = False  # this is traced, and the compiler leaves out by itself what nobody needs
 
     def __call__(self, t: float | Tensor, state: State) -> State:
+        if self.steps is None:
+            return self._evaluated(t, state)
+        with self.steps.lock:  # another thread may compile steps of the same model
+            return self._evaluated(t, state)
+
+    def _evaluated(self, t: float | Tensor, state: State) -> State:
         derivatives = self.dynamics(self._announced(t), state)
         return self._checked(derivatives, self.shapes)
 

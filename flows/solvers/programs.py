@@ -4,26 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
+import traceback
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from flows.promises.plain_values import changed_names, plain_values
+from flows.promises.regime import regime_of
+from flows.promises.specimen import TRACING
 from flows.solvers.problem import Compilable, NotCompilableError
 from flows.solvers.replay import random_state, same_random_state
 
 LOG = logging.getLogger("flows")
 MAX_SIZES = 4  # batch sizes for which the steps of one model are compiled; others run uncompiled
+MAX_STATES = 4  # of a model, such as training and evaluation mode; in others its steps run uncompiled
+MAX_COMPUTATIONS = 24  # kinds of steps of one model
+LAYERS = "layers, modes and hooks"
 NO_COMPILER = (
     "torch.compile needs a C++ compiler and finds none that works; install one, such as g++, or use compile=False "
     "(solver.compile=false)"
 )
+
+HOUSES = [Path(torch.__file__).parent, Path(__file__).parents[1]]  # whose code is not the user's
+CAUSES = {  # why the compiler cannot follow a field, by its words
+    "data-dependent": "reads values of tensors in Python",
+    "pending unbacked": "has tensors whose shapes depend on values",
+    "convert all tensors to faketensors": (
+        "uses a tensor that is neither a parameter nor a buffer of its modules; keep it by register_buffer"
+    ),
+    "the tensor has a non-zero number of elements": "reads memory of tensors, as numpy does",
+}
 
 _MANY_SOLVES: ContextVar[bool] = ContextVar("many solves", default=False)
 
@@ -125,7 +144,8 @@ class Lifted:
                         self.slots.append((module, table, name, self._lift(tensor)))
         self.parameters = tuple(self._find(tensor) for tensor in compilable.parameters)
         # Two models with equal keys may share their weights among layers in different ways.
-        self.key = (self.given, tuple(place for *_, place in self.slots), self.parameters)
+        layouts = tuple(map(_layout, self.tensors))
+        self.key = (self.given, tuple(place for *_, place in self.slots), self.parameters, layouts)
 
     def _lift(self, tensor: Tensor) -> int:
         place = self._place.setdefault(id(tensor), len(self.tensors))
@@ -158,6 +178,11 @@ class Lifted:
                 module._compiled_call_impl = implementation
 
 
+def _layout(y: Tensor) -> Hashable:
+    """What compiled code supposes of an argument beside its shape."""
+    return y.requires_grad, y.is_inference(), y.stride() if y.layout is torch.strided else None
+
+
 Function = Callable[..., tuple[Tensor, ...]]
 Values = tuple[Sequence[Tensor], Sequence[Tensor]]  # of a function, and gradients
 
@@ -169,15 +194,24 @@ class Program:
     what draws random numbers, because compiled code would draw others.
 
     Args:
+        name: of the field.
         compared: how many of the values are compared; `None`: all. Estimates of errors are differences that rounding
             dominates where steps are short.
     """
 
-    def __init__(self, compared: int | None = None) -> None:
+    def __init__(self, name: str, compared: int | None = None) -> None:
+        self.name = name
         self.compared = compared
         self.refused = False
         self._code: Function | None = None
         self._source: Function | None = None  # while it is traced
+        self._failure: Exception | None = None  # of the source while it is traced, which the compiler words anew
+        self._place = ""  # of the failure
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether calls run code that is there, and touch no model."""
+        return self._code is not None
 
     def __call__(
         self, function: Function, arguments: Sequence[Tensor], forward_mode: bool
@@ -193,36 +227,41 @@ class Program:
             return None
         try:
             if self._code is None:
-                self._compile(function, arguments, forward_mode)
-            assert self._code is not None
+                self._code = self._compiled(function, arguments, forward_mode)
             found = self._code(*arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             self.refused, self._code = True, None
-            COMPILATIONS.refuse(_reason(error))
+            COMPILATIONS.refuse(_reason(self._failure or error, self.name, self._place))
+            self._failure = None
             return None
         # A captured CUDA graph writes its outputs to the same memory each time.
         return tuple(tensor.clone() for tensor in found) if found[0].is_cuda else found
 
-    def _compile(self, function: Function, arguments: Sequence[Tensor], forward_mode: bool) -> None:
+    def _compiled(self, function: Function, arguments: Sequence[Tensor], forward_mode: bool) -> Function:
         started = time.perf_counter()
-        before = random_state(arguments[0].device)
-        expected = _with_gradients(function, arguments)
-        if not same_random_state(before, random_state(arguments[0].device)):
-            raise NotCompilableError("the field draws random numbers, as dropout does")
+        device = arguments[0].device
+        for _ in range(2):  # another thread may have drawn in between
+            before = random_state(device)
+            expected = _with_gradients(function, arguments)
+            if same_random_state(before, random_state(device)):
+                break
+        else:
+            raise NotCompilableError(f"the field {self.name} draws random numbers, as dropout does")
         try:
-            found = self._attempt(function, arguments, careful=forward_mode)
+            code, found = self._attempt(function, arguments, careful=forward_mode)
         except RuntimeError as error:
             if forward_mode or "ZeroTensors" not in str(error):
                 raise
-            found = self._attempt(function, arguments, careful=True)
+            code, found = self._attempt(function, arguments, careful=True)
         _compare(found, expected, self.compared)
         COMPILATIONS.count += 1
         COMPILATIONS.seconds += time.perf_counter() - started
         LOG.info("compiled a solver step in %.1f s", time.perf_counter() - started)
+        return code
 
-    def _attempt(self, function: Function, arguments: Sequence[Tensor], careful: bool) -> Values:
+    def _attempt(self, function: Function, arguments: Sequence[Tensor], careful: bool) -> tuple[Function, Values]:
         options: dict[str, Any] = {}
         if careful:  # forward mode writes zeros that cannot be written to again; reusing their memory would
             options["allow_buffer_reuse"] = False
@@ -230,18 +269,25 @@ class Program:
             options["triton.cudagraphs"] = True
         else:  # its patterns find nothing here, and some are wrong (torch 2.13): see `flows.fields.activations.tanh`
             options["pattern_matcher"] = False
-        self._code = torch.compile(_entry(self), fullgraph=True, dynamic=False, options=options or None)
-        self._source = function
+        code: Function = torch.compile(_entry(self), fullgraph=True, dynamic=False, options=options or None)
+        self._source, self._failure, self._place = function, None, ""
+        TRACING.add(threading.get_ident())
         try:
-            return _with_gradients(self._code, arguments)
+            return code, _with_gradients(code, arguments)
         finally:
+            TRACING.discard(threading.get_ident())
             self._source = None  # holds the model
 
     def trace(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         """Called by the compiler, which follows tensors only and sees the model's code through them."""
         if self._source is None:
-            raise NotCompilableError("tensors of other shapes would be compiled again and again")
-        return self._source(*arguments)
+            self._failure = NotCompilableError("the compiler asks to compile a step again, and would do so without end")
+            raise self._failure
+        try:
+            return self._source(*arguments)
+        except Exception as error:
+            self._failure, self._place = error, _place(error)
+            raise
 
 
 def _entry(program: Program) -> Function:
@@ -300,28 +346,76 @@ def _autocast_dtypes(tensor: Tensor) -> set[torch.dtype]:
     return {torch.get_autocast_dtype(kind)} if torch.is_autocast_enabled(kind) else set()
 
 
-def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, NotCompilableError):
-            return str(cause)
-        cause = cause.__cause__
+def _reason(error: Exception, name: str, place: str) -> str:
+    """Why the steps of a field cannot be compiled."""
+    if isinstance(error, NotCompilableError):
+        return str(error)
     text = f"{type(error).__name__} {error}".lower()
     if "c++ compiler" in text or "cppcompileerror" in text or "invalidcxxcompiler" in text:
         return NO_COMPILER
-    return f"torch.compile cannot follow the field ({type(error).__name__}: {lines[0].strip()[:200]})"
+    for words, reason in CAUSES.items():
+        if words in text:
+            return f"the field {name} {reason}{place}"
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"torch.compile cannot follow the field {name} ({type(error).__name__}: {first[:200]}){place}"
 
 
-_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, dict[Hashable, Program]]] = weakref.WeakKeyDictionary()
+def _place(error: Exception) -> str:
+    """The last line of the user's code that led to an error, if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(house) for house in HOUSES)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
-def program_for(module: nn.Module, key: Hashable, shapes: Hashable, compared: int | None = None) -> Program | None:
-    """The program of a model's step for these shapes; `None` if there are programs for as many others already."""
-    sizes = _PROGRAMS.setdefault(module, {}).setdefault(key, {})
-    if shapes not in sizes:
-        if len(sizes) == MAX_SIZES:
-            COMPILATIONS.refuse(f"steps are compiled for {MAX_SIZES} batch sizes of a model; give batches equal sizes")
+class Programs:
+    """The programs of a model's steps, few enough that nothing is compiled without end."""
+
+    _OF: ClassVar[weakref.WeakKeyDictionary[nn.Module, Programs]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lock = threading.RLock()  # held while the model's tensors are replaced, and while others evaluate it
+        self._states: list[dict[str, Hashable]] = []
+        self._found: dict[Hashable, dict[Hashable, Program]] = {}
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Programs:
+        """Those of a model."""
+        return cls._OF.setdefault(module, cls(type(module).__name__))
+
+    def state(self, module: nn.Module) -> int:
+        """The number of the state that the model is in: its layers, modes and hooks, and its values beside tensors.
+
+        Raises:
+            NotCompilableError: it has been in as many others already.
+        """
+        found = {LAYERS: regime_of(module), **plain_values(module)}
+        if found in self._states:
+            return self._states.index(found)
+        if len(self._states) == MAX_STATES:
+            changed = {name for state in self._states for name in changed_names(state, found)}
+            raise NotCompilableError(
+                f"the field {self.name} changes between solves, and its steps are compiled for {MAX_STATES} states. "
+                f"What changes: {', '.join(sorted(changed)[:MAX_STATES])}. Keep a number that changes in a buffer "
+                "(register_buffer), which compiled steps read anew"
+            )
+        self._states.append(found)
+        return len(self._states) - 1
+
+    def program(self, key: Hashable, shapes: Hashable, compared: int | None = None) -> Program | None:
+        """The program of a step for these shapes; `None` if there are as many others already."""
+        if key not in self._found and len(self._found) == MAX_COMPUTATIONS:
+            COMPILATIONS.refuse(
+                f"{MAX_COMPUTATIONS} kinds of steps of the field {self.name} are compiled, by estimator and path "
+                "costs; more run uncompiled"
+            )
             return None
-        sizes[shapes] = Program(compared)
-    return sizes[shapes]
+        sizes = self._found.setdefault(key, {})
+        if shapes not in sizes:
+            if len(sizes) == MAX_SIZES:
+                COMPILATIONS.refuse(
+                    f"steps are compiled for {MAX_SIZES} batch sizes of a model; give batches equal sizes"
+                )
+                return None
+            sizes[shapes] = Program(self.name, compared)
+        return sizes[shapes]
