@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.cli.arguments import config_folder
 from flows.cli.config import compose
+from flows.cli.help import config_folder
 
 
 def settings(*overrides: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from small_run import QUIET
 
-from flows.cli.arguments import config_folder
 from flows.cli.config import compose_node, plain_warnings
+from flows.cli.help import config_folder
 from flows.datasets import Table
 from flows.errors import DataWarning
 from flows.training import check_trusted

@@ -7,8 +7,8 @@ import torch
 import yaml
 
 import flows
-from flows.cli.arguments import config_folder
 from flows.cli.config import compose
+from flows.cli.help import config_folder
 from flows.objectives import FlowMatching
 from flows.training.building import build_flow
 from flows.training.settings import TARGET, _as_settings, _default, _find_target, complete, instantiate

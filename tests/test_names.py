@@ -7,8 +7,8 @@ from small_run import small_gaussian, small_trainer
 
 import flows
 from flows import bases, fields, objectives, transforms
-from flows.cli.arguments import config_folder
 from flows.cli.config import compose
+from flows.cli.help import config_folder
 from flows.errors import FlowsError
 from flows.solvers import as_solver
 from flows.training import Optimization, Stage

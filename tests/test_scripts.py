@@ -1,6 +1,8 @@
 """The three programs as a person runs them: files, figures, messages and exit codes."""
 
+import contextlib
 import csv
+import importlib
 import json
 import os
 import re
@@ -21,7 +23,9 @@ import flows
 from flows import errors
 from flows.cli.errors import explain, readable_errors
 from flows.cli.grammar import quoted_override
+from flows.cli.help import help_text
 from flows.cli.jobs import fixed_keys, job_name, swept_settings
+from flows.cli.main import PROGRAMS
 from flows.cli.sweeps import sweep_table
 from flows.datasets.tables.readers import read_table
 from flows.errors import DataWarning
@@ -495,6 +499,21 @@ def test_help_names_the_choices_and_examples(run, name):
     for choice in ("dopri5", *(("8gaussians", "hutchinson", "adamw") if name == "train" else ())):
         assert choice in out
     assert "$" not in out
+
+
+@pytest.mark.parametrize("program", list(PROGRAMS))
+def test_help_is_what_hydra_would_show(program, capsys):
+    module = importlib.import_module(f"flows.cli.{program}")
+    with contextlib.suppress(SystemExit):
+        module.main(["--help"])
+    assert capsys.readouterr().out.rstrip() == help_text(program).rstrip()
+
+
+def test_help_comes_before_the_libraries_are_loaded():
+    code = "import sys, flows.cli.main as m; m.start('train', ['--help']); print([*sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "checkerboard" in out
+    assert not {"'torch'", "'hydra'", "'scipy'"} & set(out.splitlines()[-1].strip("[]").split(", "))
 
 
 def test_all_settings_are_printed(run, tmp_path):

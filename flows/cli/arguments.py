@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-import flows
+from flows.cli.help import config_folder
 from flows.errors import InvalidValueError
 from flows.training.annotations import SettingsError
 from flows.training.settings import no_setting
@@ -36,16 +35,6 @@ OPEN_PARTS = {  # of each program: their settings may have any name, as far as H
     "predict": ("solver",),
     "compare_estimators": ("data", "transform", "field", "encoder", "divergence", "solver"),
 }
-
-
-def config_folder() -> Path:
-    """The folder with the yamls: `flows/conf` in an installed package, `conf` in a checkout."""
-    package = Path(flows.__file__).resolve().parent
-    places = (package / "conf", package.parent / "conf")
-    for place in places:
-        if (place / "train.yaml").is_file():
-            return place
-    raise AssertionError(f"the package is incomplete: there is no train.yaml in {places[0]} or {places[1]}")
 
 
 def check_choices(arguments: Sequence[str]) -> None:

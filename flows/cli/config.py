@@ -24,8 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flows.checks import check_seed
-from flows.cli.arguments import OPEN_PARTS, check_added, check_choices, config_folder
+from flows.cli.arguments import OPEN_PARTS, check_added, check_choices
 from flows.cli.grammar import quoted
+from flows.cli.help import config_folder
 from flows.errors import ComputationError, DataWarning, FieldWarning, FlowsError, InvalidValueError
 from flows.training.annotations import SettingsError, check_type
 from flows.training.building import without_unused_parts

@@ -17,9 +17,10 @@ from hydra.errors import ConfigCompositionException, HydraException, OverridePar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from flows.cli.arguments import OPEN_PARTS, config_folder
+from flows.cli.arguments import OPEN_PARTS
 from flows.cli.config import as_on_the_command_line, compose_node, plain
 from flows.cli.grammar import quoted_override
+from flows.cli.help import config_folder
 from flows.cli.terminal import any_encoding
 from flows.errors import FlowsError
 from flows.training.files import RunFileError

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from flows.cli.help import help_text
+
 PROGRAMS = {
     "train": "train a model, test it, and leave everything in one folder",
     "evaluate": "test a trained flow, with error bars",
@@ -62,6 +64,10 @@ def start(program: str, arguments: Sequence[str] | None = None) -> None:
     Ctrl-C during the import, which takes seconds, ends the process with one line. Matplotlib opens no window in a
     program, so it needs no backend, least of all one that `MPLBACKEND` names and that is not there.
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given in (["--help"], ["-h"]):
+        print(help_text(program))
+        return
     os.environ["MPLBACKEND"] = "agg"
     _imported(program).main(arguments)
 
