@@ -114,8 +114,11 @@ def mean_of_all(own: Tensor, weight: float) -> Tensor:
 
 @contextlib.contextmanager
 def steps_together(rows: slice | None) -> Iterator[None]:
-    """While entered, processes that solve `rows` of a shared batch control the error of all; None: of their own."""
-    before = _STEPS.set(None if rows is None else current_share())
+    """While entered, processes that solve `rows` of a shared batch control the error of all; None: of their own.
+
+    A solve within a shared one, as that of a base which is a flow, is of the same rows, and shared as well.
+    """
+    before = _STEPS.set(share_of_steps() if rows is None else current_share())
     try:
         yield
     finally:

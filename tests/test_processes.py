@@ -37,6 +37,8 @@ def flow_with(**options):
     field = flows.fields.MLP((2,), hidden=(16,)).double()
     for parameter in field.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
+    if options.get("base") == "flow":
+        options["base"] = flows.bases.FlowBase(flow_with(divergence="exact", solver=solver()))
     return flows.CNF(field, **options)
 
 
@@ -62,6 +64,7 @@ CASES = {
         {"divergence": "hutchinson", "solver": solver(error_control=flows.solvers.ErrorControl(per_sample=True))},
     ),
     "fixed steps": (LIKELIHOOD, {"divergence": "exact", "solver": solver_of_steps(0.25)}),
+    "flow as a base": (LIKELIHOOD, {"divergence": "exact", "solver": solver(), "base": "flow"}),
     "sampled": (FlowMatching(target="sampled"), {}),
     "marginal": (FlowMatching(target="marginal", num_queries=13, divergence_weight=0.1), {}),
     "transport": (FlowMatching(coupling="optimal_transport"), {}),

@@ -389,7 +389,7 @@ class CNF(nn.Module):
         tensors, times = self._differentiated(estimator.field, y, probes, estimator), (1.0, base_time)
         with steps_together(rows):
             solution = self.solver.solve(dynamics, dynamics.initial_state(y), times, tensors)
-        estimates = self._log_densities(solution)
+            estimates = self._log_densities(solution)
         value, error = estimates.mean(0), None
         if solver_error:
             with torch.no_grad(), steps_together(rows):
@@ -462,6 +462,7 @@ class CNF(nn.Module):
         tensors, times = self._differentiated(estimator.field, z, probes, estimator), (0.0, 1.0)
         with steps_together(rows):
             solution = self.solver.solve(dynamics, dynamics.initial_state(z), times, tensors)
+            log_base = self.base.log_prob(z)
         y, changes, *integrals = solution.end
         change = changes.mean(0)
         if frame is not None:
@@ -472,7 +473,7 @@ class CNF(nn.Module):
         costs = dynamics.path_costs(integrals, times)
         return Sample(
             x=x.reshape(*full_shape, *self.event_shape),
-            log_prob=(self.base.log_prob(z) + change - log_det).reshape(full_shape),
+            log_prob=(log_base + change - log_det).reshape(full_shape),
             standard_error=error.reshape(full_shape),
             path_costs={name: integral.reshape(full_shape) for name, integral in costs.items()},
             statistics=solution.statistics,
