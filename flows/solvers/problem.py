@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 ADJOINT = "adjoint of "  # prefix of a component's name for its adjoint
 PARAMETERS = "gradient of a parameter"  # name of the components of an adjoint solve that belong to parameters
+
+UNLOCKED = contextlib.nullcontext()
 
 State = tuple[Tensor, ...]
 Dynamics = Callable[[Tensor, State], State]  # (t, state) -> time derivative of each component
@@ -105,14 +108,8 @@ class RightHandSide:
         self.compiles = False  # this is traced, and the compiler leaves out by itself what nobody needs
 
     def __call__(self, t: float | Tensor, state: State) -> State:
-        if self.steps is None:
-            return self._evaluated(t, state)
-        with self.steps.lock:  # another thread may compile steps of the same model
-            return self._evaluated(t, state)
-
-    def _evaluated(self, t: float | Tensor, state: State) -> State:
-        derivatives = self.dynamics(self._announced(t), state)
-        return self._checked(derivatives, self.shapes)
+        with UNLOCKED if self.steps is None else self.steps.lock:  # another thread may compile steps of the same model
+            return self._checked(self.dynamics(self._announced(t), state), self.shapes)
 
     @property
     def leading(self) -> Callable[[float | Tensor, State], State] | None:
