@@ -14,7 +14,6 @@ from flows.divergence.parameters import learned_tensors
 from flows.errors import InvalidValueError
 from flows.path_costs import PathCost
 from flows.promises import without_gradients
-from flows.promises.regime import regime_of, settings_of
 from flows.solvers import Compilable, NotCompilableError, State
 from flows.vector_field import BoundField, checked_value
 
@@ -278,8 +277,7 @@ def _compilable(field: BoundField, tensors: Sequence[Tensor | None], costs: Sequ
         return [None if tensor is None else next(rest) for tensor in tensors]
 
     present = tuple(tensor is not None for tensor in tensors)
-    settings = frozenset(settings_of(module).items())
-    key = (field.event_shape, regime_of(module), settings, tuple(map(_hashable, costs)), present)
+    key = (field.event_shape, tuple(map(_hashable, costs)), present)
     return Compilable(key, module, [tensor for tensor in tensors if tensor is not None], rebuild, bool(costs))
 
 

@@ -468,3 +468,26 @@ def test_threads_may_share_a_model(account):
         found = [value.detach() for value in pool.map(flow.log_prob, batches)]
     assert_equal((*found, None), (*expected, None))
     assert (account.count, account.reasons) == (2, [])
+
+
+class Counting(Deciding):
+    def __init__(self):
+        super().__init__()
+        self.nfe = 0
+
+    def forward(self, t, x):
+        self.nfe += 1
+        return self.scale * x
+
+
+def test_a_field_that_counts_its_evaluations_is_compiled_once(account, caplog):
+    flow = flows.CNF(Counting(), Exact(), ODESolver("heun2", step_size=0.5)).double()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING, "flows"):
+        for _ in range(programs.MAX_STATES + 2):
+            eager, compiled = both(flow, lambda flow: (flow.log_prob(x).detach(), None))
+            assert_equal(compiled, eager)
+    assert (account.count, account.reasons) == (1, [])
+    assert [record.message for record in caplog.records] == [
+        "compiled steps do not run the Python code of the field Counting, so that these values stay what they are: nfe"
+    ]

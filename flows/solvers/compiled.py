@@ -85,7 +85,7 @@ class CompiledSteps:
         numbers = torch.tensor(settings, dtype=start[0].dtype, device=start[0].device)
         masks = () if function.moving is None else (function.moving,)
         call = self._in_pieces if in_pieces else self._whole
-        with contextlib.nullcontext() if program.is_ready else self.lock:
+        with contextlib.nullcontext() if program.is_ready else self._all.compiling(self.compilable.module):
             found = call(program, kind, numbers, start, known, masks)
         if found is None:
             return None

@@ -376,6 +376,7 @@ class Programs:
         self.name = name
         self.lock = threading.RLock()  # held while the model's tensors are replaced, and while others evaluate it
         self._states: list[dict[str, Hashable]] = []
+        self._counters: set[str] = set()  # values that evaluations change
         self._found: dict[Hashable, dict[Hashable, Program]] = {}
 
     @classmethod
@@ -390,10 +391,13 @@ class Programs:
             NotCompilableError: it has been in as many others already.
         """
         found = {LAYERS: regime_of(module), **plain_values(module)}
-        if found in self._states:
-            return self._states.index(found)
+        changed: set[str] = set()
+        for number, state in enumerate(self._states):
+            differ = set(changed_names(state, found)) - self._counters
+            if not differ:
+                return number
+            changed |= differ
         if len(self._states) == MAX_STATES:
-            changed = {name for state in self._states for name in changed_names(state, found)}
             raise NotCompilableError(
                 f"the field {self.name} changes between solves, and its steps are compiled for {MAX_STATES} states. "
                 f"What changes: {', '.join(sorted(changed)[:MAX_STATES])}. Keep a number that changes in a buffer "
@@ -401,6 +405,25 @@ class Programs:
             )
         self._states.append(found)
         return len(self._states) - 1
+
+    @contextlib.contextmanager
+    def compiling(self, module: nn.Module) -> Iterator[None]:
+        """While entered, a step is compiled: what evaluations change is a counter, since no value depends on it.
+
+        A field whose values depend on what evaluations change is refused before; see `flows.promises`.
+        """
+        with self.lock:
+            before = plain_values(module)
+            yield
+            counters = set(changed_names(before, plain_values(module))) - self._counters
+            self._counters |= counters
+            if counters:
+                LOG.warning(
+                    "compiled steps do not run the Python code of the field %s, so that these values stay what they "
+                    "are: %s",
+                    self.name,
+                    ", ".join(sorted(counters)),
+                )
 
     def program(self, key: Hashable, shapes: Hashable, compared: int | None = None) -> Program | None:
         """The program of a step for these shapes; `None` if there are as many others already."""
