@@ -228,17 +228,20 @@ def lives(pid):
         return False
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
 class TwoProcesses:
     """A script that trains in two processes; entered when both train."""
 
-    def __init__(self, folder, steps=10_000, *options):
+    def __init__(self, folder, steps=10_000, *options, launcher=(sys.executable,)):
         script = folder / "script.py"
         script.write_text(SCRIPT)
         self.run = folder / "run"
         self.output = folder / "output.txt"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, script, str(self.run), str(steps), *options],
+                [*launcher, script, str(self.run), str(steps), *options],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -288,6 +291,11 @@ class TestTwoProcesses:
 
     def test_all_end_with_the_first(self, tmp_path):
         run = TwoProcesses(tmp_path).wait_until()
+        run.process.kill()
+        assert run.ends() == -signal.SIGKILL
+
+    def test_all_end_with_a_torchrun_that_is_killed(self, tmp_path):
+        run = TwoProcesses(tmp_path, launcher=TORCHRUN).wait_until()
         run.process.kill()
         assert run.ends() == -signal.SIGKILL
 
@@ -437,9 +445,8 @@ def test_two_processes_share_a_teacher(tmp_path, objective):
 @TWO_CORES
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     train(*COMMON, "steps=6", f"output_dir={tmp_path / 'one'}")
-    train(*COMMON, "steps=2", f"output_dir={tmp_path / 'two'}", launcher=torchrun)
+    train(*COMMON, "steps=2", f"output_dir={tmp_path / 'two'}", launcher=TORCHRUN)
     resume = f"resume={tmp_path / 'two'}"
     train("objective.maximum_likelihood.steps=4", resume)
     printed = train("objective.maximum_likelihood.steps=6", resume, "hardware.devices=2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import signal
@@ -40,6 +41,8 @@ def together(fabric: Any) -> Iterator[None]:
         ProcessEndedError: another process has ended. That process says why.
         InvalidValueError: there is no command that could be run again.
     """
+    if started_together() is not None:
+        _end_with(os.getppid())  # torchrun ends them, unless it is killed
     if fabric.world_size == 1:
         fabric.launch()
         yield
@@ -171,6 +174,7 @@ def _ends_with_parent() -> Callable[[], None] | None:
     return ask
 
 
+@functools.cache  # once for all runs of this process
 def _end_with(parent: int) -> None:
     """End this process soon after its parent, where the system does not do so."""
 
