@@ -1,5 +1,9 @@
 """Tables larger than memory: read in parts, shuffled without memory, resumed bit for bit."""
 
+import copy
+import gc
+import pickle
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -154,6 +158,11 @@ BAD = {
     "words": (lambda folder: words(folder), "column 'c1' is string, not numbers"),
     "an empty folder": (lambda folder: folder, "holds no .parquet files"),
     "text": (lambda folder: text(folder), "its suffix is '.csv', expected .npy or .parquet"),
+    "no columns": (lambda folder: write(folder, "npy", ROWS[:, :0]), "has no columns"),
+    "beyond float64": (
+        lambda folder: write(folder, "npy", ROWS * [1, 1e300, 1]),
+        "column '1' are too large or too small",
+    ),
     "a cube": (lambda folder: write(folder, "npy", ROWS.reshape(100, 20, 3)), "must be a table"),
 }
 
@@ -200,3 +209,28 @@ def test_values_that_repeat_are_warned_of(tmp_path):
     path = write(tmp_path, "npy", np.column_stack([ROWS, np.round(ROWS[:, 0])]))
     with pytest.warns(flows.errors.DataWarning, match="by 220 of its rows"):
         LargeTable(path, **{**SIZES, "quiet": False})
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))])
+def test_a_copy_opens_the_file_again(tmp_path, kind, copied):
+    data = LargeTable(write(tmp_path, kind), **SIZES)
+    expected = next(stream_of(data)).x
+    other = copied(data)
+    torch.testing.assert_close(next(stream_of(other)).x, expected, rtol=0, atol=0)
+    del other
+    gc.collect()
+    with (tmp_path / "unrelated").open("wb"):  # takes the number of a file that was closed
+        torch.testing.assert_close(next(stream_of(data)).x, expected, rtol=0, atol=0)
+    packed = pickle.dumps(data)
+    write(tmp_path, kind, ROWS[:-1])
+    with pytest.raises(FileError, match="has changed since it was opened"):
+        pickle.loads(packed)
+
+
+def test_empty_row_groups_are_passed_over(tmp_path):
+    folder = write(tmp_path, "shards")
+    pq.write_table(pq.read_table(folder / "0.parquet").slice(0, 0), folder / "0_empty.parquet")
+    data = LargeTable(folder, **SIZES)
+    stream = stream_of(data)
+    assert len(set(numbers_of(torch.cat([next(stream).x for _ in range(18)])))) == 1800

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -226,13 +227,14 @@ class _FirstPass:
         if not self.count:
             self._origin = rows[0].copy()
         rows = rows - self._origin
-        mean = rows.mean(0)
-        squares = np.square(rows - mean).sum(0)
-        if self.count:
-            apart = mean - self.total / self.count
-            squares += np.square(apart) * (self.count * len(rows) / (self.count + len(rows)))
-        self.squares += squares
-        self.total += rows.sum(0)
+        with np.errstate(over="ignore", invalid="ignore"):  # the sum says so at the end
+            mean = rows.mean(0)
+            squares = np.square(rows - mean).sum(0)
+            if self.count:
+                apart = mean - self.total / self.count
+                squares += np.square(apart) * (self.count * len(rows) / (self.count + len(rows)))
+            self.squares += squares
+            self.total += rows.sum(0)
         self.count += len(rows)
 
     @property
@@ -273,6 +275,11 @@ def _first_pass(file: RowFile, held_out: NDArray[np.int64], columns: Sequence[st
         raise InvalidValueError(
             f"{source}: column {', '.join(constant)} is constant in the {found.count:,} training rows, so it has no "
             "density and cannot be standardised; leave it out with columns=[...]"
+        )
+    if large := [repr(name) for name, sd in zip(columns, found.sd.tolist(), strict=True) if not 0 < sd < math.inf]:
+        raise InvalidValueError(
+            f"{source}: the numbers of column {', '.join(large)} are too large or too small for a standard deviation "
+            "in float64; change its unit, or leave it out with columns=[...]"
         )
     LOG.info("%s: %d rows read once", source, start)
     return found

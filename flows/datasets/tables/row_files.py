@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,10 @@ Rows = NDArray[np.float64]  # (n, columns)
 
 
 class RowFile(ABC):
-    """Rows of numbers in float64.
+    """Rows of numbers in float64. A copy, or one in another process, opens the files again.
+
+    Args:
+        paths: the files.
 
     Attributes:
         columns: their names.
@@ -33,6 +37,30 @@ class RowFile(ABC):
 
     columns: list[str]
     count: int
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = [Path(path).absolute() for path in paths]
+        self._stamps = list(map(_stamp, self._paths))
+        self._files: list[Any] = list(map(self._opened, self._paths))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_files"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for path, stamp in zip(self._paths, self._stamps, strict=True):
+            if _stamp(existing_path("path", path, "data file")) != stamp:
+                raise FileError(f"{path} has changed since it was opened; open it anew")
+        self._files = list(map(self._opened, self._paths))
+
+    def __del__(self) -> None:
+        for file in vars(self).get("_files", ()):
+            file.close()
+
+    @staticmethod
+    @abstractmethod
+    def _opened(path: Path) -> Any:
+        """Open one of the files."""
 
     @abstractmethod
     def blocks(self) -> Iterator[Rows]:
@@ -66,6 +94,12 @@ class ShuffledRows(ABC):
     @abstractmethod
     def read(self, key: int, start: int, stop: int) -> Rows:
         """Read the rows at these places of the order of a key."""
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file is written anew."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def open_rows(path: str | Path, columns: Columns = None) -> RowFile:
@@ -108,13 +142,15 @@ class NpyRows(RowFile):
                 f"{path} is stored column by column, so that no row can be read alone; save it with "
                 "numpy.save(path, numpy.ascontiguousarray(values))"
             )
+        if not self._chosen:
+            raise InvalidValueError(f"{path} has no columns; an array of shape {values.shape} holds no numbers")
         self.path, self.count, self._width = path, len(values), values.shape[1]
         self._dtype, self._offset = values.dtype, int(getattr(values, "offset", 0))
-        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        super().__init__([path])
 
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
+    @staticmethod
+    def _opened(path: Path) -> Any:
+        return path.open("rb", buffering=0)
 
     def blocks(self) -> Iterator[Rows]:
         size = max(1, BLOCK_BYTES // (8 * self._width))
@@ -124,7 +160,8 @@ class NpyRows(RowFile):
     def take(self, rows: NDArray[np.int64]) -> Rows:
         order, found = np.argsort(rows), np.empty((len(rows), len(self.columns)))
         size = self._width * self._dtype.itemsize
-        pieces = [os.pread(self._file, size, self._offset + row * size) for row in rows[order].tolist()]
+        file = self._files[0].fileno()
+        pieces = [os.pread(file, size, self._offset + row * size) for row in rows[order].tolist()]
         found[order] = self._numbers(b"".join(pieces), len(rows))
         return found
 
@@ -133,7 +170,7 @@ class NpyRows(RowFile):
 
     def _read(self, start: int, count: int) -> Rows:
         size = self._width * self._dtype.itemsize
-        return self._numbers(os.pread(self._file, count * size, self._offset + start * size), count)
+        return self._numbers(os.pread(self._files[0].fileno(), count * size, self._offset + start * size), count)
 
     def _numbers(self, data: bytes, count: int) -> Rows:
         if len(data) < count * self._width * self._dtype.itemsize:
@@ -159,8 +196,7 @@ class ParquetRows(RowFile):
     """The rows of Parquet files, one row group after the other."""
 
     def __init__(self, paths: Sequence[Path], columns: Columns = None) -> None:
-        self._files = [opened_parquet(path) for path in paths]
-        self._paths = paths
+        super().__init__(paths)
         schema = self._files[0].schema_arrow
         chosen = features(columns, schema.names, parquet_index(schema.names, schema.metadata), paths[0])
         self.columns = [schema.names[i] for i in chosen]
@@ -170,7 +206,8 @@ class ParquetRows(RowFile):
             missing = [name for name in self.columns if name not in file.schema_arrow.names]
             if missing:
                 raise InvalidValueError(f"{path} has no column {missing[0]!r}, and {paths[0]} has one")
-        self.groups = [(i, j) for i, file in enumerate(self._files) for j in range(file.num_row_groups)]
+        groups = [(i, j) for i, file in enumerate(self._files) for j in range(file.num_row_groups)]
+        self.groups = [(i, j) for i, j in groups if self._files[i].metadata.row_group(j).num_rows]
         sizes = [self._files[i].metadata.row_group(j).num_rows for i, j in self.groups]
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.count = int(self.starts[-1])
@@ -180,6 +217,10 @@ class ParquetRows(RowFile):
                 f"{paths[0]} has a row group of {largest:,} rows, which is read as a whole and takes "
                 f"{8 * largest * len(self.columns) / 2**20:,.0f} MiB; write the file with a smaller row_group_size"
             )
+
+    @staticmethod
+    def _opened(path: Path) -> Any:
+        return opened_parquet(path)
 
     def group(self, number: int) -> Rows:
         """Read a row group."""
