@@ -66,8 +66,9 @@ def test_closed_form_is_the_dense_trace(event_shape, hidden, kind, context_shape
 @pytest.mark.parametrize("kind", ["mlp", "sine", "concat_squash"])
 @pytest.mark.parametrize("context_shape", [None, (2,)])
 @pytest.mark.parametrize("per_sample_time", [False, True])
-def test_the_velocity_of_a_solve_is_that_of_the_field(kind, context_shape, per_sample_time):
-    field = randomised(build(kind, (2, 3), (7, 5), context_shape))
+@pytest.mark.parametrize("width", [7, 50])  # wider than four batches
+def test_the_velocity_of_a_solve_is_that_of_the_field(kind, context_shape, per_sample_time, width):
+    field = randomised(build(kind, (2, 3), (width, 5), context_shape))
     x, t = torch.randn(4, 2, 3), torch.rand(4) if per_sample_time else torch.tensor(0.3)
     bound = bind(field, None if context_shape is None else torch.randn(4, *context_shape))
     values = bound.velocity(t, x), bound(t, x)

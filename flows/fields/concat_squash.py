@@ -17,6 +17,8 @@ from flows.fields.perceptron import Folded, Linearised, Perceptron, folded, refr
 from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
 
+MIN_ROWS_PER_UNIT = 0.25  # in smaller batches, gates of the outputs cost less than gates of the weights
+
 
 @checked
 class ConcatSquashMLP(Perceptron):
@@ -97,7 +99,7 @@ class ConcatSquashMLP(Perceptron):
         self, t: Tensor, x: Tensor, context: Tensor | None = None, precomputed: Callable[[], _Gating] | None = None
     ) -> Tensor:
         condition = self._condition(t, context)
-        if len(condition) > 1:
+        if len(condition) > 1 or len(x) < MIN_ROWS_PER_UNIT * max(self.hidden):
             return self(t, x, context)
         gating = (precomputed or self.precompute)()
         *maps, last = zip(*gating(condition), strict=True)
