@@ -491,3 +491,26 @@ def test_a_field_that_counts_its_evaluations_is_compiled_once(account, caplog):
     assert [record.message for record in caplog.records] == [
         "compiled steps do not run the Python code of the field Counting, so that these values stay what they are: nfe"
     ]
+
+
+class Jumping(torch.nn.Module):
+    event_shape = (2,)
+    jumps = torch.tensor([0.3, 0.7])
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+
+    def forward(self, t, x):
+        return torch.tanh(self.inner(x)) * torch.where(t < 0.3, 1.0, torch.where(t < 0.7, -2.0, 0.5))
+
+
+def test_uncompiled_evaluations_follow_compiled_steps(account):
+    """As behind a jump of the field, where a divergence differentiates by the state of a compiled step."""
+    torch.manual_seed(0)
+    flow = flows.CNF(Jumping(), Exact(), ODESolver("bosh3", rtol=1e-3, atol=1e-3)).double()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    eager, compiled = both(flow, lambda flow: step(flow, x))
+    assert_equal(compiled, eager)
+    assert account.count > 0
+    assert not account.reasons

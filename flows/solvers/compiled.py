@@ -108,9 +108,9 @@ class CompiledSteps:
 
         with torch.set_grad_enabled(kind.records):
             found = program(run, arguments, self.compilable.forward_mode)
-        for y in found or ():
-            if y.requires_grad:
-                y.register_hook(_refuse_other_backward_passes)
+        # On the nodes of the graph, which a derivative by the state itself, as of a divergence, does not run.
+        for node in {y.grad_fn for y in found or () if y.grad_fn is not None}:
+            node.register_prehook(_refuse_other_backward_passes)
         return found
 
     def _in_pieces(
@@ -208,7 +208,7 @@ def rows_in(state: State, rows: slice) -> State:
     return tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)
 
 
-def _refuse_other_backward_passes(_: Tensor) -> None:
+def _refuse_other_backward_passes(_: Sequence[Tensor]) -> None:
     """Say what a second derivative or another backward pass would need, in the place of the compiler's error."""
     if torch.is_grad_enabled() or getattr(torch._C, "_autograd")._get_current_graph_task_keep_graph():  # noqa: B009
         raise ComputationError(
