@@ -10,11 +10,12 @@ import torch
 from small_run import STAGES, Memory, small_flow, small_gaussian, small_table, small_trainer, stopping_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flows import ODESolver, plots
+from flows import CNF, ODESolver, plots
 from flows.datasets import Batch
 from flows.divergence import Analytic, Exact, Hutchinson
 from flows.errors import InvalidValueError
 from flows.evaluation import density, likelihood
+from flows.fields import MLP
 from flows.models.resolution import CHECKED_POINTS
 from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.path_costs import JacobianNorm, KineticEnergy
@@ -198,9 +199,10 @@ def test_bad_policies_are_refused(tmp_path):
     flow = small_flow(small_gaussian())
     flow.solver = ODESolver(gradient="adjoint")
     skipping = Optimization(on_solver_error="skip")
-    with pytest.raises(ValueError, match="on_solver_error='skip' with gradient='adjoint' works in one process"):
-        skipping.check(flow, world_size=2)
-    skipping.check(flow, world_size=1)
+    for model in (flow, CNF(MLP((2,)), base=flow)):
+        with pytest.raises(ValueError, match="on_solver_error='skip' with gradient='adjoint' works in one process"):
+            skipping.check(model, world_size=2)
+        skipping.check(model, world_size=1)
 
 
 # Telemetry

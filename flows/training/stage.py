@@ -224,8 +224,9 @@ class Optimization:
 
     def check(self, model: nn.Module, world_size: int) -> None:
         """Raise `InvalidValueError` where skipping does not work: where solves fail while gradients are exchanged."""
-        gradient = getattr(getattr(model, "solver", None), "gradient", None)
-        if self.on_solver_error == "skip" and world_size > 1 and gradient == "adjoint":
+        solvers = [getattr(module, "solver", None) for module in model.modules()]  # also of a base that is a flow
+        adjoint = any(getattr(solver, "gradient", None) == "adjoint" for solver in solvers)
+        if self.on_solver_error == "skip" and world_size > 1 and adjoint:
             raise InvalidValueError(
                 "on_solver_error='skip' with gradient='adjoint' works in one process, since a backward solve may fail "
                 "when processes have exchanged some of the gradients; use gradient='checkpoint', which needs little "
