@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -36,7 +37,9 @@ def by_name(family: type[T], value: T | str, argument: str = "", **given: Any) -
         if name in choices:
             return choices[name](**{key: one for key, one in given.items() if key in _parameters(choices[name])})
         where = f"{argument}: " if argument else ""
-        raise InvalidValueError(f"{where}unknown {family.__name__} {value!r}; expected one of {names}")
+        close = difflib.get_close_matches(value.lower(), names.split(", "), n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise InvalidValueError(f"{where}unknown {family.__name__} {value!r}; expected one of {names}{meant}")
     raise InvalidTypeError(f"expected a {family.__name__} or one of the names {names}, got {type(value).__name__}")
 
 

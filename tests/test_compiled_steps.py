@@ -74,6 +74,22 @@ def assert_equal(found, expected):
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_context_of_a_trained_encoder_gets_its_gradient(gradient):
+    """The steps end their backward pass at the context, and need not keep the graph before it."""
+    flow = flow_with(ODESolver("bosh3", rtol=1e-3, atol=1e-3, gradient=gradient), context_shape=(3,))
+    encoder = torch.nn.Linear(2, 3).double()
+    x, context = torch.randn(5, 2), torch.randn(5, 2)
+
+    def gradients(flow):
+        encoder.zero_grad()
+        flow.log_prob(x, encoder(context)).sum().backward()
+        parameters = [*flow.field.parameters(), *encoder.parameters()]
+        return torch.cat([parameter.grad.flatten() for parameter in parameters])
+
+    torch.testing.assert_close(*both(flow, gradients), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     "gradient", ["backprop", *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoint", "adjoint"))]
 )

@@ -364,3 +364,16 @@ def test_functions_of_any_shape_are_examined(shape):
     torch.testing.assert_close(divergence(lambda y: y**3, x), 3 * x.square().sum(-1))
     with pytest.raises(flows.FlowsError, match="autograd misses"):
         divergence(lambda y: y.detach() * y, x)
+
+
+def test_the_standard_error_of_a_divergence_is_the_spread_of_its_estimates():
+    matrix, x = torch.randn(6, 6), torch.randn(400, 6)
+    exact, none = divergence(lambda x: x @ matrix.T, x, return_error=True)
+    assert torch.equal(none, torch.zeros(400))
+    torch.testing.assert_close(exact, matrix.trace().expand(400))
+    estimator, generator = Hutchinson(num_probes=16), torch.Generator().manual_seed(0)
+    value, error = divergence(lambda x: x @ matrix.T, x, estimator=estimator, generator=generator, return_error=True)
+    symmetric = (matrix + matrix.T) / 2
+    variance = 2 * (symmetric.square().sum() - symmetric.diagonal().square().sum()) / 16  # of Rademacher probes
+    assert error.square().mean().item() == pytest.approx(variance.item(), rel=0.1)
+    assert ((value - exact) / error).square().mean().item() == pytest.approx(1.15, abs=0.25)  # Student's t of 15

@@ -61,7 +61,10 @@ WRONG = {
     ),
     "base": (lambda: flows.CNF("mlp", event_shape=2, base="gauss"), "base: unknown Base 'gauss'; .*normal, student_t"),
     "transform": (lambda: flows.CNF("mlp", event_shape=2, transform="x"), "transform: unknown .*standardise"),
-    "field": (lambda: flows.CNF("mpl", event_shape=2), "field: unknown Field 'mpl'; expected one of .*mlp"),
+    "field": (
+        lambda: flows.CNF("mpl", event_shape=2),
+        "field: unknown Field 'mpl'; expected one of .*; did you mean 'mlp'",
+    ),
     "shape": (lambda: flows.CNF("mlp"), r"field='mlp' needs .*such as event_shape=2"),
     "objective": (lambda: Stage("flow_machting", 3), "objective: unknown Objective 'flow_machting'; .*flow_matching"),
     "of a trainer": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,29 @@ from flows.promises.untouched import awake, untouched
 from flows.vector_field import BoundField
 
 
+@overload
+def divergence(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    event_ndim: int = 1,
+    estimator: DivergenceEstimator | str | None = None,
+    generator: torch.Generator | None = None,
+    return_error: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def divergence(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    event_ndim: int = 1,
+    estimator: DivergenceEstimator | str | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    return_error: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
 @checked
 def divergence(
     f: Callable[[Tensor], Tensor],
@@ -30,7 +53,8 @@ def divergence(
     event_ndim: int = 1,
     estimator: DivergenceEstimator | str | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:  # (*batch)
+    return_error: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # (*batch), and (*batch)
     r"""div f(x) = Σᵢ ∂fᵢ/∂xᵢ of a function that maps each point of a batch to a vector of the same shape.
 
     `f` is called on tensors of exactly the shape of `x` and must treat the points of a batch independently of each
@@ -46,6 +70,7 @@ def divergence(
     divergence(torch.sin, x, event_ndim=2)             # (5, 1): point sets (4, 3)
     divergence(torch.sin, x, event_ndim=3)             # (5,): images (1, 4, 3)
     divergence(torch.sin, x, estimator=Hutchinson(num_probes=8))
+    value, error = divergence(torch.sin, x, estimator=Hutchinson(num_probes=8), return_error=True)
     ```
 
     Args:
@@ -55,6 +80,8 @@ def divergence(
         event_ndim: how many trailing dimensions of `x` make one point.
         estimator: an estimator or its lower-case name. Default: `Exact()`.
         generator: source of the probes of a stochastic estimator.
+        return_error: return the standard error of each value as well, from the spread of the probes: 0 where the
+            estimator is exact, NaN where a single estimate has no spread.
 
     Raises:
         ValueError: `event_ndim` does not fit `x`, or `f` returns another shape; or `f` mixes points, draws random
@@ -77,7 +104,8 @@ def divergence(
     points = x.reshape(-1, *event_shape)
     _examine(bound, points, len(batch_shape) == 1)
     sample = bound(x.new_zeros(()), points, bound.draw_probes(points, generator))
-    return sample.divergence.reshape(batch_shape)
+    value = sample.divergence.reshape(batch_shape)
+    return (value, bound.standard_error(sample.estimates).reshape(batch_shape)) if return_error else value
 
 
 def _examine(estimator: DivergenceEstimator, x: Tensor, any_number: bool) -> None:

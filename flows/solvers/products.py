@@ -21,7 +21,7 @@ def reached_gradients(
     takes it there, and needs the graph between them.
     """
     computed = [i for i, tensor in enumerate(inputs) if tensor.grad_fn is not None]
-    if not computed:
+    if not _lead_to_others(inputs, computed):
         return list(torch.autograd.grad(values, inputs, cotangents, allow_unused=True))
     reached: dict[int, Tensor] = {}
 
@@ -35,3 +35,20 @@ def reached_gradients(
             hooks.callback(handle.remove)
         found = torch.autograd.grad(values, inputs, cotangents, retain_graph=True, allow_unused=True)
     return [reached.get(i, gradient) for i, gradient in enumerate(found)]
+
+
+def _lead_to_others(inputs: Sequence[Tensor], computed: Sequence[int]) -> bool:
+    """Whether one of the inputs was computed from another one, so that the graph between them has to stay."""
+    leaves = {id(tensor) for tensor in inputs if tensor.grad_fn is None}
+    nodes = {inputs[i].grad_fn for i in computed}
+    waiting = [node for start in nodes if start is not None for node, _ in start.next_functions]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node in nodes or id(getattr(node, "variable", None)) in leaves:
+            return True
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+    return False
