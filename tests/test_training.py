@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 import threading
+import time
 import types
 from dataclasses import replace
 
@@ -476,6 +477,30 @@ def test_a_second_signal_does_not_wait():
         assert stop.requested == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interruption_that_python_swallows_comes_again(capfd):
+    """As in the callback of an object that is deleted, where an exception has nobody to go to."""
+
+    class Deleted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def wait():
+        thing = Deleted()
+        del thing
+        for _ in range(100):
+            time.sleep(0.05)
+
+    hook = sys.unraisablehook
+    sys.unraisablehook = sys.__unraisablehook__
+    try:
+        with StopSignals() as stop, stop.at_once(), pytest.raises(KeyboardInterrupt):
+            wait()
+        assert sys.unraisablehook is sys.__unraisablehook__
+    finally:
+        sys.unraisablehook = hook
+    assert capfd.readouterr().err == ""
 
 
 def test_other_threads_train_without_signal_handlers(tmp_path):

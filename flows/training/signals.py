@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCP
 OVERRIDES = ("SIGINT", "SIGTERM")  # heard even where the program has a handler of its own
 REPEATED = ("SIGHUP", "SIGXCPU")  # come again by themselves, from shell and kernel, every second: nobody is impatient
 ECHO_SECONDS = 0.3  # in which a second signal is the first one's echo, as `timeout` sends it to process and group
+AGAIN_SECONDS = 0.05  # until an interruption that Python swallowed comes again
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -59,6 +61,7 @@ class StopSignals:
         self.requested: int | None = None  # the number of the signal
         self._since = 0.0
         self._at_once = False
+        self._swallowed = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -68,11 +71,15 @@ class StopSignals:
                 before = None if number is None else signal.getsignal(number)
                 if number is not None and (before is signal.SIG_DFL or (name in OVERRIDES and callable(before))):
                     self._previous[number] = signal.signal(number, self._receive)
+            if self._previous:
+                self._usual_hook, sys.unraisablehook = sys.unraisablehook, self._again
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._previous:
+            sys.unraisablehook = self._usual_hook
         self._previous.clear()
 
     @contextlib.contextmanager
@@ -90,7 +97,22 @@ class StopSignals:
         finally:
             self._at_once = False
 
+    def _again(self, unraisable: Any) -> None:
+        """Interrupt anew after Python swallowed the interruption, in the callback of an object that is deleted."""
+        if self.requested is None or not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self._usual_hook(unraisable)
+            return
+        self._swallowed = True
+        threading.Timer(AGAIN_SECONDS, self._repeat, [self.requested]).start()
+
+    def _repeat(self, number: int) -> None:
+        if self._previous:  # still entered
+            signal.raise_signal(number)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._swallowed:
+            self._swallowed = False
+            raise KeyboardInterrupt
         now = time.monotonic()
         first = self.requested is None
         if first:
