@@ -19,10 +19,11 @@ from flows.fields import MLP
 from flows.models.resolution import CHECKED_POINTS
 from flows.objectives import FlowMatching, MaximumLikelihood
 from flows.path_costs import JacobianNorm, KineticEnergy
-from flows.solvers import Attempt, SolverError, SolverStatistics
+from flows.solvers import Attempt, Compilations, SolverError, SolverStatistics
 from flows.training import Optimization, Stage, TrainingInterrupted, load_checkpoint
 from flows.training.compile import compiled, stages_to_compile
 from flows.training.expensive_solves import WINDOW, EvaluationWatch
+from flows.training.loggers import warnings_above_bars
 from flows.training.loop import Loop
 
 ADAPTIVE = ODESolver(rtol=1e-3, atol=1e-3)
@@ -500,6 +501,17 @@ def test_the_summary_says_what_was_compiled(tmp_path, quick_compiler):
     assert found["compilations"] == summary.compilations.count >= 1
     assert found["compile_seconds"] > 0
     assert "programs of solver steps" in str(summary)
+
+
+def test_the_wait_for_the_compiler_is_told(quick_compiler, monkeypatch, capsys):
+    monkeypatch.setattr("flows.solvers.programs.COMPILATIONS", Compilations())
+    flow = small_flow(small_table(), Analytic())
+    flow.solver = ODESolver("heun2", step_size=0.5, compile=True)
+    x = torch.randn(7, 2)
+    with warnings_above_bars(), torch.no_grad():
+        for points in (x, x[:3]):
+            flow.log_prob(points)
+    assert capsys.readouterr().err.count("compiling solver steps, each once") == 1
 
 
 def test_matching_the_divergence_compiles_where_it_can(quick_compiler):

@@ -25,6 +25,8 @@ from flows.solvers.problem import Compilable, NotCompilableError
 from flows.solvers.replay import random_state, same_random_state
 
 LOG = logging.getLogger("flows")
+PROGRESS = logging.getLogger("flows.compilations")  # programs show its messages above their bars
+LONG_SECONDS = 2.0  # from which on a compilation is told
 MAX_SIZES = 4  # batch sizes for which the steps of one model are compiled; others run uncompiled
 MAX_STATES = 4  # of a model, such as training and evaluation mode; in others its steps run uncompiled
 MAX_COMPUTATIONS = 24  # kinds of steps of one model
@@ -241,6 +243,8 @@ class Program:
 
     def _compiled(self, function: Function, arguments: Sequence[Tensor], forward_mode: bool) -> Function:
         started = time.perf_counter()
+        if not COMPILATIONS.count:
+            PROGRESS.info("compiling solver steps, each once: up to a minute, or seconds where an earlier run did so")
         device = arguments[0].device
         for _ in range(2):  # another thread may have drawn in between
             before = random_state(device)
@@ -257,8 +261,9 @@ class Program:
             code, found = self._attempt(function, arguments, careful=True)
         _compare(found, expected, self.compared)
         COMPILATIONS.count += 1
-        COMPILATIONS.seconds += time.perf_counter() - started
-        LOG.info("compiled a solver step in %.1f s", time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        COMPILATIONS.seconds += seconds
+        PROGRESS.log(logging.INFO if seconds > LONG_SECONDS else logging.DEBUG, "compiled a step in %.1f s", seconds)
         return code
 
     def _attempt(self, function: Function, arguments: Sequence[Tensor], careful: bool) -> tuple[Function, Values]:

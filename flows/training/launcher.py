@@ -19,6 +19,7 @@ from flows.errors import ComputationError, FlowsError, InvalidValueError
 from flows.training.processes import free_port, started_together
 
 LOG = logging.getLogger("flows")
+WHOLE_RUN = "the whole run ends with it, and resume= goes on from its last checkpoint"
 PARENT = "FLOWS_PARENT"  # the number of the process that has started this one to train with it
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 3.0  # for the first process to end by itself when another one has ended
@@ -58,7 +59,7 @@ def together(fabric: Any) -> Iterator[None]:
     except BaseException as error:
         if others is not None and not isinstance(error, (FlowsError, KeyboardInterrupt)):
             if ended := others.wait_for_failure():
-                raise ProcessEndedError(f"{ended}; the whole run ends with it") from error
+                raise ProcessEndedError(f"{ended}; {WHOLE_RUN}") from error
         elif others is None and fabric.global_rank > 0:
             time.sleep(TELL_FIRST_SECONDS)
         raise
@@ -150,7 +151,7 @@ class _Others:
             if ended := self.failure():
                 if over.wait(GRACE_SECONDS):
                     return
-                LOG.error("%s; the whole run ends with it", ended)
+                LOG.error("%s; %s", ended, WHOLE_RUN)
                 for process in self._processes.values():
                     process.kill()
                 os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # it may hang in a collective

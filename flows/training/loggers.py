@@ -271,23 +271,29 @@ class _Bar(tqdm):
 def warnings_above_bars() -> Iterator[None]:
     """While entered, print warnings of the package to stderr, above progress bars instead of into them.
 
-    A handler that the program has given the logger `flows` takes precedence.
+    What is being compiled is printed, too, since nothing else moves meanwhile. A handler that the program has given the
+    logger `flows` takes precedence.
     """
     logger, handler = logging.getLogger("flows"), _AboveBars()
+    compilations = logging.getLogger("flows.compilations")
     if logger.handlers:
         yield
         return
     logger.addHandler(handler)
+    level = compilations.level
+    compilations.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        compilations.setLevel(level)
 
 
 class _AboveBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         stream: Any = UnbreakableStream(sys.stderr)
-        tqdm.write(f"{record.levelname.capitalize()}: {record.getMessage()}", file=stream)
+        kind = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(f"{kind}{record.getMessage()}", file=stream)
 
 
 @checked
