@@ -437,6 +437,7 @@ def test_the_default_folder_is_named_after_data_and_time(run, tmp_path):
             ["data=nope"],
             r"Could not find 'data/nope'; Available options in 'data': 2spirals, .*, moons.* your own .* --config-dir",
         ),
+        ("train", ["data=moon"], r"Could not find 'data/moon'.*; did you mean data=moons\?"),
         ("train", ["divergence=nope"], r"Available options in 'divergence': .*, hutchinson"),
         (
             "train",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import shlex
@@ -145,7 +146,7 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
         text = text.replace("\n\n", "; ").replace(":\n\t", ": ").replace("\n\t", ", ")  # lists in one line
         text = re.sub(r"\s*\n\s*", "; ", text)
         own = "; a folder with yamls of your own is named by --config-dir FOLDER"
-        return text + own * ("Could not find '" in text), MISTAKE
+        return text + own * ("Could not find '" in text) + _nearest_choice(text), MISTAKE
     if isinstance(error, RunFileError):
         return str(error), FAILURE
     if isinstance(error, FlowsError):
@@ -153,6 +154,13 @@ def explain(error: BaseException, program: str | None = None, arguments: Sequenc
     if is_out_of_memory(error):
         return f"{memory_message(error)}; choose a smaller batch_size, or a smaller model", FAILURE
     return None, FAILURE
+
+
+def _nearest_choice(text: str) -> str:
+    """The question that ends Hydra's message about a choice that is not there, if one is near."""
+    found = re.search(r"Could not find '([\w/@]+)/([^']+)'; Available options in '[^']+': (.*)$", text)
+    close = difflib.get_close_matches(found[2], found[3].split(", "), n=1) if found else []
+    return f"; did you mean {found[1]}={close[0]}?" if found and close else ""
 
 
 def _unreadable(error: OverrideParseException) -> str:
