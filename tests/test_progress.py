@@ -2,12 +2,13 @@
 
 import io
 import logging
+import sys
 
 import pytest
 
 from flows import progress
 from flows.progress import new_bar
-from flows.training.loggers import warnings_above_bars
+from flows.training.loggers import ProgressBar, warnings_above_bars
 
 
 class Terminal(io.StringIO):
@@ -69,3 +70,15 @@ def test_no_bar_is_no_bar(stream):
     written = stream()
     assert list(new_bar(range(3), file=written, disable=True)) == [0, 1, 2]
     assert written.getvalue() == ""
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_a_bar_says_what_goes_on_between_two_steps(stream, monkeypatch):
+    """At a terminal; in a log it would be a line for each validation."""
+    written = stream()
+    monkeypatch.setattr(sys, "stderr", written)
+    bar = ProgressBar({"matching": 10})
+    bar.advance("matching", 3, 0.3)
+    bar.pause("validation")
+    assert ("validation:" in written.getvalue()) == (stream is Terminal)
+    bar.close()

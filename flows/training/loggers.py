@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flows.arguments import checked
-from flows.progress import new_bar
+from flows.progress import LOG_SECONDS, new_bar
 from flows.training.appended import AppendedFile
 from flows.training.streams import UnbreakableStream
 from flows.writing import write_text
@@ -247,6 +247,10 @@ class ProgressBar:
         """Show that `step`, or the share `done` of the run, is over."""
         self._bar.set_description(stage, refresh=False)
         self._bar.update((step if self._counts_steps else int(100 * done)) - self._bar.n)
+
+    def pause(self, activity: str) -> None:
+        """Show at a terminal what goes on between two steps."""
+        self._bar.set_description(activity, refresh=self._bar.mininterval < LOG_SECONDS)
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -96,7 +96,13 @@ class MetricLogging:
         run.log({f"{position.stage}/{name}": value for name, value in metrics.items() if value == value})
         self._last = (now, position.step)
 
+    def on_validation_start(self, run: Run) -> None:
+        if self._bar is not None:
+            self._bar.pause("validation")
+
     def on_validation_end(self, run: Run, evaluation: Evaluation | None, is_best: bool) -> None:
+        if self._bar is not None:
+            self._bar.pause(run.position.stage or "")
         if evaluation is None:
             return
         metrics = dict(evaluation.metrics)
