@@ -121,9 +121,8 @@ class BoundField:
         return getattr(self.field, "bottleneck_width", None)
 
     @at_first_use
-    def velocity(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """v(t, x), from what is computed once a solve where the field can."""
-        return (self._closed_form("velocity") if self.traits.built_in else None) or self
+    def _velocity(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        return self._closed_form("velocity") if self.traits.built_in else None
 
     @at_first_use
     def value_and_divergence(self) -> Callable[..., Any] | None:
@@ -154,6 +153,10 @@ class BoundField:
         if self._evaluation is not None:
             return self._evaluation(self.field, t, x, *(() if self.context is None else (self.context,)))
         return self.field(t, x) if self.context is None else self.field(t, x, self.context)
+
+    def velocity(self, t: Tensor, x: Tensor) -> Tensor:
+        """v(t, x), from what is computed once a solve where the field can."""
+        return self(t, x) if self._velocity is None else self._velocity(t, x)
 
     def at(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
         """The velocity with a context of this evaluation's own, of a field that was bound to none."""

@@ -1,5 +1,8 @@
 """Fields: closed forms against dense traces, gradients, contexts, adapters."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -76,6 +79,20 @@ def test_the_velocity_of_a_solve_is_that_of_the_field(kind, context_shape, per_s
     gradients = [torch.autograd.grad(value.sin().sum(), [*field.parameters()]) for value in values]
     for ours, autograd in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, autograd)
+
+
+@pytest.mark.parametrize("field", [MLP((2,), (4,)), Adapter(nn.Linear(2, 2), (2,), ("x",))])
+def test_a_view_is_freed_with_its_last_reference(field):
+    """It holds contexts and graphs, which would wait for the garbage collector."""
+    view = bind(field)
+    view.velocity(torch.tensor(0.3), torch.randn(4, 2))
+    alive = weakref.ref(view)
+    gc.disable()
+    try:
+        del view
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("hidden", [(7, 5, 6), (3, 6, 2, 5), (9, 8, 7, 6, 5)])
