@@ -81,10 +81,10 @@ def test_the_velocity_of_a_solve_is_that_of_the_field(kind, context_shape, per_s
         torch.testing.assert_close(ours, autograd)
 
 
-@pytest.mark.parametrize("field", [MLP((2,), (4,)), Adapter(nn.Linear(2, 2), (2,), ("x",))])
-def test_a_view_is_freed_with_its_last_reference(field):
+@pytest.mark.parametrize("build", [lambda: MLP((2,), (4,)), lambda: Adapter(nn.Linear(2, 2), (2,), ("x",))])
+def test_a_view_is_freed_with_its_last_reference(build):
     """It holds contexts and graphs, which would wait for the garbage collector."""
-    view = bind(field)
+    view = bind(build())
     view.velocity(torch.tensor(0.3), torch.randn(4, 2))
     alive = weakref.ref(view)
     gc.disable()
