@@ -87,7 +87,7 @@ def readable_errors(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing its own report
     any_encoding()
     try:
-        with contextlib.nullcontext() if program is None else unbreakable_streams():
+        with contextlib.nullcontext() if program is None else unbreakable_streams(until_exit=True):
             yield
     except TrainingInterrupted as stop:
         command = resume_command(stop) if job is None else sweep_command(stop.checkpoint.parents[2])

@@ -13,11 +13,14 @@ GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # nobody will read what is written
 
 
 @contextlib.contextmanager
-def unbreakable_streams() -> Iterator[None]:
+def unbreakable_streams(until_exit: bool = False) -> Iterator[None]:
     """While entered, let no print, warning or progress bar raise because nobody can read it any more.
 
     The reader of a pipe may have ended, the terminal may be closed, or the disk that a log goes to may be full.
     Characters that the terminal cannot show are replaced.
+
+    Args:
+        until_exit: the program ends afterwards, and what cannot be written is dropped, or its exit would fail.
     """
     for number in range(3):  # a file that took the place of a closed stream would receive what libraries print
         with contextlib.suppress(OSError):
@@ -27,9 +30,8 @@ def unbreakable_streams() -> Iterator[None]:
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
+        for stream in before:
+            UnbreakableStream(stream).flush(last=until_exit)
         sys.stdout, sys.stderr = before
 
 
@@ -69,18 +71,25 @@ class UnbreakableStream:
                 self._give_up(error)
         return len(text)
 
-    def flush(self) -> None:
-        """Flush what can be flushed."""
+    def flush(self, last: bool = False) -> None:
+        """Flush what can be flushed; after the last time, nothing is left that could not be."""
         if self._stream is not None:
             try:
                 self._stream.flush()
             except (OSError, ValueError) as error:
-                self._give_up(error)
+                if last:
+                    self._send_nowhere()
+                else:
+                    self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """Send a standard stream nowhere once it is broken, so that flushing it at the exit does not fail either."""
-        stream, gone = self._stream, isinstance(error, OSError) and error.errno in GONE
-        if stream is None or not gone:
+        """Send a standard stream nowhere once nobody can read it again."""
+        if isinstance(error, OSError) and error.errno in GONE:
+            self._send_nowhere()
+
+    def _send_nowhere(self) -> None:
+        stream = self._stream
+        if stream is None:
             return
         with contextlib.suppress(OSError, ValueError, AttributeError):
             number = stream.fileno()

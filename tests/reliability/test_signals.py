@@ -83,7 +83,7 @@ def test_a_run_goes_on_without_anyone_who_reads(server, undisturbed, tmp_path, w
 def test_streams_drop_what_cannot_be_written(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, '{Path(streams.__file__).parent}'); import streams\n"  # without torch
-        "with streams.unbreakable_streams():\n"
+        "with streams.unbreakable_streams(until_exit=True):\n"
         "    for _ in range(100_000): print('a line'); print('a line', file=sys.stderr)\n"
         "open(sys.argv[1], 'w').write('done')"
     )
