@@ -31,7 +31,8 @@ def unbreakable_streams(until_exit: bool = False) -> Iterator[None]:
         yield
     finally:
         for stream in before:
-            UnbreakableStream(stream).flush(last=until_exit)
+            with contextlib.suppress(Exception):  # of a stream of somebody's own
+                UnbreakableStream(stream).flush(last=until_exit)
         sys.stdout, sys.stderr = before
 
 
