@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from flows.cli.help import config_folder
+from flows.cli.help import choices_of, config_folder
 from flows.errors import InvalidValueError
 from flows.training.annotations import SettingsError
 from flows.training.settings import no_setting
@@ -52,7 +52,7 @@ def check_choices(arguments: Sequence[str]) -> None:
         value = override.value()
         # nothing is chosen by null where nothing is chosen by default
         if not isinstance(value, str | list) and not (group == "experiment" and value is None):
-            choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            choices = ", ".join(choices_of(group))
             shown = "null" if value is None else value
             raise InvalidValueError(f"{group} must be the name of a choice, got {shown}; there are {choices}")
 

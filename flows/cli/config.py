@@ -7,7 +7,6 @@ import difflib
 import os
 import re
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flows.checks import check_seed
 from flows.cli.arguments import OPEN_PARTS, check_added, check_choices
 from flows.cli.grammar import quoted
-from flows.cli.help import config_folder
+from flows.cli.help import choices_in_lines, config_folder
 from flows.errors import ComputationError, DataWarning, FieldWarning, FlowsError, InvalidValueError
 from flows.training.annotations import SettingsError, check_type
 from flows.training.building import without_unused_parts
@@ -188,8 +187,7 @@ def register_resolvers() -> None:
 
 def _choices(*groups: str) -> str:
     loader = GlobalHydra.instance().config_loader()
-    lines = (f"{group}: {', '.join(loader.get_group_options(group))}" for group in groups)
-    return "\n".join(textwrap.fill(line, 110, subsequent_indent="  ") for line in lines)
+    return "\n".join(choices_in_lines(group, loader.get_group_options(group)) for group in groups)
 
 
 def compose(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from flows.fields.modulation import Modulation
 from flows.fields.perceptron import Linearised, Perceptron, folded, refresh
 from flows.fields.trace import PerceptronTrace
 from flows.naming import by_name
+from flows.promises.regime import HOOKS
 from flows.vector_field import at_first_use
 
 
@@ -194,5 +195,5 @@ class _Layers:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer is W h + b and nothing else."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    hooks = any(getattr(layer, name) for name in HOOKS)
     return type(layer) is nn.Linear and layer.bias is not None and not hooks and "forward" not in layer.__dict__

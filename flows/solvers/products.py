@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,14 +42,17 @@ def _lead_to_others(inputs: Sequence[Tensor], computed: Sequence[int]) -> bool:
     """Whether one of the inputs was computed from another one, so that the graph between them has to stay."""
     leaves = {id(tensor) for tensor in inputs if tensor.grad_fn is None}
     nodes = {inputs[i].grad_fn for i in computed}
-    waiting = [node for start in nodes if start is not None for node, _ in start.next_functions]
-    seen = set()
+    before = (node for start in nodes if start is not None for node, _ in start.next_functions)
+    return any(node in nodes or id(getattr(node, "variable", None)) in leaves for node in graph_nodes(before))
+
+
+def graph_nodes(starts: Iterable[Any]) -> Iterator[Any]:
+    """Each node of autograd's graph that the starts lead to, once, and the starts themselves; None is no node."""
+    seen: set[Any] = {None}
+    waiting = list(starts)
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node in nodes or id(getattr(node, "variable", None)) in leaves:
-            return True
-        seen.add(node)
-        waiting += [before for before, _ in node.next_functions]
-    return False
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]

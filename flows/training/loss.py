@@ -14,6 +14,7 @@ from flows.fields import Physics
 from flows.objectives import LossOutput, Objective
 from flows.shares import Share
 from flows.solvers import SolverStatistics
+from flows.solvers.products import graph_nodes
 from flows.training.loggers import Metric
 
 
@@ -82,18 +83,7 @@ class LossModule(nn.Module):
 
 def _leaves(loss: Tensor) -> set[int]:
     """The identities of the leaves that the gradient of the loss reaches."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    nodes = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "AccumulateGrad":
-            found.add(id(node.variable))  # pyright: ignore[reportAttributeAccessIssue]
-        nodes += [following for following, _ in node.next_functions]
-    return found
+    return {id(node.variable) for node in graph_nodes([loss.grad_fn]) if type(node).__name__ == "AccumulateGrad"}
 
 
 def step_metrics(statistics: SolverStatistics) -> Mapping[str, float]:
